@@ -1,0 +1,189 @@
+"""Folders on disk: JSON and safetensors, read strictly and written atomically.
+
+Nothing is written in place. A file or a folder is written under a temporary name beside its
+target, synced, and renamed; a reader sees the old content or the new, never half of it. No
+pickle on any path: tensors travel as safetensors (https://github.com/huggingface/safetensors).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minidiff.errors import CheckpointError
+
+MAX_JSON_BYTES = 1 << 20  # a config is a page of text; anything larger is not a config
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory entry to the disk, so that a rename cannot overtake it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it becomes `path`, on error it is gone.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp is private; a result is an ordinary file
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it replaces `path` as a whole.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or `path` is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path}: is a file, expected a folder to write into")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        yield temporary
+        for entry in sorted(temporary.rglob("*")):
+            _sync(entry)
+        temporary.chmod(0o777 & ~_umask())
+        _swap_in(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap_in(temporary: Path, path: Path) -> None:
+    """Put `temporary` at `path`. Directories cannot be renamed over: the old one steps aside."""
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    os.rename(path, aside / path.name)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(aside / path.name, path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, content: Mapping | list) -> None:
+    """Write JSON, indented and sorted as diffusers does. Raises CheckpointError."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """Read one JSON object of at most 1 MiB.
+
+    Raises:
+        CheckpointError: missing, too large, not UTF-8, not JSON, or not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size} bytes, a config has at most {MAX_JSON_BYTES}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors as one safetensors file. Raises CheckpointError."""
+    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(flat, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file onto the CPU.
+
+    Raises:
+        CheckpointError: missing, truncated, or not safetensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy `tensors` into `module`; every name, shape and value must fit.
+
+    Raises:
+        CheckpointError: names the first missing, unexpected, mis-shaped or non-finite tensor.
+    """
+    wanted = module.state_dict()
+    for problem, names in (
+        ("missing", wanted.keys() - tensors.keys()),
+        ("unexpected", tensors.keys() - wanted.keys()),
+    ):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+            raise CheckpointError(f"{source}: {len(names)} {problem} tensors: {listed}")
+    for name, tensor in tensors.items():
+        want = wanted[name]
+        if tensor.shape != want.shape:
+            raise CheckpointError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, expected {tuple(want.shape)}"
+            )
+        if tensor.is_floating_point() != want.is_floating_point():
+            raise CheckpointError(f"{source}: {name} is {tensor.dtype}, expected {want.dtype}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{source}: {name} holds NaN or infinite values")
+    module.load_state_dict(dict(tensors), strict=True)

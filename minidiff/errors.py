@@ -1,0 +1,54 @@
+"""The few exceptions minidiff raises on purpose.
+
+Every message names the argument or the file, what was given and what is allowed, so that the
+command line can print it as one line and a program can catch one class.
+"""
+
+
+class MinidiffError(Exception):
+    """Base of every error that minidiff raises on purpose."""
+
+
+class InvalidArgument(MinidiffError, ValueError):
+    """An argument is outside what its name allows; raised before any work starts."""
+
+
+class DataError(MinidiffError):
+    """A data file is missing, truncated or not what it claims to be."""
+
+
+class CheckpointError(MinidiffError):
+    """A checkpoint folder is missing, damaged, or does not fit the model that reads it."""
+
+
+class TrainingError(MinidiffError):
+    """Training cannot go on: the loss or a gradient is not finite."""
+
+
+def one_of(name: str, value: object, allowed: object) -> None:
+    """Refuse `value` unless it is one of `allowed`; the message lists them all."""
+    if not isinstance(value, str | int | None) or value not in tuple(allowed):
+        known = ", ".join(str(choice) for choice in allowed)
+        raise InvalidArgument(f"{name} must be one of {known}; got {value!r}")
+
+
+def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Refuse `value` unless it is an int in low..high (True and 3.0 are not ints here)."""
+    allowed = f"in {low}..{high}" if high is not None else f"at least {low}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidArgument(f"{name} must be a whole number {allowed}, got {value!r}")
+    number = value.__index__()
+    if number < low or (high is not None and number > high):
+        raise InvalidArgument(f"{name} must be {allowed}, got {number}")
+    return number
+
+
+def real_number(name: str, value: object, low: float, high: float = float("inf")) -> float:
+    """Refuse `value` unless it is a finite number in [low, high]; NaN never passes."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise InvalidArgument(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not low <= number <= high or abs(number) == float("inf"):
+        allowed = f"in [{low:g}, {high:g}]" if high != float("inf") else f"finite and >= {low:g}"
+        raise InvalidArgument(f"{name} must be {allowed}, got {number:g}")
+    return number
