@@ -1,0 +1,343 @@
+"""The parts a U-Net is made of: norms, residual blocks, resizing, time and class embeddings.
+
+A residual block adds to its input what two convolutions make of it, told the time by an
+embedding e = MLP(features(t)) that shifts, or scales and shifts, every channel:
+
+    block(x, e) = x + conv₂(act(norm₂(conv₁(act(norm₁(x))) + W·e)))               "default"
+    block(x, e) = x + conv₂(act(norm₂(conv₁(act(norm₁(x)))) · (1 + a) + b))       "scale_shift"
+
+with (a, b) = W·e. Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models",
+https://arxiv.org/abs/2006.11239, appendix B; Dhariwal & Nichol 2021, "Diffusion Models Beat
+GANs on Image Synthesis", https://arxiv.org/abs/2105.05233, section 3.1 (scale and shift).
+
+Everything works on (B, C, *space) with one, two or three axes of space. What an option chooses
+is chosen at construction, as a submodule that does the thing or a neutral one that does nothing.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.errors import InvalidArgument
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+ACTIVATIONS = {
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "mish": nn.Mish,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+}
+
+
+def per_channel(value: Tensor, x: Tensor) -> Tensor:
+    """View (B, C) so that it broadcasts over the space of x, (B, C, *space)."""
+    return value.view(*value.shape, *(1,) * (x.dim() - 2))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Normalise every group of channels of every image, then apply an activation.
+
+    Args:
+        groups: must divide channels.
+        channels: C of the input (B, C, *space).
+        eps: added to the variance.
+        act: applied to the result; None for none.
+
+    Source: Wu & He 2018, "Group Normalization", https://arxiv.org/abs/1803.08494.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float, act: nn.Module | None = None):
+        super().__init__(groups, channels, eps)
+        self.act = act or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """act(norm(x) · scale + shift) with scale and shift (B, C)."""
+        return self.act(super().forward(x) * per_channel(scale, x) + per_channel(shift, x))
+
+
+class Divide(nn.Module):
+    """x / factor."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.factor
+
+
+class Center(nn.Module):
+    """Move pixel values from [0, 1] to [−1, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x - 1
+
+
+# ------------------------------------------------------------------------- residual blocks
+
+
+class Keep(nn.Module):
+    """The resizing that changes nothing; `size` is what the other ones may need."""
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        return x
+
+
+class Halve(nn.Module):
+    """Average over cells of two positions a side; an odd last position is dropped."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.pool = AVERAGE_POOLS[dims](2)
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        return self.pool(x)
+
+
+class Grow(nn.Module):
+    """Nearest neighbour to `size`: twice as large, or one less where the skip had an odd side."""
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return F.interpolate(x, size=size, mode="nearest")
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions around a residual connection; the time embedding shifts the channels.
+
+    Args:
+        dims: axes of space, 1 to 3.
+        in_channels, out_channels: where they differ a 1×1 convolution carries the input over.
+        time_channels: width of the embedding that `forward` gets.
+        groups, eps, act: of the two norms; act names an entry of ACTIVATIONS.
+        dropout: probability, before the second convolution.
+        output_scale: the sum is divided by this.
+        resize: Keep, Halve or Grow, applied between the first norm and the first convolution.
+    """
+
+    embeddings = 1  # values that the time embedding gives every channel
+
+    def __init__(
+        self,
+        dims: int,
+        in_channels: int,
+        out_channels: int,
+        time_channels: int,
+        *,
+        groups: int,
+        eps: float,
+        act: str = "silu",
+        dropout: float = 0.0,
+        output_scale: float = 1.0,
+        resize: nn.Module | None = None,
+    ):
+        super().__init__()
+        conv = CONVOLUTIONS[dims]
+        self.norm1 = GroupNorm(groups, in_channels, eps, ACTIVATIONS[act]())
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, self.embeddings * out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps, ACTIVATIONS[act]())
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else conv(in_channels, out_channels, 1)
+        self.resize = resize or Keep()
+        self.rescale = nn.Identity() if output_scale == 1 else Divide(output_scale)
+
+    def forward(self, x: Tensor, emb: Tensor, size: torch.Size | None = None) -> Tensor:
+        """Map x (B, C, *space) and the *activated* embedding (B, E) to (B, C_out, *space).
+
+        `size` is the space of the result; only a block that grows reads it.
+        """
+        h = self.conv1(self.resize(self.norm1(x), size))
+        h = self.conv2(self.dropout(self.second_norm(h, self.time_emb_proj(emb))))
+        return self.rescale(self.conv_shortcut(self.resize(x, size)) + h)
+
+    def second_norm(self, h: Tensor, time: Tensor) -> Tensor:
+        return self.norm2(h + per_channel(time, h))
+
+
+class ScaleShiftResnetBlock(ResnetBlock):
+    """A ResnetBlock where the time embedding scales and shifts after the norm."""
+
+    embeddings = 2
+
+    def second_norm(self, h: Tensor, time: Tensor) -> Tensor:
+        scale, shift = time.chunk(2, dim=1)
+        return self.norm2.modulated(h, 1 + scale, shift)
+
+
+RESNET_BLOCKS = {"default": ResnetBlock, "scale_shift": ScaleShiftResnetBlock}
+
+
+# -------------------------------------------------------------------------------- resizing
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2: a side n becomes ⌈n/2⌉ with padding 1, ⌊n/2⌋ with padding 0."""
+
+    def __init__(self, dims: int, channels: int, padding: int):
+        super().__init__()
+        # Without padding of its own the convolution still reads one zero past the far edge, as
+        # in Ho et al.'s code: the positions are (0, 1, 2), (2, 3, 4), …, (n-2, n-1, zero).
+        self.pad = nn.Identity() if padding else PadFarEdge(dims)
+        self.conv = CONVOLUTIONS[dims](channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(self.pad(x))
+
+
+class PadFarEdge(nn.Module):
+    """One zero after the last position of every axis of space."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.widths = (0, 1) * dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.widths)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to the size of the skip connection that comes next, then a convolution."""
+
+    def __init__(self, dims: int, channels: int):
+        super().__init__()
+        self.resize = Grow()
+        self.conv = CONVOLUTIONS[dims](channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(self.resize(x, size))
+
+
+# ------------------------------------------------------------------------- time and classes
+
+
+class SinusoidalTime(nn.Module):
+    """Sines and cosines of t at `channels // 2` frequencies from 1 down to about 1/10000.
+
+        features(t)ᵢ = sin(t·ωᵢ), cos(t·ωᵢ);  ωᵢ = 10000^(−i / (half − freq_shift))
+
+    Args:
+        channels: number of features; an odd last one is zero.
+        flip_sin_to_cos: cosines first.
+        freq_shift: 1 makes the lowest frequency exactly 1/10000, as Ho et al. do; 0 not.
+
+    Source: Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762.
+    """
+
+    def __init__(self, channels: int, flip_sin_to_cos: bool, freq_shift: float):
+        super().__init__()
+        self.channels = channels
+        self.half = channels // 2
+        self.freq_shift = freq_shift
+        self.order = (1, 0) if flip_sin_to_cos else (0, 1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map times (B,) to features (B, channels), float32 whatever the dtype of the model."""
+        # Not a buffer: `.to(bfloat16)` would round the frequencies, and t runs to 1000.
+        i = torch.arange(self.half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * i / (self.half - self.freq_shift))
+        angles = t[:, None].float() * frequencies
+        waves = (angles.sin(), angles.cos())
+        first, second = self.order
+        features = torch.cat([waves[first], waves[second]], dim=1)
+        return F.pad(features, (0, self.channels - 2 * self.half))
+
+    def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
+        return out
+
+
+class FourierTime(nn.Module):
+    """Sines and cosines of log t at random frequencies that are drawn once and never trained.
+
+    A network with these features is told a noise level σ in place of a step, and its output is
+    divided by it. Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic
+    Differential Equations", https://arxiv.org/abs/2011.13456, appendix C.
+    """
+
+    def __init__(self, channels: int, scale: float = 16.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels) * scale, requires_grad=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map levels (B,), positive, to features (B, 2 · channels), float32 or wider."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        angles = t.to(wide).log()[:, None] * self.weight.to(wide) * 2 * math.pi
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
+        return out / t.view(-1, *(1,) * (out.dim() - 1)).to(out.dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers from features to the embedding that every block is told."""
+
+    def __init__(self, features: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(features, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.linear_1(features.to(self.linear_1.weight.dtype))
+        return self.linear_2(F.silu(hidden))
+
+
+class NoLabels(nn.Module):
+    """The class embedding of a network without classes: adds nothing, refuses labels."""
+
+    def forward(self, labels: Tensor | None, batch: int) -> float:
+        if labels is not None:
+            raise InvalidArgument(
+                "class_labels must be None: this network is not class-conditional "
+                "(num_class_embeds and class_embed_type are None)"
+            )
+        return 0.0
+
+
+class LabelTable(nn.Embedding):
+    """One trained vector a class. Labels are whole numbers (B,); their range is not checked here,
+    because reading a value of a tensor would make the host wait for the device."""
+
+    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
+        _check_labels(labels, (batch,))
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise InvalidArgument(f"class_labels must be int64 or int32, got {labels.dtype}")
+        return super().forward(labels)
+
+
+class LabelTimes(TimestepEmbedding):
+    """A number a label (B,), embedded the way the time is, with weights of its own."""
+
+    def __init__(self, features: SinusoidalTime, width: int):
+        super().__init__(features.channels, width)
+        self.features = features
+
+    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
+        _check_labels(labels, (batch,))
+        return super().forward(self.features(labels))
+
+
+class LabelVectors(nn.Module):
+    """Labels that are embeddings already, (B, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
+        _check_labels(labels, (batch, self.width))
+        return labels
+
+
+def _check_labels(labels: Tensor | None, shape: tuple[int, ...]) -> None:
+    if not isinstance(labels, Tensor):
+        raise InvalidArgument(f"class_labels must be a tensor of shape {shape}, got {labels!r}")
+    if labels.shape != shape:
+        raise InvalidArgument(f"class_labels must have shape {shape}, got {tuple(labels.shape)}")
