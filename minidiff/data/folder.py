@@ -1,0 +1,163 @@
+"""Any folder of images as a data set.
+
+    folder/cat/1.png, folder/dog/1.png …    one class a sub-folder, labels in sorted name order
+    folder/1.png, folder/2.png …            no sub-folders: no labels
+
+Sub-folders are searched to any depth; a sub-folder without images is no class; names that begin
+with a dot are passed over. The order is that of the sorted relative paths.
+
+Every tenth image of that order (the 10th, 20th, …) is the test split and never in the train
+split: a folder comes without one, and memorising has to be told apart from generalising.
+
+Pixels: the first frame; EXIF orientation applied; transparency composited on black; grey
+(C = 1) if every file is stored as grey, else RGB (C = 3) for all.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from minidiff.data.images import ImageData
+from minidiff.errors import DataError, one_of, whole_number
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
+HOLD_OUT = 10  # one image in ten is the test split
+
+_GREY = frozenset({"1", "L", "LA", "La"})
+_COLOUR = frozenset({"P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr"})
+_ORIENTATION = 0x0112  # EXIF tag; its values 5..8 turn the image on its side
+
+
+class _Header(NamedTuple):
+    grey: bool
+    width: int
+    height: int
+
+
+def load(folder: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
+    """Read a folder of images, see the module's text for its layout.
+
+    Args:
+        folder: an existing folder.
+        split: "train", or "test" for the images held out.
+        image_size: None, all images must have one size; or N, each image is cropped to its
+            central square and resized to N×N with an antialiasing filter.
+
+    Returns:
+        Images uint8 (N, C, H, W), labelled if there are sub-folders.
+
+    Raises:
+        InvalidArgument: for another split or an image_size below 1.
+        DataError: no images, an unreadable one, or sizes that differ; names the file.
+    """
+    one_of("split", split, ("train", "test"))
+    if image_size is not None:
+        image_size = whole_number("image_size", image_size, 1, 65536)
+    root = Path(folder)
+    files, labels, class_names = _list(root)
+    # Size and colour are decided over all files: both splits must come out with the same shape.
+    headers = [_header(path) for path in files]
+    if image_size is None:
+        _require_one_size(files, headers)
+    mode = "L" if all(header.grey for header in headers) else "RGB"
+    chosen = [i for i in range(len(files)) if (i % HOLD_OUT == HOLD_OUT - 1) == (split == "test")]
+    if not chosen:
+        raise DataError(
+            f"{root}: {len(files)} images are too few to hold one out; "
+            f"the test split is every {HOLD_OUT}th image"
+        )
+    size = (headers[0].width, headers[0].height) if image_size is None else (image_size,) * 2
+    images = torch.empty(len(chosen), len(mode), size[1], size[0], dtype=torch.uint8)
+    for row, i in enumerate(chosen):
+        images[row] = _pixels(files[i], mode, size)
+    chosen_labels = torch.tensor([labels[i] for i in chosen]) if class_names else None
+    return ImageData(root.resolve().name, images, chosen_labels, class_names)
+
+
+def _list(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """All image files in order, the label of each, and the class names."""
+    try:
+        entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{root}: not a folder that can be read ({error.strerror})") from error
+    loose = [entry for entry in entries if _is_image(entry)]
+    classes = {entry.name: _search(entry) for entry in entries if entry.is_dir()}
+    classes = {name: files for name, files in classes.items() if files}
+    if loose and classes:
+        raise DataError(
+            f"{root}: holds images ({loose[0].name}, …) beside folders of images "
+            f"({', '.join(list(classes)[:3])}, …); put every image into a class folder, or none"
+        )
+    if not loose and not classes:
+        raise DataError(f"{root}: no images; looked for {', '.join(sorted(SUFFIXES))}")
+    files = loose + [path for found in classes.values() for path in found]
+    labels = [label for label, found in enumerate(classes.values()) for _ in found]
+    return files, labels, tuple(classes)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+
+
+def _search(folder: Path) -> list[Path]:
+    """Image files at any depth, sorted by relative path on every system alike."""
+    found = []
+    for parent, children, names in os.walk(folder):
+        children[:] = [name for name in children if not name.startswith(".")]
+        found += [path for name in names if _is_image(path := Path(parent, name))]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _open(path: Path) -> Image.Image:
+    """Open an image: its header is read, its pixels are not."""
+    with warnings.catch_warnings():
+        # Pillow warns from 89 million pixels on and refuses from twice that; we refuse at once.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
+def _header(path: Path) -> _Header:
+    try:
+        with _open(path) as image:
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION, 1) >= 5:
+                width, height = height, width
+            mode = image.mode
+    except Exception as error:  # decoders fed with arbitrary bytes raise nearly anything
+        raise DataError(f"{path}: not a readable image ({error})") from error
+    if mode not in _GREY | _COLOUR:  # 16-bit and float pixels would be clipped, not scaled
+        raise DataError(f"{path}: pixels of mode {mode!r}, expected 8 bits a channel")
+    return _Header(mode in _GREY, width, height)
+
+
+def _require_one_size(files: list[Path], headers: list[_Header]) -> None:
+    first = headers[0]
+    for path, header in zip(files, headers, strict=True):
+        if header[1:] != first[1:]:
+            raise DataError(
+                f"{files[0]} is {first.width}×{first.height} but {path} is "
+                f"{header.width}×{header.height}; pass image_size to crop and resize all images"
+            )
+
+
+def _pixels(path: Path, mode: str, size: tuple[int, int]) -> Tensor:
+    """Decode one image as uint8 (C, H, W)."""
+    try:
+        with _open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            image = image.convert(mode)
+            if image.size != size:
+                image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+            pixels = np.array(image, dtype=np.uint8)
+    except Exception as error:  # as in _header
+        raise DataError(f"{path}: truncated or damaged ({error})") from error
+    return torch.from_numpy(pixels.reshape(size[1], size[0], len(mode))).permute(2, 0, 1)

@@ -1,0 +1,140 @@
+"""Images that live on the device as bytes, and the order in which training sees them.
+
+A data set is one uint8 tensor (N, C, H, W). A network sees floats in [−1, 1]:
+
+    x = u / 127.5 − 1        u = round(127.5·(x + 1)), clamped to 0..255
+
+Turning bytes into a batch is one gather and one multiply-add on the device; there are no worker
+processes, so the stream of batches is a function of (seed, epoch) and of nothing else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument, whole_number
+
+
+@dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value to compare by
+class ImageData:
+    """Images as bytes, with a class label each or none at all.
+
+    Attributes:
+        name: what error messages and reports call this data.
+        images: uint8 (N, C, H, W), C = 1 grey or 3 RGB.
+        labels: int64 (N,) in 0..len(class_names) − 1, or None.
+        class_names: one name a class, in label order; empty without labels.
+
+    Raises:
+        InvalidArgument: a dtype, a shape or a label does not fit this description.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise InvalidArgument(
+                "images must be uint8 (N, C, H, W) with C = 1 or 3, "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
+        if labels is None:
+            if self.class_names:
+                raise InvalidArgument(f"class_names must be () without labels: {self.class_names}")
+            return
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise InvalidArgument(
+                f"labels must be int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise InvalidArgument(
+                f"labels must be in 0..{self.num_classes - 1}, "
+                f"got {int(labels.min())}..{int(labels.max())}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels speak of; 0 without labels."""
+        return len(self.class_names)
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The same data with its tensors on `device`."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return ImageData(self.name, self.images.to(device), labels, self.class_names)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The images at `index`, as a network sees them.
+
+        Args:
+            index: int64 (B,), on any device.
+
+        Returns:
+            x float32 (B, C, H, W) in [−1, 1] and the labels int64 (B,) or None, both on the
+            device of the data.
+        """
+        index = index.to(self.images.device)
+        labels = None if self.labels is None else self.labels[index]
+        return to_float(self.images[index]), labels
+
+
+def to_float(u: Tensor) -> Tensor:
+    """Bytes 0..255 as float32 in [−1, 1]: x = u / 127.5 − 1."""
+    return u.float().div_(127.5).sub_(1)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Floats in [−1, 1] as bytes, rounded and clamped: the inverse of `to_float`.
+
+    Values outside [−1, 1] saturate. bfloat16 and float16 are widened first: neither can tell
+    255 levels apart after the scaling.
+    """
+    return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def batches(n: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+    """Yield index tensors for ever: permutation after permutation, cut into equal batches.
+
+    Epoch e is a permutation of 0..n−1 that depends on (seed, e) alone. Batches run on across the
+    end of an epoch, so none is short and every image is seen equally often.
+
+    Args:
+        n: number of images, at least 1.
+        batch_size: length of every batch; may exceed n.
+        seed: 0 or more.
+        start: number of batches to pass over, so that an interrupted run resumes its stream.
+
+    Returns:
+        An endless iterator of int64 (batch_size,) on the CPU.
+
+    Raises:
+        InvalidArgument: an argument is out of range.
+    """
+    n = whole_number("n", n, 1)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    seed, start = whole_number("seed", seed, 0), whole_number("start", start, 0)
+    return _batches(n, batch_size, seed, start)  # a generator would check only at its first next()
+
+
+def _batches(n: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
+    epoch, offset = divmod(start * batch_size, n)
+    pending = _permutation(n, seed, epoch)[offset:]
+    while True:
+        while len(pending) < batch_size:
+            epoch += 1
+            pending = torch.cat([pending, _permutation(n, seed, epoch)])
+        yield pending[:batch_size]
+        pending = pending[batch_size:]
+
+
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    # NumPy hashes the pair into one stream; seed + epoch would let (0, 1) and (1, 0) collide.
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))

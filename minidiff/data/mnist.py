@@ -1,0 +1,109 @@
+"""MNIST, read from its four published IDX files, gzipped or not.
+
+An IDX file is a header of big-endian 32-bit words, then bytes: a magic number 0x0000_08_0d
+(type 08 = unsigned byte, d dimensions), d sizes, and their product in bytes.
+
+Source: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits.
+"""
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.data.images import ImageData
+from minidiff.errors import DataError, one_of
+
+_PREFIX = {"train": "train", "test": "t10k"}
+_SIDE = 28
+_MAX_COUNT = 1_000_000  # bounds what a damaged header or a gzip bomb can make us read
+
+
+def load(folder: str | Path, split: str = "train") -> ImageData:
+    """Read one split from the folder that holds the published files.
+
+    Args:
+        folder: holds train-images-idx3-ubyte and its three siblings, each with or without
+            `.gz`; the spelling train-images.idx3-ubyte is also found.
+        split: "train" (60,000 images as published) or "test" (10,000).
+
+    Returns:
+        Images (N, 1, 28, 28) with labels 0..9.
+
+    Raises:
+        InvalidArgument: for another split.
+        DataError: names the file that is missing, truncated or not what it claims to be.
+    """
+    one_of("split", split, _PREFIX)
+    folder, prefix = Path(folder), _PREFIX[split]
+    image_file = find(folder, f"{prefix}-images", 3)
+    label_file = find(folder, f"{prefix}-labels", 1)
+    images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+    if images.shape[1:] != (_SIDE, _SIDE):
+        raise DataError(
+            f"{image_file}: images are {images.shape[1]}×{images.shape[2]}, "
+            f"expected {_SIDE}×{_SIDE}"
+        )
+    if len(images) != len(labels):
+        raise DataError(
+            f"{label_file}: {len(labels)} labels, "
+            f"expected {len(images)}, one for each image of {image_file.name}"
+        )
+    if len(labels) and int(labels.max()) > 9:
+        raise DataError(f"{label_file}: holds label {int(labels.max())}, expected 0..9")
+    names = tuple(str(digit) for digit in range(10))
+    return ImageData("mnist", images.unsqueeze(1), labels.long(), names)
+
+
+def find(folder: Path, stem: str, dimensions: int) -> Path:
+    """The file that holds `stem` under one of its four known names. Raises DataError."""
+    kind = f"idx{dimensions}-ubyte"
+    names = [f"{stem}{dot}{kind}{gz}" for dot in "-." for gz in ("", ".gz")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder}: no MNIST file {names[0]}[.gz] or {names[2]}[.gz] in this folder")
+
+
+def read_idx(path: Path, dimensions: int) -> Tensor:
+    """Read an IDX file of unsigned bytes with this many dimensions, to the last byte.
+
+    Raises:
+        DataError: the magic number, a size, or the length is not as declared.
+    """
+    with _open(path) as file:
+        try:
+            header = file.read(4 * (1 + dimensions))
+            if len(header) < 4 * (1 + dimensions):
+                raise DataError(f"{path}: {len(header)} bytes, too short for an IDX header")
+            magic, *shape = struct.unpack(f">{1 + dimensions}I", header)
+            if magic != 0x0800 + dimensions:
+                raise DataError(
+                    f"{path}: magic number {magic:#010x}, expected {0x0800 + dimensions:#010x} "
+                    f"(unsigned bytes, {dimensions} dimensions)"
+                )
+            if shape[0] > _MAX_COUNT or max(shape[1:], default=0) > 4096:
+                raise DataError(f"{path}: declares sizes {shape}, larger than any MNIST file")
+            length = math.prod(shape)
+            content = file.read(length + 1)  # one more, to notice what follows the end
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: truncated or damaged ({error})") from error
+    if len(content) != length:
+        found = "more" if len(content) > length else f"{len(content)}"
+        raise DataError(f"{path}: declares {shape}, so {length} bytes, but {found} follow")
+    return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
+
+
+def _open(path: Path) -> gzip.GzipFile:
+    """Open for reading. The first two bytes tell gzip from plain: names are often wrong."""
+    try:
+        with path.open("rb") as file:
+            compressed = file.read(2) == b"\x1f\x8b"
+        return gzip.open(path) if compressed else path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
