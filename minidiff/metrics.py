@@ -13,12 +13,15 @@ inception distance but neither its network nor its scale, so it must never be ca
 means as far off as the data are wide, and real held-out images show about 1.
 
 Sources: M. Heusel et al. 2017, arXiv:1706.08500, eq. 6; M. F. Naeem et al. 2020,
-arXiv:2002.09797, section 3.2.
+arXiv:2002.09797, section 3.
 """
 
 import hashlib
 import json
+import math
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,11 +29,33 @@ from torch import Tensor
 
 from minidiff import data
 from minidiff.checkpoint import load_weights, read_tensors
-from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.errors import CheckpointError, InvalidArgument, whole_number
 from minidiff.nn.classifier import FeatureNet
 
 WEIGHTS = Path(__file__).with_name("weights")
 SUMS = "SHA256SUMS"
+NEIGHBOURS = 5  # k of coverage, the value of its paper
+MAX_COVERAGE = 10_000  # images a side; the work grows with the square
+_ORDER_SEED = 0  # fixes which training images stand for the data in coverage and floor
+
+
+class Scores(NamedTuple):
+    """What a set of samples is worth; higher is better but for fd."""
+
+    accuracy: float | None  # 0..1; None for samples without intended labels
+    fd: float  # FD‰, see `frechet_distance`
+    coverage: float  # 0..1
+
+    def __str__(self) -> str:
+        legible = "–" if self.accuracy is None else f"{self.accuracy:.2%}"
+        return f"accuracy {legible}, FD {self.fd:.2f} ‰, coverage {self.coverage:.3f}"
+
+
+class Moments(NamedTuple):
+    """A Gaussian fit: mean (D,) and unbiased covariance (D, D), float64."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 def load_classifier(name: str, folder: str | Path = WEIGHTS) -> FeatureNet:
@@ -108,3 +133,193 @@ def accuracy(predicted: Tensor, intended: Tensor) -> float:
             f"and {tuple(intended.shape)}"
         )
     return (predicted == intended.to(predicted.device)).double().mean().item()
+
+
+def moments(samples: Tensor) -> Moments:
+    """Fit a Gaussian to features (N, D).
+
+    Raises:
+        InvalidArgument: fewer than 2·D samples, of which no covariance can be estimated.
+    """
+    if samples.ndim != 2 or len(samples) < 2 * samples.shape[1]:
+        raise InvalidArgument(
+            "a Fréchet distance needs features (N, D) with N ≥ 2·D, "
+            f"got {tuple(samples.shape)}: draw more samples"
+        )
+    samples = samples.double()
+    return Moments(samples.mean(dim=0), torch.cov(samples.T))
+
+
+def frechet_distance(real: Tensor | Moments, fake: Tensor | Moments) -> float:
+    """FD‰ between the Gaussian fits of two sets of features.
+
+    It is 0 for equal fits and 1000 at the distance of the whole variance of the real features:
+    that scale makes figures comparable between data sets. A finite sample of a perfect model does
+    not reach 0; compare with `Evaluator.floor`.
+
+    Args:
+        real, fake: features (N, D), or their `moments` where those are known already.
+
+    Raises:
+        InvalidArgument: too few samples, or different D.
+
+    Source: Heusel et al. 2017, arXiv:1706.08500, eq. 6, divided by tr(C_real).
+    """
+    real, fake = (x if isinstance(x, Moments) else moments(x) for x in (real, fake))
+    if real.mean.shape != fake.mean.shape:
+        raise InvalidArgument(
+            f"real and fake must have equally many features, got {len(real.mean)} and "
+            f"{len(fake.mean)}"
+        )
+    # tr (C_r·C_f)^½ = tr (S·C_f·S)^½ with S = C_r^½: the same eigenvalues, but of a symmetric
+    # matrix, so that no complex square root is ever taken.
+    root = _symmetric_root(real.covariance)
+    cross = torch.linalg.eigvalsh(root @ fake.covariance @ root).clamp(min=0).sqrt().sum()
+    shift = (real.mean - fake.mean).square().sum()
+    spread = real.covariance.trace()
+    distance = shift + spread + fake.covariance.trace() - 2 * cross
+    return 1000 * max(distance.item(), 0.0) / spread.item()  # rounding may fall below 0
+
+
+def _symmetric_root(matrix: Tensor) -> Tensor:
+    """The square root of a symmetric matrix without negative eigenvalues (but for rounding)."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def coverage(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> float:
+    """The share of real samples that have a fake one in their neighbourhood, in 0..1.
+
+    The neighbourhood of a real sample is the closed ball whose radius is the distance to its k-th
+    nearest other real sample. With as many fake as real samples of one distribution about
+    1 − 2⁻ᵏ of the balls are hit.
+
+    Args:
+        real: features (N, D), N > k.
+        fake: features (M, D).
+        k: how many real neighbours the ball reaches.
+
+    Raises:
+        InvalidArgument: k is not in 1..N−1, or there is no fake sample.
+
+    Source: Naeem et al. 2020, arXiv:2002.09797, section 3.
+    """
+    k = whole_number("k", k, 1, len(real) - 1)
+    whole_number("number of fake samples", len(fake), 1)
+    real, fake = real.double(), fake.double().to(real.device)  # float32 loses near duplicates
+    covered = 0
+    rows = max(1, 2**24 // max(len(real), len(fake)))  # 128 MiB of distances at a time
+    for start in range(0, len(real), rows):
+        centres = real[start : start + rows]
+        distances = torch.cdist(centres, real)
+        itself = torch.arange(len(centres), device=real.device)
+        distances[itself, itself + start] = math.inf
+        radius = distances.topk(k, dim=1, largest=False).values[:, -1]
+        covered += (torch.cdist(centres, fake).amin(dim=1) <= radius).sum().item()
+    return covered / len(real)
+
+
+def _stratified_order(labels: Tensor) -> Tensor:
+    """A fixed shuffle of all images, of which every stretch holds each class in its share.
+
+    Most of the variance of features lies between classes. An ordinary shuffle would add the
+    chance of the class counts to every figure, more than all the rest of its noise.
+    """
+    generator = torch.Generator().manual_seed(_ORDER_SEED)
+    position = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        shuffled = members[torch.randperm(len(members), generator=generator)]
+        position[shuffled] = (torch.arange(len(members)).double() + 0.5) / len(members)
+    return position.argsort(stable=True)
+
+
+class Evaluator:
+    """Scores samples against one data set, always by the same protocol.
+
+    The Fréchet distance is taken to the whole training set. Coverage compares as many training
+    images as there are samples, at most 10,000, drawn once by a fixed seed. Both see the classes
+    too: ask for samples in the proportions of the training labels, or that difference is
+    measured as well.
+
+    Args:
+        name: "digits" or "mnist".
+        data_dir: where mnist is, see `minidiff.data.load`.
+        device: where the classifier runs and the features stay.
+
+    Raises:
+        InvalidArgument: a data set without a shipped classifier.
+        DataError, CheckpointError: the data or the weights cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data_dir: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._net = load_classifier(name).to(device)
+        self._train = data.load(name, "train", data_dir)
+        self._test = data.load(name, "test", data_dir)
+        self._order = _stratified_order(self._train.labels)
+
+    @cached_property
+    def _reference(self) -> tuple[Tensor, Moments]:
+        """Features of all training images in the fixed order, and their moments."""
+        _, reference = features(self._net, self._train.images[self._order])
+        return reference, moments(reference)
+
+    def score(self, images: Tensor, labels: Tensor | None = None) -> Scores:
+        """Score samples.
+
+        Args:
+            images: uint8 (N, C, H, W) of the size of the data, N ≥ 2·D = 192.
+            labels: the classes the samples were asked for, int64 (N,); None if for none.
+
+        Raises:
+            InvalidArgument: dtype, shape or number do not fit.
+        """
+        self._check(images, labels)
+        predicted, fake = features(self._net, images)
+        reference, reference_moments = self._reference
+        return Scores(
+            None if labels is None else accuracy(predicted, labels),
+            frechet_distance(reference_moments, fake),
+            self._coverage(reference, fake),
+        )
+
+    def ceiling(self, n: int) -> Scores:
+        """What real held-out images score: the first n of the test split, or all if fewer."""
+        n = whole_number("n", n, 1)
+        return self.score(self._test.images[:n], self._test.labels[:n])
+
+    def floor(self, n: int) -> Scores:
+        """What n real training images score: the least FD‰ to expect of so few images.
+
+        They are drawn from the end of the fixed order, each class in its share, and apart from
+        those that coverage compares with; therefore at most half of the training set is taken.
+        """
+        n = min(whole_number("n", n, 1), len(self._train) // 2)
+        last = self._order[-n:]
+        return self.score(self._train.images[last], self._train.labels[last])
+
+    def _coverage(self, reference: Tensor, fake: Tensor) -> float:
+        n = min(len(reference), len(fake), MAX_COVERAGE)
+        # Samples may come sorted by class, so a part of them must be a random part.
+        chosen = torch.randperm(len(fake), generator=torch.Generator().manual_seed(_ORDER_SEED))[:n]
+        return coverage(reference[:n], fake[chosen.to(fake.device)])
+
+    def _check(self, images: Tensor, labels: Tensor | None) -> None:
+        shape = tuple(self._train.images.shape[1:])
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
+            raise InvalidArgument(
+                f"images must be uint8 (N, {', '.join(map(str, shape))}) like {self._train.name}, "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
+        least = 2 * self._net.head.in_features
+        if len(images) < least:
+            raise InvalidArgument(
+                f"images must be at least {least} to be scored, got {len(images)}"
+            )
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise InvalidArgument(f"labels must be ({len(images)},), got {tuple(labels.shape)}")
