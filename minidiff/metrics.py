@@ -36,6 +36,7 @@ WEIGHTS = Path(__file__).with_name("weights")
 SUMS = "SHA256SUMS"
 NEIGHBOURS = 5  # k of coverage, the value of its paper
 MAX_COVERAGE = 10_000  # images a side; the work grows with the square
+_MAX_DISTANCES = 2**24  # held at a time: 128 MiB
 _ORDER_SEED = 0  # fixes which training images stand for the data in coverage and floor
 
 
@@ -81,10 +82,15 @@ def load_classifier(name: str, folder: str | Path = WEIGHTS) -> FeatureNet:
             f"{path}: SHA-256 is {found[:12]}…, expected {expected[:12]}…; figures measured with "
             "other weights cannot be compared"
         )
-    with safe_open(path, framework="pt") as file:
-        net = FeatureNet(**json.loads(file.metadata()["architecture"]))
+    net = FeatureNet(**json.loads(read_metadata(path)["architecture"]))
     load_weights(net, read_tensors(path), path)
     return net.to(memory_format=torch.channels_last).eval()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `train_classifier` wrote beside the weights: data, test_accuracy, seed, …"""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 def sha256(path: Path) -> str:
@@ -208,7 +214,7 @@ def coverage(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> float:
     whole_number("number of fake samples", len(fake), 1)
     real, fake = real.double(), fake.double().to(real.device)  # float32 loses near duplicates
     covered = 0
-    rows = max(1, 2**24 // max(len(real), len(fake)))  # 128 MiB of distances at a time
+    rows = max(1, _MAX_DISTANCES // max(len(real), len(fake)))
     for start in range(0, len(real), rows):
         centres = real[start : start + rows]
         distances = torch.cdist(centres, real)

@@ -55,7 +55,7 @@ def load(
         from minidiff.data import mnist
 
         return mnist.load(_mnist_folder(data_dir), split)
-    if not Path(name).is_dir():
+    if not (isinstance(name, str | Path) and name and Path(name).is_dir()):  # Path("") is "."
         raise InvalidArgument(
             f"data must be one of {', '.join(NAMES)}, or the path of an existing folder of "
             f"images; got {str(name)!r}"
@@ -76,4 +76,5 @@ def _mnist_folder(data_dir: str | Path | None) -> Path:
     folder = Path(given)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder, expected the IDX files of MNIST in it")
-    return folder / "mnist" if (folder / "mnist").is_dir() else folder
+    inside = folder / "mnist"
+    return inside if inside.is_dir() and not any(folder.glob("*-ubyte*")) else folder

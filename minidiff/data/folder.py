@@ -156,8 +156,14 @@ def _pixels(path: Path, mode: str, size: tuple[int, int]) -> Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
             image = image.convert(mode)
             if image.size != size:
-                image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+                image = _central_square(image).resize(size, Image.Resampling.LANCZOS)
             pixels = np.array(image, dtype=np.uint8)
     except Exception as error:  # as in _header
         raise DataError(f"{path}: truncated or damaged ({error})") from error
     return torch.from_numpy(pixels.reshape(size[1], size[0], len(mode))).permute(2, 0, 1)
+
+
+def _central_square(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
