@@ -89,20 +89,26 @@ def warp(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x + 1, grid, align_corners=False) - 1  # outside is 0 before the − 1
 
 
-def train(net: FeatureNet, images: ImageData, recipe: Recipe) -> FeatureNet:
-    """Train `net` in place and return the moving average of its weights, in eval mode.
+def architecture(images: ImageData) -> dict[str, int]:
+    """The arguments of a FeatureNet for these images. Raises InvalidArgument without labels."""
+    if images.labels is None:
+        raise InvalidArgument(f"data {images.name} has no labels to classify by")
+    return {"channels": images.images.shape[1], "num_classes": images.num_classes}
+
+
+def train(images: ImageData, recipe: Recipe) -> FeatureNet:
+    """Train a classifier and return the moving average of its weights, in eval mode.
 
     Args:
-        net, images: on one device.
+        images: with labels; the work is done on their device.
 
     Raises:
         InvalidArgument: the images have no labels.
         TrainingError: the loss is not finite.
     """
-    if images.labels is None:
-        raise InvalidArgument(f"data {images.name} has no labels to classify by")
     device = images.images.device
-    net.to(memory_format=torch.channels_last).train()
+    torch.manual_seed(recipe.seed)
+    net = FeatureNet(**architecture(images)).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(net).eval()
     per_epoch = math.ceil(len(images) / recipe.batch_size)
     steps = recipe.epochs * per_epoch
@@ -170,17 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.epochs, given.batch_size, given.learning_rate, given.seed, given.precision
         )
         images = data.load(given.data, "train", given.data_dir).to(given.device)
-        architecture = {"channels": images.images.shape[1], "num_classes": images.num_classes}
-        torch.manual_seed(recipe.seed)
-        net = FeatureNet(**architecture).to(given.device)
-        average = train(net, images, recipe)
+        average = train(images, recipe)
         held_out = data.load(given.data, "test", given.data_dir)
         predicted, _ = metrics.features(average, held_out.images)
         accuracy = metrics.accuracy(predicted, held_out.labels)
         metadata = {
             "data": images.name,
             "test_accuracy": f"{accuracy:.4f}",
-            "architecture": json.dumps(architecture),
+            "architecture": json.dumps(architecture(images)),
             **{name: str(value) for name, value in vars(recipe).items()},
         }
         write_tensors(given.out, average.state_dict(), metadata)

@@ -11,6 +11,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
 
 
-def _open(path: Path) -> gzip.GzipFile:
+def _open(path: Path) -> BinaryIO:
     """Open for reading. The first two bytes tell gzip from plain: names are often wrong."""
     try:
         with path.open("rb") as file:
