@@ -9,10 +9,11 @@ Need", https://arxiv.org/abs/1706.03762; for images Ho et al. 2020, "Denoising D
 Probabilistic Models", https://arxiv.org/abs/2006.11239, appendix B.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.nn.layers import Divide, GroupNorm
+from minidiff.nn.layers import Divide, GroupNorm, widened
 
 
 class Attention(nn.Module):
@@ -50,7 +51,8 @@ class Attention(nn.Module):
             project(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        # Every backend of this call keeps the softmax in float32, whatever the dtype of q.
-        out = F.scaled_dot_product_attention(q, k, v)  # eq. 1, (B, heads, positions, head_dim)
-        out = self.to_out[0](out.transpose(1, 2).flatten(2))
+        # Autocast would narrow what was just widened; it has no say in the softmax.
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(widened(q), widened(k), widened(v))  # eq. 1
+        out = self.to_out[0](out.to(q.dtype).transpose(1, 2).flatten(2))  # (B, positions, C)
         return self.rescale(x + out.transpose(1, 2).unflatten(2, x.shape[2:]))
