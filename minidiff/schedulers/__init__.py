@@ -1,0 +1,19 @@
+"""Samplers, one file a paper; `base.py` is what they share, `quirks.py` where diffusers departs."""
+
+from minidiff.schedulers.base import Scheduler, SchedulerOutput
+from minidiff.schedulers.ddim import DDIMScheduler
+from minidiff.schedulers.ddpm import DDPMScheduler
+from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
+
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
+}
+
+__all__ = [
+    "SCHEDULERS",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "Scheduler",
+    "SchedulerOutput",
+]

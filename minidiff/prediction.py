@@ -1,0 +1,116 @@
+"""What the network predicts is a row: out = p·x0 + q·ε.
+
+Together with x = α·x0 + σ·ε a row gives two equations for two unknowns, so one 2×2 solve turns
+any prediction into (x0, ε):
+
+    type           p    q    source
+    epsilon        0    1    DDPM, arXiv:2006.11239, eq. 14
+    sample         1    0    the clean image itself
+    v_prediction  −σ    α    Salimans & Ho 2022, arXiv:2202.00512, appendix D
+    flow          −1    1    Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, arXiv:2209.03003
+
+This is the only place that knows prediction types.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument, one_of
+from minidiff.schedule import Level
+
+_ROWS: dict[str, Callable[[Level], tuple]] = {
+    "epsilon": lambda level: (0.0, 1.0),
+    "sample": lambda level: (1.0, 0.0),
+    "v_prediction": lambda level: (-level.sigma, level.alpha),
+    "flow": lambda level: (-1.0, 1.0),
+}
+PREDICTION_TYPES = tuple(_ROWS)
+
+
+def row(prediction_type: str, level: Level) -> tuple:
+    """(p, q) of out = p·x0 + q·ε at this level. Raises InvalidArgument for another type."""
+    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    return _ROWS[prediction_type](level)
+
+
+def target(x0: Tensor, eps: Tensor, level: Level, prediction_type: str) -> Tensor:
+    """What the network should output for x = α·x0 + σ·ε.
+
+    Args:
+        x0, eps: clean sample and the noise added to it, (B, C, *space).
+        level: α and σ, floats or tensors that broadcast over (B, 1, …).
+        prediction_type: "epsilon", "sample", "v_prediction" or "flow".
+    Raises:
+        InvalidArgument: for another prediction type.
+    """
+    p, q = row(prediction_type, level)
+    return _combine(p, x0, q, eps)
+
+
+def split(out: Tensor, x: Tensor, level: Level, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """The clean sample and the noise that the network's output implies.
+
+    Args:
+        out, x: network output and noisy sample, (B, C, *space).
+        level: α and σ of x, as in `target`.
+        prediction_type: as in `target`.
+    Returns:
+        (x0, ε), each (B, C, *space), with α·x0 + σ·ε = x and p·x0 + q·ε = out.
+    Raises:
+        InvalidArgument: another prediction type, or a level at which the output says nothing of
+            x0 or ε: "epsilon" at α = 0 (pure noise), "sample" at σ = 0 (clean).
+    """
+    p, q = row(prediction_type, level)
+    determinant = q * level.alpha - p * level.sigma
+    if isinstance(determinant, float):
+        if determinant == 0:
+            raise InvalidArgument(
+                f"prediction_type {prediction_type!r} does not determine x0 and noise at "
+                f"alpha={level.alpha:g}, sigma={level.sigma:g}"
+            )
+        if abs(determinant - 1) < 2e-7:
+            determinant = 1.0  # α² + σ² of a float32 table, whose rounding is not meant
+    x0 = out if _is(q, 0) else _over(_combine(q, x, -level.sigma, out), determinant)
+    eps = out if _is(p, 0) else _over(_combine(level.alpha, out, -p, x), determinant)
+    return x0, eps
+
+
+def _is(scalar: float | Tensor, value: float) -> bool:
+    """Whether a host-side scalar has this value; a tensor is never asked (that would sync)."""
+    return isinstance(scalar, float) and scalar == value
+
+
+def _combine(a: float | Tensor, u: Tensor, b: float | Tensor, v: Tensor) -> Tensor:
+    """a·u + b·v without the passes over memory that a host-side 0 or 1 would waste."""
+    if _is(b, 0):
+        return u if _is(a, 1) else a * u
+    if _is(a, 0):
+        return v if _is(b, 1) else b * v
+    return (u if _is(a, 1) else a * u) + b * v
+
+
+def _over(numerator: Tensor, denominator: float | Tensor) -> Tensor:
+    return numerator if _is(denominator, 1) else numerator / denominator
+
+
+def clip(x0: Tensor, limit: float) -> Tensor:
+    """Clamp a predicted clean sample to [−limit, limit], the range of the data."""
+    return x0.clamp(-limit, limit)
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Clamp each image to its own percentile and rescale to [−1, 1].
+
+    s is the `ratio` quantile of |x0| per image, limited to [1, max_value]; the result is
+    clamp(x0, −s, s)/s (Saharia et al. 2022, arXiv:2205.11487, section 2.3).
+
+    Args:
+        x0: (B, C, *space), any floating dtype; 16-bit types are computed in float32.
+        ratio: quantile in (0, 1].
+        max_value: upper limit of s, at least 1.
+    """
+    wide = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1)
+    s = torch.quantile(wide.abs(), ratio, dim=1, keepdim=True).clamp(1, max_value)
+    return (wide.clamp(-s, s) / s).view(x0.shape).to(x0.dtype)

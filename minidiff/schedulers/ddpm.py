@@ -1,0 +1,98 @@
+"""DDPM: ancestral sampling from the posterior of the forward process.
+
+Given x0, one forward step can be undone exactly: q(x_s | x_t, x0) is Gaussian, for any s < t. The
+network supplies x0 and the step draws from that Gaussian.
+
+Source: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument
+from minidiff.noise import Generators
+from minidiff.schedule import Level
+from minidiff.schedulers.base import Scheduler, SchedulerOutput
+
+
+class DDPMScheduler(Scheduler):
+    """Ancestral sampling; stochastic, best with hundreds of steps.
+
+    Args are diffusers' (same names, same defaults). `variance_type` is the variance of the
+    reverse step: "fixed_small" is the posterior's β̃, "fixed_large" the forward step's β,
+    "learned_range" an interpolation by the network's second half of the channels (Nichol &
+    Dhariwal 2021, arXiv:2102.09672, eq. 15). diffusers' "fixed_large_log" and "learned" give NaN
+    there and are refused here. `compat` is "diffusers" or "exact", see `quirks.py`.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One step, see `Scheduler.step`. With "learned_range" model_output has 2·C channels."""
+        interpolation = None
+        if self.config.variance_type == "learned_range":
+            if model_output.shape[1] != 2 * sample.shape[1]:
+                raise InvalidArgument(
+                    f"model_output must have {2 * sample.shape[1]} channels for variance_type "
+                    f"'learned_range', got {model_output.shape[1]}"
+                )
+            model_output, interpolation = model_output.chunk(2, dim=1)
+        return self._step(
+            model_output, timestep, sample, generator, None,
+            return_dict=return_dict, interpolation=interpolation,
+        )  # fmt: skip
+
+    def update(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        eps: Tensor,
+        now: Level,
+        nxt: Level,
+        noise: Callable[[], Tensor],
+        *,
+        interpolation: Tensor | None,
+    ) -> Tensor:
+        beta = now.variance_since(nxt)
+        mean = (
+            nxt.alpha * beta / now.sigma**2 * x0
+            + now.alpha / nxt.alpha * nxt.sigma**2 / now.sigma**2 * x
+        )  # DDPM eq. 7
+        if nxt.sigma == 0 and not self.reading.adds_noise_at_the_end(now, self.level(0)):
+            return mean
+        small = max(nxt.sigma**2 / now.sigma**2 * beta, 1e-20)  # DDPM eq. 7, β̃
+        if interpolation is not None:
+            fraction = (interpolation + 1) / 2
+            log_variance = fraction * math.log(beta) + (1 - fraction) * math.log(small)
+            return mean + torch.exp(0.5 * log_variance) * noise()  # Nichol & Dhariwal eq. 15
+        variance = beta if self.config.variance_type == "fixed_large" else small
+        return mean + math.sqrt(variance) * noise()

@@ -1,0 +1,186 @@
+"""Where diffusers departs from the paper or the mathematics: each place named, both readings.
+
+A scheduler never asks which reading it has. Its equations are the exact ones, and at the few
+places where diffusers (0.42.1) does something else they call a method of `self.reading`. `Exact`
+is the paper; `Diffusers` overrides what differs, one method a quirk, the cause in its docstring.
+`compat="exact"` and `compat="diffusers"` choose between the two.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument
+from minidiff.schedule import CLEAN, Level, NoiseSchedule
+
+
+class Exact:
+    """The paper and the mathematics, in float64."""
+
+    dtype = torch.float64
+
+    def timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
+        """n distinct training steps in [0, last), from the noisiest down to (near) 0.
+
+        "linspace" and "leading" can hold step 0, "trailing" ends one stride above the data (Lin
+        et al. 2023, arXiv:2305.08891, table 2).
+        """
+        if spacing == "linspace":
+            return np.linspace(last - 1, 0, n).round()
+        if spacing == "leading":
+            return (np.arange(n) * (last // n))[::-1] + offset
+        return np.round(last - np.arange(n) * (last / n)) - 1
+
+    def solver_timesteps(
+        self, spacing: str, n: int, last: int, offset: int, steps: int
+    ) -> np.ndarray:
+        """As `timesteps`, but n + 1 points of which the last, step 0, is left to the data.
+
+        A solver ends at the data (or at σ_min) itself; a visit to step 0 would be wasted. `last` is
+        below `steps`, the number of training steps, when low λ are clipped.
+        """
+        if spacing == "trailing":
+            return self.timesteps(spacing, n, last, offset)
+        return self.timesteps(spacing, min(n + 1, last), last, offset)[:n]
+
+    def table(self, schedule: NoiseSchedule) -> list[Level]:
+        """The level of every training step (DDPM, DDIM)."""
+        return schedule.levels()
+
+    def solver_table(self, schedule: NoiseSchedule) -> list[Level]:
+        """The level of every training step (DPM-Solver)."""
+        return schedule.levels()
+
+    def clean(self) -> Level:
+        """The level of the data: α = 1, σ = 0."""
+        return CLEAN
+
+    def ddim_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+        """The levels that DDIM steps between: this entry of the grid and the next."""
+        return scheduler.grid_levels(t)
+
+    def adds_noise_at_the_end(self, now: Level, first: Level) -> bool:
+        """DDPM algorithm 1, line 3: z = 0 in the last step."""
+        return False
+
+    def solver_sample(self, x: Tensor) -> Tensor:
+        """The dtype in which a solver does its arithmetic: float32, or the sample's if wider."""
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def phi3(self, k: int, h: float, phi2: float) -> float:
+        """The weight of the second divided difference in third-order DPM-Solver++.
+
+        k·∫₀ʰ e^{−k(h−u)} (u/h)² du = 1 − 2·φ₂/(k·h), by parts.
+        """
+        return 1 - 2 * phi2 / (k * h)
+
+
+class RoundedLevel(Level):
+    """A level whose derived quantities are rounded as diffusers' float32 tensors are."""
+
+    lam = math.nan  # set for every instance by Diffusers.solver_table
+    alpha_bar = math.nan  # set for every instance by Diffusers.table
+
+    def variance_since(self, cleaner: "RoundedLevel") -> float:
+        """1 − ᾱ_t/ᾱ_s in float32, which keeps three digits of a β of 1e-4."""
+        ratio = np.float32(self.alpha_bar) / np.float32(cleaner.alpha_bar)
+        return float(np.float32(1) - ratio)
+
+
+class Diffusers(Exact):
+    """What diffusers 0.42.1 computes, number for number."""
+
+    dtype = torch.float32
+
+    def timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
+        """ "trailing" strides in floating point: for 62 of the 1000 n at T = 1000 it yields n + 1
+        entries, the last of them −1. "linspace" with n = 1 starts at step 0 instead of T − 1.
+        """
+        if spacing == "linspace":
+            return np.linspace(0, last - 1, n).round()[::-1]
+        if spacing == "trailing":
+            return self._trailing(n, last, last)
+        return super().timesteps(spacing, n, last, offset)
+
+    def solver_timesteps(
+        self, spacing: str, n: int, last: int, offset: int, steps: int
+    ) -> np.ndarray:
+        """n + 1 points even when n = T: "linspace" then repeats a step, "leading" repeats 0, and
+        both are refused. "trailing" keeps the stride T/n below `last`, so it yields fewer steps.
+        """
+        if spacing == "linspace":
+            return np.linspace(0, last - 1, n + 1).round()[::-1][:-1]
+        if spacing == "leading":
+            return (np.arange(n + 1) * (last // (n + 1)))[::-1][:-1] + offset
+        return self._trailing(n, last, steps)
+
+    def _trailing(self, n: int, last: int, steps: int) -> np.ndarray:
+        grid = np.round(np.arange(last, 0, -steps / n)) - 1
+        if grid[-1] < 0:
+            raise InvalidArgument(
+                f"num_inference_steps={n} with timestep_spacing='trailing' gives {len(grid)} "
+                f"timesteps ending in {grid[-1]:.0f} in diffusers; use another number of steps, "
+                "another spacing, or compat='exact'"
+            )
+        return grid
+
+    def table(self, schedule: NoiseSchedule) -> list[Level]:
+        """ᾱ is a float32 table, and 1 − ᾱ_t/ᾱ_s is taken in float32."""
+        levels = [RoundedLevel(*level) for level in schedule.levels()]
+        for level, alpha_bar in zip(levels, schedule.alpha_bar.tolist(), strict=True):
+            level.alpha_bar = alpha_bar
+        return levels
+
+    def solver_table(self, schedule: NoiseSchedule) -> list[Level]:
+        """Levels are recomputed in float32 from σ/α; zero terminal SNR is replaced by ᾱ = 2⁻²⁴."""
+        alpha_bar = schedule.alpha_bar.clone()
+        if alpha_bar[-1] == 0:
+            alpha_bar[-1] = 2**-24
+        ratio = ((1 - alpha_bar) / alpha_bar) ** 0.5
+        alpha = 1 / (ratio**2 + 1) ** 0.5
+        return _rounded(alpha, ratio * alpha)
+
+    def clean(self) -> Level:
+        level = _rounded(torch.ones(1), torch.zeros(1))[0]
+        level.alpha_bar = 1.0
+        return level
+
+    def ddim_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+        """DDIM steps to t − T//n, which is the grid's next entry only for "leading" spacing, and
+        for "trailing" when n divides T.
+        """
+        nxt = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        now = scheduler.level(t)
+        return now, scheduler.level(nxt) if nxt >= 0 else scheduler.final_level
+
+    def adds_noise_at_the_end(self, now: Level, first: Level) -> bool:
+        """DDPM asks whether t > 0, not whether the step is the last: a grid that ends above step 0
+        ends with noise (of variance 1e-20, or β for variance_type "fixed_large").
+        """
+        return now.sigma > first.sigma
+
+    def solver_sample(self, x: Tensor) -> Tensor:
+        """DPM-Solver rounds a float64 sample to float32 in every step."""
+        return x.to(torch.float32)
+
+    def phi3(self, k: int, h: float, phi2: float) -> float:
+        """The second difference lacks a factor 2, in the reference code too, so order 3 converges
+        at order 2; the SDE's term has the wrong sign besides: φ₃/2 − 1. Taken in float32, where
+        small steps cancel, which the differences of noisy x̂0 do feel.
+        """
+        one, kh = np.float32(1), np.float32(k) * np.float32(h)
+        left = (one - np.float32(math.exp(-kh)) - kh) / kh**2
+        return float(left + np.float32(0.5)) if k == 1 else float(left - np.float32(0.5))
+
+
+def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:
+    lams = (torch.log(alpha) - torch.log(sigma)).tolist()
+    levels = [RoundedLevel(*pair) for pair in zip(alpha.tolist(), sigma.tolist(), strict=True)]
+    for level, lam in zip(levels, lams, strict=True):
+        level.lam = lam
+    return levels
+
+
+READINGS: dict[str, Exact] = {"exact": Exact(), "diffusers": Diffusers()}
