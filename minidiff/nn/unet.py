@@ -43,7 +43,7 @@ from minidiff.nn.layers import (
     Upsample,
 )
 from minidiff.nn.model import Config, Model
-from minidiff.nn.unet_config import DOWN_BLOCKS, UP_BLOCKS, UNetConfig
+from minidiff.nn.unet_config import UNetConfig
 
 
 class UNet(Model):
@@ -68,7 +68,7 @@ class UNet(Model):
         if unknown := sorted(config.keys() - set(known)):
             raise InvalidArgument(f"{unknown[0]} must be one of {', '.join(known)}")
         c = UNetConfig(**config)
-        self.config, self.dims = _written(c), c.dims
+        self.config, self.dims, self.smallest_side = _written(c), c.dims, c.smallest_side
 
         conv, channels = CONVOLUTIONS[c.dims], c.block_out_channels
         levels = range(len(channels))
@@ -82,13 +82,6 @@ class UNet(Model):
         self.up_blocks = nn.ModuleList(UpBlock(c, level) for level in reversed(levels))
         self.conv_norm_out = GroupNorm(c.norm_num_groups, channels[0], c.norm_eps, nn.SiLU())
         self.conv_out = conv(channels[0], c.out_channels, 3, padding=1)
-        # A side is halved once between levels. Stride-2 convolutions round up and can halve a
-        # side of 1; whatever rounds down needs something left at the last level.
-        rounds_up = c.downsample_padding == 1 and all(
-            "resnet" not in (resize, resize == "option" and c.downsample_type)
-            for _, resize in (DOWN_BLOCKS[name] for name in c.down_block_types)
-        )
-        self.smallest_side = 1 if rounds_up else 2 ** (len(channels) - 1)
 
     def forward(
         self,
@@ -125,11 +118,14 @@ class UNet(Model):
 
     def _checked_times(self, sample: Tensor, timestep: int | float | Tensor) -> Tensor:
         """Refuse bad input by name; return the times, (B,) on the sample's device."""
-        c = self.config
-        rank, sides = self.dims + 2, tuple(sample.shape[2:])
-        if sample.dim() != rank or sample.shape[1] != c.in_channels or not len(sample):
+        if not isinstance(sample, Tensor):
+            raise InvalidArgument(f"sample must be a tensor, got {type(sample).__name__}")
+        if not sample.is_floating_point():
+            raise InvalidArgument(f"sample must be floating point, got {sample.dtype}")
+        entering, sides = self.config.in_channels, tuple(sample.shape[2:])
+        if len(sides) != self.dims or sample.shape[1] != entering or not len(sample):
             raise InvalidArgument(
-                f"sample must have shape (B, {c.in_channels}{', side' * (rank - 2)}), "
+                f"sample must have shape (B, {entering}{', side' * self.dims}), "
                 f"got {tuple(sample.shape)}"
             )
         if min(sides) < self.smallest_side:
@@ -151,13 +147,13 @@ class DownBlock(nn.Module):
     def __init__(self, c: UNetConfig, level: int):
         super().__init__()
         before, width = c.block_out_channels[max(level - 1, 0)], c.block_out_channels[level]
-        attends, resize = DOWN_BLOCKS[c.down_block_types[level]]
+        attends, resize = c.down_level(level)
         inputs = [before] + (c.layers_per_block - 1) * [width]
         self.resnets = nn.ModuleList(_resnet(c, entering, width) for entering in inputs)
         self.attentions = nn.ModuleList(_attention(c, width, attends) for _ in inputs)
         self.downsamplers = nn.ModuleList()
         if level < len(c.block_out_channels) - 1:
-            if (c.downsample_type if resize == "option" else resize) == "conv":
+            if resize == "conv":
                 self.downsamplers.append(Downsample(c.dims, width, c.downsample_padding))
             else:
                 self.downsamplers.append(_resnet(c, width, width, resize=Halve(c.dims)))
@@ -211,7 +207,7 @@ class UpBlock(nn.Module):
         super().__init__()
         channels, last = c.block_out_channels, len(c.block_out_channels) - 1
         width, below, above = channels[level], channels[min(level + 1, last)], channels[level - 1]
-        attends, resize = UP_BLOCKS[c.up_block_types[last - level]]
+        attends, resize = c.up_level(level)
         # The stack gives back this level's own results and then what entered the level.
         entering = [below] + c.layers_per_block * [width]
         skipping = c.layers_per_block * [width] + [above if level else width]
@@ -221,7 +217,7 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(_attention(c, width, attends) for _ in entering)
         self.upsamplers = nn.ModuleList()
         if level > 0:
-            if (c.upsample_type if resize == "option" else resize) == "conv":
+            if resize == "conv":
                 self.upsamplers.append(Upsample(c.dims, width))
             else:
                 self.upsamplers.append(_resnet(c, width, width, resize=Grow()))

@@ -74,6 +74,29 @@ class UNetConfig:
         """Width of the embedding that every block is told."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
+    def down_level(self, level: int) -> tuple[bool, str]:
+        """Whether a level of the down path has attention, and what halves it: conv or resnet."""
+        attends, resize = DOWN_BLOCKS[self.down_block_types[level]]
+        return attends, self.downsample_type if resize == "option" else resize
+
+    def up_level(self, level: int) -> tuple[bool, str]:
+        """The same of the up path, whose block types are listed from the smallest size up."""
+        attends, resize = UP_BLOCKS[self.up_block_types[-1 - level]]
+        return attends, self.upsample_type if resize == "option" else resize
+
+    @property
+    def smallest_side(self) -> int:
+        """The least side that the levels can halve.
+
+        Convolutions with padding 1 round up and can halve a side of 1; whatever rounds down
+        needs something left at the last level.
+        """
+        halvings = range(len(self.block_out_channels) - 1)
+        rounds_up = self.downsample_padding == 1
+        if rounds_up and all(self.down_level(level)[1] == "conv" for level in halvings):
+            return 1
+        return 2 ** len(halvings)
+
     def _check_values(self) -> None:
         whole_number("dims", self.dims, 1, 3)
         whole_number("in_channels", self.in_channels, 1, 4096)
@@ -126,12 +149,15 @@ class UNetConfig:
                 whole_number("attention_head_dim", self.attention_head_dim, 1, smallest)
 
     def _attended(self) -> list[int]:
-        """Channels of every level that has attention."""
-        blocks = [DOWN_BLOCKS[name] for name in self.down_block_types]
-        blocks_up = [UP_BLOCKS[name] for name in reversed(self.up_block_types)]
-        levels = zip(self.block_out_channels, blocks, blocks_up, strict=True)
-        middle = [self.block_out_channels[-1]] if self.mid_block_type and self.add_attention else []
-        return [channels for channels, down, up in levels if down[0] or up[0]] + middle
+        """Channels of every place that has attention."""
+        attended = [
+            channels
+            for level, channels in enumerate(self.block_out_channels)
+            if self.down_level(level)[0] or self.up_level(level)[0]
+        ]
+        if self.mid_block_type and self.add_attention:
+            attended.append(self.block_out_channels[-1])
+        return attended
 
     def _check_time_and_classes(self) -> None:
         one_of("time_embedding_type", self.time_embedding_type, ("positional", "fourier"))
