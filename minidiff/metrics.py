@@ -69,7 +69,8 @@ def load_classifier(name: str, folder: str | Path = WEIGHTS) -> FeatureNet:
     if name not in data.NAMES:
         raise InvalidArgument(
             f"metrics exist for {' and '.join(data.NAMES)}, not for {str(name)!r}: they need a "
-            "classifier of that data set; train one with python -m minidiff.train_classifier"
+            "classifier of that data; python -m minidiff.train_classifier trains one, whose "
+            "features frechet_distance() and coverage() take"
         )
     path = Path(folder) / f"{name}.safetensors"
     expected = read_digests(path.with_name(SUMS)).get(path.name)
@@ -295,9 +296,13 @@ class Evaluator:
         )
 
     def ceiling(self, n: int) -> Scores:
-        """What real held-out images score: the first n of the test split, or all if fewer."""
-        n = whole_number("n", n, 1)
-        return self.score(self._test.images[:n], self._test.labels[:n])
+        """What real held-out images score: n of the test split, or all if it has fewer.
+
+        They too are drawn in a fixed order: the first half of MNIST's test file is known to be
+        the easier one.
+        """
+        chosen = _stratified_order(self._test.labels)[: whole_number("n", n, 1)]
+        return self.score(self._test.images[chosen], self._test.labels[chosen])
 
     def floor(self, n: int) -> Scores:
         """What n real training images score: the least FD‰ to expect of so few images.

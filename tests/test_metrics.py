@@ -1,0 +1,258 @@
+"""Metrics: closed forms, brute force, the shipped classifiers, and what each figure notices."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from minidiff import data, metrics, train_classifier
+from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.metrics import Evaluator, Moments, coverage, frechet_distance, moments
+from minidiff.nn.classifier import FeatureNet
+
+
+def _normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _rotation(d, seed=0):
+    return torch.linalg.qr(_normal(d, d, seed=seed)).Q
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    mean, a, b = (
+        torch.tensor([3.0, 0.0, -4.0]),
+        torch.tensor([1.0, 4, 9]),
+        torch.tensor([4.0, 4, 1]),
+    )
+    real = Moments(torch.zeros(3).double(), a.diag().double())
+    fake = Moments(mean.double(), b.diag().double())
+    exact = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()  # 25 + 1 + 0 + 4
+    assert frechet_distance(real, fake) == pytest.approx(1000 * exact.item() / 14, rel=1e-12)
+
+
+def test_frechet_distance_of_equal_samples_is_zero_and_of_a_shift_its_square():
+    x = _normal(500, 8) @ _normal(8, 8, seed=1)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x.flip(0)) == pytest.approx(0, abs=1e-6)
+    expected = 1000 * 8 * 0.25 / moments(x).covariance.trace().item()
+    assert frechet_distance(x, x + 0.5) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_does_not_change_under_a_rotation_and_a_common_scale():
+    x, y = _normal(400, 6), _normal(300, 6, seed=1) * torch.arange(1, 7) + 1
+    turned = _rotation(6)
+    assert frechet_distance(7 * x @ turned, 7 * y @ turned) == pytest.approx(frechet_distance(x, y))
+
+
+def test_frechet_distance_of_matrices_that_do_not_commute_is_that_of_a_general_square_root():
+    one, two = (_normal(5, 5, seed=s) for s in (1, 2))
+    a, b = one @ one.T, two @ two.T
+    values = torch.linalg.eigvals(a @ b)  # of a product of the two: real and ≥ 0, not symmetric
+    exact = (a.trace() + b.trace() - 2 * values.sqrt().real.sum()) / a.trace()
+    zero = torch.zeros(5).double()
+    found = frechet_distance(Moments(zero, a), Moments(zero, b))
+    assert found == pytest.approx(1000 * exact.item(), rel=1e-9)
+
+
+def test_frechet_distance_refuses_too_few_samples_and_other_features():
+    with pytest.raises(InvalidArgument, match=r"2·D"):
+        frechet_distance(_normal(11, 6), _normal(100, 6))
+    with pytest.raises(InvalidArgument, match="equally many"):
+        frechet_distance(_normal(100, 6), _normal(100, 5))
+
+
+def test_coverage_of_points_on_a_line_is_what_one_counts_by_hand():
+    real = torch.tensor([[0.0], [1.0], [3.0], [10.0]])  # radii for k = 1: 1, 1, 2, 7
+    assert coverage(real, torch.tensor([[0.5]]), k=1) == 0.5  # 0 and 1 see it
+    assert coverage(real, torch.tensor([[1.5]]), k=1) == 0.5  # 1 and 3 see it
+    assert coverage(real, torch.tensor([[20.0]]), k=1) == 0
+    assert coverage(real, torch.tensor([[3.0]]), k=1) == 0.5  # on the edge of the ball of 10
+    assert coverage(real, torch.tensor([[16.0], [0.0]]), k=1) == 0.75
+    assert coverage(real, real, k=1) == 1
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_coverage_in_chunks_is_brute_force(k, monkeypatch):
+    monkeypatch.setattr(metrics, "_MAX_DISTANCES", 130 * 50)  # chunks of 50, 50 and 30 rows
+    real, fake = _normal(130, 4), _normal(70, 4, seed=1) + 0.5
+    covered = 0
+    for i in range(len(real)):
+        others = sorted((real[i] - real[j]).norm().item() for j in range(len(real)) if j != i)
+        covered += min((real[i] - y).norm().item() for y in fake) <= others[k - 1]
+    assert coverage(real, fake, k) == covered / len(real)
+
+
+def test_coverage_of_equal_distributions_is_the_expected_one():
+    shares = [coverage(_normal(1000, 3, seed=s), _normal(1000, 3, seed=s + 50)) for s in range(4)]
+    assert sum(shares) / 4 == pytest.approx(1 - 2**-5, abs=0.01)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_coverage_refuses_a_neighbour_that_does_not_exist(k):
+    with pytest.raises(InvalidArgument, match=r"k must be in 1\.\.2"):
+        coverage(_normal(3, 2), _normal(3, 2), k)
+
+
+def test_accuracy_is_the_share_of_equal_labels():
+    assert metrics.accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 4])) == 0.75
+    with pytest.raises(InvalidArgument):
+        metrics.accuracy(torch.tensor([1]), torch.tensor([1, 2]))
+
+
+def test_features_do_not_depend_on_the_batch_size():
+    net, images = metrics.load_classifier("digits"), data.load("digits", "test").images[:50]
+    labels, rows = metrics.features(net, images)
+    other_labels, other_rows = metrics.features(net, images, batch_size=7)
+    assert torch.equal(labels, other_labels)
+    assert torch.allclose(rows, other_rows, atol=1e-5)
+    assert rows.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", data.NAMES)
+def test_shipped_weights_are_small(name):
+    path = metrics.WEIGHTS / f"{name}.safetensors"
+    assert path.stat().st_size < 1_000_000
+    assert sum(p.numel() for p in metrics.load_classifier(name).parameters()) <= 240_000
+
+
+def _stated_and_measured_accuracy(name, data_dir=None):
+    test = data.load(name, "test", data_dir)
+    predicted, _ = metrics.features(metrics.load_classifier(name), test.images)
+    stated = metrics.read_metadata(metrics.WEIGHTS / f"{name}.safetensors")["test_accuracy"]
+    return float(stated), metrics.accuracy(predicted, test.labels)
+
+
+def test_the_digits_classifier_reaches_its_stated_accuracy():
+    stated, measured = _stated_and_measured_accuracy("digits")
+    assert measured == pytest.approx(stated, abs=6e-4)  # one image may tip over elsewhere
+    assert measured >= 0.995
+
+
+@pytest.mark.skipif("MINIDIFF_DATA" not in os.environ, reason="MINIDIFF_DATA names no MNIST folder")
+def test_the_mnist_classifier_reaches_its_stated_accuracy():
+    stated, measured = _stated_and_measured_accuracy("mnist")
+    assert measured == pytest.approx(stated, abs=3e-4)
+    assert measured >= 0.994
+
+
+def test_weights_that_were_tampered_with_are_refused(tmp_path):
+    folder = shutil.copytree(metrics.WEIGHTS, tmp_path / "weights")
+    assert isinstance(metrics.load_classifier("digits", folder), FeatureNet)
+    path = folder / "digits.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"digits\.safetensors: SHA-256"):
+        metrics.load_classifier("digits", folder)
+    (folder / metrics.SUMS).write_text("")
+    with pytest.raises(CheckpointError, match="no entry"):
+        metrics.load_classifier("digits", folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        metrics.load_classifier("digits", folder)
+
+
+def test_data_without_a_classifier_is_refused_with_the_way_to_one(tmp_path):
+    with pytest.raises(InvalidArgument, match=r"digits and mnist.*train_classifier"):
+        Evaluator(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    return Evaluator("digits")
+
+
+@pytest.fixture(scope="module")
+def real(evaluator):
+    held_out = data.load("digits", "test")
+    return held_out.images, held_out.labels
+
+
+def test_real_digits_score_like_real_digits(evaluator):
+    for scores in (evaluator.ceiling(2000), evaluator.floor(2000)):
+        assert scores.accuracy >= 0.995
+        assert scores.fd < 0.5
+        assert scores.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+
+
+def test_more_noise_gives_a_larger_distance(evaluator, real):
+    images, labels = real
+    noise = _normal(*images[:1000].shape).float()
+    scores = []
+    for level in (0.0, 0.1, 0.3):
+        noisy = data.to_float(images[:1000]) + level * noise
+        scores.append(evaluator.score(data.to_uint8(noisy), labels[:1000]))
+    assert scores[0].fd < scores[1].fd < scores[2].fd
+    assert scores[0].coverage > scores[1].coverage > scores[2].coverage
+
+
+def test_a_missing_class_lowers_coverage_by_its_share(evaluator, real):
+    images, labels = real
+    kept = images[labels != 7]
+    scores = evaluator.score(kept)
+    assert scores.accuracy is None
+    assert scores.coverage == pytest.approx(0.9 * evaluator.ceiling(2000).coverage, abs=0.02)
+    assert scores.fd > 10
+
+
+def test_copies_of_a_few_images_are_legible_but_cover_little(evaluator, real):
+    images, labels = real
+    scores = evaluator.score(images[:10].repeat(100, 1, 1, 1), labels[:10].repeat(100))
+    assert scores.accuracy == 1
+    assert scores.coverage < 0.2
+    assert scores.fd > 10
+
+
+def test_wrong_labels_lower_accuracy_alone(evaluator, real):
+    images, labels = real
+    right, wrong = evaluator.score(images, labels), evaluator.score(images, (labels + 1) % 10)
+    assert wrong.accuracy <= 0.005
+    assert wrong[1:] == right[1:]
+
+
+def test_samples_of_another_form_are_refused(evaluator, real):
+    images, labels = real
+    for wrong in (images.float(), images[:, :, 1:], images.repeat(1, 3, 1, 1)):
+        with pytest.raises(InvalidArgument, match="uint8"):
+            evaluator.score(wrong)
+    with pytest.raises(InvalidArgument, match="at least 192"):
+        evaluator.score(images[:191])
+    with pytest.raises(InvalidArgument, match="labels"):
+        evaluator.score(images, labels[:5])
+
+
+def test_warped_images_keep_black_outside_and_are_not_flipped():
+    x = torch.full((64, 1, 16, 16), -1.0)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(train_classifier.warp(x, generator), x)
+    x[:, :, 4:12, 2:7] = 1  # the left of the middle is white
+    warped = train_classifier.warp(x, generator)
+    assert warped.amin() == -1
+    assert warped[..., 2:14, :8].mean() > warped[..., 2:14, 8:].mean() + 0.5
+    assert (warped[..., :8].mean(dim=(1, 2, 3)) > warped[..., 8:].mean(dim=(1, 2, 3))).all()
+
+
+def test_training_learns_and_writes_weights_that_load(tmp_path):
+    embedded = data.load("digits")
+    for i in range(600):
+        folder = tmp_path / "images" / str(i % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(embedded.images[i, 0].numpy()).save(folder / f"{i}.png")
+    out = tmp_path / "digits.safetensors"
+    recipe = ["--epochs", "4", "--batch-size", "20"]
+    train_classifier.main(["--data", str(tmp_path / "images"), "--out", str(out), *recipe])
+    metadata = metrics.read_metadata(out)
+    assert metadata["data"] == "images"
+    assert float(metadata["test_accuracy"]) > 0.5
+    net, test = metrics.load_classifier("digits", tmp_path), data.load("digits", "test")
+    predicted, _ = metrics.features(net, test.images[:500])
+    assert metrics.accuracy(predicted, test.labels[:500]) > 0.5
+
+
+@pytest.mark.parametrize("option", [("--epochs", "0"), ("--precision", "int4"), ("--seed", "-1")])
+def test_a_recipe_out_of_range_is_refused_in_one_line(tmp_path, option):
+    with pytest.raises(SystemExit, match=option[0][2:]):
+        train_classifier.main(["--data", "digits", "--out", str(tmp_path / "x"), *option])
