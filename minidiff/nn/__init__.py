@@ -1,5 +1,6 @@
 """Networks: they know (x, t, conditioning) and no diffusion."""
 
+from minidiff.nn.patch import SpaceToDepth
 from minidiff.nn.unet import UNet
 
-__all__ = ["UNet"]
+__all__ = ["SpaceToDepth", "UNet"]

@@ -83,6 +83,7 @@ class Scheduler:
     Attributes:
         config: the options, as a dict with attribute access.
         timesteps: (n,) int64 tensor, the training steps at which the network is asked, falling.
+        grid: the same as a list of host integers.
         levels: n + 1 `Level`s: of each timestep, and of the end.
         num_inference_steps: n, or None before `set_timesteps`.
         init_noise_sigma: standard deviation of the noise that sampling starts from.
@@ -243,7 +244,7 @@ class Scheduler:
         )
 
     def _set_grid(self, grid: list[int], device: torch.device | str | None) -> None:
-        self._grid = grid
+        self.grid = grid
         self._index = {t: i for i, t in enumerate(grid)}
         self.timesteps = torch.tensor(grid, dtype=torch.int64, device=device)
         self.levels = [*map(self.level, grid), self.final_level]
@@ -265,7 +266,7 @@ class Scheduler:
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this entry of the grid (image-to-image skips the noisiest ones)."""
-        self._begin_index = whole_number("begin_index", begin_index, 0, len(self._grid) - 1)
+        self._begin_index = whole_number("begin_index", begin_index, 0, len(self.grid) - 1)
 
     @property
     def begin_index(self) -> int | None:
@@ -405,9 +406,9 @@ class IndexedScheduler(Scheduler):
             begin = self._begin_index
             self._step_index = begin if begin is not None else self._position(int(timestep))
         i = self._step_index
-        if i >= len(self._grid):
+        if i >= len(self.grid):
             raise InvalidArgument(
-                f"all {len(self._grid)} steps are done: call set_timesteps to sample again"
+                f"all {len(self.grid)} steps are done: call set_timesteps to sample again"
             )
         return self.levels[i], self.levels[i + 1]
 

@@ -97,7 +97,7 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
         k = 2 if self.config.algorithm_type == "sde-dpmsolver++" else 1
         h = nxt.lam - now.lam
         phi1 = -math.expm1(-k * h)
-        decay = nxt.sigma / now.sigma * math.exp(-(k - 1) * h)
+        decay = nxt.sigma / now.sigma * math.exp(-h) ** (k - 1)  # h is ∞ in the step to σ = 0
         new = decay * x + nxt.alpha * phi1 * x0  # DPM-Solver++ eq. 9 (order 1)
         order = self._order()
         if order >= 2:

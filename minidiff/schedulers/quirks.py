@@ -170,9 +170,9 @@ class Diffusers(Exact):
         at order 2; the SDE's term has the wrong sign besides: φ₃/2 − 1. Taken in float32, where
         small steps cancel, which the differences of noisy x̂0 do feel.
         """
-        one, kh = np.float32(1), np.float32(k) * np.float32(h)
-        left = (one - np.float32(math.exp(-kh)) - kh) / kh**2
-        return float(left + np.float32(0.5)) if k == 1 else float(left - np.float32(0.5))
+        kh = k * torch.tensor(h, dtype=torch.float32)
+        left = (1 - torch.exp(-kh) - kh) / kh**2
+        return (left + 0.5 if k == 1 else left - 0.5).item()
 
 
 def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:

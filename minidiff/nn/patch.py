@@ -1,0 +1,55 @@
+"""Space to depth: a picture as a smaller picture with more channels.
+
+A b×b block of pixels becomes b²·C channels of one pixel (Shi et al. 2016, arXiv:1609.05158, the
+inverse of "pixel shuffle"). Nothing is computed: the map is a permutation, so white noise stays
+white noise, and diffusion in either space is the same process. The network sees a quarter of the
+positions with four times the channels (b = 2), which a small computer does three times sooner.
+
+It stands where a latent model has its autoencoder: `encode` before the loop, `decode` after it.
+"""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.checkpoint import read_json, write_json
+from minidiff.errors import CheckpointError, InvalidArgument, whole_number
+
+
+class SpaceToDepth(nn.Module):
+    """The permutation (B, C, H·b, W·b) ↔ (B, C·b², H, W).
+
+    Args:
+        block: b, at least 1; 1 is the identity.
+    """
+
+    def __init__(self, block: int = 2) -> None:
+        super().__init__()
+        self.block = whole_number("block", block, 1, 64)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, C, H·b, W·b) → (B, C·b², H, W). Raises InvalidArgument for other sizes."""
+        if x.shape[-2] % self.block or x.shape[-1] % self.block:
+            raise InvalidArgument(
+                f"image height and width must be multiples of {self.block}, got {tuple(x.shape)}"
+            )
+        return F.pixel_unshuffle(x, self.block)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, C·b², H, W) → (B, C, H·b, W·b)."""
+        return F.pixel_shuffle(z, self.block)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`; there are no weights."""
+        write_json(
+            Path(folder) / "config.json", {"_class_name": "SpaceToDepth", "block": self.block}
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "SpaceToDepth":
+        """Read what `save_pretrained` wrote. Raises CheckpointError."""
+        config = read_json(Path(folder) / "config.json")
+        if config.keys() != {"_class_name", "block"} or config["_class_name"] != "SpaceToDepth":
+            raise CheckpointError(f"{folder}: not the config of a SpaceToDepth: {config}")
+        return cls(config["block"])
