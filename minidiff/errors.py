@@ -49,6 +49,7 @@ def real_number(name: str, value: object, low: float, high: float = float("inf")
         raise InvalidArgument(f"{name} must be a number, got {value!r}")
     number = float(value)
     if not low <= number <= high or abs(number) == float("inf"):
-        allowed = f"in [{low:g}, {high:g}]" if high != float("inf") else f"finite and >= {low:g}"
+        at_least = "" if low == -float("inf") else f" and at least {low:g}"
+        allowed = f"in [{low:g}, {high:g}]" if high != float("inf") else f"finite{at_least}"
         raise InvalidArgument(f"{name} must be {allowed}, got {number:g}")
     return number

@@ -276,6 +276,11 @@ class Evaluator:
         _, reference = features(self._net, self._train.images[self._order])
         return reference, moments(reference)
 
+    @property
+    def test_images(self) -> int:
+        """How many held-out images there are."""
+        return len(self._test)
+
     def score(self, images: Tensor, labels: Tensor | None = None) -> Scores:
         """Score samples.
 

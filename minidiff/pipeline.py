@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from minidiff import checkpoint
 from minidiff.data import to_uint8
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, real_number, whole_number
-from minidiff.guidance import Denoiser, classifier_free, conditional
+from minidiff.guidance import Denoiser, autocast, classifier_free, conditional
 from minidiff.nn import SpaceToDepth, UNet
 from minidiff.noise import Generators, image_generators, randn
 from minidiff.sample import Step, trajectory
@@ -74,6 +74,7 @@ class Pipeline:
         self.class_names = tuple(class_names)
         self.guidance_scale = real_number("guidance_scale", guidance_scale, -math.inf)
         self.num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
+        self.dtype = torch.float32
 
     @torch.no_grad()
     def __call__(
@@ -149,18 +150,33 @@ class Pipeline:
     def denoiser(self, labels: Tensor | None, scale: float = 1.0) -> Denoiser:
         """The network under labels (B,) and guidance, as a function (x_t, t) → output."""
         if labels is None:
-            return conditional(self.unet, None)
-        labels = labels.to(next(self.unet.parameters()).device)
-        null = torch.full_like(labels, len(self.class_names))
-        return classifier_free(self.unet, labels, null, scale)
+            denoise = conditional(self.unet, None)
+        else:
+            labels = labels.to(next(self.unet.parameters()).device)
+            null = torch.full_like(labels, len(self.class_names))
+            denoise = classifier_free(self.unet, labels, null, scale)
+        return denoise if self.dtype == torch.float32 else autocast(denoise, self.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
         """From the network's space to pictures (B, C, H, W), nominally in [−1, 1]."""
         return z if self.vae is None else self.vae.decode(z)
 
-    def to(self, device: torch.device | str) -> "Pipeline":
-        """Move the networks; returns the pipeline."""
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Pipeline":
+        """Move the networks; returns the pipeline.
+
+        Args:
+            dtype: of the network's matrix work: float32, or bfloat16 or float16 by autocast. The
+                weights and the sampler stay float32.
+        Raises:
+            InvalidArgument: another dtype.
+        """
+        allowed = (torch.float32, torch.bfloat16, torch.float16)
+        if dtype is not None and dtype not in allowed:
+            raise InvalidArgument(f"dtype must be one of {allowed}, got {dtype}")
         self.unet.to(device)
+        self.dtype = dtype or self.dtype
         return self
 
     @property
@@ -259,7 +275,8 @@ class Pipeline:
         scale = real_number("guidance_scale", scale, -math.inf)
         if scale != 1 and not self.has_null_class:
             raise InvalidArgument(
-                f"guidance_scale must be 1 for a model without a label for 'no class', got {scale:g}"
+                f"guidance_scale must be 1 for a model that knows no label for 'no class', "
+                f"got {scale:g}"
             )
         return scale
 

@@ -10,29 +10,24 @@ weights. The budget, minutes or steps, decides the whole learning-rate schedule.
 """
 
 import copy
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from minidiff import checkpoint
 from minidiff.data import ImageData, batches
+from minidiff.device import DTYPES
 from minidiff.errors import InvalidArgument, TrainingError, one_of, real_number, whole_number
 from minidiff.nn import SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import PREDICTION_TYPES, target
 from minidiff.schedule import BETA_SCHEDULES, NoiseSchedule, add_noise
 from minidiff.schedulers import DPMSolverMultistepScheduler
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -266,7 +261,7 @@ def train(
     model = pipe.unet.to(device).train()
     data, schedule = data.to(device), pipe.scheduler.schedule
     average = EMA(model, config.ema_half_life)
-    shown = _with_unet(pipe, average.model)
+    shown = _with_unet(pipe, average.model).to(dtype=DTYPES[config.dtype])
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )

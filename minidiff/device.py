@@ -1,0 +1,57 @@
+"""Which device, and which precision on it, when the user leaves the choice to us."""
+
+import torch
+
+from minidiff.errors import InvalidArgument, one_of
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" takes the first of cuda, mps, cpu that is there.
+
+    Raises:
+        InvalidArgument: an unknown name, or a device that this machine does not have.
+    """
+    one_of("device", name, DEVICES)
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(device for device, available in there.items() if available))
+    if not there[name]:
+        known = ", ".join(device for device, available in there.items() if available)
+        raise InvalidArgument(f"device {name} is not available here; available: {known}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the network's matrix work; "auto" is bfloat16 where the hardware has it.
+
+    Raises:
+        InvalidArgument: an unknown name.
+    """
+    one_of("dtype", name, ("auto", *DTYPES))
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        # Without these instructions bfloat16 is emulated, many times slower than float32.
+        features = getattr(torch.cpu, "get_capabilities", dict)()  # torch < 2.10 cannot say
+        fast = any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """One line for people: the device, its name, and the precision."""
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    else:
+        what = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    return f"{device.type} ({what}), {str(dtype).removeprefix('torch.')}"
