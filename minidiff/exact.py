@@ -1,0 +1,165 @@
+"""Distributions whose denoiser, score, marginals and flow are known in closed form.
+
+A mixture of isotropic Gaussians stays one under noising: with x_t = α·x0 + σ·ε,
+
+    p_t(x) = Σ_k w_k · N(x; α·μ_k, v_k·I),      v_k = α²·s_k² + σ²,
+
+so everything a trained network can only approximate has a formula (the posterior of a Gaussian:
+Bishop, Pattern Recognition and Machine Learning, 2006, section 2.3.3; the score from it: Efron 2011,
+"Tweedie's formula and selection bias"). Samplers are measured against it, without training anything.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument
+from minidiff.schedule import CLEAN, Level
+
+
+class GaussianMixture:
+    """Σ_k w_k · N(μ_k, s_k²·I) in D dimensions, seen through any noise level.
+
+    All arithmetic is float64. Methods take x of shape (B, *shape) with D elements an image and
+    return its shape and dtype; densities are (B,).
+
+    Args:
+        weights: (K,) positive; divided by their sum.
+        means: (K, D).
+        stds: (K,) standard deviations, 0 for a point.
+    Raises:
+        InvalidArgument: the shapes do not fit or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float] | Tensor,
+        means: Sequence[Sequence[float]] | Tensor,
+        stds: Sequence[float] | Tensor,
+    ) -> None:
+        w, m, s = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, stds))
+        if m.ndim != 2 or m.numel() == 0 or not w.shape == s.shape == m.shape[:1]:
+            raise InvalidArgument(
+                "weights, means, stds must be (K,), (K, D), (K,), "
+                f"got {tuple(w.shape)}, {tuple(m.shape)}, {tuple(s.shape)}"
+            )
+        if not bool((w > 0).all() and (s >= 0).all() and torch.isfinite(w.sum() + s.sum())):
+            raise InvalidArgument("weights must be positive and stds at least 0, all finite")
+        self.weights, self.means, self.stds = w / w.sum(), m, s
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n clean samples, (n, D) float64."""
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[k] + self.stds[k, None] * z
+
+    def log_prob(self, x: Tensor, level: Level = CLEAN) -> Tensor:
+        """ln p_t(x), the noisy marginal, (B,) float64."""
+        return torch.logsumexp(self._joint(self._flat(x), level), dim=1)
+
+    def denoise(self, x: Tensor, level: Level) -> Tensor:
+        """E[x0 | x_t = x], what a perfect network would predict.
+
+        In component k, (x0, x_t) is jointly Gaussian with covariance α·s_k², hence
+
+            E[x0 | x, k] = μ_k + (α·s_k²/v_k)·(x − α·μ_k),
+
+        averaged over the posterior P(k | x).
+        """
+        flat = self._flat(x)
+        gain = level.alpha * self.stds**2 / self._variance(level)
+        inside = self.means + gain[:, None] * (flat[:, None] - level.alpha * self.means)
+        return self._average(flat, level, inside).view_as(x).to(x.dtype)
+
+    def score(self, x: Tensor, level: Level) -> Tensor:
+        """∇ ln p_t(x) = Σ_k P(k | x)·(α·μ_k − x)/v_k."""
+        flat = self._flat(x)
+        pull = (level.alpha * self.means - flat[:, None]) / self._variance(level)[:, None]
+        return self._average(flat, level, pull).view_as(x).to(x.dtype)
+
+    def noise(self, x: Tensor, level: Level) -> Tensor:
+        """E[ε | x_t = x] = −σ·∇ ln p_t(x) (Tweedie).
+
+        Any prediction type is linear in (x0, ε), so a perfect network's output is
+        `target(mixture.denoise(x, level), mixture.noise(x, level), level, prediction_type)`.
+        """
+        return -level.sigma * self.score(x, level)
+
+    def flow(self, x: Tensor, now: Level, nxt: Level) -> Tensor:
+        """Where the probability-flow ODE takes x from level `now` to level `nxt`.
+
+        The ODE carries p_now to p_nxt (Song et al. 2021, arXiv:2011.13456, section 4.3). On a line
+        its paths cannot cross, so it is the only increasing map that does: F_nxt⁻¹(F_now(x)). For
+        one component in any dimension it is α'·μ + √(v'/v)·(x − α·μ).
+
+        Args:
+            x: (B, *shape). The error is about 1e-15·F/p: a point between components so far apart
+                that p is nearly 0 there is ill-conditioned.
+        Raises:
+            InvalidArgument: more than one component in more than one dimension.
+        """
+        flat = self._flat(x)
+        if len(self.weights) == 1:
+            stretch = (self._variance(nxt) / self._variance(now)).sqrt()
+            y = nxt.alpha * self.means + stretch * (flat - now.alpha * self.means)
+        elif self.means.shape[1] == 1:
+            y = self._quantile(*self._log_tails(flat, now), nxt)
+        else:
+            raise InvalidArgument("flow has a closed form only for D = 1 or a single component")
+        return y.view_as(x).to(x.dtype)
+
+    def cdf(self, x: Tensor, level: Level = CLEAN) -> Tensor:
+        """P(x_t ≤ x) on a line, in the shape of x, float64. Raises InvalidArgument for D > 1."""
+        if self.means.shape[1] != 1:
+            raise InvalidArgument(f"cdf needs D = 1, this mixture has D = {self.means.shape[1]}")
+        return self._log_tails(self._flat(x), level)[0].exp().view_as(x)
+
+    def _log_tails(self, flat: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """ln P(x_t ≤ x) and ln P(x_t > x), (B, 1): each keeps its digits where it is small."""
+        z = (flat - level.alpha * self.means.T) / self._variance(level).sqrt()
+        lower, upper = torch.special.log_ndtr(z), torch.special.log_ndtr(-z)
+        log_w = self.weights.log()
+        return (
+            torch.logsumexp(log_w + lower, dim=1, keepdim=True),
+            torch.logsumexp(log_w + upper, dim=1, keepdim=True),
+        )
+
+    def _quantile(self, lower: Tensor, upper: Tensor, level: Level) -> Tensor:
+        """The x with these log tails, by bisection on whichever tail is the smaller."""
+        # A quantile of the mixture lies between the smallest and the largest of its components'
+        # quantiles, and 40 standard deviations is beyond what float64 can express in a tail.
+        reach = 40 * self._variance(level).sqrt()
+        centre = level.alpha * self.means[:, 0]
+        low = torch.full_like(lower, (centre - reach).min().item())
+        high = torch.full_like(lower, (centre + reach).max().item())
+        use_lower = lower < upper
+        for _ in range(80):  # halves the bracket below the last bit of any float64 in it
+            middle = (low + high) / 2
+            below, above = self._log_tails(middle, level)
+            right = torch.where(use_lower, below < lower, above > upper)
+            low, high = torch.where(right, middle, low), torch.where(right, high, middle)
+        return (low + high) / 2
+
+    def _variance(self, level: Level) -> Tensor:
+        return level.alpha**2 * self.stds**2 + level.sigma**2
+
+    def _joint(self, flat: Tensor, level: Level) -> Tensor:
+        """ln(w_k · N(x; α·μ_k, v_k·I)), (B, K)."""
+        v = self._variance(level)
+        distance = (flat[:, None] - level.alpha * self.means).square().sum(dim=2)
+        return self.weights.log() - distance / (2 * v) - flat.shape[1] / 2 * (2 * math.pi * v).log()
+
+    def _average(self, flat: Tensor, level: Level, values: Tensor) -> Tensor:
+        """Σ_k P(k | x)·values_k for values (B, K, D)."""
+        posterior = torch.softmax(self._joint(flat, level), dim=1)
+        return (posterior[:, :, None] * values).sum(dim=1)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        flat = x.to(torch.float64).flatten(1)
+        if flat.shape[1] != self.means.shape[1]:
+            raise InvalidArgument(
+                f"x must have {self.means.shape[1]} elements an image, got {tuple(x.shape)}"
+            )
+        return flat
