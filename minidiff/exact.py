@@ -5,8 +5,8 @@ A mixture of isotropic Gaussians stays one under noising: with x_t = α·x0 + σ
     p_t(x) = Σ_k w_k · N(x; α·μ_k, v_k·I),      v_k = α²·s_k² + σ²,
 
 so everything a trained network can only approximate has a formula (the posterior of a Gaussian:
-Bishop, Pattern Recognition and Machine Learning, 2006, section 2.3.3; the score from it: Efron 2011,
-"Tweedie's formula and selection bias"). Samplers are measured against it, without training anything.
+Bishop 2006, "Pattern Recognition and Machine Learning", section 2.3.3; the score from it: Efron
+2011, "Tweedie's formula and selection bias"). Samplers are measured against it, with no training.
 """
 
 import math
