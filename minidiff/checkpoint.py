@@ -130,7 +130,7 @@ def ensure_writable(path: str | Path) -> None:
 def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
     """Write named arrays as a compressed .npz without pickle. Raises CheckpointError."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        np.savez_compressed(file, **arrays)
 
 
 def write_json(path: str | Path, content: Mapping | list) -> None:

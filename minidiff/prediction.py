@@ -72,8 +72,9 @@ def split(out: Tensor, x: Tensor, level: Level, prediction_type: str) -> tuple[T
             )
         if abs(determinant - 1) < 2e-7:
             determinant = 1.0  # α² + σ² of a float32 table, whose rounding is not meant
-    x0 = out if _is(q, 0) else _over(_combine(q, x, -level.sigma, out), determinant)
-    eps = out if _is(p, 0) else _over(_combine(level.alpha, out, -p, x), determinant)
+    is_x0, is_eps = _is(p, 1) and _is(q, 0), _is(p, 0) and _is(q, 1)
+    x0 = out if is_x0 else _over(_combine(q, x, -level.sigma, out), determinant)
+    eps = out if is_eps else _over(_combine(level.alpha, out, -p, x), determinant)
     return x0, eps
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument
+from minidiff.errors import InvalidArgument, real_number
 from minidiff.noise import Generators
 from minidiff.schedule import Level
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
@@ -63,7 +63,10 @@ class DDIMScheduler(Scheduler):
             eta: η in [0, 1]: 0 deterministic, 1 as random as DDPM.
             use_clipped_model_output: take ε̂ from the clipped x̂0, so that both stay consistent
                 with x_t; otherwise ε̂ is the network's.
+        Raises:
+            InvalidArgument: eta is out of range, or as `Scheduler.step`.
         """
+        real_number("eta", eta, 0, 1)
         return self._step(
             model_output, timestep, sample, generator, variance_noise,
             return_dict=return_dict, eta=eta, eps_from_x0=use_clipped_model_output,
@@ -84,7 +87,8 @@ class DDIMScheduler(Scheduler):
         if eps_from_x0:
             eps = (x - now.alpha * x0) / now.sigma
         std = eta * nxt.sigma / now.sigma * math.sqrt(now.variance_since(nxt))  # DDIM eq. 16
-        mean = nxt.alpha * x0 + math.sqrt(nxt.sigma**2 - std**2) * eps  # DDIM eq. 12
+        rest = max(nxt.sigma**2 - std**2, 0.0)  # rounding can take it below 0 at η = 1
+        mean = nxt.alpha * x0 + math.sqrt(rest) * eps  # DDIM eq. 12
         return mean + std * noise() if eta > 0 else mean
 
     def _levels_at(self, timestep: int | Tensor) -> tuple[Level, Level]:

@@ -140,7 +140,7 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
     def _spaced(self, n: int) -> np.ndarray:
         c = self.config
         last = len(self.schedule)
-        while last > 1 and self.schedule[last - 1].lam < c.lambda_min_clipped:
+        while last > 1 and self.level(last - 1).lam < c.lambda_min_clipped:
             last -= 1
         if n > last:
             raise InvalidArgument(

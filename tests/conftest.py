@@ -1,0 +1,26 @@
+"""One small trained pipeline, shared by the tests that need a model that has learnt something."""
+
+from pathlib import Path
+
+import pytest
+
+from minidiff import run
+from minidiff.data import load
+from minidiff.pipeline import Pipeline
+from minidiff.train import TrainConfig
+
+SMALL = {"channels": (24, 32), "batch_size": 64, "pictures": 1}
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory) -> Path:
+    """A run on the embedded digits: 120 steps of a small network."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    run.train_into(out, TrainConfig(steps=120, **SMALL), load("digits"))
+    return out
+
+
+@pytest.fixture
+def pipe(run_folder) -> Pipeline:
+    """The pipeline of that run, fresh for every test."""
+    return run.open_pipeline(run_folder)
