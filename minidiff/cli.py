@@ -15,7 +15,7 @@ import torch
 from minidiff import __version__, checkpoint, run
 from minidiff.data import load
 from minidiff.device import DEVICES, DTYPES, describe, pick_device, pick_dtype
-from minidiff.errors import InvalidArgument, MinidiffError
+from minidiff.errors import InvalidArgument, MinidiffError, whole_number
 from minidiff.noise import MAX_SEED
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import PREDICTION_TYPES
@@ -256,6 +256,12 @@ def evaluate(options: argparse.Namespace) -> None:
     name = options.data or run.data_of(options.run)
     evaluator = Evaluator(name, options.data_dir, pick_device(options.device))
     n = options.num if options.num is not None else evaluator.test_images
+    whole_number("num", n, evaluator.least)
+    if pipe.image_shape != evaluator.image_shape:
+        raise InvalidArgument(
+            f"data {name} has images of shape {evaluator.image_shape}, the model makes "
+            f"{pipe.image_shape}"
+        )
     images, labels = _draw(pipe, options, n, None)
     if options.png:
         plot.save(plot.grid(images[:100], 10), options.png)

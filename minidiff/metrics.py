@@ -281,6 +281,16 @@ class Evaluator:
         """How many held-out images there are."""
         return len(self._test)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images that can be scored."""
+        return tuple(self._train.images.shape[1:])
+
+    @property
+    def least(self) -> int:
+        """The fewest images that can be scored: twice as many as there are features."""
+        return 2 * self._net.head.in_features
+
     def score(self, images: Tensor, labels: Tensor | None = None) -> Scores:
         """Score samples.
 
@@ -326,16 +336,14 @@ class Evaluator:
         return coverage(reference[:n], fake[chosen.to(fake.device)])
 
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
-        shape = tuple(self._train.images.shape[1:])
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             raise InvalidArgument(
-                f"images must be uint8 (N, {', '.join(map(str, shape))}) like {self._train.name}, "
+                f"images must be uint8 (N, {', '.join(map(str, self.image_shape))}) like {self._train.name}, "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        least = 2 * self._net.head.in_features
-        if len(images) < least:
+        if len(images) < self.least:
             raise InvalidArgument(
-                f"images must be at least {least} to be scored, got {len(images)}"
+                f"images must be at least {self.least} to be scored, got {len(images)}"
             )
         if labels is not None and labels.shape != images.shape[:1]:
             raise InvalidArgument(f"labels must be ({len(images)},), got {tuple(labels.shape)}")

@@ -157,6 +157,11 @@ class Pipeline:
             denoise = classifier_free(self.unet, labels, null, scale)
         return denoise if self.dtype == torch.float32 else autocast(denoise, self.dtype)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the pictures."""
+        return tuple(self.decode(torch.empty(1, *self._latent_shape(), device="meta")).shape[1:])
+
     def decode(self, z: Tensor) -> Tensor:
         """From the network's space to pictures (B, C, H, W), nominally in [−1, 1]."""
         return z if self.vae is None else self.vae.decode(z)

@@ -20,7 +20,7 @@ from minidiff import checkpoint, plot
 from minidiff.data import ImageData
 from minidiff.errors import CheckpointError, TrainingError
 from minidiff.pipeline import INDEX, Pipeline
-from minidiff.train import Progress, TrainConfig, train
+from minidiff.train import Progress, TrainConfig, check_size, train
 
 MODEL = "model"
 CONFIG = "config.json"
@@ -55,6 +55,7 @@ def train_into(
         CheckpointError: the folder is not empty or cannot be written.
         TrainingError: the loss is not finite. The log and the last pictures stay.
     """
+    check_size(config, data)
     out = create(out, config, data)
 
     def picture(pipe: Pipeline, step: int) -> None:

@@ -12,6 +12,7 @@ Tables are float64. diffusers builds the same tables in float32, so `dtype=torch
 reading: the same code, rounded after every operation.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -80,7 +81,7 @@ class NoiseSchedule:
     Attributes:
         betas, alpha_bar: β_t and ᾱ_t, (T,) tensors of that dtype on the CPU.
     Raises:
-        InvalidArgument: betas is not such a sequence.
+        InvalidArgument: betas is not such a sequence, or rounds to one whose ᾱ does not fall.
     """
 
     def __init__(self, betas: Tensor) -> None:
@@ -88,10 +89,20 @@ class NoiseSchedule:
             raise InvalidArgument(f"betas must be (T,) with T >= 1, got {tuple(betas.shape)}")
         if not bool(((betas > 0) & (betas <= 1)).all()) or bool((betas[:-1] == 1).any()):
             raise InvalidArgument("betas must lie in (0, 1), the last one in (0, 1]")
+        alpha_bar = torch.cumprod(1 - betas, dim=0)
+        if not bool((alpha_bar.diff() < 0).all()) or alpha_bar[0] == 1:
+            raise InvalidArgument(
+                "alpha_bar must fall in every step, from below 1; in "
+                f"{str(alpha_bar.dtype).removeprefix('torch.')} these betas are too small, or leave "
+                "no signal before the last step"
+            )
         self.betas = betas
-        self.alpha_bar = torch.cumprod(1 - betas, dim=0)
-        self._alpha = self.alpha_bar.sqrt()
-        self._sigma = (1 - self.alpha_bar).sqrt()
+        self._tabulate(alpha_bar)
+
+    def _tabulate(self, alpha_bar: Tensor) -> None:
+        self.alpha_bar = alpha_bar
+        self._alpha = alpha_bar.sqrt()
+        self._sigma = (1 - alpha_bar).sqrt()
         self._levels = list(map(Level, self._alpha.tolist(), self._sigma.tolist()))
         self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -124,6 +135,12 @@ class NoiseSchedule:
         """
         betas = _betas(name, num_train_timesteps, beta_start, beta_end, trained_betas, dtype)
         return cls(_zero_terminal_snr(betas) if rescale_zero_snr else betas)
+
+    def ending_at(self, alpha_bar: float) -> "NoiseSchedule":
+        """This schedule with another ᾱ_{T−1}; β is as before."""
+        other = copy.copy(self)
+        other._tabulate(torch.cat([self.alpha_bar[:-1], self.alpha_bar.new_tensor([alpha_bar])]))
+        return other
 
     def __len__(self) -> int:
         return len(self._levels)

@@ -87,6 +87,10 @@ class TrainConfig:
         whole_number("pictures", self.pictures, 0)
         for name in ("warmup", "ema_half_life", "label_dropout"):
             real_number(name, getattr(self, name), 0, 0.99)
+        if not self.channels:
+            raise InvalidArgument("channels must name at least one level, got none")
+        for width in self.channels:
+            whole_number("channels", width, 1)
         real_number("learning_rate", self.learning_rate, 0)
         real_number("weight_decay", self.weight_decay, 0)
         real_number("guidance_scale", self.guidance_scale, -math.inf)
@@ -200,11 +204,8 @@ def build(config: TrainConfig, data: ImageData) -> Pipeline:
     Raises:
         InvalidArgument: the image size does not fit `block` and the number of levels.
     """
+    check_size(config, data)
     _, channels, height, width = data.images.shape
-    if height % config.block or width % config.block:
-        raise InvalidArgument(
-            f"block must divide the image size {height}×{width}, got {config.block}"
-        )
     side = (height // config.block, width // config.block)
     depth = len(config.channels)
     torch.manual_seed(config.seed)
@@ -217,7 +218,7 @@ def build(config: TrainConfig, data: ImageData) -> Pipeline:
         # attention costs the square of the positions: at the smallest level only
         down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
-        attention_head_dim=32,
+        attention_head_dim=math.gcd(config.channels[-1], 32),
         norm_num_groups=math.gcd(*config.channels, 8),
         num_class_embeds=data.num_classes + 1 if data.num_classes else None,
     )
@@ -235,6 +236,15 @@ def build(config: TrainConfig, data: ImageData) -> Pipeline:
         config.guidance_scale if data.num_classes else 1.0,
         config.num_inference_steps,
     )
+
+
+def check_size(config: TrainConfig, data: ImageData) -> None:
+    """Refuse images that the network's block does not divide. Raises InvalidArgument."""
+    height, width = data.images.shape[-2:]
+    if height % config.block or width % config.block:
+        raise InvalidArgument(
+            f"block must divide the image size {height}×{width}, got {config.block}"
+        )
 
 
 def train(

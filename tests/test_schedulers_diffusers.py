@@ -68,7 +68,9 @@ def schedule_options(draw: st.DrawFn, name: str) -> dict[str, Any]:
 def number_of_steps(draw: st.DrawFn, train_steps: int) -> int:
     """Any of 1 … T, mostly few."""
     few, some = st.integers(1, min(20, train_steps)), st.integers(1, min(60, train_steps))
-    many = st.sampled_from([n for n in (64, 99, 128, 250, 333, 999, 1000) if n <= train_steps] or [1])
+    many = st.sampled_from(
+        [n for n in (64, 99, 128, 250, 333, 999, 1000) if n <= train_steps] or [1]
+    )
     ends = st.sampled_from([train_steps, max(1, train_steps - 1)])
     return draw([few, few, few, some, some, some, some, some, many, ends][draw(st.integers(0, 9))])
 

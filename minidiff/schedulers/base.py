@@ -127,15 +127,7 @@ class Scheduler:
         config["_use_default_values"] = [k for k, v in options.items() if _same(v, defaults[k])]
         self._internal_dict = config  # diffusers' pipelines assign to this name
         self.reading = READINGS[config.compat]
-        self.schedule = NoiseSchedule.named(
-            config.beta_schedule,
-            config.num_train_timesteps,
-            beta_start=config.beta_start,
-            beta_end=config.beta_end,
-            trained_betas=config.trained_betas,
-            rescale_zero_snr=config.rescale_betas_zero_snr,
-            dtype=self.reading.dtype,
-        )
+        self.schedule = self._schedule()
         self.num_inference_steps: int | None = None
         self.past: deque[Past] = deque(maxlen=self.history)
         self._begin_index: int | None = None
@@ -251,6 +243,18 @@ class Scheduler:
         self._step_index: int | None = None
         self._begin_index = None
         self.past.clear()
+
+    def _schedule(self) -> NoiseSchedule:
+        c = self.config
+        return NoiseSchedule.named(
+            c.beta_schedule,
+            c.num_train_timesteps,
+            beta_start=c.beta_start,
+            beta_end=c.beta_end,
+            trained_betas=c.trained_betas,
+            rescale_zero_snr=c.rescale_betas_zero_snr,
+            dtype=self.reading.dtype,
+        )
 
     def _table(self) -> list[Level]:
         return self.reading.table(self.schedule)

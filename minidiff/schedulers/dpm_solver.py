@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument
-from minidiff.schedule import Level
+from minidiff.schedule import Level, NoiseSchedule
 from minidiff.schedulers.base import IndexedScheduler
 
 
@@ -96,6 +95,10 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
         x = self.reading.solver_sample(x)
         k = 2 if self.config.algorithm_type == "sde-dpmsolver++" else 1
         h = nxt.lam - now.lam
+        if h == 0:
+            return (
+                x  # the grid ends at step 0 and final_sigmas_type is "sigma_min": nothing is left
+            )
         phi1 = -math.expm1(-k * h)
         decay = nxt.sigma / now.sigma * math.exp(-h) ** (k - 1)  # h is ∞ in the step to σ = 0
         new = decay * x + nxt.alpha * phi1 * x0  # DPM-Solver++ eq. 9 (order 1)
@@ -139,17 +142,14 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
 
     def _spaced(self, n: int) -> np.ndarray:
         c = self.config
-        last = len(self.schedule)
-        while last > 1 and self.level(last - 1).lam < c.lambda_min_clipped:
-            last -= 1
-        if n > last:
-            raise InvalidArgument(
-                f"num_inference_steps must be at most {last}: lambda_min_clipped="
-                f"{c.lambda_min_clipped:g} leaves no more training steps; got {n}"
-            )
+        rising = [level.lam for level in reversed(self._every_level)]
+        last = len(rising) - int(np.searchsorted(rising, c.lambda_min_clipped))
         return self.reading.solver_timesteps(
             c.timestep_spacing, n, last, c.steps_offset, len(self.schedule)
         )
+
+    def _schedule(self) -> NoiseSchedule:
+        return self.reading.solver_schedule(super()._schedule())
 
     def _table(self) -> list[Level]:
         return self.reading.solver_table(self.schedule)

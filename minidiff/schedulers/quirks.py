@@ -41,6 +41,11 @@ class Exact:
         A solver ends at the data (or at σ_min) itself; a visit to step 0 would be wasted. `last` is
         below `steps`, the number of training steps, when low λ are clipped.
         """
+        if n > last:
+            raise InvalidArgument(
+                f"num_inference_steps must be at most {last}: lambda_min_clipped leaves no more "
+                f"training steps; got {n}"
+            )
         if spacing == "trailing":
             return self.timesteps(spacing, n, last, offset)
         return self.timesteps(spacing, min(n + 1, last), last, offset)[:n]
@@ -48,6 +53,10 @@ class Exact:
     def table(self, schedule: NoiseSchedule) -> list[Level]:
         """The level of every training step (DDPM, DDIM)."""
         return schedule.levels()
+
+    def solver_schedule(self, schedule: NoiseSchedule) -> NoiseSchedule:
+        """The noise schedule of DPM-Solver: the same as everybody's."""
+        return schedule
 
     def solver_table(self, schedule: NoiseSchedule) -> list[Level]:
         """The level of every training step (DPM-Solver)."""
@@ -133,11 +142,13 @@ class Diffusers(Exact):
             level.alpha_bar = alpha_bar
         return levels
 
+    def solver_schedule(self, schedule: NoiseSchedule) -> NoiseSchedule:
+        """Zero terminal SNR is replaced by ᾱ = 2⁻²⁴, which can exceed the ᾱ before it."""
+        return schedule.ending_at(2**-24) if schedule.alpha_bar[-1] == 0 else schedule
+
     def solver_table(self, schedule: NoiseSchedule) -> list[Level]:
-        """Levels are recomputed in float32 from σ/α; zero terminal SNR is replaced by ᾱ = 2⁻²⁴."""
-        alpha_bar = schedule.alpha_bar.clone()
-        if alpha_bar[-1] == 0:
-            alpha_bar[-1] = 2**-24
+        """Levels are recomputed in float32 from σ/α."""
+        alpha_bar = schedule.alpha_bar
         ratio = ((1 - alpha_bar) / alpha_bar) ** 0.5
         alpha = 1 / (ratio**2 + 1) ** 0.5
         return _rounded(alpha, ratio * alpha)
