@@ -338,8 +338,8 @@ class Evaluator:
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             raise InvalidArgument(
-                f"images must be uint8 (N, {', '.join(map(str, self.image_shape))}) like {self._train.name}, "
-                f"got {images.dtype} {tuple(images.shape)}"
+                f"images must be uint8 (N, {', '.join(map(str, self.image_shape))}) "
+                f"like {self._train.name}, got {images.dtype} {tuple(images.shape)}"
             )
         if len(images) < self.least:
             raise InvalidArgument(

@@ -1,6 +1,7 @@
 """The pipeline: seeds, guidance, folders, refusals."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_the_callback_sees_every_step_and_the_last_one_is_the_picture(pipe):
     steps = []
     images = pipe(3, seed=0, num_inference_steps=5, output_type="pt", callback=steps.append).images
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
-    assert all(torch.equal(a.next_x, b.x) for a, b in zip(steps, steps[1:], strict=False))
+    assert all(torch.equal(a.next_x, b.x) for a, b in pairwise(steps))
     assert torch.equal(pipe.decode(steps[-1].next_x), images)
     # the exact solver ends at the clean sample that its last step predicted
     torch.testing.assert_close(steps[-1].next_x, steps[-1].x0)

@@ -98,7 +98,7 @@ def test_hidden_labels_have_the_share_that_was_asked_for():
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     config = TrainConfig(steps=50, channels=(8, 8), batch_size=4, pictures=0, learning_rate=1e30)
-    with pytest.raises(TrainingError, match="the loss is .* near step"):
+    with pytest.raises(TrainingError, match=r"the loss is .* near step"):
         train(config, load("digits"))
 
 
