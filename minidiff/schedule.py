@@ -92,9 +92,8 @@ class NoiseSchedule:
         alpha_bar = torch.cumprod(1 - betas, dim=0)
         if not bool((alpha_bar.diff() < 0).all()) or alpha_bar[0] == 1:
             raise InvalidArgument(
-                "alpha_bar must fall in every step, from below 1; in "
-                f"{str(alpha_bar.dtype).removeprefix('torch.')} these betas are too small, or leave "
-                "no signal before the last step"
+                "alpha_bar must fall in every step, from below 1: "
+                f"in {alpha_bar.dtype} these betas are too small, or leave no signal before the end"
             )
         self.betas = betas
         self._tabulate(alpha_bar)

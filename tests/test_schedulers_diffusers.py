@@ -1,9 +1,9 @@
 """Our schedulers beside diffusers' own: every step of whole trajectories, over all their options.
 
 The network is a fixed smooth function of (x, t), so trajectories stay bounded and a wrong timestep
-shows. Where diffusers cannot sample (it raises, yields NaN, or asks the network at a wrong or
-repeated timestep) minidiff must refuse: `REFUSED` lists those cases, and the test proves each claim
-about diffusers whenever an example falls into one.
+shows. Where diffusers cannot sample (it raises, divides by zero, or asks the network at a wrong or
+repeated timestep) minidiff must refuse or be right: `CORNERS` lists those cases, and no example may
+fail in diffusers or be refused by minidiff outside that list.
 """
 
 import inspect
@@ -28,7 +28,6 @@ diffusers = pytest.importorskip("diffusers")
 diffusers.logging.set_verbosity_error()
 
 SHAPE = (2, 2, 3, 3)
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 2e-5}
 
 
 class Case(NamedTuple):
@@ -150,13 +149,13 @@ def start(case: Case) -> Tensor:
     return torch.randn(SHAPE, generator=g, dtype=torch.float64).to(case.dtype)
 
 
-def trajectory(scheduler: Any, case: Case) -> list[Tensor]:
-    """x after every step. Noise comes from one seed, or is handed in where `step` takes it."""
+def trajectory(scheduler: Any, case: Case, steps: int | None = None) -> list[Tensor]:
+    """x after each of the first steps (all by default), with noise from one seed."""
     learned = case.options.get("variance_type") == "learned_range"
     f = network(SHAPE[1] * (2 if learned else 1))
     generator = torch.Generator().manual_seed(2)
     x, states = start(case), []
-    for t in scheduler.timesteps.tolist():
+    for t in scheduler.timesteps.tolist()[:steps]:
         output = scheduler.step(f(x, t), t, x, generator=generator, **case.step_options)
         x = output.prev_sample
         states.append(x)
@@ -171,23 +170,406 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
-# --- where diffusers cannot sample -------------------------------------------------------------
+# --- how close, and where diffusers cannot sample ----------------------------------------------
 
 
-def fails_in_diffusers(case: Case) -> str | None:
+def tolerance(case: Case) -> float:
+    """How far apart two correct trajectories may be, relative to max(1, |x|).
+
+    diffusers keeps its scalars in float32 whatever the sample's dtype, and we round ours once, from
+    float64; so a float64 sample agrees no better than a float32 one. Three places lose more digits,
+    inside diffusers.
+    """
+    order = case.options.get("solver_order")
+    if case.step_options.get("eta") == 1:
+        # √(1 − ᾱ_s − s̃²) with both terms equal at (nearly) zero terminal SNR: √2⁻²⁴ = 2.4e-4
+        return 5e-4
+    if order == 3 and case.options["algorithm_type"] == "sde-dpmsolver++":
+        return 2e-4  # (1 − e^{−2h} − 2h)/(2h)² in float32
+    if (case.n or 0) > 250:
+        return 1e-4  # a thousand roundings of the scalars add up
+    return 2e-5
+
+
+def first_alpha_bar(case: Case) -> float:
+    theirs = theirs_of(case)
+    set_grid(theirs, case)
+    return float(theirs.alphas_cumprod[theirs.timesteps[0]])
+
+
+def last_step_is_empty(case: Case) -> bool:
+    theirs = theirs_of(case)
+    set_grid(theirs, case)
+    to_sigma_min = case.options.get("final_sigmas_type") == "sigma_min"
+    return to_sigma_min and int(theirs.timesteps[-1]) == 0
+
+
+def steps_back(case: Case) -> bool:
+    if case.name != "DPMSolverMultistep":
+        return False
+    theirs = theirs_of(case)
+    set_grid(theirs, case)
+    return bool(theirs.sigmas[0] < theirs.sigmas[1])
+
+
+class Corner(NamedTuple):
+    """A case in which diffusers has no sound trajectory."""
+
+    failure: str  # how diffusers fails
+    message: str | None  # of minidiff's refusal; None where minidiff does the right thing instead
+    reason: str
+    applies: Callable[[Case], bool]
+
+
+CORNERS = [
+    Corner(
+        "outside 0..T-1",
+        "trailing",
+        "np.arange(T, 0, -T/n) overshoots for some n: n + 1 entries, the last of them 0 - 1",
+        lambda c: c.options["timestep_spacing"] == "trailing",
+    ),
+    Corner(
+        "outside 0..T-1",
+        "steps_offset",
+        "leading spacing adds steps_offset to a grid that has no room for it",
+        lambda c: c.options["timestep_spacing"] == "leading" and c.options["steps_offset"] > 0,
+    ),
+    Corner(
+        "repeats timesteps",
+        "repeats timesteps",
+        "DPM-Solver places n + 1 points, and there are fewer training steps (above lambda_min)",
+        lambda c: c.name == "DPMSolverMultistep" and c.options["timestep_spacing"] != "trailing",
+    ),
+    Corner(
+        "divides by zero",
+        "zero terminal SNR",
+        "x0 = (x - eps)/0; clipping only hides the infinity",
+        lambda c: (
+            c.name != "DPMSolverMultistep"
+            and c.options["prediction_type"] == "epsilon"
+            and first_alpha_bar(c) == 0
+        ),
+    ),
+    Corner(
+        "divides by zero",
+        None,
+        "DDIM, eta = 1 from almost no signal: the root of a rounding error below 0; ours is 0",
+        lambda c: c.step_options.get("eta") == 1 and first_alpha_bar(c) < 1e-6,
+    ),
+    Corner(
+        "divides by zero",
+        None,
+        "the last step has h = 0, and order 3 and heun divide by it; ours returns x",
+        last_step_is_empty,
+    ),
+    Corner(
+        "divides by zero",
+        "cannot step back",
+        "alpha_bar = 2^-24 at T-1 exceeds the one before it: the variance of the first step is < 0",
+        lambda c: steps_back(c) and c.options["algorithm_type"] == "sde-dpmsolver++",
+    ),
+]
+
+
+def failure_in_diffusers(case: Case) -> str | None:
     """How diffusers fails on this case, by trying; None if its trajectory is sound."""
-    train_steps = case.options["num_train_timesteps"]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         scheduler = theirs_of(case)
+        set_grid(scheduler, case)
+        grid = scheduler.timesteps
+        if (grid < 0).any() or (grid >= case.options["num_train_timesteps"]).any():
+            return "outside 0..T-1"
+        if (grid.diff() >= 0).any():
+            return "repeats timesteps"
+        unclipped = {k: v for k, v in case.options.items() if k != "thresholding"}
+        if case.name != "DPMSolverMultistep":
+            unclipped["clip_sample"] = False  # it would turn infinity into the edge of the range
+        states = trajectory(scheduler, case)
+        again = case._replace(options=unclipped)
+        scheduler = theirs_of(again)
+        set_grid(scheduler, again)
+        states += trajectory(scheduler, again, steps=1)
+    return None if all(torch.isfinite(x).all() for x in states) else "divides by zero"
+
+
+def compare(case: Case) -> None:
+    """One example: the same trajectory, or a corner of the list."""
+    failure = failure_in_diffusers(case)
+    if failure is None:
+        mine, theirs = ours_of(case), theirs_of(case)
+        set_grid(mine, case)
+        set_grid(theirs, case)
+        assert mine.timesteps.tolist() == theirs.timesteps.tolist()
+        assert mine.timesteps.dtype == theirs.timesteps.dtype
+        assert mine.init_noise_sigma == theirs.init_noise_sigma
+        expected = trajectory(theirs, case)
+        for i, (a, b) in enumerate(zip(trajectory(mine, case), expected, strict=True)):
+            assert difference(a, b) <= tolerance(case), f"step {i} of {len(expected)}"
+        return
+    corner = next(c for c in CORNERS if c.failure == failure and c.applies(case))
+    event(corner.reason)
+    if corner.message is not None:
+        with pytest.raises(InvalidArgument, match=corner.message):
+            set_grid(ours_of(case), case)
+        return
+    mine = ours_of(case)
+    set_grid(mine, case)
+    assert all(torch.isfinite(x).all() for x in trajectory(mine, case))
+
+
+NAMES = ["DDPM", "DDIM", "DPMSolverMultistep"]
+QUICK = settings(
+    max_examples=250,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_of_a_trajectory_is_that_of_diffusers(name: str) -> None:
+    QUICK(given(cases(name))(compare))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(name: str) -> None:
+    settings(QUICK, max_examples=4000, derandomize=False)(given(cases(name))(compare))()
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("name", NAMES)
+def test_timesteps_are_those_of_diffusers_or_refused_for_every_number_of_steps(
+    name: str, spacing: str
+) -> None:
+    case = Case(name, {"timestep_spacing": spacing}, 1, None, {}, torch.float32)
+    mine, theirs = ours_of(case), theirs_of(case)
+    refused = []
+    for n in range(1, 1001):
+        theirs.set_timesteps(n)
+        expected = theirs.timesteps.tolist()
         try:
-            set_grid(scheduler, case)
-            grid = scheduler.timesteps
-            if (grid < 0).any() or (grid >= train_steps).any():
-                return "asks the network outside 0..T-1"
-            if (grid.diff() >= 0).any():
-                return "repeats timesteps"
-            states = trajectory(scheduler, case)
-        except (IndexError, ValueError, RuntimeError) as error:
-            return f"raises {type(error).__name__}"
-    return None if all(torch.isfinite(x).all() for x in states) else "yields NaN or infinity"
+            mine.set_timesteps(n)
+        except InvalidArgument:
+            refused.append(n)
+            assert expected[-1] < 0 or len(set(expected)) < len(expected)
+        else:
+            assert mine.timesteps.tolist() == mine.grid == expected
+    per_spacing = {"trailing": 62, "linspace": 0, "leading": 0}
+    if name == "DPMSolverMultistep":
+        per_spacing = {"trailing": 62, "linspace": 1, "leading": 1}  # n = T
+    assert len(refused) == per_spacing[spacing]
+
+
+# --- forward noising -----------------------------------------------------------------------------
+
+
+@QUICK
+@given(st.sampled_from(NAMES).flatmap(cases), st.integers(0, 2**31))
+def test_noising_and_velocity_are_those_of_diffusers(case: Case, seed: int) -> None:
+    mine, theirs = ours_of(case), theirs_of(case)
+    if case.name == "DPMSolverMultistep":
+        # theirs reads the level off its grid, so it knows only the grid's timesteps
+        mine.set_timesteps(min(10, case.options["num_train_timesteps"] // 2))
+        theirs.set_timesteps(timesteps=mine.grid)
+    rng = np.random.default_rng(seed)
+    t = torch.from_numpy(rng.choice(theirs.timesteps.numpy(), SHAPE[0]))
+    x0 = torch.from_numpy(rng.standard_normal(SHAPE)).to(case.dtype)
+    eps = torch.from_numpy(rng.standard_normal(SHAPE)).to(case.dtype)
+    assert difference(mine.add_noise(x0, eps, t), theirs.add_noise(x0, eps, t)) < 1e-6
+    if case.name != "DPMSolverMultistep":  # theirs has no get_velocity
+        assert difference(mine.get_velocity(x0, eps, t), theirs.get_velocity(x0, eps, t)) < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_timestep_noises_a_whole_batch(name: str) -> None:
+    scheduler = SCHEDULERS[f"{name}Scheduler"]()
+    x0, eps = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
+    assert torch.equal(
+        scheduler.add_noise(x0, eps, torch.tensor([500])),
+        scheduler.add_noise(x0, eps, torch.full((4,), 500)),
+    )
+
+
+# --- options and files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_constructor_takes_diffusers_arguments_with_its_defaults_and_compat(name: str) -> None:
+    mine = inspect.signature(SCHEDULERS[f"{name}Scheduler"]).parameters
+    theirs = inspect.signature(getattr(diffusers, f"{name}Scheduler")).parameters
+    assert {k: p.default for k, p in mine.items() if k != "compat"} == {
+        k: p.default for k, p in theirs.items()
+    }
+    assert list(mine) == [*theirs, "compat"]
+    assert mine["compat"].default == "diffusers"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_has_diffusers_keys_and_values(name: str) -> None:
+    mine, theirs = SCHEDULERS[f"{name}Scheduler"](), getattr(diffusers, f"{name}Scheduler")()
+    expected = {k: v for k, v in theirs.config.items() if not k.startswith("_")}
+    got = {k: v for k, v in mine.config.items() if not k.startswith("_")}
+    assert got == expected | {"compat": "diffusers"}
+    assert all(getattr(mine.config, k) == v for k, v in expected.items())
+    for attribute in ("betas", "alphas", "alphas_cumprod", "timesteps"):
+        assert torch.equal(getattr(mine, attribute).float(), getattr(theirs, attribute).float()), (
+            attribute
+        )
+    assert (mine.order, len(mine)) == (theirs.order, len(theirs))
+
+
+@settings(QUICK, max_examples=100)
+@given(case=st.sampled_from(NAMES).flatmap(cases))
+def test_scheduler_config_json_reads_in_either_library(
+    case: Case, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("scheduler")
+    mine, theirs = ours_of(case), theirs_of(case)
+    mine.save_pretrained(folder / "mine")
+    theirs.save_pretrained(folder / "theirs")
+    read_by_us = type(mine).from_pretrained(folder / "theirs")
+    read_by_them = type(theirs).from_pretrained(folder / "mine")
+    options = {k: v for k, v in mine.config.items() if not k.startswith("_")}
+    assert {k: read_by_us.config[k] for k in options} == options
+    assert {k: read_by_them.config[k] for k in options if k != "compat"} | {
+        "compat": "diffusers"
+    } == options
+    assert type(mine).from_pretrained(folder / "mine").config == mine.config
+
+
+def test_the_exact_reading_is_saved_and_absent_from_a_file_of_diffusers(tmp_path: Path) -> None:
+    for compat in ("exact", "diffusers"):
+        ours.DDIMScheduler(compat=compat).save_pretrained(tmp_path / compat)
+        content = json.loads((tmp_path / compat / "scheduler_config.json").read_text())
+        assert content.get("compat") == ("exact" if compat == "exact" else None)
+        assert ours.DDIMScheduler.from_pretrained(tmp_path / compat).config.compat == compat
+
+
+@pytest.mark.parametrize("source", NAMES)
+@pytest.mark.parametrize("target", NAMES)
+def test_a_config_moves_to_another_class_as_it_does_in_diffusers(source: str, target: str) -> None:
+    options = {"num_train_timesteps": 500, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    options |= {"prediction_type": "v_prediction"}
+    theirs = getattr(diffusers, f"{source}Scheduler")(**options)
+    expected = getattr(diffusers, f"{target}Scheduler").from_config(theirs.config).config
+    for config in (theirs.config, SCHEDULERS[f"{source}Scheduler"](**options).config):
+        got = SCHEDULERS[f"{target}Scheduler"].from_config(config).config
+        for key, value in expected.items():
+            if not key.startswith("_"):
+                assert got[key] == value, key
+
+
+# --- used as diffusers' own tests and pipelines use theirs ---------------------------------------
+
+
+@pytest.mark.parametrize("t", [0, 1, 37, 999])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_steps_from_timesteps_off_its_grid_as_diffusers_does(t: int, eta: float) -> None:
+    mine, theirs = ours.DDIMScheduler(), diffusers.DDIMScheduler()
+    x, out, z = (torch.randn(SHAPE) for _ in range(3))
+    results = []
+    for scheduler in (mine, theirs):
+        scheduler.set_timesteps(50)
+        results.append(scheduler.step(out, t, x, eta=eta, variance_noise=z))
+    assert difference(results[0].prev_sample, results[1].prev_sample) < 2e-6
+    assert difference(results[0].pred_original_sample, results[1].pred_original_sample) < 2e-6
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999])
+def test_ddpm_steps_through_all_training_steps_without_set_timesteps(t: int) -> None:
+    x, out = torch.randn(SHAPE), torch.randn(SHAPE)
+    a, b = (
+        s.step(out, t, x, generator=torch.Generator().manual_seed(0), return_dict=False)
+        for s in (ours.DDPMScheduler(), diffusers.DDPMScheduler())
+    )
+    assert difference(a[0], b[0]) < 2e-6
+    assert difference(a[1], b[1]) < 2e-6
+
+
+def test_trained_betas_are_kept_as_given() -> None:
+    for name in NAMES:
+        scheduler = SCHEDULERS[f"{name}Scheduler"](trained_betas=[0.1, 0.3])
+        assert torch.equal(scheduler.betas, torch.tensor([0.1, 0.3]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_before_set_timesteps_or_without_a_number_is_refused(name: str) -> None:
+    scheduler = SCHEDULERS[f"{name}Scheduler"]()
+    with pytest.raises(InvalidArgument, match="num_inference_steps or timesteps"):
+        scheduler.set_timesteps()
+    with pytest.raises(InvalidArgument, match="not both"):
+        scheduler.set_timesteps(10, timesteps=[5, 1])
+    x = torch.zeros(SHAPE)
+    if name != "DDPM":  # it walks all training steps by default, in diffusers too
+        with pytest.raises(InvalidArgument, match="set_timesteps"):
+            scheduler.step(x, 5, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"variance_type": "fixed_large_log"}, "variance_type"),
+        ({"variance_type": "learned"}, "variance_type"),
+        ({"beta_schedule": "laplace"}, "beta_schedule"),
+        ({"prediction_type": "noise"}, "prediction_type"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"beta_end": 1.5}, "beta_end"),
+        ({"clip_sample_range": float("nan")}, "clip_sample_range"),
+        ({"thresholding": 1}, "thresholding"),
+        ({"steps_offset": -1}, "steps_offset"),
+        ({"compat": "paper"}, "compat"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(options: dict, named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named):
+        ours.DDPMScheduler(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"algorithm_type": "dpmsolver"}, "algorithm_type"),
+        ({"algorithm_type": "sde-dpmsolver"}, "algorithm_type"),
+        ({"solver_type": "bh2"}, "solver_type"),
+        ({"solver_order": 4}, "solver_order"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"variance_type": "learned_range"}, "variance_type"),
+        ({"final_sigmas_type": "one"}, "final_sigmas_type"),
+    ],
+)
+def test_what_dpm_solver_does_not_support_is_refused_by_name(options: dict, named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named):
+        ours.DPMSolverMultistepScheduler(**options)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
+def test_eta_out_of_range_is_refused(eta: float) -> None:
+    scheduler = ours.DDIMScheduler()
+    scheduler.set_timesteps(10)
+    with pytest.raises(InvalidArgument, match="eta"):
+        scheduler.step(torch.zeros(SHAPE), 900, torch.zeros(SHAPE), eta=eta)
+
+
+@pytest.mark.parametrize("steps", [3, 100])
+def test_ddpm_in_diffusers_own_pipeline_draws_the_same_pictures(steps: int) -> None:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+    images = []
+    for scheduler in (ours.DDPMScheduler(), diffusers.DDPMScheduler()):
+        pipe = diffusers.DDPMPipeline(unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        images.append(pipe(2, generator, num_inference_steps=steps, output_type="np").images)
+    assert np.isfinite(images[0]).all()
+    np.testing.assert_allclose(images[0], images[1], atol=2e-5)

@@ -223,6 +223,10 @@ class Scheduler:
             )
         self.num_inference_steps = len(grid)
         self._set_grid(grid, device)
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        """Refuse a grid on which the options cannot work."""
         if self.levels[0].alpha == 0 and self.config.prediction_type == "epsilon":
             raise InvalidArgument(
                 "prediction_type 'epsilon' says nothing at zero terminal SNR, where sampling "

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidiff.errors import InvalidArgument
 from minidiff.schedule import Level, NoiseSchedule
 from minidiff.schedulers.base import IndexedScheduler
 
@@ -136,6 +137,16 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
         if left == 2 and short:
             return min(2, c.solver_order, len(self.past) + 1)
         return min(c.solver_order, len(self.past) + 1)
+
+    def _check_levels(self) -> None:
+        super()._check_levels()
+        falls = self.levels[0].lam > self.levels[1].lam  # see Diffusers.solver_schedule
+        if falls and self.config.algorithm_type == "sde-dpmsolver++":
+            raise InvalidArgument(
+                "rescale_betas_zero_snr makes the first step rise in diffusers, and algorithm_type "
+                "'sde-dpmsolver++' cannot step back: take fewer steps, 'dpmsolver++', or "
+                "compat='exact'"
+            )
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype:
         return self.reading.solver_sample(model_output).dtype
