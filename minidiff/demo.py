@@ -98,7 +98,7 @@ def draw(pipe: Pipeline, data: ImageData, out: Path) -> None:
 
     pipe(num_images=100, num_inference_steps=30, seed=0, output_type="np", callback=look)
     plot.save(plot.grid(frames[-1], 10, scale=3), out / "samples.png")
-    plot.save_gif([plot.grid(frame, 10, scale=2) for frame in frames], out / "denoise.gif")
+    plot.save_gif([plot.grid(frame[:50], 10, scale=3) for frame in frames], out / "denoise.gif")
     first = [int((data.labels == c).nonzero()[0]) for c in range(0, 10, 3)]
     clean = to_float(data.images[first])
     plot.forward_figure(clean, pipe.scheduler.schedule, out / "forward.png")

@@ -71,7 +71,7 @@ class TrainConfig:
     layers: int = 1
     dtype: str = "float32"
     guidance_scale: float = 1.5
-    num_inference_steps: int = 20
+    num_inference_steps: int = 10
     pictures: int = 4
 
     def __post_init__(self) -> None:
