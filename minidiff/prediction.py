@@ -70,8 +70,9 @@ def split(out: Tensor, x: Tensor, level: Level, prediction_type: str) -> tuple[T
                 f"prediction_type {prediction_type!r} does not determine x0 and noise at "
                 f"alpha={level.alpha:g}, sigma={level.sigma:g}"
             )
-        if abs(determinant - 1) < 2e-7:
-            determinant = 1.0  # α² + σ² of a float32 table, whose rounding is not meant
+        rotation = p == -level.sigma and q == level.alpha  # v: the determinant is α² + σ²
+        if rotation and abs(determinant - 1) < 2e-7:
+            determinant = 1.0  # the rounding of a float32 table is not meant
     is_x0, is_eps = _is(p, 1) and _is(q, 0), _is(p, 0) and _is(q, 1)
     x0 = out if is_x0 else _over(_combine(q, x, -level.sigma, out), determinant)
     eps = out if is_eps else _over(_combine(level.alpha, out, -p, x), determinant)
