@@ -54,7 +54,7 @@ def set_interior_grid(scheduler: Scheduler, n: int) -> None:
     scheduler.set_timesteps(timesteps=grid.astype(int).tolist())
 
 
-# --- the order of the ODE methods ----------------------------------------------------------------
+# --- the order of the ODE methods ---------------------------------------------------------------
 
 
 def flow_error(scheduler: Scheduler, n: int, exact_starts: int = 0) -> float:
@@ -111,7 +111,7 @@ def test_diffusers_weight_of_the_second_difference_costs_the_third_order() -> No
     assert flow_error(mixed, 280, 2) > 5 * flow_error(solver(3), 280, 2)
 
 
-# --- the order of the SDE methods ----------------------------------------------------------------
+# --- the order of the SDE methods ---------------------------------------------------------------
 
 
 def variance_error(scheduler: Scheduler, n: int, **step_options: Any) -> float:
@@ -159,7 +159,7 @@ def test_diffusers_sign_in_the_third_order_sde_costs_its_second_weak_order() -> 
     assert slope(lambda n: variance_error(mixed, n), 500) == pytest.approx(1, abs=0.15)
 
 
-# --- identities ----------------------------------------------------------------------------------
+# --- identities ---------------------------------------------------------------------------------
 
 
 def run(
@@ -255,7 +255,7 @@ def test_the_last_step_lands_on_the_prediction_of_the_clean_sample(
     torch.testing.assert_close(x, x0, rtol=1e-14, atol=1e-14)
 
 
-# --- grids ---------------------------------------------------------------------------------------
+# --- grids --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])

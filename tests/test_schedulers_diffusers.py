@@ -43,7 +43,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
 
 
-# --- the cases -------------------------------------------------------------------------------
+# --- the cases ----------------------------------------------------------------------------------
 
 
 @st.composite
@@ -115,7 +115,7 @@ def cases(draw: st.DrawFn, name: str) -> Case:
     return Case(name, options, draw(number_of_steps(train_steps)), None, step_options, dtype)
 
 
-# --- one trajectory --------------------------------------------------------------------------
+# --- one trajectory -----------------------------------------------------------------------------
 
 
 def network(channels: int) -> Callable[[Tensor, int], Tensor]:
@@ -172,7 +172,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
-# --- how close, and where diffusers cannot sample ----------------------------------------------
+# --- how close, and where diffusers cannot sample -----------------------------------------------
 
 
 def tolerance(case: Case) -> float:
@@ -189,7 +189,8 @@ def tolerance(case: Case) -> float:
         # √(1 − ᾱ_s − s̃²) with both terms equal at (nearly) zero terminal SNR: √2⁻²⁴ = 2.4e-4
         allowed = max(allowed, 5e-4)
     if order == 3 and case.options["algorithm_type"] == "sde-dpmsolver++":
-        allowed = max(allowed, 2e-4)  # (1 − e^{−2h} − 2h)/(2h)² in float32
+        # (1 − e^{−2h} − 2h)/(2h)² in float32, the worse the smaller the steps
+        allowed = 2e-4 * max(1, (case.n or 0) / 200)
     if order > 1 and case.timesteps is not None and len(case.timesteps) > 1:
         # an uneven grid: a slope is extrapolated over many times the distance it was measured on
         mine = ours_of(case)
@@ -371,7 +372,7 @@ def test_timesteps_are_those_of_diffusers_or_refused_for_every_number_of_steps(
     assert len(refused) == per_spacing[spacing]
 
 
-# --- forward noising -----------------------------------------------------------------------------
+# --- forward noising ----------------------------------------------------------------------------
 
 
 @QUICK
@@ -401,7 +402,7 @@ def test_one_timestep_noises_a_whole_batch(name: str) -> None:
     )
 
 
-# --- options and files ---------------------------------------------------------------------------
+# --- options and files --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -470,7 +471,7 @@ def test_a_config_moves_to_another_class_as_it_does_in_diffusers(source: str, ta
                 assert got[key] == value, key
 
 
-# --- used as diffusers' own tests and pipelines use theirs ---------------------------------------
+# --- used as diffusers' own tests and pipelines use theirs --------------------------------------
 
 
 @pytest.mark.parametrize("t", [0, 1, 37, 999])

@@ -1,0 +1,118 @@
+"""The floors of the house: imports go down, networks and samplers never meet."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minidiff
+
+ROOT = Path(minidiff.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# A file imports from lower floors, or within its folder. The errors lie below everything.
+FLOORS = {
+    "errors": -1,
+    "schedule": 0,
+    "checkpoint": 0,
+    "noise": 0,
+    "device": 0,
+    "prediction": 1,
+    "nn": 1,
+    "guidance": 1,
+    "exact": 1,
+    "data": 1,
+    "schedulers": 2,
+    "metrics": 2,
+    "plot": 2,
+    "sample": 3,
+    "samplers": 3,
+    "train_classifier": 3,
+    "pipeline": 4,
+    "train": 5,  # it returns a Pipeline
+    "run": 6,
+    "demo": 7,
+    "cli": 8,
+    "__main__": 9,
+    "__init__": 9,  # the public names
+}
+
+
+def house_name(path: Path) -> str:
+    """The file or folder of the table that a path belongs to."""
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """What a file imports of minidiff, wherever in the file, as names of the table."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
+            modules = [f"{node.module}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [a.name for a in node.names]
+        else:
+            continue
+        for parts in (module.split(".") for module in modules):
+            if parts[0] == "minidiff" and len(parts) > 1 and not parts[1].startswith("__"):
+                names.add(parts[1])
+    return names
+
+
+def test_every_file_has_a_floor_and_every_floor_a_file() -> None:
+    assert {house_name(path) for path in FILES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_to_a_lower_floor_or_stay_in_their_folder(path: Path) -> None:
+    mine = house_name(path)
+    for name in imported(path) - {mine}:
+        assert FLOORS[name] < FLOORS[mine], f"{mine} imports {name}"
+
+
+def reached(name: str) -> set[str]:
+    """All that a file or folder of the table needs, directly or not."""
+    seen, todo = set(), {name}
+    while todo:
+        seen |= todo
+        todo = set().union(*(imported(p) for p in FILES if house_name(p) in todo)) - seen
+    return seen - {name}
+
+
+def test_networks_know_no_diffusion_and_diffusion_no_networks() -> None:
+    assert reached("nn") <= {"errors", "checkpoint"}
+    assert "nn" not in reached("schedulers") | reached("sample") | reached("guidance")
+
+
+def test_cumulative_products_occur_only_where_the_schedule_is() -> None:
+    users = {p.name for p in FILES if re.search(r"\bcumprod\b", p.read_text(encoding="utf-8"))}
+    assert users == {"schedule.py"}
+
+
+IMPORT = """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+import minidiff
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+print(*(p for p in opened if p.startswith(sys.argv[1])), sep="|")
+"""
+
+
+def test_importing_loads_no_drawing_library_and_reads_no_data() -> None:
+    out = subprocess.run(
+        [sys.executable, "-c", IMPORT, str(ROOT)], capture_output=True, text=True, check=True
+    )
+    modules, opened = out.stdout.split("\n")[:2]
+    assert not {"matplotlib", "PIL", "diffusers", "scipy"} & set(modules.split())
+    assert not [p for p in opened.split("|") if p and not p.endswith((".py", ".pyc"))]
+
+
+def test_the_public_names_are_there() -> None:
+    assert all(hasattr(minidiff, name) for name in minidiff.__all__)
+    assert minidiff.__all__ == sorted(minidiff.__all__)
