@@ -1,0 +1,60 @@
+"""How long one scheduler step takes beside diffusers', on a sample so small that nothing hides it.
+
+    python benchmarks/scheduler_step.py [--steps N] [--rounds N]
+
+Each round walks N steps with one class of ours and of theirs in turn, so that a busy machine slows
+both; the network costs nothing. What is printed is the median time of a step in microseconds.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from typing import Any
+
+import diffusers
+import torch
+from import_time import cpu_name
+
+from minidiff.schedulers import SCHEDULERS
+
+SHAPE = (1, 1, 32, 32)
+CASES = {
+    "DDPM": ("DDPMScheduler", {}),
+    "DDIM": ("DDIMScheduler", {}),
+    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM-Solver++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "SDE-DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+}
+
+
+def step_time(scheduler: Any, n: int) -> float:
+    """Microseconds a step over a walk of n steps, as a pipeline would call it."""
+    scheduler.set_timesteps(n)
+    generator = torch.Generator().manual_seed(0)
+    x, out = torch.randn(SHAPE), torch.randn(SHAPE)
+    start = time.perf_counter()
+    for t in scheduler.timesteps:
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
+    return 1e6 * (time.perf_counter() - start) / n
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")
+    print(f"diffusers {diffusers.__version__}, 1 thread, {SHAPE}, microseconds a step")
+    print(f"{'':20}{'ours':>8}{'theirs':>8}{'ratio':>8}")
+    for name, (cls, arguments) in CASES.items():
+        pair = SCHEDULERS[cls](**arguments), getattr(diffusers, cls)(**arguments)
+        times = [[step_time(s, options.steps) for s in pair] for _ in range(options.rounds)]
+        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+        print(f"{name:20}{ours:8.1f}{theirs:8.1f}{theirs / ours:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
