@@ -38,24 +38,22 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on error it is gone.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or `path` is no ordinary file.
     """
     path = Path(path)
-    try:
+    with _naming(path):
+        _refuse_other_than_a_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp is private; a result is an ordinary file
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+        with _naming(path):
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o666 & ~_umask())  # mkstemp is private; a result is an ordinary file
+            os.replace(temporary, path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -68,24 +66,43 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         CheckpointError: the folder cannot be written, or `path` is a file.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path}: is a file, expected a folder to write into")
-    try:
+    with _naming(path):
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path}: is a file, expected a folder to write into")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
     try:
-        yield temporary
-        for entry in sorted(temporary.rglob("*")):
-            _sync(entry)
-        temporary.chmod(0o777 & ~_umask())
-        _swap_in(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+        with _naming(path):
+            yield temporary
+            for entry in sorted(temporary.rglob("*")):
+                _sync(entry)
+            temporary.chmod(0o777 & ~_umask())
+            _swap_in(temporary, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what the system says of a path that cannot be written into an error that names it."""
+    if "\0" in str(path):
+        raise CheckpointError(f"{str(path)!r}: cannot be written (a null byte in the name)")
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{path}: cannot be written ({reason})") from error
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise CheckpointError(f"{path}: cannot be written ({error})") from error
+
+
+def _refuse_other_than_a_file(path: Path) -> None:
+    """Refuse a folder, and what a rename would destroy: /dev/null, a pipe, a socket."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, expected a file to write")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is a device or a pipe, expected an ordinary file to write")
 
 
 def _swap_in(temporary: Path, path: Path) -> None:
@@ -114,17 +131,14 @@ def ensure_writable(path: str | Path) -> None:
     """Refuse a file that cannot be written, before work starts that would end in it.
 
     Raises:
-        CheckpointError: its folder cannot be made or written, or `path` is a folder.
+        CheckpointError: its folder cannot be made or written, or `path` is no ordinary file.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, expected a file to write")
-    try:
+    with _naming(path):
+        _refuse_other_than_a_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
             pass
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_npz(path: str | Path, **arrays: np.ndarray) -> None:

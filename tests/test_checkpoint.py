@@ -142,3 +142,36 @@ def test_json_is_sorted_and_ends_with_a_newline(tmp_path):
     text = (tmp_path / "x.json").read_text()
     assert text.endswith("}\n")
     assert list(json.loads(text)) == ["a", "b"]
+
+
+def test_devices_and_pipes_are_never_replaced_by_a_file(tmp_path):
+    """A rename over /dev/null, by root, would take it from every other program."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (ensure_writable, lambda path: write_json(path, {})):
+        with pytest.raises(CheckpointError, match="device or a pipe"):
+            write(pipe)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["null\0byte", "x" * 300])
+def test_names_that_no_file_can_have_are_refused(tmp_path, name):
+    for write in (ensure_writable, lambda path: write_json(path, {})):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            write(tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot be written"), atomic_folder(tmp_path / name):
+        pass
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"x\.safetensors: cannot be written"):
+            write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(100_000)})
+        with pytest.raises(CheckpointError, match=r"x\.npz: cannot be written"):
+            write_npz(tmp_path / "x.npz", a=np.random.default_rng(0).random(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not os.listdir(tmp_path)
