@@ -8,6 +8,7 @@ fail in diffusers or be refused by minidiff outside that list.
 
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -331,7 +332,7 @@ def compare(case: Case) -> None:
 
 NAMES = ["DDPM", "DDIM", "DPMSolverMultistep"]
 QUICK = settings(
-    max_examples=250,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -341,6 +342,22 @@ QUICK = settings(
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_of_a_trajectory_is_that_of_diffusers(name: str) -> None:
     QUICK(given(cases(name))(compare))()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_exact_reading_samples_or_refuses_whatever_the_options(name: str) -> None:
+    def check(case: Case) -> None:
+        scheduler = SCHEDULERS[f"{name}Scheduler"](**case.options, compat="exact")
+        try:
+            set_grid(scheduler, case)
+        except InvalidArgument as error:
+            named = "zero terminal SNR|steps_offset|lambda_min_clipped"
+            assert re.search(named, str(error)), error  # noqa: PT017
+            return
+        assert case.n is None or len(scheduler.timesteps) == case.n
+        assert all(torch.isfinite(x).all() for x in trajectory(scheduler, case))
+
+    settings(QUICK, max_examples=100)(given(cases(name))(check))()
 
 
 @pytest.mark.slow
@@ -557,6 +574,33 @@ def test_what_dpm_solver_does_not_support_is_refused_by_name(options: dict, name
         ours.DPMSolverMultistepScheduler(**options)
 
 
+def test_a_multistep_solver_refuses_a_step_too_many_and_one_off_its_grid() -> None:
+    scheduler, x = ours.DPMSolverMultistepScheduler(), torch.zeros(SHAPE)
+    scheduler.set_timesteps(3)
+    with pytest.raises(InvalidArgument, match="998 is not among"):
+        scheduler.step(x, 998, x)
+    for t in scheduler.timesteps:
+        scheduler.step(x, t, x)
+    with pytest.raises(InvalidArgument, match="all 3 steps are done"):
+        scheduler.step(x, 0, x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_do_not_fit_are_refused_by_name(name: str) -> None:
+    scheduler, x = SCHEDULERS[f"{name}Scheduler"](), torch.zeros(SHAPE)
+    scheduler.set_timesteps(3)
+    t = scheduler.grid[0]
+    with pytest.raises(InvalidArgument, match="model_output must have the shape of sample"):
+        scheduler.step(x[:1], t, x)
+    with pytest.raises(InvalidArgument, match="floating point"):
+        scheduler.step(x.long(), t, x.long())
+    if name != "DDPM":
+        with pytest.raises(InvalidArgument, match="variance_noise must have the shape"):
+            scheduler.step(x, t, x, variance_noise=x[:1])
+        with pytest.raises(InvalidArgument, match="either variance_noise or generator"):
+            scheduler.step(x, t, x, generator=torch.Generator(), variance_noise=x)
+
+
 @pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
 def test_eta_out_of_range_is_refused(eta: float) -> None:
     scheduler = ours.DDIMScheduler()
@@ -565,8 +609,10 @@ def test_eta_out_of_range_is_refused(eta: float) -> None:
         scheduler.step(torch.zeros(SHAPE), 900, torch.zeros(SHAPE), eta=eta)
 
 
-@pytest.mark.parametrize("steps", [3, 100])
-def test_ddpm_in_diffusers_own_pipeline_draws_the_same_pictures(steps: int) -> None:
+@pytest.mark.parametrize("steps", [3, 30])
+@pytest.mark.parametrize("name", NAMES)
+def test_diffusers_own_pipeline_draws_the_same_pictures(name: str, steps: int) -> None:
+    """DDPMPipeline runs whatever scheduler it is given, so ours is dropped in beside theirs."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=8,
@@ -577,7 +623,8 @@ def test_ddpm_in_diffusers_own_pipeline_draws_the_same_pictures(steps: int) -> N
         norm_num_groups=4,
     ).eval()
     images = []
-    for scheduler in (ours.DDPMScheduler(), diffusers.DDPMScheduler()):
+    for library in (ours, diffusers):
+        scheduler = getattr(library, f"{name}Scheduler")()
         pipe = diffusers.DDPMPipeline(unet, scheduler)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(3)
