@@ -96,10 +96,8 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
         x = self.reading.solver_sample(x)
         k = 2 if self.config.algorithm_type == "sde-dpmsolver++" else 1
         h = nxt.lam - now.lam
-        if h == 0:
-            return (
-                x  # the grid ends at step 0 and final_sigmas_type is "sigma_min": nothing is left
-            )
+        if h == 0:  # the grid ends at step 0, and final_sigmas_type "sigma_min" is that level
+            return x
         phi1 = -math.expm1(-k * h)
         decay = nxt.sigma / now.sigma * math.exp(-h) ** (k - 1)  # h is ∞ in the step to σ = 0
         new = decay * x + nxt.alpha * phi1 * x0  # DPM-Solver++ eq. 9 (order 1)
