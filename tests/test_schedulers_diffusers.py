@@ -152,13 +152,20 @@ def start(case: Case) -> Tensor:
     return torch.randn(SHAPE, generator=g, dtype=torch.float64).to(case.dtype)
 
 
-def trajectory(scheduler: Any, case: Case, steps: int | None = None) -> list[Tensor]:
-    """x after each of the first steps (all by default), with noise from one seed."""
+def trajectory(
+    scheduler: Any, case: Case, steps: int | None = None, jitter: float = 0.0
+) -> list[Tensor]:
+    """x after each of the first steps (all by default), with noise from one seed.
+
+    jitter moves every x up or down by this share of itself before the step.
+    """
     learned = case.options.get("variance_type") == "learned_range"
     f = network(SHAPE[1] * (2 if learned else 1))
     generator = torch.Generator().manual_seed(2)
+    sign = 1 - 2 * torch.randint(2, SHAPE, generator=torch.Generator().manual_seed(3))
     x, states = start(case), []
     for t in scheduler.timesteps.tolist()[:steps]:
+        x = x * (1 + jitter * sign) if jitter else x
         output = scheduler.step(f(x, t), t, x, generator=generator, **case.step_options)
         x = output.prev_sample
         states.append(x)
@@ -180,19 +187,15 @@ def tolerance(case: Case) -> float:
     """How far apart two correct trajectories may be, relative to max(1, |x|).
 
     diffusers keeps its scalars in float32 whatever the sample's dtype, and we round ours once, from
-    float64; so a float64 sample agrees no better than a float32 one. A few places lose more digits.
+    float64; so a float64 sample agrees no better than a float32 one. Three places lose more digits.
     """
     allowed, order = 2e-5, case.options.get("solver_order", 1)
-    if (case.n or 0) > 250:
-        allowed = 1e-4  # a thousand roundings of the scalars add up
-    if case.options["rescale_betas_zero_snr"] and case.options["prediction_type"] == "epsilon":
-        allowed = max(allowed, 2e-4)  # (x − σ·ε)/α multiplies rounding by 1/α, beyond 1000 here
     if case.step_options.get("eta") == 1:
         # √(1 − ᾱ_s − s̃²) with both terms equal at (nearly) zero terminal SNR: √2⁻²⁴ = 2.4e-4
         allowed = max(allowed, 5e-4)
     if order == 3 and case.options["algorithm_type"] == "sde-dpmsolver++":
         # (1 − e^{−2h} − 2h)/(2h)² in float32, the worse the smaller the steps
-        allowed = 2e-4 * max(1, (case.n or 0) / 200)
+        allowed = max(allowed, 2e-4 * max(1, (case.n or 0) / 200))
     if order > 1 and case.timesteps is not None and len(case.timesteps) > 1:
         # an uneven grid: a slope is extrapolated over many times the distance it was measured on
         mine = ours_of(case)
@@ -201,6 +204,20 @@ def tolerance(case: Case) -> float:
         stretch = max([b / a for a, b in pairwise(steps)], default=1)
         allowed *= max(1, stretch / 10) ** (order - 1)
     return allowed
+
+
+def sensitivity(case: Case) -> float:
+    """How far diffusers' own trajectory moves when every x on the way is off by one rounding.
+
+    Most trajectories damp it. Some amplify: x0 = (x − σ·ε)/α at small α, a threshold that divides
+    by the median, a thousand steps of either.
+    """
+    runs = []
+    for jitter in (0.0, 2**-23):
+        scheduler = theirs_of(case)
+        set_grid(scheduler, case)
+        runs.append(trajectory(scheduler, case, jitter=jitter))
+    return max(map(difference, *runs))
 
 
 def first_alpha_bar(case: Case) -> float:
@@ -315,9 +332,11 @@ def compare(case: Case) -> None:
         assert mine.timesteps.tolist() == theirs.timesteps.tolist()
         assert mine.timesteps.dtype == theirs.timesteps.dtype
         assert mine.init_noise_sigma == theirs.init_noise_sigma
-        expected = trajectory(theirs, case)
-        for i, (a, b) in enumerate(zip(trajectory(mine, case), expected, strict=True)):
-            assert difference(a, b) <= tolerance(case), f"step {i} of {len(expected)}"
+        far = list(map(difference, trajectory(mine, case), trajectory(theirs, case)))
+        assert len(far) == len(mine.grid)
+        if max(far) > tolerance(case):
+            event("amplifies rounding")
+            assert max(far) <= 20 * sensitivity(case), f"step {np.argmax(far)} of {len(far)}"
         return
     corner = next(c for c in CORNERS if c.failure == failure and c.applies(case))
     event(corner.reason)
