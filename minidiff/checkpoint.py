@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,16 @@ from torch import Tensor, nn
 from minidiff.errors import CheckpointError
 
 MAX_JSON_BYTES = 1 << 20  # a config is a page of text; anything larger is not a config
+
+
+class Config(dict):
+    """The options of a network or a scheduler: `config["dims"]` and `config.dims` are the same."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the config has no option {name!r}") from None
 
 
 def _sync(path: Path) -> None:
@@ -157,7 +168,7 @@ def read_json(path: str | Path) -> dict:
     """Read one JSON object of at most 1 MiB.
 
     Raises:
-        CheckpointError: missing, too large, not UTF-8, not JSON, or not an object.
+        CheckpointError: missing, unreadable, too large, not UTF-8, not JSON, or not an object.
     """
     path = Path(path)
     if not path.is_file():
@@ -168,7 +179,9 @@ def read_json(path: str | Path) -> dict:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # also bad UTF-8, and numbers of 5000 digits
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")

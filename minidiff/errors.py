@@ -35,9 +35,12 @@ def one_of(name: str, value: object, allowed: object) -> None:
 def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:
     """Refuse `value` unless it is an int in low..high (True and 3.0 are not ints here)."""
     allowed = f"in {low}..{high}" if high is not None else f"at least {low}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = None if isinstance(value, bool) else value.__index__()
+    except (AttributeError, TypeError):  # arrays and tensors have the method, but not for this
+        number = None
+    if number is None:
         raise InvalidArgument(f"{name} must be a whole number {allowed}, got {value!r}")
-    number = value.__index__()
     if number < low or (high is not None and number > high):
         raise InvalidArgument(f"{name} must be {allowed}, got {number}")
     return number
@@ -45,9 +48,14 @@ def whole_number(name: str, value: object, low: int, high: int | None = None) ->
 
 def real_number(name: str, value: object, low: float, high: float = float("inf")) -> float:
     """Refuse `value` unless it is a finite number in [low, high]; NaN never passes."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    try:
+        number = None if isinstance(value, bool | str | bytes) else float(value)
+    except OverflowError:  # 10**400 is an int, and no float
+        number = float("inf")
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors of several numbers
+        number = None
+    if number is None:
         raise InvalidArgument(f"{name} must be a number, got {value!r}")
-    number = float(value)
     if not low <= number <= high or abs(number) == float("inf"):
         at_least = "" if low == -float("inf") else f" and at least {low:g}"
         allowed = f"in [{low:g}, {high:g}]" if high != float("inf") else f"finite{at_least}"

@@ -17,12 +17,14 @@ from minidiff.data import to_uint8
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, real_number, whole_number
 from minidiff.guidance import Denoiser, autocast, classifier_free, conditional
 from minidiff.nn import SpaceToDepth, UNet
-from minidiff.noise import Generators, image_generators, randn
+from minidiff.noise import MAX_SEED, Generators, image_generators, randn
 from minidiff.sample import Step, trajectory
 from minidiff.schedulers import SCHEDULERS, DDIMScheduler, Scheduler
+from minidiff.schedulers.base import CONFIG_NAME
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 INDEX = "model_index.json"
+MAX_IMAGES = 1_000_000  # they are held in memory; more than this is a typing error
 
 
 class PipelineOutput(NamedTuple):
@@ -50,7 +52,7 @@ class Pipeline:
             guidance_scale 1 is possible.
         guidance_scale, num_inference_steps: used where a call gives none.
     Raises:
-        InvalidArgument: the network and class_names do not fit together.
+        InvalidArgument: the network does not fit the vae, class_names or guidance_scale.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Pipeline:
         guidance_scale: float = 1.0,
         num_inference_steps: int = 50,
     ) -> None:
+        if isinstance(class_names, str) or not all(isinstance(n, str) for n in class_names):
+            raise InvalidArgument(f"class_names must be a list of strings, got {class_names!r}")
         embeds = unet.config.num_class_embeds or 0
         if embeds not in (len(class_names), len(class_names) + 1) or bool(embeds) != bool(
             class_names
@@ -70,9 +74,14 @@ class Pipeline:
                 f"class_names must name the network's {embeds} classes (all, or all but the last, "
                 f"which then stands for no class); got {len(class_names)} names"
             )
+        if vae is not None and unet.config.in_channels % vae.block**2:
+            raise InvalidArgument(
+                f"block must divide the network's {unet.config.in_channels} channels into blocks "
+                f"of block² pixels, got {vae.block}"
+            )
         self.unet, self.scheduler, self.vae = unet, scheduler, vae
         self.class_names = tuple(class_names)
-        self.guidance_scale = real_number("guidance_scale", guidance_scale, -math.inf)
+        self.guidance_scale = self._scale(guidance_scale)
         self.num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
         self.dtype = torch.float32
 
@@ -116,21 +125,21 @@ class Pipeline:
         # 1. condition
         one_of("output_type", output_type, OUTPUT_TYPES)
         labels = self._labels(class_labels, num_images, first_index)
-        n = len(labels) if labels is not None else whole_number("num_images", num_images or 1, 1)
-        scale = self._scale(guidance_scale)
+        n = len(labels) if labels is not None else num_images or 1
+        scale = self._scale(self.guidance_scale if guidance_scale is None else guidance_scale)
         options = self._step_options(eta)
         whole_number("batch_size", batch_size, 1)
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps)  # refuses a bad number before anything else happens
 
         # 2. start
-        sources = _sources(n, seed, generator, first_index)
+        source_of = _sources(n, seed, generator, first_index)
         shape, like = self._latent_shape(), next(self.unet.parameters())
         results = []
         bar = tqdm(total=n, unit="image", disable=not progress)
         for start in range(0, n, batch_size):
             part = slice(start, min(start + batch_size, n))
-            source = sources[part] if isinstance(sources, list) else sources
+            source = source_of(part)
             self.scheduler.set_timesteps(steps, device=like.device)
             x = randn((part.stop - start, *shape), source, like.device)
             x = x * self.scheduler.init_noise_sigma
@@ -231,22 +240,27 @@ class Pipeline:
                  "num_inference_steps"}  # fmt: skip
         if index.get("_class_name") != "Pipeline" or not index.keys() <= known:
             raise CheckpointError(f"{folder / INDEX}: not written by minidiff's Pipeline")
+        if missing := sorted(known - {"vae"} - index.keys()):
+            raise CheckpointError(f"{folder / INDEX}: has no {missing[0]}")
+        for part in ("unet", "scheduler", "vae"):
+            if part in index and not _names_a_class(index[part]):
+                raise CheckpointError(
+                    f"{folder / INDEX}: {part} must be a library and a class, got {index[part]!r}"
+                )
+        if not isinstance(index["class_names"], list):
+            raise CheckpointError(f"{folder / INDEX}: class_names must be a list")
         try:
-            name = index["scheduler"][1]
-            one_of("scheduler", name, SCHEDULERS)
-            vae = SpaceToDepth.from_pretrained(folder / "vae") if "vae" in index else None
+            one_of("scheduler", index["scheduler"][1], SCHEDULERS)
             return cls(
                 UNet.from_pretrained(folder / "unet"),
-                SCHEDULERS[name].from_pretrained(folder / "scheduler"),
-                vae,
+                _scheduler_from(folder / "scheduler", SCHEDULERS[index["scheduler"][1]]),
+                SpaceToDepth.from_pretrained(folder / "vae") if "vae" in index else None,
                 index["class_names"],
                 index["guidance_scale"],
                 index["num_inference_steps"],
             )
-        except (KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{folder / INDEX}: {error!r} is missing or malformed") from error
         except InvalidArgument as error:
-            raise CheckpointError(f"{folder}: {error}") from error
+            raise CheckpointError(f"{folder / INDEX}: {error}") from error
 
     # --- arguments, checked ----------------------------------------------------------------
 
@@ -254,8 +268,8 @@ class Pipeline:
         self, given: int | Sequence[int] | Tensor | None, num_images: int | None, first: int
     ) -> Tensor | None:
         if num_images is not None:
-            whole_number("num_images", num_images, 1)
-        whole_number("first_index", first, 0)
+            whole_number("num_images", num_images, 1, MAX_IMAGES)
+        whole_number("first_index", first, 0, MAX_SEED)
         classes = len(self.class_names)
         if not classes:
             if given is not None:
@@ -275,9 +289,8 @@ class Pipeline:
             )
         return torch.tensor(labels)
 
-    def _scale(self, given: float | None) -> float:
-        scale = self.guidance_scale if given is None else given
-        scale = real_number("guidance_scale", scale, -math.inf)
+    def _scale(self, given: float) -> float:
+        scale = real_number("guidance_scale", given, -math.inf)
         if scale != 1 and not self.has_null_class:
             raise InvalidArgument(
                 f"guidance_scale must be 1 for a model that knows no label for 'no class', "
@@ -301,19 +314,41 @@ class Pipeline:
         return (config.in_channels, *space)
 
 
+def _names_a_class(entry: object) -> bool:
+    return (
+        isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+    )
+
+
+def _scheduler_from(folder: Path, cls: type[Scheduler]) -> Scheduler:
+    try:
+        return cls.from_pretrained(folder)
+    except InvalidArgument as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+
+
 def _sources(
     n: int, seed: int | None, generator: Generators, first: int
-) -> list[torch.Generator] | torch.Generator:
+) -> Callable[[slice], Generators]:
+    """A function from a part of the n images to the source of its noise.
+
+    Generators are made a batch at a time: torch's takes 5 kB, which 10,000 images would feel.
+    """
     if seed is not None and generator is not None:
         raise InvalidArgument("give either seed or generator, not both")
     if generator is not None:
-        listed = list(generator) if isinstance(generator, Sequence) else generator
-        if isinstance(listed, list) and len(listed) != n:
+        if isinstance(generator, torch.Generator):
+            return lambda part: generator
+        listed = list(generator) if isinstance(generator, Sequence) else [generator]
+        if not all(isinstance(one, torch.Generator) for one in listed):
+            raise InvalidArgument(f"generator must be a torch.Generator or a list, got {generator}")
+        if len(listed) != n:
             raise InvalidArgument(f"generator must list {n} generators, got {len(listed)}")
-        return listed
+        return lambda part: listed[part]
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    return image_generators(seed, range(first, first + n))
+    image_generators(seed, (first, first + n - 1))  # refuses a bad seed or index now
+    return lambda part: image_generators(seed, range(first + part.start, first + part.stop))
 
 
 def _as_output(images: Tensor, output_type: str) -> Any:

@@ -74,6 +74,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path):
         (b"[1, 2]", "expected a JSON object, got list"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "not valid JSON"),
         (b" " * (MAX_JSON_BYTES + 1), "a config has at most"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from minidiff.checkpoint import (
+    Config,
     atomic_folder,
     load_weights,
     read_json,
@@ -25,16 +26,6 @@ from minidiff.errors import CheckpointError, InvalidArgument
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLE = "diffusion_pytorch_model.bin"
-
-
-class Config(dict):
-    """A configuration, read as `config["in_channels"]` or `config.in_channels`."""
-
-    def __getattr__(self, name: str) -> object:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the configuration has no {name!r}") from None
 
 
 class Model(nn.Module):
@@ -60,7 +51,6 @@ class Model(nn.Module):
         """Read a folder that `save_pretrained` of minidiff or diffusers wrote, in float32.
 
         The network comes in evaluation mode, as from diffusers; call `train()` to go on training.
-
 
         Raises:
             CheckpointError: a file is missing or damaged, or does not fit the other one.

@@ -52,4 +52,7 @@ class SpaceToDepth(nn.Module):
         config = read_json(Path(folder) / "config.json")
         if config.keys() != {"_class_name", "block"} or config["_class_name"] != "SpaceToDepth":
             raise CheckpointError(f"{folder}: not the config of a SpaceToDepth: {config}")
-        return cls(config["block"])
+        try:
+            return cls(config["block"])
+        except InvalidArgument as error:
+            raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from error

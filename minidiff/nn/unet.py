@@ -21,6 +21,7 @@ from dataclasses import asdict, fields
 import torch
 from torch import Tensor, nn
 
+from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument
 from minidiff.nn.attention import Attention
 from minidiff.nn.layers import (
@@ -42,7 +43,7 @@ from minidiff.nn.layers import (
     TimestepEmbedding,
     Upsample,
 )
-from minidiff.nn.model import Config, Model
+from minidiff.nn.model import Model
 from minidiff.nn.unet_config import UNetConfig
 
 

@@ -111,7 +111,7 @@ class UNetConfig:
         one_of("resnet_time_scale_shift", self.resnet_time_scale_shift, RESNET_BLOCKS)
         real_number("dropout", self.dropout, 0, 1)
         real_number("norm_eps", self.norm_eps, 1e-12, 1)
-        real_number("mid_block_scale_factor", self.mid_block_scale_factor, 1e-6)
+        real_number("mid_block_scale_factor", self.mid_block_scale_factor, 1e-6, 1e6)
         for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -119,7 +119,7 @@ class UNetConfig:
             several = isinstance(self.sample_size, list | tuple)
             sides = self.sample_size if several else self.dims * (self.sample_size,)
             for side in _as_tuple("sample_size", sides, self.dims):
-                whole_number("sample_size", side, 1, 1 << 20)
+                whole_number("sample_size", side, 1, 1 << 14)
 
     def _check_levels(self) -> None:
         _as_tuple("block_out_channels", self.block_out_channels)

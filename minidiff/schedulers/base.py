@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minidiff import checkpoint
+from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 from minidiff.noise import Generators, randn
 from minidiff.prediction import PREDICTION_TYPES, clip, dynamic_threshold, split, target
@@ -65,16 +66,6 @@ class Past(NamedTuple):
 
     level: Level
     x0: Tensor
-
-
-class Config(dict):
-    """A dictionary whose keys are attributes too; diffusers' pipelines use both."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the config has no option {name!r}") from None
 
 
 class Scheduler:
