@@ -20,7 +20,7 @@ from minidiff import checkpoint, plot
 from minidiff.data import ImageData
 from minidiff.errors import CheckpointError, TrainingError
 from minidiff.pipeline import INDEX, Pipeline
-from minidiff.train import Progress, TrainConfig, check_size, train
+from minidiff.train import Progress, TrainConfig, check, train
 
 MODEL = "model"
 CONFIG = "config.json"
@@ -52,10 +52,11 @@ def train_into(
     """Train with a progress bar and keep everything in the folder `out`, see the module.
 
     Raises:
+        InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
         TrainingError: the loss is not finite. The log and the last pictures stay.
     """
-    check_size(config, data)
+    check(config, data)
     out = create(out, config, data)
 
     def picture(pipe: Pipeline, step: int) -> None:

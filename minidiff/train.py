@@ -24,10 +24,13 @@ from minidiff.data import ImageData, batches
 from minidiff.device import DTYPES
 from minidiff.errors import InvalidArgument, TrainingError, one_of, real_number, whole_number
 from minidiff.nn import SpaceToDepth, UNet
+from minidiff.noise import MAX_SEED
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import PREDICTION_TYPES, target
 from minidiff.schedule import BETA_SCHEDULES, NoiseSchedule, add_noise
 from minidiff.schedulers import DPMSolverMultistepScheduler
+
+MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class TrainConfig:
         weight_decay: of AdamW.
         ema_half_life: share of the run, counted back from its end, that holds half the weight
             of the averaged weights; 0 for the raw weights.
-        label_dropout: share of images whose class is hidden, so that guidance is possible.
+        label_dropout: share of images whose class is hidden, so that guidance is possible; with 0
+            the network has no label for "no class", and no guidance is stored.
         prediction_type: what the network predicts, see `minidiff.prediction`.
         beta_schedule, num_train_timesteps: the noise schedule, see `minidiff.schedule`.
         block: side of the pixel blocks that become channels (SpaceToDepth); 1 for none.
@@ -81,14 +85,18 @@ class TrainConfig:
             raise InvalidArgument("minutes must be more than 0, got 0")
         if self.steps is not None:
             whole_number("steps", self.steps, 1)
-        whole_number("seed", self.seed, 0, 2**32 - 1)
-        for name in ("batch_size", "num_train_timesteps", "block", "layers", "num_inference_steps"):
+        whole_number("seed", self.seed, 0, MAX_SEED)
+        whole_number("batch_size", self.batch_size, 1, MAX_BATCH)
+        for name in ("num_train_timesteps", "block", "layers"):
             whole_number(name, getattr(self, name), 1)
+        whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
         whole_number("pictures", self.pictures, 0)
         for name in ("warmup", "ema_half_life", "label_dropout"):
             real_number(name, getattr(self, name), 0, 0.99)
-        if not self.channels:
-            raise InvalidArgument("channels must name at least one level, got none")
+        if not isinstance(self.channels, tuple | list) or not self.channels:
+            raise InvalidArgument(
+                f"channels must list the channels of at least one level, got {self.channels!r}"
+            )
         for width in self.channels:
             whole_number("channels", width, 1)
         real_number("learning_rate", self.learning_rate, 0)
@@ -173,7 +181,9 @@ def levels(schedule: NoiseSchedule, n: int, generator: torch.Generator, device: 
     et al. 2021, arXiv:2107.00630, appendix I.1).
     """
     shares = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-    return (shares * len(schedule)).long().clamp_(max=len(schedule) - 1).to(device)
+    return (
+        (shares * len(schedule)).long().clamp_(max=len(schedule) - 1).to(device, non_blocking=True)
+    )
 
 
 def loss_of(
@@ -201,27 +211,14 @@ def loss_of(
 def build(config: TrainConfig, data: ImageData) -> Pipeline:
     """A fresh pipeline of the size that `config` and the data ask for, weights from the seed.
 
+    torch's global random state is left as it was.
+
     Raises:
-        InvalidArgument: the image size does not fit `block` and the number of levels.
+        InvalidArgument: as `check`.
     """
-    check_size(config, data)
-    _, channels, height, width = data.images.shape
-    side = (height // config.block, width // config.block)
-    depth = len(config.channels)
-    torch.manual_seed(config.seed)
-    unet = UNet(
-        sample_size=side[0] if side[0] == side[1] else side,
-        in_channels=channels * config.block**2,
-        out_channels=channels * config.block**2,
-        block_out_channels=config.channels,
-        layers_per_block=config.layers,
-        # attention costs the square of the positions: at the smallest level only
-        down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
-        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
-        attention_head_dim=math.gcd(config.channels[-1], 32),
-        norm_num_groups=math.gcd(*config.channels, 8),
-        num_class_embeds=data.num_classes + 1 if data.num_classes else None,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
+        unet = _network(config, data)
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
@@ -233,18 +230,50 @@ def build(config: TrainConfig, data: ImageData) -> Pipeline:
         scheduler,
         SpaceToDepth(config.block) if config.block > 1 else None,
         data.class_names,
-        config.guidance_scale if data.num_classes else 1.0,
+        config.guidance_scale if _hides_labels(config, data) else 1.0,
         config.num_inference_steps,
     )
 
 
-def check_size(config: TrainConfig, data: ImageData) -> None:
-    """Refuse images that the network's block does not divide. Raises InvalidArgument."""
-    height, width = data.images.shape[-2:]
+def check(config: TrainConfig, data: ImageData) -> None:
+    """Refuse what cannot be trained, without taking memory.
+
+    Raises:
+        InvalidArgument: there are no images, `block` does not divide their size, or the network
+            refuses its sizes.
+    """
+    with torch.device("meta"):
+        _network(config, data)
+
+
+def _network(config: TrainConfig, data: ImageData) -> UNet:
+    if not len(data):
+        raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
+    _, channels, height, width = data.images.shape
     if height % config.block or width % config.block:
         raise InvalidArgument(
             f"block must divide the image size {height}×{width}, got {config.block}"
         )
+    side = (height // config.block, width // config.block)
+    depth = len(config.channels)
+    return UNet(
+        sample_size=side[0] if side[0] == side[1] else side,
+        in_channels=channels * config.block**2,
+        out_channels=channels * config.block**2,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        # attention costs the square of the positions: at the smallest level only
+        down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
+        attention_head_dim=math.gcd(config.channels[-1], 32),
+        norm_num_groups=math.gcd(*config.channels, 8),
+        num_class_embeds=data.num_classes + _hides_labels(config, data) or None,
+    )
+
+
+def _hides_labels(config: TrainConfig, data: ImageData) -> bool:
+    """Whether the network will know a label for "no class", so that guidance is possible."""
+    return data.num_classes > 0 and config.label_dropout > 0
 
 
 def train(
@@ -325,7 +354,7 @@ def _dropped(
     if labels is None:
         return None
     hidden = torch.rand(len(labels), generator=generator) < share
-    return labels.masked_fill(hidden.to(labels.device), null)
+    return labels.masked_fill(hidden.to(labels.device, non_blocking=True), null)
 
 
 class _Meter:

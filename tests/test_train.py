@@ -103,6 +103,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 
 def test_training_does_not_touch_the_callers_random_state():
+    torch.manual_seed(1234)  # not a state that a run leaves behind
     state = torch.random.get_rng_state()
     train(TrainConfig(steps=1, channels=(8, 8), batch_size=4, pictures=0), load("digits"))
     assert torch.equal(state, torch.random.get_rng_state())
@@ -122,7 +123,11 @@ def test_training_does_not_touch_the_callers_random_state():
         ({"steps": 1, "ema_half_life": 1}, "ema_half_life"),
         ({"steps": 1, "prediction_type": "noise"}, "prediction_type must be one of epsilon"),
         ({"steps": 1, "dtype": "half"}, "dtype must be one of float32, bfloat16"),
+        ({"steps": 1, "batch_size": 10**15}, "batch_size must be in 1..65536"),
+        ({"steps": 1, "num_inference_steps": 1001}, "num_inference_steps must be in 1..1000"),
+        ({"steps": 1, "seed": 2**32}, "seed"),
         ({"steps": 1, "channels": ()}, "channels"),
+        ({"steps": 1, "channels": 48}, "channels"),
         ({"steps": 1, "channels": (8, 0)}, "channels"),
     ],
 )
@@ -141,3 +146,19 @@ def test_a_deep_copy_is_what_is_averaged_so_the_live_weights_stay():
     with torch.no_grad():
         average.model.weight.zero_()
     assert torch.equal(model.weight, before["weight"])
+
+
+def test_without_hidden_labels_there_is_no_label_for_no_class_and_no_guidance():
+    """A label that training never showed would steer guidance by random weights."""
+    config = TrainConfig(steps=1, channels=(8, 8), batch_size=4, pictures=0, label_dropout=0)
+    pipe = train(config, load("digits"))
+    assert pipe.unet.config.num_class_embeds == 10
+    assert pipe.guidance_scale == 1
+    with pytest.raises(InvalidArgument, match="no class"):
+        pipe(guidance_scale=2)
+
+
+def test_data_without_images_are_refused():
+    empty = ImageData("none", torch.zeros(0, 1, 8, 8, dtype=torch.uint8), None, ())
+    with pytest.raises(InvalidArgument, match="data none must hold at least one image"):
+        train(TrainConfig(steps=1), empty)

@@ -81,7 +81,8 @@ class ImageData:
             x float32 (B, C, H, W) in [−1, 1] and the labels int64 (B,) or None, both on the
             device of the data.
         """
-        index = index.to(self.images.device)
+        # Without waiting: a copy to the device that waits would stop the training loop each step.
+        index = index.to(self.images.device, non_blocking=True)
         labels = None if self.labels is None else self.labels[index]
         return to_float(self.images[index]), labels
 
@@ -128,9 +129,11 @@ def _batches(n: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]
     epoch, offset = divmod(start * batch_size, n)
     pending = _permutation(n, seed, epoch)[offset:]
     while True:
-        while len(pending) < batch_size:
-            epoch += 1
-            pending = torch.cat([pending, _permutation(n, seed, epoch)])
+        parts, held = [pending], len(pending)
+        while held < batch_size:
+            epoch, held = epoch + 1, held + n
+            parts.append(_permutation(n, seed, epoch))
+        pending = torch.cat(parts)
         yield pending[:batch_size]
         pending = pending[batch_size:]
 
