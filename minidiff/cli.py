@@ -35,6 +35,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that has no "‰" shows "?", not a traceback
+            stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     try:
         options.command(options)
@@ -46,7 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"minidiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgument) else 1
+    except (MemoryError, RuntimeError) as error:
+        if options.debug or not _is_out_of_memory(error):
+            raise
+        print("minidiff: out of memory; take a smaller --batch-size or model", file=sys.stderr)
+        return 1
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has one type for this on GPUs, and on the CPU only a message."""
+    words = ("out of memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def parser() -> Parser:

@@ -8,13 +8,14 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" takes the first of cuda, mps, cpu that is there.
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name, such as "cuda:1"; "auto" takes the first of cuda, mps, cpu there is.
 
     Raises:
         InvalidArgument: an unknown name, or a device that this machine does not have.
     """
-    one_of("device", name, DEVICES)
+    kind, _, number = str(name).partition(":")
+    one_of("device", name if kind not in DEVICES else kind, DEVICES)
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -22,7 +23,8 @@ def pick_device(name: str = "auto") -> torch.device:
     }
     if name == "auto":
         return torch.device(next(device for device, available in there.items() if available))
-    if not there[name]:
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there[kind] or (number and not (number.isdecimal() and int(number) < count)):
         known = ", ".join(device for device, available in there.items() if available)
         raise InvalidArgument(f"device {name} is not available here; available: {known}")
     return torch.device(name)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from minidiff import checkpoint
 from minidiff.data import to_uint8
+from minidiff.device import pick_device
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, real_number, whole_number
 from minidiff.guidance import Denoiser, autocast, classifier_free, conditional
 from minidiff.nn import SpaceToDepth, UNet
@@ -112,7 +113,7 @@ class Pipeline:
             guidance_scale: w of classifier-free guidance, 1 for none.
             eta: DDIM's η; only for schedulers whose step has it.
             seed: image i draws its noise from (seed, first_index + i) alone, whatever the batch
-                size or the device. By default a fresh seed.
+                size or the device. By default a seed from torch's global random state.
             generator: instead of a seed, one torch.Generator for all or a list of one an image.
             first_index: number of the first image, to make a part of a larger run.
             batch_size: images in the network at once; memory, not pictures, depends on it.
@@ -136,24 +137,23 @@ class Pipeline:
         source_of = _sources(n, seed, generator, first_index)
         shape, like = self._latent_shape(), next(self.unet.parameters())
         results = []
-        bar = tqdm(total=n, unit="image", disable=not progress)
-        for start in range(0, n, batch_size):
-            part = slice(start, min(start + batch_size, n))
-            source = source_of(part)
-            self.scheduler.set_timesteps(steps, device=like.device)
-            x = randn((part.stop - start, *shape), source, like.device)
-            x = x * self.scheduler.init_noise_sigma
+        with tqdm(total=n, unit="image", disable=not progress) as bar:
+            for start in range(0, n, batch_size):
+                part = slice(start, min(start + batch_size, n))
+                source = source_of(part)
+                self.scheduler.set_timesteps(steps, device=like.device)
+                x = randn((part.stop - start, *shape), source, like.device)
+                x = x * self.scheduler.init_noise_sigma
 
-            # 3. loop
-            denoise = self.denoiser(None if labels is None else labels[part], scale)
-            for step in trajectory(denoise, self.scheduler, x, source, **options):
-                if callback is not None:
-                    callback(step)
+                # 3. loop
+                denoise = self.denoiser(None if labels is None else labels[part], scale)
+                for step in trajectory(denoise, self.scheduler, x, source, **options):
+                    if callback is not None:
+                        callback(step)
 
-            # 4. decode
-            results.append(self.decode(step.next_x))
-            bar.update(len(x))
-        bar.close()
+                # 4. decode
+                results.append(self.decode(step.next_x))
+                bar.update(len(x))
         return PipelineOutput(_as_output(torch.cat(results), output_type), labels)
 
     def denoiser(self, labels: Tensor | None, scale: float = 1.0) -> Denoiser:
@@ -161,7 +161,7 @@ class Pipeline:
         if labels is None:
             denoise = conditional(self.unet, None)
         else:
-            labels = labels.to(next(self.unet.parameters()).device)
+            labels = labels.to(next(self.unet.parameters()).device, non_blocking=True)
             null = torch.full_like(labels, len(self.class_names))
             denoise = classifier_free(self.unet, labels, null, scale)
         return denoise if self.dtype == torch.float32 else autocast(denoise, self.dtype)
@@ -184,12 +184,12 @@ class Pipeline:
             dtype: of the network's matrix work: float32, or bfloat16 or float16 by autocast. The
                 weights and the sampler stay float32.
         Raises:
-            InvalidArgument: another dtype.
+            InvalidArgument: another dtype, or a device that this machine does not have.
         """
         allowed = (torch.float32, torch.bfloat16, torch.float16)
         if dtype is not None and dtype not in allowed:
             raise InvalidArgument(f"dtype must be one of {allowed}, got {dtype}")
-        self.unet.to(device)
+        self.unet.to(None if device is None else pick_device(device))
         self.dtype = dtype or self.dtype
         return self
 

@@ -129,8 +129,10 @@ def data_of(path: str | Path) -> str:
     Raises:
         CheckpointError: the run has no readable `config.json`.
     """
+    if not (Path(path) / CONFIG).is_file():
+        raise CheckpointError(f"{path}: no {CONFIG} says what it was trained on; name it: --data")
     config = checkpoint.read_json(Path(path) / CONFIG)
-    try:
-        return config["data"]["name"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{Path(path) / CONFIG}: names no data") from error
+    about = config.get("data")
+    if not isinstance(about, dict) or not isinstance(about.get("name"), str):
+        raise CheckpointError(f"{Path(path) / CONFIG}: names no data")
+    return about["name"]

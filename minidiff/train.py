@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.data import ImageData, batches
-from minidiff.device import DTYPES
+from minidiff.device import DTYPES, pick_device
 from minidiff.errors import InvalidArgument, TrainingError, one_of, real_number, whole_number
 from minidiff.nn import SpaceToDepth, UNet
 from minidiff.noise import MAX_SEED
@@ -293,9 +293,10 @@ def train(
         picture: called `config.pictures` times, evenly spaced, with a pipeline of the averaged
             weights so far.
     Raises:
-        InvalidArgument: config and data do not fit together.
+        InvalidArgument: config and data do not fit together, or the device is not there.
         TrainingError: the loss is not finite.
     """
+    device = pick_device(device)
     pipe = build(config, data)
     model = pipe.unet.to(device).train()
     data, schedule = data.to(device), pipe.scheduler.schedule

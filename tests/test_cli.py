@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from minidiff import __version__
 from minidiff.cli import main, parser
+from minidiff.pipeline import Pipeline
 
 TINY = ["--steps", "2", "--channels", "8,8", "--batch-size", "4", "--pictures", "0"]
 
@@ -146,6 +148,8 @@ def bad_mnist(folder, damage):
         ("sample RUN --png OUT/x.png --eta 0.5", 2, "eta is DDIM's"),
         ("sample RUN --png OUT/x.png --sampler ddim --eta 2", 2, "eta must be in"),
         ("evaluate RUN --num 5", 2, "192"),
+        ("evaluate RUN/model --num 192", 1, "--data"),
+        ("sample RUN --png OUT/x.png --device cuda:99", 2, "device cuda:99 is not available"),
         ("evaluate RUN --data cats", 2, "digits and mnist"),
         ("demo --minutes nan --out OUT", 2, "minutes must be"),
         ("demo --out FILE/x", 1, "cannot be written"),
@@ -202,3 +206,30 @@ def test_python_m_minidiff_is_the_command():
         [sys.executable, "-m", "minidiff", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"minidiff {__version__}"
+
+
+def test_a_terminal_without_unicode_gets_question_marks_not_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "minidiff", "evaluate", "--help"],
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert "? of the real spread" in " ".join(done.stdout.split())
+
+
+def test_running_out_of_memory_is_one_line(run_folder, tmp_path, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Pipeline, "__call__", fail)
+    assert main(["sample", str(run_folder), "--png", str(tmp_path / "x.png")]) == 1
+    assert capsys.readouterr().err.startswith("minidiff: out of memory; take a smaller --batch-si")
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(run_folder, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "__call__", interrupt)
+    assert main(["sample", str(run_folder), "--png", str(tmp_path / "x.png")]) == 130
+    assert capsys.readouterr().err.strip() == "minidiff: interrupted"
+    assert not list(tmp_path.iterdir())

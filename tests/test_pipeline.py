@@ -213,6 +213,13 @@ def test_a_model_without_classes_refuses_labels_and_guidance():
         Pipeline(unet, DDPMScheduler(), class_names=["a", "b"])
 
 
+@pytest.mark.parametrize("device", ["banana", "cpu:x", "cuda:99", 5])
+def test_a_device_that_is_not_there_is_refused_by_name(pipe, device):
+    with pytest.raises(InvalidArgument, match="device"):
+        pipe.to(device)
+    assert pipe.to(torch.device("cpu")) is pipe
+
+
 def test_eta_makes_ddim_random_and_zero_does_not(pipe):
     pipe.scheduler = sampler("ddim", pipe.scheduler)
     assert isinstance(pipe.scheduler, DDIMScheduler)
