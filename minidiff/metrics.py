@@ -29,6 +29,7 @@ from torch import Tensor
 
 from minidiff import data
 from minidiff.checkpoint import load_weights, read_tensors
+from minidiff.device import pick_device
 from minidiff.errors import CheckpointError, InvalidArgument, whole_number
 from minidiff.nn.classifier import FeatureNet
 
@@ -146,13 +147,15 @@ def moments(samples: Tensor) -> Moments:
     """Fit a Gaussian to features (N, D).
 
     Raises:
-        InvalidArgument: fewer than 2·D samples, of which no covariance can be estimated.
+        InvalidArgument: fewer than 2·D samples, of which no covariance can be estimated, or
+            values that are not finite.
     """
     if samples.ndim != 2 or len(samples) < 2 * samples.shape[1]:
         raise InvalidArgument(
             "a Fréchet distance needs features (N, D) with N ≥ 2·D, "
             f"got {tuple(samples.shape)}: draw more samples"
         )
+    _require_finite("features", samples)
     samples = samples.double()
     return Moments(samples.mean(dim=0), torch.cov(samples.T))
 
@@ -168,7 +171,7 @@ def frechet_distance(real: Tensor | Moments, fake: Tensor | Moments) -> float:
         real, fake: features (N, D), or their `moments` where those are known already.
 
     Raises:
-        InvalidArgument: too few samples, or different D.
+        InvalidArgument: too few samples, different D, or real features that are all the same.
 
     Source: Heusel et al. 2017, arXiv:1706.08500, eq. 6, divided by tr(C_real).
     """
@@ -184,8 +187,15 @@ def frechet_distance(real: Tensor | Moments, fake: Tensor | Moments) -> float:
     cross = torch.linalg.eigvalsh(root @ fake.covariance @ root).clamp(min=0).sqrt().sum()
     shift = (real.mean - fake.mean).square().sum()
     spread = real.covariance.trace()
+    if spread <= 0:
+        raise InvalidArgument("real features must differ from each other, got copies of one")
     distance = shift + spread + fake.covariance.trace() - 2 * cross
     return 1000 * max(distance.item(), 0.0) / spread.item()  # rounding may fall below 0
+
+
+def _require_finite(name: str, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise InvalidArgument(f"{name} must be finite, got NaN or infinity")
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:
@@ -207,12 +217,20 @@ def coverage(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> float:
         k: how many real neighbours the ball reaches.
 
     Raises:
-        InvalidArgument: k is not in 1..N−1, or there is no fake sample.
+        InvalidArgument: k is not in 1..N−1, there is no fake sample, D differs, or a value is
+            not finite.
 
     Source: Naeem et al. 2020, arXiv:2002.09797, section 3.
     """
     k = whole_number("k", k, 1, len(real) - 1)
     whole_number("number of fake samples", len(fake), 1)
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+        raise InvalidArgument(
+            f"real and fake must be (N, D) and (M, D), got {tuple(real.shape)} and "
+            f"{tuple(fake.shape)}"
+        )
+    _require_finite("real", real)
+    _require_finite("fake", fake)
     real, fake = real.double(), fake.double().to(real.device)  # float32 loses near duplicates
     covered = 0
     rows = max(1, _MAX_DISTANCES // max(len(real), len(fake)))
@@ -255,7 +273,7 @@ class Evaluator:
         device: where the classifier runs and the features stay.
 
     Raises:
-        InvalidArgument: a data set without a shipped classifier.
+        InvalidArgument: a data set without a shipped classifier, or a device that is not there.
         DataError, CheckpointError: the data or the weights cannot be read.
     """
 
@@ -265,7 +283,7 @@ class Evaluator:
         data_dir: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._net = load_classifier(name).to(device)
+        self._net = load_classifier(name).to(pick_device(device))
         self._train = data.load(name, "train", data_dir)
         self._test = data.load(name, "test", data_dir)
         self._order = _stratified_order(self._train.labels)
@@ -336,6 +354,9 @@ class Evaluator:
         return coverage(reference[:n], fake[chosen.to(fake.device)])
 
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
+        for name, value in (("images", images), ("labels", labels)):
+            if not isinstance(value, Tensor) and not (name == "labels" and value is None):
+                raise InvalidArgument(f"{name} must be a tensor, got {type(value).__name__}")
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             raise InvalidArgument(
                 f"images must be uint8 (N, {', '.join(map(str, self.image_shape))}) "

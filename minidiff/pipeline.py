@@ -347,7 +347,9 @@ def _sources(
         return lambda part: listed[part]
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    image_generators(seed, (first, first + n - 1))  # refuses a bad seed or index now
+    # Plain ints, also where NumPy's were given: those overflow in the seed's mixing.
+    seed = whole_number("seed", seed, 0, MAX_SEED)
+    first = whole_number("first_index", first, 0, MAX_SEED + 1 - n)
     return lambda part: image_generators(seed, range(first + part.start, first + part.stop))
 
 

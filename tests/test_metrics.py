@@ -1,5 +1,6 @@
 """Metrics: closed forms, brute force, the shipped classifiers, and what each figure notices."""
 
+import math
 import os
 import shutil
 
@@ -256,3 +257,17 @@ def test_training_learns_and_writes_weights_that_load(tmp_path):
 def test_a_recipe_out_of_range_is_refused_in_one_line(tmp_path, option):
     with pytest.raises(SystemExit, match=option[0][2:]):
         train_classifier.main(["--data", "digits", "--out", str(tmp_path / "x"), *option])
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (lambda r, f: frechet_distance(r * math.nan, f), "finite"),
+        (lambda r, f: frechet_distance(r * 0, f), "copies of one"),
+        (lambda r, f: coverage(r, f[:, :3]), r"\(M, D\)"),
+        (lambda r, f: coverage(r, f * math.inf), "fake must be finite"),
+    ],
+)
+def test_features_that_no_figure_can_be_taken_of_are_refused(measure, message):
+    with pytest.raises(InvalidArgument, match=message):
+        measure(*_normal(2, 50, 4))

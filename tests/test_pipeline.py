@@ -36,6 +36,8 @@ def test_a_list_of_generators_gives_what_the_seed_gives(pipe):
     by_seed = pipe([0, 1, 2], seed=9, **options).images
     by_list = pipe([0, 1, 2], generator=image_generators(9, range(3)), **options).images
     assert torch.equal(by_seed, by_list)
+    by_numpy = pipe([0, 1, 2], seed=np.int64(9), first_index=np.int64(0), **options).images
+    assert torch.equal(by_seed, by_numpy)
 
 
 def test_without_labels_the_classes_come_in_equal_shares(pipe):
