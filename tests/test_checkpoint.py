@@ -1,6 +1,7 @@
 """Folders on disk: all or nothing, and nothing believed unread."""
 
 import json
+import math
 import os
 
 import numpy as np
@@ -109,6 +110,11 @@ def test_a_damaged_weights_file_is_refused_by_name(tmp_path, damage):
         (lambda t: t.update(bias=torch.zeros(3)), r"bias has shape \(3,\), expected \(2,\)"),
         (lambda t: t.update(bias=torch.zeros(2, dtype=torch.int64)), "bias is torch.int64"),
         (lambda t: t.update(bias=torch.tensor([0.0, float("nan")])), "bias holds NaN"),
+        (lambda t: t.update(bias=torch.full((2,), 1e300, dtype=torch.float64)), "bias holds NaN"),
+        (
+            lambda t: t.update(bias=torch.full((2,), math.nan).to(torch.float8_e4m3fn)),
+            "bias holds NaN",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(change, message):
