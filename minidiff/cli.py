@@ -83,6 +83,7 @@ def _command(commands: Any, name: str, function: Any, help: str, description: st
         name,
         help=help,
         description=description,
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(command=function)
@@ -246,6 +247,8 @@ def sample(options: argparse.Namespace) -> None:
 
     if not options.png and not options.npz:
         raise InvalidArgument("give --png FILE, --npz FILE or both")
+    if options.png == options.npz:
+        raise InvalidArgument(f"--png and --npz must be two files, got {options.png} twice")
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)

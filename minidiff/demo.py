@@ -10,6 +10,7 @@ import torch
 from minidiff import plot, run
 from minidiff.data import ImageData, load, to_float
 from minidiff.device import DTYPES, describe
+from minidiff.errors import CheckpointError
 from minidiff.metrics import Evaluator, Scores
 from minidiff.pipeline import Pipeline
 from minidiff.sample import Step
@@ -40,9 +41,11 @@ def demo(
     Returns:
         One row a sampler.
     Raises:
-        CheckpointError: `out` cannot be written.
+        CheckpointError: `out` cannot be written, or holds a run.
     """
     out = Path(out)
+    if (out / run.LOG).exists():
+        raise CheckpointError(f"{out}: holds a run, which the demo would overwrite; choose another")
     data = load("digits")
     run.write_config(out, config, data)  # refused now if `out` cannot be written
     print(f"device: {describe(device, DTYPES[config.dtype])}")

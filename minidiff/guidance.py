@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument
+from minidiff.errors import InvalidArgument, real_number
 
 Denoiser = Callable[[Tensor, int], Tensor]
 Network = Callable[..., Tensor]  # (x, t, class_labels=labels) → output
@@ -35,8 +35,7 @@ def classifier_free(
     Raises:
         InvalidArgument: a scale that is not finite, or labels of different shapes.
     """
-    if not math.isfinite(scale):
-        raise InvalidArgument(f"guidance_scale must be finite, got {scale}")
+    scale = real_number("guidance_scale", scale, -math.inf)
     if class_labels.shape != null_labels.shape:
         raise InvalidArgument(
             f"null_labels must have the shape of class_labels, {tuple(class_labels.shape)}, "

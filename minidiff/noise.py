@@ -25,10 +25,9 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
     Raises:
         InvalidArgument: a seed or an index outside 0 … 2³²−1.
     """
-    whole_number("seed", seed, 0, MAX_SEED)
-    for index in indices:
-        whole_number("image index", index, 0, MAX_SEED)
-    return [torch.Generator().manual_seed(_mix(seed, index)) for index in indices]
+    seed = whole_number("seed", seed, 0, MAX_SEED)
+    numbers = [whole_number("image index", index, 0, MAX_SEED) for index in indices]
+    return [torch.Generator().manual_seed(_mix(seed, number)) for number in numbers]
 
 
 def _mix(seed: int, index: int) -> int:

@@ -24,6 +24,7 @@ from minidiff.train import Progress, TrainConfig, check, train
 
 MODEL = "model"
 CONFIG = "config.json"
+LOG = "log.jsonl"
 
 
 def create(out: str | Path, config: TrainConfig, data: ImageData) -> Path:
@@ -62,7 +63,7 @@ def train_into(
     def picture(pipe: Pipeline, step: int) -> None:
         write_samples(pipe, out / f"samples-{step:06d}.png")
 
-    with (out / "log.jsonl").open("w", encoding="utf-8") as log:
+    with (out / LOG).open("w", encoding="utf-8") as log:
         pipe = train_with_bar(config, data, device, lambda row: _append(log, row), picture)
     pipe.save_pretrained(out / MODEL)
     if config.pictures:

@@ -210,9 +210,14 @@ def _cosine_betas(steps: int, offset: float = 0.008, cap: float = 0.999) -> list
 
 
 def _checked_betas(trained: Sequence[float], dtype: torch.dtype) -> Tensor:
-    betas = torch.as_tensor(np.asarray(trained, dtype=np.float64), dtype=dtype)
+    try:
+        betas = torch.as_tensor(np.asarray(trained, dtype=np.float64), dtype=dtype)
+    except (TypeError, ValueError, OverflowError):
+        betas = torch.empty(0)
     if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
-        raise InvalidArgument("trained_betas must be a sequence of numbers in (0, 1)")
+        raise InvalidArgument(
+            f"trained_betas must be a sequence of numbers in (0, 1), got {str(trained)[:80]}"
+        )
     return betas
 
 

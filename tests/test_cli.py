@@ -137,6 +137,8 @@ def bad_mnist(folder, damage):
         ("train --data mnist --data-dir wrong --out OUT --steps 1", 1, "train-images-idx3"),
         ("sample NONE --png x.png", 1, "neither a run"),
         ("sample RUN", 2, "--png FILE, --npz FILE"),
+        ("sample RUN --png OUT/x --npz OUT/x", 2, "two files"),
+        ("sample RUN --pn OUT/x", 2, "--pn"),
         ("sample RUN --png FILE/x.png", 1, "cannot be written"),
         ("sample RUN --png OUT/x.png --steps 0", 2, "num_inference_steps must be in 1..1000"),
         ("sample RUN --png OUT/x.png --steps 2000", 2, "num_inference_steps must be in 1..1000"),

@@ -7,6 +7,7 @@ from PIL import Image
 from minidiff import run
 from minidiff.demo import STEPS, demo
 from minidiff.device import pick_dtype
+from minidiff.errors import CheckpointError
 from minidiff.train import TrainConfig
 
 
@@ -31,6 +32,12 @@ def test_the_demo_trains_samples_measures_and_draws(tmp_path, capsys):
     for name in ("DDPM", "DDIM", "DPM-Solver++", "real, held out", "real, training"):
         assert name in out
     check_pictures(tmp_path)
+
+
+def test_the_demo_does_not_overwrite_a_run(run_folder):
+    config = TrainConfig(steps=1, pictures=0)
+    with pytest.raises(CheckpointError, match="holds a run"):
+        demo(run_folder, config, torch.device("cpu"))
 
 
 @pytest.mark.slow

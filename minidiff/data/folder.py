@@ -77,7 +77,9 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
     for row, i in enumerate(chosen):
         images[row] = _pixels(files[i], mode, size)
     chosen_labels = torch.tensor([labels[i] for i in chosen]) if class_names else None
-    return ImageData(root.resolve().name, images, chosen_labels, class_names)
+    # "folder", so that a folder called "mnist" is not taken for the data set of that name
+    name = f"folder {root.resolve().name}"
+    return ImageData(name, images, chosen_labels, class_names)
 
 
 def _list(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:

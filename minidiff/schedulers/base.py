@@ -8,6 +8,7 @@ into its pipelines and reads and writes its `scheduler_config.json`.
 """
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -278,10 +279,13 @@ class Scheduler:
 
     def grid_levels(self, t: int) -> tuple[Level, Level]:
         """The level of grid entry t and the one after it. Raises InvalidArgument."""
+        i = self._position(t)
+        return self.levels[i], self.levels[i + 1]
+
+    def _position(self, t: int) -> int:
         if t not in self._index:
             raise InvalidArgument(f"timestep {t} is not among scheduler.timesteps")
-        i = self._index[t]
-        return self.levels[i], self.levels[i + 1]
+        return self._index[t]
 
     # --- one step --------------------------------------------------------------------------
 
@@ -411,11 +415,6 @@ class IndexedScheduler(Scheduler):
             )
         return self.levels[i], self.levels[i + 1]
 
-    def _position(self, t: int) -> int:
-        if t not in self._index:
-            raise InvalidArgument(f"timestep {t} is not among scheduler.timesteps")
-        return self._index[t]
-
 
 def _check_option(owner: str, name: str, value: Any, unsupported: Mapping[str, Any]) -> None:
     if name in unsupported:
@@ -438,6 +437,8 @@ def _check_option(owner: str, name: str, value: Any, unsupported: Mapping[str, A
         real_number(name, value, 0, 1)
     elif name == "sample_max_value":
         real_number(name, value, 1)
+    elif name == "lambda_min_clipped" and value != -math.inf:  # the default clips nothing
+        real_number(name, value, -math.inf)
 
 
 def _check_tensors(

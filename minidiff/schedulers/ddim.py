@@ -8,7 +8,7 @@ Source: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models", arXiv:20
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -72,18 +72,7 @@ class DDIMScheduler(Scheduler):
             return_dict=return_dict, eta=eta, eps_from_x0=use_clipped_model_output,
         )  # fmt: skip
 
-    def update(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        eps: Tensor,
-        now: Level,
-        nxt: Level,
-        noise: Callable[[], Tensor],
-        *,
-        eta: float,
-        eps_from_x0: bool,
-    ) -> Tensor:
+    def update(self, x, x0, eps, now, nxt, noise, *, eta: float, eps_from_x0: bool) -> Tensor:
         if eps_from_x0:
             eps = (x - now.alpha * x0) / now.sigma
         std = eta * nxt.sigma / now.sigma * math.sqrt(now.variance_since(nxt))  # DDIM eq. 16

@@ -7,14 +7,13 @@ Source: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
 from minidiff.noise import Generators
-from minidiff.schedule import Level
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
 
 
@@ -71,17 +70,7 @@ class DDPMScheduler(Scheduler):
             return_dict=return_dict, interpolation=interpolation,
         )  # fmt: skip
 
-    def update(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        eps: Tensor,
-        now: Level,
-        nxt: Level,
-        noise: Callable[[], Tensor],
-        *,
-        interpolation: Tensor | None,
-    ) -> Tensor:
+    def update(self, x, x0, eps, now, nxt, noise, *, interpolation: Tensor | None) -> Tensor:
         beta = now.variance_since(nxt)
         mean = (
             nxt.alpha * beta / now.sigma**2 * x0

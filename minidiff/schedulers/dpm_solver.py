@@ -16,7 +16,7 @@ Source: Lu et al. 2022, "DPM-Solver++", arXiv:2211.01095.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -84,15 +84,7 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
     ) -> None:
         self._configure(locals())
 
-    def update(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        eps: Tensor,
-        now: Level,
-        nxt: Level,
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
+    def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         x = self.reading.solver_sample(x)
         k = 2 if self.config.algorithm_type == "sde-dpmsolver++" else 1
         h = nxt.lam - now.lam
