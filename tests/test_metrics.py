@@ -246,7 +246,7 @@ def test_training_learns_and_writes_weights_that_load(tmp_path):
     recipe = ["--epochs", "4", "--batch-size", "20"]
     train_classifier.main(["--data", str(tmp_path / "images"), "--out", str(out), *recipe])
     metadata = metrics.read_metadata(out)
-    assert metadata["data"] == "images"
+    assert metadata["data"] == "folder images"
     assert float(metadata["test_accuracy"]) > 0.5
     net, test = metrics.load_classifier("digits", tmp_path), data.load("digits", "test")
     predicted, _ = metrics.features(net, test.images[:500])
