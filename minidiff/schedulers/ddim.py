@@ -76,8 +76,8 @@ class DDIMScheduler(Scheduler):
         if eps_from_x0:
             eps = (x - now.alpha * x0) / now.sigma
         std = eta * nxt.sigma / now.sigma * math.sqrt(now.variance_since(nxt))  # DDIM eq. 16
-        rest = max(nxt.sigma**2 - std**2, 0.0)  # rounding can take it below 0 at η = 1
-        mean = nxt.alpha * x0 + math.sqrt(rest) * eps  # DDIM eq. 12
+        direction = self.reading.ddim_direction(now, nxt, eta, std)
+        mean = nxt.alpha * x0 + direction * eps  # DDIM eq. 12
         return mean + std * noise() if eta > 0 else mean
 
     def _levels_at(self, timestep: int | Tensor) -> tuple[Level, Level]:

@@ -70,6 +70,10 @@ class Exact:
         """The levels that DDIM steps between: this entry of the grid and the next."""
         return scheduler.grid_levels(t)
 
+    def ddim_direction(self, now: Level, nxt: Level, eta: float, std: float) -> float:
+        """√(σ_s² − s̃²), the weight of ε̂ in DDIM; at η = 1 rounding can take it below 0."""
+        return math.sqrt(max(nxt.sigma**2 - std**2, 0.0))
+
     def adds_noise_at_the_end(self, now: Level, first: Level) -> bool:
         """DDPM algorithm 1, line 3: z = 0 in the last step."""
         return False
@@ -165,6 +169,16 @@ class Diffusers(Exact):
         nxt = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         now = scheduler.level(t)
         return now, scheduler.level(nxt) if nxt >= 0 else scheduler.final_level
+
+    def ddim_direction(self, now: Level, nxt: Level, eta: float, std: float) -> float:
+        """1 − ᾱ_s − s̃² is taken in float32: near zero SNR with η = 1 both terms are equal, and the
+        root of what rounding leaves is 2.4e-4 or more.
+        """
+        if eta == 0:
+            return nxt.sigma
+        a, b = torch.tensor([now.alpha_bar, nxt.alpha_bar])
+        rounded = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
+        return (1 - b - rounded**2).clamp(min=0).sqrt().item()
 
     def adds_noise_at_the_end(self, now: Level, first: Level) -> bool:
         """DDPM asks whether t > 0, not whether the step is the last: a grid that ends above step 0
