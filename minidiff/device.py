@@ -43,7 +43,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         # Without these instructions bfloat16 is emulated, many times slower than float32.
-        features = getattr(torch.cpu, "get_capabilities", dict)()  # torch < 2.10 cannot say
+        features = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot say
         fast = any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     else:
         fast = False

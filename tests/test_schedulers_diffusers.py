@@ -364,11 +364,13 @@ def test_every_step_of_a_trajectory_is_that_of_diffusers(name: str) -> None:
 def test_the_exact_reading_samples_or_refuses_whatever_the_options(name: str) -> None:
     def check(case: Case) -> None:
         scheduler = SCHEDULERS[f"{name}Scheduler"](**case.options, compat="exact")
+        refusal = ""
         try:
             set_grid(scheduler, case)
         except InvalidArgument as error:
-            named = "zero terminal SNR|steps_offset|lambda_min_clipped"
-            assert re.search(named, str(error)), error  # noqa: PT017
+            refusal = str(error)
+        if refusal:
+            assert re.search("zero terminal SNR|steps_offset|lambda_min_clipped", refusal), refusal
             return
         assert case.n is None or len(scheduler.timesteps) == case.n
         assert all(torch.isfinite(x).all() for x in trajectory(scheduler, case))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number
 from minidiff.noise import Generators
+from minidiff.prediction import split
 from minidiff.schedule import Level
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
 
@@ -74,7 +75,7 @@ class DDIMScheduler(Scheduler):
 
     def update(self, x, x0, eps, now, nxt, noise, *, eta: float, eps_from_x0: bool) -> Tensor:
         if eps_from_x0:
-            eps = (x - now.alpha * x0) / now.sigma
+            _, eps = split(x0, x, now, "sample")
         std = eta * nxt.sigma / now.sigma * math.sqrt(now.variance_since(nxt))  # DDIM eq. 16
         direction = self.reading.ddim_direction(now, nxt, eta, std)
         mean = nxt.alpha * x0 + direction * eps  # DDIM eq. 12

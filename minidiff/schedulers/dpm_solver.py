@@ -92,12 +92,12 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
             return x
         phi1 = -math.expm1(-k * h)
         decay = nxt.sigma / now.sigma * math.exp(-h) ** (k - 1)  # h is ∞ in the step to σ = 0
-        new = decay * x + nxt.alpha * phi1 * x0  # DPM-Solver++ eq. 9 (order 1)
+        new = decay * x + nxt.alpha * phi1 * x0  # order 1: x̂0 held constant, φ₁
         order = self._order()
         if order >= 2:
             new = new + nxt.alpha * self._correction(x0, now, h, k, phi1, order)
         if k == 2:
-            new = new + nxt.sigma * math.sqrt(-math.expm1(-2 * h)) * noise()  # eq. 15
+            new = new + nxt.sigma * math.sqrt(-math.expm1(-2 * h)) * noise()  # injected by the SDE
         return new
 
     def _correction(
