@@ -9,9 +9,12 @@ any prediction into (x0, ε):
     v_prediction  −σ    α    Salimans & Ho 2022, arXiv:2202.00512, appendix D
     flow          −1    1    Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, arXiv:2209.03003
 
+v is defined on variance-preserving levels, α² + σ² = 1; at another level (variance-exploding α = 1,
+say) it is that of the same sample divided by √(α² + σ²). EDM's row has its own function, `edm_row`.
 This is the only place that knows prediction types.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,19 +23,38 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, one_of
 from minidiff.schedule import Level
 
+
+def _velocity_row(level: Level) -> tuple:
+    norm2 = level.alpha**2 + level.sigma**2
+    if isinstance(norm2, float) and abs(norm2 - 1) < 4e-7:
+        return -level.sigma, level.alpha  # the rounding of a float32 table is not meant
+    return -level.sigma / norm2**0.5, level.alpha / norm2**0.5
+
+
 _ROWS: dict[str, Callable[[Level], tuple]] = {
     "epsilon": lambda level: (0.0, 1.0),
     "sample": lambda level: (1.0, 0.0),
-    "v_prediction": lambda level: (-level.sigma, level.alpha),
+    "v_prediction": _velocity_row,
     "flow": lambda level: (-1.0, 1.0),
 }
 PREDICTION_TYPES = tuple(_ROWS)
+_ROWS["flow_prediction"] = _ROWS["flow"]  # diffusers' name for it
 
 
 def row(prediction_type: str, level: Level) -> tuple:
     """(p, q) of out = p·x0 + q·ε at this level. Raises InvalidArgument for another type."""
-    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    one_of("prediction_type", prediction_type, _ROWS)
     return _ROWS[prediction_type](level)
+
+
+def edm_row(level: Level, sigma_data: float) -> tuple[float, float]:
+    """(p, q) of EDM's preconditioned network F, at a level (1, σ).
+
+    x0 = c_skip·x + c_out·F with c_skip = σ_d²/(σ² + σ_d²), c_out = σ·σ_d/√(σ² + σ_d²)
+    (Karras et al. 2022, arXiv:2206.00364, table 1), solved for F.
+    """
+    scale = math.hypot(level.sigma, sigma_data)
+    return level.sigma / (sigma_data * scale), -sigma_data / scale
 
 
 def target(x0: Tensor, eps: Tensor, level: Level, prediction_type: str) -> Tensor:
@@ -62,17 +84,28 @@ def split(out: Tensor, x: Tensor, level: Level, prediction_type: str) -> tuple[T
         InvalidArgument: another prediction type, or a level at which the output says nothing of
             x0 or ε: "epsilon" at α = 0 (pure noise), "sample" at σ = 0 (clean).
     """
-    p, q = row(prediction_type, level)
+    try:
+        return solve(out, x, level, row(prediction_type, level))
+    except ZeroDivisionError:
+        raise InvalidArgument(
+            f"prediction_type {prediction_type!r} does not determine x0 and noise at "
+            f"alpha={level.alpha:g}, sigma={level.sigma:g}"
+        ) from None
+
+
+def solve(out: Tensor, x: Tensor, level: Level, row: tuple) -> tuple[Tensor, Tensor]:
+    """(x0, ε) of α·x0 + σ·ε = x and p·x0 + q·ε = out, for any row (p, q).
+
+    Raises:
+        ZeroDivisionError: the two equations are one, for a row and a level of floats.
+    """
+    p, q = row
     determinant = q * level.alpha - p * level.sigma
     if isinstance(determinant, float):
         if determinant == 0:
-            raise InvalidArgument(
-                f"prediction_type {prediction_type!r} does not determine x0 and noise at "
-                f"alpha={level.alpha:g}, sigma={level.sigma:g}"
-            )
-        rotation = p == -level.sigma and q == level.alpha  # v: the determinant is α² + σ²
-        if rotation and abs(determinant - 1) < 2e-7:
-            determinant = 1.0  # the rounding of a float32 table is not meant
+            raise ZeroDivisionError
+        if p == -level.sigma and q == level.alpha:
+            determinant = 1.0  # v at a variance-preserving level, where this is α² + σ²
     is_x0, is_eps = _is(p, 1) and _is(q, 0), _is(p, 0) and _is(q, 1)
     x0 = out if is_x0 else _over(_combine(q, x, -level.sigma, out), determinant)
     eps = out if is_eps else _over(_combine(level.alpha, out, -p, x), determinant)

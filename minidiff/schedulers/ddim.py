@@ -81,10 +81,10 @@ class DDIMScheduler(Scheduler):
         mean = nxt.alpha * x0 + direction * eps  # DDIM eq. 12
         return mean + std * noise() if eta > 0 else mean
 
-    def _levels_at(self, timestep: int | Tensor) -> tuple[Level, Level]:
+    def _levels_at(self, t: float) -> tuple[Level, Level]:
         if self.num_inference_steps is None:
             raise InvalidArgument("call set_timesteps before step")
-        return self.reading.ddim_levels(self, int(timestep))
+        return self.reading.ddim_levels(self, t)
 
     @property
     def final_level(self) -> Level:

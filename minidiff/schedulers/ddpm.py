@@ -8,13 +8,13 @@ Source: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXi
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument
 from minidiff.noise import Generators
-from minidiff.schedulers.base import Scheduler, SchedulerOutput
+from minidiff.schedulers.base import Scheduler, SchedulerOutput, split_variance
 
 
 class DDPMScheduler(Scheduler):
@@ -26,6 +26,10 @@ class DDPMScheduler(Scheduler):
     Dhariwal 2021, arXiv:2102.09672, eq. 15). diffusers' "fixed_large_log" and "learned" give NaN
     there and are refused here. `compat` is "diffusers" or "exact", see `quirks.py`.
     """
+
+    choices: ClassVar = {
+        "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
+    }
 
     def __init__(
         self,
@@ -59,12 +63,7 @@ class DDPMScheduler(Scheduler):
         """One step, see `Scheduler.step`. With "learned_range" model_output has 2·C channels."""
         interpolation = None
         if self.config.variance_type == "learned_range":
-            if model_output.shape[1] != 2 * sample.shape[1]:
-                raise InvalidArgument(
-                    f"model_output must have {2 * sample.shape[1]} channels for variance_type "
-                    f"'learned_range', got {model_output.shape[1]}"
-                )
-            model_output, interpolation = model_output.chunk(2, dim=1)
+            model_output, interpolation = split_variance(model_output, sample)
         return self._step(
             model_output, timestep, sample, generator, None,
             return_dict=return_dict, interpolation=interpolation,

@@ -1,53 +1,113 @@
-"""DPM-Solver++ (multistep): exponential integrators in log-SNR.
+"""DPM-Solver and DPM-Solver++ (multistep): exponential integrators in log-SNR.
 
-With λ = ln(α/σ) as the variable, the probability-flow ODE has the exact solution
+With λ = ln(α/σ) as the variable, the probability-flow ODE has the exact solutions
 
     x_t = (σ_t/σ_s)·x_s + α_t·∫₀ʰ e^{−(h−u)}·x̂0(λ_s + u) du,      h = λ_t − λ_s
+    x_t = (α_t/α_s)·x_s − σ_t·∫₀ʰ e^{+(h−u)}·ε̂(λ_s + u) du
 
-(DPM-Solver++ eq. 8). Only x̂0 along the way is unknown: it is extrapolated from earlier
-evaluations by a polynomial in λ of degree 0, 1 or 2, and each monomial is integrated exactly,
+(DPM-Solver++ eq. 8; DPM-Solver eq. 3.4). Only the prediction m along the way, x̂0 or ε̂, is
+unknown: it is extrapolated from earlier evaluations by a polynomial in λ of degree 0, 1 or 2, and
+each monomial is integrated exactly,
 
     φ₁ = k·∫₀ʰ e^{−k(h−u)} du,  φ₂ = k·∫₀ʰ e^{−k(h−u)} (u/h) du,  φ₃ = k·∫₀ʰ e^{−k(h−u)} (u/h)² du.
 
-k = 1 is the ODE. k = 2 is the reverse SDE ("sde-dpmsolver++"): the same integral with twice the
-decay, plus the noise that it injects.
+k = 1 is the ODE in x̂0 ("dpmsolver++"), k = −1 the ODE in ε̂ ("dpmsolver"). The reverse SDE has
+k = 2 in x̂0 ("sde-dpmsolver++"): the same integral with twice the decay, plus the noise that it
+injects. In ε̂ ("sde-dpmsolver") it keeps k = −1 and doubles the drift.
 
-Source: Lu et al. 2022, "DPM-Solver++", arXiv:2211.01095.
+Sources: Lu et al. 2022, "DPM-Solver", arXiv:2206.00927, and "DPM-Solver++", arXiv:2211.01095.
 """
 
 import math
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument
-from minidiff.schedule import Level, NoiseSchedule
-from minidiff.schedulers.base import IndexedScheduler
+from minidiff.noise import Generators
+from minidiff.prediction import split
+from minidiff.schedule import Level
+from minidiff.schedulers.base import SchedulerOutput, split_variance
+from minidiff.schedulers.quirks import Exact
+from minidiff.schedulers.sigmas import SolverSigmas
 
 
-class DPMSolverMultistepScheduler(IndexedScheduler):
-    """Order 1, 2 or 3 with one network evaluation a step; good pictures in 10 to 20 steps.
+class Algorithm(NamedTuple):
+    """Which exact solution is integrated; see the head of this file."""
 
-    Args are diffusers' (same names, same defaults); an option that is not supported yet is
-    refused by name unless it is left at its default. `solver_type` picks how order 2 weighs the
-    slope: "midpoint" φ₁/2, "heun" φ₂. `lambda_min_clipped` drops training steps whose λ is lower
-    (the cosine schedule starts at λ ≈ −10). `compat` is "diffusers" or "exact", see `quirks.py`.
+    k: int
+    drift: int
+    stochastic: bool
+
+
+ALGORITHMS = {
+    "dpmsolver++": Algorithm(k=1, drift=1, stochastic=False),
+    "dpmsolver": Algorithm(k=-1, drift=1, stochastic=False),
+    "sde-dpmsolver++": Algorithm(k=2, drift=1, stochastic=True),
+    "sde-dpmsolver": Algorithm(k=-1, drift=2, stochastic=True),
+}
+
+
+class Interval:
+    """The exact solution over one step from level s to level t, m(λ) being a polynomial.
+
+    Attributes:
+        h: its length in λ, ∞ when t is clean.
+        phi1, phi2, phi3: the weights of m, of its slope times h and of half its curvature times h².
     """
 
-    history = 2
-    unsupported: ClassVar = {
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "use_lu_lambdas": False,
-        "use_flow_sigmas": False,
-        "flow_shift": 1.0,
-        "variance_type": None,
-        "use_dynamic_shifting": False,
-        "time_shift_type": "exponential",
+    def __init__(self, algorithm_type: str, s: Level, t: Level, reading: Exact) -> None:
+        self.k, drift, self.stochastic = ALGORITHMS[algorithm_type]
+        self.reading = reading
+        self.h = h = t.lam - s.lam
+        self.phi1 = -reading.expm1(-self.k * h)
+        if self.k < 0:  # m = ε̂
+            self.decay, self.scale = t.alpha / s.alpha, drift * t.sigma
+            self.injected = t.sigma * math.sqrt(reading.expm1(2 * h)) if self.stochastic else 0.0
+        else:  # m = x̂0
+            self.decay = t.sigma / s.sigma * math.exp(-h) ** (self.k - 1)
+            self.scale = t.alpha
+            self.injected = t.sigma * math.sqrt(-reading.expm1(-2 * h)) if self.stochastic else 0.0
+
+    @property
+    def phi2(self) -> float:
+        return 1 - self.phi1 / (self.k * self.h)
+
+    @property
+    def phi3(self) -> float:
+        return self.reading.phi3(self.k, self.h, self.phi2)
+
+    def advance(
+        self, x: Tensor, m: Tensor, correction: Tensor | None, noise: Callable[[], Tensor]
+    ) -> Tensor:
+        """x at t from x at s: m held constant, and a correction for what it is not."""
+        new = self.decay * x + self.scale * self.phi1 * m
+        if correction is not None:
+            new = new + self.scale * correction
+        return new + self.injected * noise() if self.stochastic else new
+
+
+class DPMSolverMultistepScheduler(SolverSigmas):
+    """Order 1, 2 or 3 with one network evaluation a step; good pictures in 10 to 20 steps.
+
+    Args are diffusers' (same names, same defaults). `solver_type` picks how order 2 weighs the
+    slope: "midpoint" φ₁/2, "heun" φ₂. `lambda_min_clipped` drops training steps whose λ is lower
+    (the cosine schedule starts at λ ≈ −10). With `variance_type` "learned" or "learned_range" the
+    network has 2·C channels, and the half that is a variance is left unused. `compat` is
+    "diffusers" or "exact", see `quirks.py`.
+    """
+
+    history = 2  # and the present one: order 3
+    choices: ClassVar = {
+        "variance_type": (None, "learned", "learned_range"),
+        "time_shift_type": ("exponential",),
+    }
+    translated: ClassVar = {
+        "algorithm_type": {"deis": "dpmsolver++"},
+        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
     }
 
     def __init__(
@@ -84,79 +144,82 @@ class DPMSolverMultistepScheduler(IndexedScheduler):
     ) -> None:
         self._configure(locals())
 
-    def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
-        x = self.reading.solver_sample(x)
-        k = 2 if self.config.algorithm_type == "sde-dpmsolver++" else 1
-        h = nxt.lam - now.lam
-        if h == 0:  # the grid ends at step 0, and final_sigmas_type "sigma_min" is that level
-            return x
-        phi1 = -math.expm1(-k * h)
-        decay = nxt.sigma / now.sigma * math.exp(-h) ** (k - 1)  # h is ∞ in the step to σ = 0
-        new = decay * x + nxt.alpha * phi1 * x0  # order 1: x̂0 held constant, φ₁
-        order = self._order()
-        if order >= 2:
-            new = new + nxt.alpha * self._correction(x0, now, h, k, phi1, order)
-        if k == 2:
-            new = new + nxt.sigma * math.sqrt(-math.expm1(-2 * h)) * noise()  # injected by the SDE
-        return new
+    def _configure(self, options: dict[str, Any]) -> None:
+        super()._configure(options)
+        check_algorithm(self.config)
 
-    def _correction(
-        self, x0: Tensor, now: Level, h: float, k: int, phi1: float, order: int
-    ) -> Tensor:
-        """φ₂·D₁ + φ₃·D₂: slope and curvature of x̂0 in λ, from divided differences times h, h²."""
-        phi2 = 1 - phi1 / (k * h)
-        last = self.past[-1]
-        h0 = now.lam - last.level.lam
-        slope0 = (x0 - last.x0) * (h / h0)
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One step, see `Scheduler.step`; a learned variance has 2·C channels of output."""
+        if self.config.variance_type is not None:
+            model_output, _ = split_variance(model_output, sample)
+        return self._step(
+            model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
+        )
+
+    def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
+        c = self.config
+        step = Interval(c.algorithm_type, now, nxt, self.reading)
+        if step.k < 0 and c.thresholding:
+            _, eps = split(x0, x, now, "sample")  # the noise that the clipped x̂0 implies
+        x = self.reading.solver_sample(x)
+        if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
+            return x
+        order = self._order()
+        m = x0 if step.k > 0 else eps
+        if order == 1:
+            return step.advance(x, m, None, noise)
+        history = [past.x0 if step.k > 0 else past.eps for past in self.past]
+        h0 = now.lam - self.past[-1].level.lam
+        slope0 = (m - history[-1]) * (step.h / h0)
         if order == 2:
-            weight = phi1 / 2 if self.config.solver_type == "midpoint" else phi2
-            return weight * slope0
-        before = self.past[-2]
-        h1 = last.level.lam - before.level.lam
-        slope1 = (last.x0 - before.x0) * (h / h1)
-        change = (slope0 - slope1) / (h0 + h1)
-        d1, d2 = slope0 + h0 * change, h * change
-        return phi2 * d1 + self.reading.phi3(k, h, phi2) * d2
+            weight = step.phi1 / 2 if c.solver_type == "midpoint" else step.phi2
+            return step.advance(x, m, weight * slope0, noise)
+        h1 = self.past[-1].level.lam - self.past[-2].level.lam
+        slope1 = (history[-1] - history[-2]) * (step.h / h1)
+        change = (slope0 - slope1) / (h0 + h1)  # divided differences, times powers of h
+        d1, d2 = slope0 + h0 * change, step.h * change
+        return step.advance(x, m, step.phi2 * d1 + step.phi3 * d2, noise)
 
     def _order(self) -> int:
         """The order of this step: as many evaluations as there are, fewer towards the end."""
-        c, left = self.config, self.num_inference_steps - self._step_index
-        short = c.lower_order_final and self.num_inference_steps < 15
+        c, n = self.config, len(self.grid)
+        left = n - self._step_index
+        short = c.lower_order_final and n < 15
         if left == 1 and (short or c.euler_at_final or c.final_sigmas_type == "zero"):
             return 1
         if left == 2 and short:
             return min(2, c.solver_order, len(self.past) + 1)
         return min(c.solver_order, len(self.past) + 1)
 
-    def _check_levels(self) -> None:
-        super()._check_levels()
-        falls = self.levels[0].lam > self.levels[1].lam  # see Diffusers.solver_schedule
-        if falls and self.config.algorithm_type == "sde-dpmsolver++":
+    def _check_levels(self, levels: list[Level]) -> None:
+        super()._check_levels(levels)
+        falls = levels[0].lam > levels[1].lam  # see Diffusers.solver_schedule
+        if falls and ALGORITHMS[self.config.algorithm_type].stochastic:
             raise InvalidArgument(
                 "rescale_betas_zero_snr makes the first step rise in diffusers, and algorithm_type "
-                "'sde-dpmsolver++' cannot step back: take fewer steps, 'dpmsolver++', or "
-                "compat='exact'"
+                f"{self.config.algorithm_type!r} cannot step back: take fewer steps, another "
+                "algorithm, or compat='exact'"
             )
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype:
         return self.reading.solver_sample(model_output).dtype
 
-    def _spaced(self, n: int) -> np.ndarray:
-        c = self.config
-        rising = [level.lam for level in reversed(self._every_level)]
-        last = len(rising) - int(np.searchsorted(rising, c.lambda_min_clipped))
-        return self.reading.solver_timesteps(
-            c.timestep_spacing, n, last, c.steps_offset, len(self.schedule)
+
+def check_algorithm(config: Config) -> None:
+    """Refuse combinations of options that no DPM-Solver has. Raises InvalidArgument."""
+    algorithm = config.algorithm_type
+    if algorithm == "sde-dpmsolver" and config.solver_order == 3:
+        raise InvalidArgument("algorithm_type 'sde-dpmsolver' has solver_order 1 and 2, not 3")
+    if ALGORITHMS[algorithm].k < 0 and config.final_sigmas_type == "zero":
+        raise InvalidArgument(
+            f"algorithm_type {algorithm!r} cannot step to sigma 0, where its integral diverges: "
+            "use final_sigmas_type 'sigma_min'"
         )
-
-    def _schedule(self) -> NoiseSchedule:
-        return self.reading.solver_schedule(super()._schedule())
-
-    def _table(self) -> list[Level]:
-        return self.reading.solver_table(self.schedule)
-
-    @property
-    def final_level(self) -> Level:
-        if self.config.final_sigmas_type == "zero":
-            return self.reading.clean()
-        return self.level(0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
+from minidiff.prediction import row
 from minidiff.schedule import CLEAN, Level, NoiseSchedule
 
 
@@ -55,12 +56,36 @@ class Exact:
         return schedule.levels()
 
     def solver_schedule(self, schedule: NoiseSchedule) -> NoiseSchedule:
-        """The noise schedule of DPM-Solver: the same as everybody's."""
+        """The noise schedule of a grid in σ: the same as everybody's."""
         return schedule
 
-    def solver_table(self, schedule: NoiseSchedule) -> list[Level]:
-        """The level of every training step (DPM-Solver)."""
-        return schedule.levels()
+    def formula_timesteps(self, t: np.ndarray, rounded: bool) -> np.ndarray:
+        """What the network is asked at the σ of a formula: the step that belongs to it, real."""
+        return t
+
+    def steps_in_reach(self, clipped: int, steps: int) -> int:
+        """How many training steps a formula's range spans: those that lambda_min_clipped leaves."""
+        return clipped
+
+    def flow_end(self, sigmas: np.ndarray, schedule: NoiseSchedule) -> float:
+        """σ after the last step of a flow that stops at "sigma_min": one training step's."""
+        return 1 / len(schedule)
+
+    def preserving_levels(self, sigmas: np.ndarray) -> list[Level]:
+        """Variance-preserving levels of noise-to-signal ratios σ; ∞ is pure noise."""
+        norms = np.hypot(1, sigmas).tolist()
+        return [
+            Level(1 / n, s / n) if n < math.inf else Level(0.0, 1.0)
+            for s, n in zip(sigmas.tolist(), norms, strict=True)
+        ]
+
+    def exploding_levels(self, sigmas: np.ndarray) -> list[Level]:
+        """x = x0 + σ·ε."""
+        return [Level(1.0, s) for s in sigmas.tolist()]
+
+    def flow_levels(self, sigmas: np.ndarray) -> list[Level]:
+        """x = (1 − σ)·x0 + σ·ε."""
+        return [Level(1 - s, s) for s in sigmas.tolist()]
 
     def clean(self) -> Level:
         """The level of the data: α = 1, σ = 0."""
@@ -82,6 +107,14 @@ class Exact:
         """The dtype in which a solver does its arithmetic: float32, or the sample's if wider."""
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
+    def solver_row(self, prediction_type: str, level: Level) -> tuple:
+        """(p, q) of the network's output at a solver's level."""
+        return row(prediction_type, level)
+
+    def expm1(self, x: float) -> float:
+        """eˣ − 1, to full precision for small x."""
+        return math.expm1(x)
+
     def phi3(self, k: int, h: float, phi2: float) -> float:
         """The weight of the second divided difference in third-order DPM-Solver++.
 
@@ -93,7 +126,7 @@ class Exact:
 class RoundedLevel(Level):
     """A level whose derived quantities are rounded as diffusers' float32 tensors are."""
 
-    lam = math.nan  # set for every instance by Diffusers.solver_table
+    lam = math.nan  # set for every instance by _rounded
     alpha_bar = math.nan  # set for every instance by Diffusers.table
 
     def variance_since(self, cleaner: "RoundedLevel") -> float:
@@ -150,12 +183,33 @@ class Diffusers(Exact):
         """Zero terminal SNR is replaced by ᾱ = 2⁻²⁴, which can exceed the ᾱ before it."""
         return schedule.ending_at(2**-24) if schedule.alpha_bar[-1] == 0 else schedule
 
-    def solver_table(self, schedule: NoiseSchedule) -> list[Level]:
-        """Levels are recomputed in float32 from σ/α."""
-        alpha_bar = schedule.alpha_bar
-        ratio = ((1 - alpha_bar) / alpha_bar) ** 0.5
+    def formula_timesteps(self, t: np.ndarray, rounded: bool) -> np.ndarray:
+        """Cast to int64: of exponential and Beta grids, and of Karras' on the cosine schedule, the
+        fraction is cut off, so the network is asked at a noise that x does not have.
+        """
+        return (t.round() if rounded else t).astype(np.int64)
+
+    def steps_in_reach(self, clipped: int, steps: int) -> int:
+        """Formulas ignore lambda_min_clipped."""
+        return steps
+
+    def flow_end(self, sigmas: np.ndarray, schedule: NoiseSchedule) -> float:
+        """The σ/α of the β schedule, which has no part in a flow."""
+        return schedule.sigma_of(np.zeros(1)).item()
+
+    def preserving_levels(self, sigmas: np.ndarray) -> list[Level]:
+        """Levels and λ are computed in float32 from σ/α."""
+        ratio = torch.tensor(sigmas, dtype=torch.float32)
         alpha = 1 / (ratio**2 + 1) ** 0.5
         return _rounded(alpha, ratio * alpha)
+
+    def exploding_levels(self, sigmas: np.ndarray) -> list[Level]:
+        sigma = torch.tensor(sigmas, dtype=torch.float32)
+        return _rounded(torch.ones_like(sigma), sigma)
+
+    def flow_levels(self, sigmas: np.ndarray) -> list[Level]:
+        sigma = torch.tensor(sigmas, dtype=torch.float32)
+        return _rounded(1 - sigma, sigma)
 
     def clean(self) -> Level:
         level = _rounded(torch.ones(1), torch.zeros(1))[0]
@@ -190,6 +244,16 @@ class Diffusers(Exact):
         """DPM-Solver rounds a float64 sample to float32 in every step."""
         return x.to(torch.float32)
 
+    def solver_row(self, prediction_type: str, level: Level) -> tuple:
+        """v is read as x0 = α·x − σ·v on flow levels too, where α² + σ² is not 1."""
+        if prediction_type == "v_prediction":
+            return -level.sigma, level.alpha
+        return row(prediction_type, level)
+
+    def expm1(self, x: float) -> float:
+        """Float32 e^x, then minus 1: a step of h = 0.01 keeps five digits."""
+        return (torch.exp(torch.tensor(x, dtype=torch.float32)) - 1).item()
+
     def phi3(self, k: int, h: float, phi2: float) -> float:
         """The second difference lacks a factor 2, in the reference code too, so order 3 converges
         at order 2; the SDE's term has the wrong sign besides: φ₃/2 − 1. Taken in float32, where
@@ -197,7 +261,7 @@ class Diffusers(Exact):
         """
         kh = k * torch.tensor(h, dtype=torch.float32)
         left = (1 - torch.exp(-kh) - kh) / kh**2
-        return (left + 0.5 if k == 1 else left - 0.5).item()
+        return (left - 0.5 if k == 2 else left + 0.5).item()
 
 
 def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:
