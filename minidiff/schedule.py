@@ -8,13 +8,16 @@ Forward noising mixes a clean sample x0 with Gaussian noise ε,
 `Level`: the pair (α, σ). Its log-SNR is λ = ln(α/σ) (Kingma et al. 2021, arXiv:2107.00630), the
 variable in which DPM-Solver integrates.
 
+The σ-grids at the end of the file are sequences of one number, the noise-to-signal ratio σ/α (or
+the σ of a flow); `timestep_of` and `sigma_of` go from it to the training step and back.
+
 Tables are float64. diffusers builds the same tables in float32, so `dtype=torch.float32` is its
 reading: the same code, rounded after every operation.
 """
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")
 MAX_TRAIN_TIMESTEPS = 1_000_000  # tables are held in memory; more than this is a typing error
 
 
@@ -103,6 +106,7 @@ class NoiseSchedule:
         self._alpha = alpha_bar.sqrt()
         self._sigma = (1 - alpha_bar).sqrt()
         self._levels = list(map(Level, self._alpha.tolist(), self._sigma.tolist()))
+        self._ratio = ((1 - alpha_bar) / alpha_bar).sqrt().numpy()  # σ/α, inf where ᾱ = 0
         self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -122,9 +126,10 @@ class NoiseSchedule:
         Args:
             name: "linear" (DDPM), "scaled_linear" (latent diffusion: linear in √β),
                 "squaredcos_cap_v2" (the cosine schedule of Nichol & Dhariwal 2021,
-                arXiv:2102.09672, eq. 17, β capped at 0.999) or "sigmoid" (GeoDiff).
+                arXiv:2102.09672, eq. 17, β capped at 0.999), "sigmoid" (GeoDiff), "laplace"
+                (after Hang et al. 2024, arXiv:2407.03297) or "exp" (ᾱ falls as e^−12t/T).
             num_train_timesteps: T, the number of training steps.
-            beta_start, beta_end: first and last β in (0, 1); the cosine schedule ignores them.
+            beta_start, beta_end: first and last β in (0, 1), for the first two and "sigmoid".
             trained_betas: T values of β that replace the named schedule.
             rescale_zero_snr: shift and scale √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023,
                 arXiv:2305.08891, algorithm 1).
@@ -174,6 +179,42 @@ class NoiseSchedule:
         alpha, sigma = self._on_device[key]
         return Level(alpha[t].view(shape), sigma[t].view(shape))
 
+    def sigma_of(self, t: np.ndarray) -> np.ndarray:
+        """σ_t/α_t at real training steps, by linear interpolation in the table.
+
+        Args:
+            t: steps of any shape; one outside 0…T−1 counts as the nearer end.
+        Returns:
+            float64 array like t; inf beyond T−2 if no signal is left at T−1.
+        Raises:
+            InvalidArgument: t holds something that is no number.
+        """
+        return np.interp(_numbers("t", t, -math.inf), np.arange(len(self)), self._ratio)
+
+    def timestep_of(self, sigma: np.ndarray) -> np.ndarray:
+        """The real training step t with σ_t/α_t = sigma, by linear interpolation in ln σ.
+
+        The inverse of `sigma_of` at whole steps; between them that one is linear in σ. Both are
+        what diffusers' Euler does.
+
+        Args:
+            sigma: ratios >= 0 of any shape; one outside the table counts as the nearer end.
+        Returns:
+            float64 array like sigma, in [0, T−1].
+        Raises:
+            InvalidArgument: sigma holds a negative number, or no number.
+        """
+        log_sigma = np.log(np.maximum(_numbers("sigma", sigma), 1e-10))
+        table, last = np.log(self._ratio), len(self) - 1
+        # The table rises, but `ending_at` may lower its end: its last entry <= sigma counts.
+        rising = np.minimum.accumulate(table[::-1])[::-1]
+        below = (np.searchsorted(rising, log_sigma, side="right") - 1).clip(0, max(last - 1, 0))
+        above = np.minimum(below + 1, last)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight = (table[below] - log_sigma) / (table[below] - table[above])
+        weight = np.where(np.isnan(weight), 1, np.clip(weight, 0, 1))  # ∞/∞; 0/0 if T = 1
+        return (1 - weight) * below + weight * above
+
 
 def _betas(
     name: str,
@@ -199,14 +240,22 @@ def _betas(
         return torch.linspace(start**0.5, end**0.5, steps, dtype=dtype) ** 2
     if name == "sigmoid":
         return torch.sigmoid(torch.linspace(-6, 6, steps, dtype=dtype)) * (end - start) + start
-    return torch.tensor(_cosine_betas(steps), dtype=dtype)
+    f = _ALPHA_BARS[name]
+    betas = [min(1 - f((t + 1) / steps) / f(t / steps), 0.999) for t in range(steps)]
+    return torch.tensor(betas, dtype=dtype)
 
 
-def _cosine_betas(steps: int, offset: float = 0.008, cap: float = 0.999) -> list[float]:
-    def alpha_bar(s: float) -> float:
-        return math.cos((s + offset) / (1 + offset) * math.pi / 2) ** 2  # Nichol & Dhariwal eq. 17
+def _laplace_alpha_bar(s: float) -> float:
+    # diffusers' reading: the root is one too many for ᾱ, the 1e-6 keeps both ends finite.
+    snr = math.exp(-0.5 * math.copysign(1, 0.5 - s) * math.log(1 - 2 * abs(0.5 - s) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
 
-    return [min(1 - alpha_bar((t + 1) / steps) / alpha_bar(t / steps), cap) for t in range(steps)]
+
+_ALPHA_BARS: dict[str, Callable[[float], float]] = {  # up to a factor, at s = t/T in [0, 1]
+    "squaredcos_cap_v2": lambda s: math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2,  # N&D eq. 17
+    "exp": lambda s: math.exp(s * -12.0),
+    "laplace": _laplace_alpha_bar,
+}
 
 
 def _checked_betas(trained: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -227,3 +276,124 @@ def _zero_terminal_snr(betas: Tensor) -> Tensor:
     root = (root - last) * (first / (first - last))  # Lin et al. 2023, algorithm 1
     alpha_bar = root**2
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+
+
+def karras_sigmas(sigma_min: float, sigma_max: float, n: int, rho: float = 7.0) -> np.ndarray:
+    """n noise levels, uniform in σ^(1/ρ) (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+
+    Args:
+        sigma_min, sigma_max: last and first σ, 0 < sigma_min <= sigma_max.
+        n: number of levels, at least 1; one level is sigma_max.
+        rho: in [1, 100]; 1 is uniform in σ, more gives more steps to low noise; 7 is the paper's.
+    Returns:
+        (n,) float64 array that falls from sigma_max to sigma_min.
+    Raises:
+        InvalidArgument: a value outside its range.
+    """
+    low, high, ramp = _grid(sigma_min, sigma_max, n)
+    rho = real_number("rho", rho, 1, 100)
+    low, high = low ** (1 / rho), high ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho  # Karras et al. eq. 5
+
+
+def exponential_sigmas(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
+    """n noise levels, uniform in ln σ, that is in λ (Lu et al. 2022, arXiv:2206.00927).
+
+    diffusers has this grid twice: `use_exponential_sigmas`, and `use_lu_lambdas`, whose ρ is 1.
+    Arguments, result and errors as in `karras_sigmas`.
+    """
+    low, high, ramp = _grid(sigma_min, sigma_max, n)
+    return np.exp(np.linspace(math.log(high), math.log(low), len(ramp)))
+
+
+def beta_sigmas(
+    sigma_min: float, sigma_max: float, n: int, a: float = 0.6, b: float = 0.6
+) -> np.ndarray:
+    """n noise levels at equal quantiles of a Beta(a, b) distribution over [sigma_min, sigma_max].
+
+    σ_i = σ_min + (σ_max − σ_min)·F⁻¹(1 − i/(n−1)): with a, b < 1 both ends get more steps than the
+    middle (Lee et al. 2024, arXiv:2407.12173). a and b lie in [0.1, 10], 0.6 is diffusers' choice.
+    Other arguments, result and errors as in `karras_sigmas`.
+    """
+    low, high, ramp = _grid(sigma_min, sigma_max, n)
+    a, b = real_number("a", a, 0.1, 10), real_number("b", b, 0.1, 10)
+    quantiles = 1 - ramp
+    quantiles[1:-1] = _beta_quantile(quantiles[1:-1], a, b)  # 0 and 1 stay where they are
+    return low + quantiles * (high - low)
+
+
+def shifted_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """Move the σ of a flow towards noise (Esser et al. 2024, arXiv:2403.03206, section 5.3.2).
+
+    σ' = s·σ / (1 + (s−1)·σ) divides the ratio (1−σ)/σ by s, so shifts multiply. diffusers' dynamic
+    shifting, s / (s + 1/σ − 1), is the same function: s = exp(mu) if `time_shift_type` is
+    "exponential", s = mu if "linear". sigmas lie in [0, 1] and have any shape (float32 stays
+    float32), shift is above 0; raises InvalidArgument otherwise.
+    """
+    sigmas, shift = _numbers("sigmas", sigmas, 0, 1), _positive("shift", shift)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def stretched_sigmas(sigmas: np.ndarray, terminal: float) -> np.ndarray:
+    """Scale the signal shares 1 − σ so that the last σ is `terminal` (LTX-Video, as in diffusers).
+
+    sigmas is (n,) in [0, 1], the last below 1 (float32 stays float32), terminal lies in (0, 1);
+    raises InvalidArgument otherwise.
+    """
+    signal = 1 - _numbers("sigmas", sigmas, 0, 1)
+    if signal.ndim != 1 or not len(signal) or signal[-1] == 0:
+        raise InvalidArgument(f"sigmas must be (n,) with the last below 1, got {str(sigmas)[:80]}")
+    if not 0 < real_number("terminal", terminal, 0, 1) < 1:
+        raise InvalidArgument(f"terminal must be above 0 and below 1, got {terminal}")
+    return 1 - signal / (signal[-1] / (1 - terminal))
+
+
+def _grid(sigma_min: float, sigma_max: float, n: int) -> tuple[float, float, np.ndarray]:
+    high = _positive("sigma_max", sigma_max)
+    low = _positive("sigma_min", sigma_min, high)
+    return low, high, np.linspace(0, 1, whole_number("n", n, 1, MAX_TRAIN_TIMESTEPS))
+
+
+def _positive(name: str, value: float, high: float = math.inf) -> float:
+    number = real_number(name, value, 0, high)
+    if number == 0:
+        raise InvalidArgument(f"{name} must be above 0, got 0")
+    return number
+
+
+def _numbers(name: str, values: object, low: float = 0, high: float = math.inf) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iuf" or not bool(((array >= low) & (array <= high)).all()):
+        allowed = f"numbers in [{low:g}, {high:g}]"
+        raise InvalidArgument(f"{name} must be {allowed}, got {str(values)[:80]}")
+    return array
+
+
+def _beta_quantile(p: np.ndarray, a: float, b: float) -> np.ndarray:
+    """x in (0, 1) with F(x) = p in (0, 1), F the distribution function of Beta(a, b)."""
+    half = math.exp(_log_beta_cdf(0.5, a, b)[0])
+    below = _beta_quantile_below_half(np.minimum(p, half), a, b)
+    above = 1 - _beta_quantile_below_half(np.minimum(1 - p, 1 - half), b, a)  # DLMF 8.17.4
+    return np.where(p <= half, below, above)
+
+
+def _beta_quantile_below_half(p: np.ndarray, a: float, b: float) -> np.ndarray:
+    # Newton on ln F against ln x from the asymptote at 0, F ≈ x^a/(a·B). This curve bends one way
+    # only, and the asymptote lies on the side from which Newton cannot overshoot.
+    x = np.minimum(np.exp((np.log(p) + _log_a_beta(a, b)) / a), 0.5)
+    for _ in range(10):
+        log_cdf, slope = _log_beta_cdf(x, a, b)
+        x = np.minimum(x * np.exp((np.log(p) - log_cdf) / slope), 0.5)
+    return x
+
+
+def _log_beta_cdf(x: np.ndarray | float, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
+    """ln F(x) at 0 < x <= 1/2, and its derivative by ln x: a series of positive terms."""
+    k = np.arange(100)
+    series = np.polyval(np.cumprod(np.r_[1, (a + b + k) / (a + 1 + k)])[::-1], x)  # DLMF 8.17.8
+    log_cdf = a * np.log(x) + b * np.log1p(-x) + np.log(series) - _log_a_beta(a, b)
+    return log_cdf, a / ((1 - x) * series)
+
+
+def _log_a_beta(a: float, b: float) -> float:
+    return math.log(math.gamma(a + 1) * math.gamma(b) / math.gamma(a + b))  # ln(a·B(a, b))
