@@ -331,7 +331,7 @@ def shifted_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
     float32), shift is above 0; raises InvalidArgument otherwise.
     """
     sigmas, shift = _numbers("sigmas", sigmas, 0, 1), _positive("shift", shift)
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    return np.minimum(shift * sigmas / (1 + (shift - 1) * sigmas), 1)  # 1 may round to 1 + 2e-16
 
 
 def stretched_sigmas(sigmas: np.ndarray, terminal: float) -> np.ndarray:

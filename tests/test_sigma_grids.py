@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minidiff.errors import InvalidArgument
@@ -141,8 +141,10 @@ def test_karras_grids_are_even_in_the_root_and_exponential_ones_in_the_log(
 
 @quick
 @given(flow_sigmas, shifts, shifts)
+@example([1.0], 0.43534287220074624, 1.0)  # s / (1 + (s − 1)) rounds to more than 1
 def test_shifts_multiply_and_one_undoes_the_other(sigmas: list, s: float, r: float) -> None:
     once = shifted_sigmas(sigmas, s)
+    assert bool((once <= 1).all())
     np.testing.assert_allclose(shifted_sigmas(once, 1 / s), sigmas, rtol=1e-9)
     np.testing.assert_allclose(shifted_sigmas(once, r), shifted_sigmas(sigmas, s * r), rtol=1e-9)
 
@@ -249,6 +251,8 @@ def test_sigma_of_is_the_table_and_the_level() -> None:
     np.testing.assert_allclose(schedule.sigma_of(np.arange(T)), ratios, rtol=1e-13)
     assert schedule.sigma_of(10.25) == pytest.approx(0.75 * ratios[10] + 0.25 * ratios[11])
     assert schedule.timestep_of(ratios[10] ** 0.75 * ratios[11] ** 0.25) == pytest.approx(10.25)
+    nearly_clean = NoiseSchedule.named(trained_betas=[1e-12, 0.5])  # σ/α from 1e-6 to 1
+    assert nearly_clean.timestep_of(1e-5) == pytest.approx(1 / 6, rel=1e-4)
 
 
 @pytest.mark.filterwarnings("error")
