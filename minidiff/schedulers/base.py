@@ -92,18 +92,25 @@ class Scheduler:
 
     # --- options ---------------------------------------------------------------------------
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Scheduler":
+        try:
+            given = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments
+        except TypeError as error:
+            options = ", ".join(cls._defaults())
+            raise InvalidArgument(f"{cls.__name__} {error}; its options are {options}") from None
+        self = super().__new__(cls)
+        self._given = set(given)  # only these move on to another class, see `from_config`
+        return self
+
     def _configure(self, options: dict[str, Any]) -> None:
         """Check the constructor's arguments, keep them as `config` and build the tables."""
         options = {k: v for k, v in options.items() if k not in ("self", "__class__")}
         for name, value in options.items():
             option_rules.check(type(self).__name__, name, value, self.choices, self.unsupported)
-        defaults = self._defaults()
         config = Config(options, _class_name=type(self).__name__)
         if isinstance(config.get("trained_betas"), np.ndarray | Tensor):
             config["trained_betas"] = config["trained_betas"].tolist()
-        config["_use_default_values"] = [
-            k for k, v in options.items() if option_rules.same(v, defaults[k])
-        ]
+        config["_use_default_values"] = [name for name in options if name not in self._given]
         self._internal_dict = config  # diffusers' pipelines assign to this name
         self.reading = READINGS[config.compat]
         self.num_inference_steps: int | None = None
@@ -265,6 +272,7 @@ class Scheduler:
             seen[t] += 1
             if seen[t] <= 2:
                 self._index[t] = i
+        self._index[grid[0]] = 0  # but sampling begins at the beginning
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self.past.clear()
@@ -368,8 +376,7 @@ class Scheduler:
             return randn(model_output.shape, generator, model_output.device, dtype)
 
         x, now = self.perturb(sample, now, noise, **options)
-        x0, eps = self._split(model_output, x, now)
-        x0 = self._clip(x0)
+        x0, eps = self._predict(model_output, x, now)
         prev = self.update(x, x0, eps, now, nxt, noise, **options)
         if self.history:
             self.past.append(Past(now, x, x0, eps))
@@ -383,6 +390,11 @@ class Scheduler:
     ) -> tuple[Tensor, Level]:
         """What happens to the sample before the output is read: nothing; EDM adds noise here."""
         return x, now
+
+    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+        """(x0, ε) as `update` sees them: x0 clipped, ε as the network said it."""
+        x0, eps = self._split(out, x, now)
+        return self._clip(x0), eps
 
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
         """(x0, ε) that the output implies."""
@@ -435,7 +447,7 @@ class Scheduler:
         changed = ", ".join(
             f"{k}={v!r}"
             for k, v in self.config.items()
-            if not k.startswith("_") and k not in self.config["_use_default_values"]
+            if not k.startswith("_") and not option_rules.same(v, self._defaults().get(k))
         )
         return f"{type(self).__name__}({changed})"
 

@@ -167,8 +167,6 @@ class DPMSolverMultistepScheduler(SolverSigmas):
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         c = self.config
         step = Interval(c.algorithm_type, now, nxt, self.reading)
-        if step.k < 0 and c.thresholding:
-            _, eps = split(x0, x, now, "sample")  # the noise that the clipped x̂0 implies
         x = self.reading.solver_sample(x)
         if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
             return x
@@ -187,6 +185,10 @@ class DPMSolverMultistepScheduler(SolverSigmas):
         change = (slope0 - slope1) / (h0 + h1)  # divided differences, times powers of h
         d1, d2 = slope0 + h0 * change, step.h * change
         return step.advance(x, m, step.phi2 * d1 + step.phi3 * d2, noise)
+
+    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+        x0, eps = super()._predict(out, x, now)
+        return x0, consistent_noise(self.config, x, x0, eps, now)
 
     def _order(self) -> int:
         """The order of this step: as many evaluations as there are, fewer towards the end."""
@@ -211,6 +213,13 @@ class DPMSolverMultistepScheduler(SolverSigmas):
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype:
         return self.reading.solver_sample(model_output).dtype
+
+
+def consistent_noise(config: Config, x: Tensor, x0: Tensor, eps: Tensor, now: Level) -> Tensor:
+    """ε̂ as it is integrated: with thresholding, the one that the clipped x̂0 implies."""
+    if ALGORITHMS[config.algorithm_type].k > 0 or not config.thresholding:
+        return eps
+    return split(x0, x, now, "sample")[1]
 
 
 def check_algorithm(config: Config) -> None:

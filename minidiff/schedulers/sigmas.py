@@ -173,6 +173,11 @@ class SolverSigmas(TrainedSigmas):
             return self.reading.formula_timesteps(sigmas * steps, rounded=False), sigmas
         reach = self.reading.steps_in_reach(self._steps_above_lambda_min(), steps)
         low, high = self.schedule.sigma_of(np.array([0, reach - 1])).tolist()
+        if high == math.inf:
+            raise InvalidArgument(
+                f"{formula}=True cannot start at zero terminal SNR, where sigma is infinite: set "
+                "rescale_betas_zero_snr=False"
+            )
         sigmas = FORMULAS[formula](low, high, n)
         t = self.schedule.timestep_of(sigmas)
         return self.reading.formula_timesteps(t, self._rounds(formula)), sigmas
