@@ -26,6 +26,7 @@ from minidiff.noise import Generators, randn
 from minidiff.prediction import clip, dynamic_threshold, split, target
 from minidiff.schedule import Level, NoiseSchedule, add_noise
 from minidiff.schedulers import options as option_rules
+from minidiff.schedulers import table
 from minidiff.schedulers.quirks import READINGS
 
 CONFIG_NAME = "scheduler_config.json"
@@ -368,13 +369,7 @@ class Scheduler:
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         _check_tensors(model_output, sample, variance_noise, generator)
         now, nxt = self._levels_at(_host_number(timestep))
-        dtype = self._noise_dtype(model_output)
-
-        def noise() -> Tensor:
-            if variance_noise is not None:
-                return variance_noise
-            return randn(model_output.shape, generator, model_output.device, dtype)
-
+        noise = self._noise(model_output, generator, variance_noise)
         x, now = self.perturb(sample, now, noise, **options)
         x0, eps = self._predict(model_output, x, now)
         prev = self.update(x, x0, eps, now, nxt, noise, **options)
@@ -403,6 +398,14 @@ class Scheduler:
     def _levels_at(self, t: float) -> tuple[Level, Level]:
         return self.grid_levels(t)
 
+    def _noise(
+        self, like: Tensor, generator: Generators, variance_noise: Tensor | None
+    ) -> Callable[[], Tensor]:
+        """Where a stochastic step takes its noise from, when it asks for it."""
+        if variance_noise is not None:
+            return lambda: variance_noise
+        return lambda: randn(like.shape, generator, like.device, self._noise_dtype(like))
+
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype:
         return model_output.dtype
 
@@ -411,6 +414,14 @@ class Scheduler:
         if c.get("thresholding"):
             return dynamic_threshold(x0, c.dynamic_thresholding_ratio, c.sample_max_value)
         return clip(x0, c.clip_sample_range) if c.get("clip_sample") else x0
+
+    def coefficients(self, num_inference_steps: int, **step_options: Any) -> table.Coefficients:
+        """The table A, B, C of this sampler's linear steps, see `schedulers/table.py`.
+
+        Raises:
+            InvalidArgument: an option makes a step nonlinear, or as `set_timesteps`.
+        """
+        return table.coefficients(self, num_inference_steps, **step_options)
 
     # --- forward noising -------------------------------------------------------------------
 
