@@ -26,6 +26,7 @@ from parity import (
     schedule_options,
     theirs_of,
     thresholds,
+    tolerance_of_dtype,
     trajectory,
 )
 
@@ -113,10 +114,11 @@ def solver_options(draw: st.DrawFn) -> dict[str, Any]:
 def tolerance(case: Case) -> float:
     """How far apart two correct trajectories may be, relative to max(1, |x|).
 
-    DDPM and DDIM in float64: 1e-6. DPM-Solver casts every sample to float32. Two of its places
-    lose more digits.
+    DPM-Solver casts every sample to float32, and two of its places lose more digits.
     """
-    allowed, order = 2e-5, case.options.get("solver_order", 1)
+    if case.name != "DPMSolverMultistep":
+        return tolerance_of_dtype(case)
+    allowed, order = 2e-5, case.options["solver_order"]
     if order == 3 and case.options["algorithm_type"] == "sde-dpmsolver++":
         # (1 − e^{−2h} − 2h)/(2h)² in float32, the worse the smaller the steps
         allowed = max(allowed, 2e-4 * max(1, (case.n or 0) / 200))

@@ -76,10 +76,11 @@ class DDIMScheduler(Scheduler):
     def update(self, x, x0, eps, now, nxt, noise, *, eta: float, eps_from_x0: bool) -> Tensor:
         if eps_from_x0:
             _, eps = split(x0, x, now, "sample")
+        if eta == 0:
+            return nxt.alpha * x0 + nxt.sigma * eps  # DDIM eq. 12 without noise
         std = eta * nxt.sigma / now.sigma * math.sqrt(now.variance_since(nxt))  # DDIM eq. 16
         direction = self.reading.ddim_direction(now, nxt, eta, std)
-        mean = nxt.alpha * x0 + direction * eps  # DDIM eq. 12
-        return mean + std * noise() if eta > 0 else mean
+        return nxt.alpha * x0 + direction * eps + std * noise()  # DDIM eq. 12
 
     def _levels_at(self, t: float) -> tuple[Level, Level]:
         if self.num_inference_steps is None:

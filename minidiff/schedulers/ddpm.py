@@ -71,10 +71,12 @@ class DDPMScheduler(Scheduler):
 
     def update(self, x, x0, eps, now, nxt, noise, *, interpolation: Tensor | None) -> Tensor:
         beta = now.variance_since(nxt)
-        mean = (
-            nxt.alpha * beta / now.sigma**2 * x0
-            + now.alpha / nxt.alpha * nxt.sigma**2 / now.sigma**2 * x
+        weights = (
+            nxt.alpha * beta / now.sigma**2,
+            now.alpha / nxt.alpha * nxt.sigma**2 / now.sigma**2,
         )  # DDPM eq. 7
+        weight_x0, weight_x = self.reading.posterior(weights, now, nxt)
+        mean = weight_x0 * x0 + weight_x * x
         if nxt.sigma == 0 and not self.reading.adds_noise_at_the_end(now, self.level(0)):
             return mean
         small = max(nxt.sigma**2 / now.sigma**2 * beta, 1e-20)  # DDPM eq. 7, β̃
