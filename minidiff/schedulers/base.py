@@ -286,7 +286,7 @@ class Scheduler:
             beta_start=c.beta_start,
             beta_end=c.beta_end,
             trained_betas=c.trained_betas,
-            rescale_zero_snr=c.rescale_betas_zero_snr,
+            rescale_zero_snr=c.get("rescale_betas_zero_snr", False),
             dtype=self.reading.dtype,
         )
 
@@ -368,7 +368,7 @@ class Scheduler:
         **options: Any,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         _check_tensors(model_output, sample, variance_noise, generator)
-        now, nxt = self._levels_at(_host_number(timestep))
+        now, nxt = self._levels_at(host_number(timestep))
         noise = self._noise(model_output, generator, variance_noise)
         x, now = self.perturb(sample, now, noise, **options)
         x0, eps = self._predict(model_output, x, now)
@@ -377,7 +377,9 @@ class Scheduler:
             self.past.append(Past(now, x, x0, eps))
         if self._step_index is not None:
             self._step_index += 1
-        output = SchedulerOutput(prev.to(model_output.dtype), x0)
+        if prev.dtype != model_output.dtype:
+            prev = prev.to(model_output.dtype)
+        output = SchedulerOutput(prev, x0)
         return output if return_dict else tuple(output)
 
     def perturb(
@@ -467,6 +469,10 @@ class IndexedScheduler(Scheduler):
     """Counts its steps instead of looking the timestep up, as multistep methods must."""
 
     def _levels_at(self, t: float) -> tuple[Level, Level]:
+        return self.due_levels(t)
+
+    def due_levels(self, t: float) -> tuple[Level, Level]:
+        """The levels of the grid entry whose turn it is, and of the one after it."""
         i = self._advance_to(t)
         return self.levels[i], self.levels[i + 1]
 
@@ -494,7 +500,8 @@ def split_variance(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor
     return prediction, variance
 
 
-def _host_number(timestep: int | float | Tensor) -> int | float:
+def host_number(timestep: int | float | Tensor) -> int | float:
+    """A timestep as Python number; of a tensor on another device this is a sync."""
     return timestep.item() if isinstance(timestep, Tensor) else timestep
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument
 from minidiff.prediction import row
-from minidiff.schedule import CLEAN, Level, NoiseSchedule
+from minidiff.schedule import CLEAN, Level, NoiseSchedule, shifted_sigmas
 
 
 class Exact:
@@ -51,6 +51,21 @@ class Exact:
             return self.timesteps(spacing, n, last, offset)
         return self.timesteps(spacing, min(n + 1, last), last, offset)[:n]
 
+    def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
+        """As `timesteps`, but "linspace" keeps its fractions (Euler, Heun)."""
+        if spacing == "linspace":
+            return np.linspace(last - 1, 0, n)
+        return self.timesteps(spacing, n, last, offset)
+
+    def spaced_sigmas(
+        self, schedule: NoiseSchedule, t: np.ndarray, interpolation_type: str
+    ) -> np.ndarray:
+        """σ at real training steps, read between the whole ones along σ or along ln σ."""
+        if interpolation_type == "linear":
+            return schedule.sigma_of(t)
+        steps = np.arange(len(schedule))
+        return np.exp(np.interp(t, steps, np.log(schedule.sigma_of(steps))))
+
     def table(self, schedule: NoiseSchedule) -> list[Level]:
         """The level of every training step (DDPM, DDIM)."""
         return schedule.levels()
@@ -83,6 +98,32 @@ class Exact:
         """x = x0 + σ·ε."""
         return [Level(1.0, s) for s in sigmas.tolist()]
 
+    def exploding_start(self, sigma: float, spacing: str) -> float:
+        """Standard deviation of x0 + σ·ε for data of variance 1."""
+        return math.hypot(1, sigma)
+
+    def churned_sample(
+        self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
+    ) -> tuple[Tensor, Level]:
+        """The sample and level at which an output is read when noise was added after it: those
+        that the network was asked about.
+
+        Its x̂0 is then free of that noise: the step keeps the variance, and the end is x̂0.
+        """
+        return x, now
+
+    def ancestral_sigmas(self, sigma: float, to: float) -> tuple[float, float]:
+        """σ_down, to which an ancestral step from σ to σ' goes, and σ_up, the noise it adds."""
+        down = to**2 / sigma
+        return down, math.sqrt(to**2 - down**2)
+
+    def check_ancestral(self, prediction_type: str) -> None:
+        """Every prediction type will do."""
+
+    def velocity_level(self, scheduler, timesteps: Tensor, like: Tensor) -> Level:
+        """The level at which Euler's get_velocity mixes x0 and ε: that of each timestep."""
+        return scheduler._batch_level(timesteps, like)
+
     def flow_levels(self, sigmas: np.ndarray) -> list[Level]:
         """x = (1 − σ)·x0 + σ·ε."""
         return [Level(1 - s, s) for s in sigmas.tolist()]
@@ -98,6 +139,12 @@ class Exact:
     def ddim_direction(self, now: Level, nxt: Level, eta: float, std: float) -> float:
         """√(σ_s² − s̃²), the weight of ε̂ in DDIM; at η = 1 rounding can take it below 0."""
         return math.sqrt(max(nxt.sigma**2 - std**2, 0.0))
+
+    def posterior(
+        self, weights: tuple[float, float], now: Level, nxt: Level
+    ) -> tuple[float, float]:
+        """The weights of x0 and x in the mean of DDPM's posterior, as eq. 7 gives them."""
+        return weights
 
     def adds_noise_at_the_end(self, now: Level, first: Level) -> bool:
         """DDPM algorithm 1, line 3: z = 0 in the last step."""
@@ -121,6 +168,29 @@ class Exact:
         k·∫₀ʰ e^{−k(h−u)} (u/h)² du = 1 − 2·φ₂/(k·h), by parts.
         """
         return 1 - 2 * phi2 / (k * h)
+
+    def singlestep_phi3(self, k: int, h: float, phi2: float) -> float:
+        """The same weight in the third-order singlestep solver."""
+        return self.phi3(k, h, phi2)
+
+    def stage_noise(self, whole, last, carried: Tensor | float, noise) -> Tensor:
+        """What the SDE injects from the start of a singlestep cycle to the end of a stage.
+
+        `whole` is that interval and `last` its part since the stage before, whose sample already
+        carries noise: this is a part of the whole's.
+        """
+        return last.decay * carried + last.injected * noise()
+
+    def unipc_moments(self, step, n: int) -> np.ndarray:
+        """φ₂, φ₃, … (n of them): B(h)·b on the right of UniPC's linear system."""
+        return np.array(step.moments(n))
+
+    def check_unipc(self, config) -> None:
+        """Refuse options of UniPC that cannot work."""
+
+    def dynamic_shift(self, sigmas: np.ndarray, shift: float) -> np.ndarray:
+        """The shift of a flow for one size of images: the same as for all."""
+        return shifted_sigmas(sigmas, shift)
 
 
 class RoundedLevel(Level):
@@ -172,6 +242,24 @@ class Diffusers(Exact):
             )
         return grid
 
+    def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
+        """ "linspace" with n = 1 starts at step 0 instead of T − 1."""
+        if spacing == "linspace":
+            return np.linspace(0, last - 1, n)[::-1]
+        return self.timesteps(spacing, n, last, offset)
+
+    def spaced_sigmas(
+        self, schedule: NoiseSchedule, t: np.ndarray, interpolation_type: str
+    ) -> np.ndarray:
+        """ "log_linear" forgets the timesteps: n + 1 σ's at equal distances in ln σ over the whole
+        table, so the network is asked at a noise that x does not have, and the last of the n steps
+        ends at σ_0 instead of the end asked for.
+        """
+        if interpolation_type == "linear":
+            return schedule.sigma_of(t)
+        low, high = np.log(schedule.sigma_of(np.array([0, len(schedule) - 1])).astype(np.float32))
+        return torch.linspace(high, low, len(t) + 1).exp().numpy()
+
     def table(self, schedule: NoiseSchedule) -> list[Level]:
         """ᾱ is a float32 table, and 1 − ᾱ_t/ᾱ_s is taken in float32."""
         levels = [RoundedLevel(*level) for level in schedule.levels()]
@@ -207,6 +295,43 @@ class Diffusers(Exact):
         sigma = torch.tensor(sigmas, dtype=torch.float32)
         return _rounded(torch.ones_like(sigma), sigma)
 
+    def exploding_start(self, sigma: float, spacing: str) -> float:
+        """σ alone for "linspace" and "trailing", as if the data had no variance."""
+        return math.hypot(1, sigma) if spacing == "leading" else sigma
+
+    def churned_sample(
+        self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
+    ) -> tuple[Tensor, Level]:
+        """Where noise has been added since, and the network was not asked: the ε of x is taken for
+        the ε of x̂, so the noise stays in x̂0, and after the last step in the picture. "v" is read
+        with the σ before besides, and "sample" implies another ε than the others.
+        """
+        return (raised_x, now if prediction_type == "v_prediction" else raised)
+
+    def ancestral_sigmas(self, sigma: float, to: float) -> tuple[float, float]:
+        """σ_down is the root of a float32 difference: where a step is long σ_up nearly equals σ',
+        and what rounding leaves of σ_down is off by up to 3e-4·σ' (below 0 it is NaN in diffusers).
+        """
+        a, b = np.float32(sigma) ** 2, np.float32(to) ** 2
+        up = np.sqrt(b * (a - b) / a)
+        return float(np.sqrt(max(b - up**2, np.float32(0)))), float(up)
+
+    def check_ancestral(self, prediction_type: str) -> None:
+        """Ancestral Euler lacks one line for "sample", and raises in its first step."""
+        if prediction_type == "sample":
+            raise InvalidArgument(
+                "prediction_type 'sample' is not implemented by diffusers' "
+                "EulerAncestralDiscreteScheduler: use another, or compat='exact'"
+            )
+
+    def velocity_level(self, scheduler, timesteps: Tensor, like: Tensor) -> Level:
+        """A timestep's index in the grid is taken for the training step: before `set_timesteps`
+        the first, which is pure noise, gets the level of the data, and the last that of noise.
+        """
+        t = torch.as_tensor(timesteps).flatten().tolist()
+        at = torch.tensor([scheduler._position(each) for each in t], device=like.device)
+        return scheduler.schedule.at(at.expand(like.shape[0]) if len(at) == 1 else at, like)
+
     def flow_levels(self, sigmas: np.ndarray) -> list[Level]:
         sigma = torch.tensor(sigmas, dtype=torch.float32)
         return _rounded(1 - sigma, sigma)
@@ -228,11 +353,19 @@ class Diffusers(Exact):
         """1 − ᾱ_s − s̃² is taken in float32: near zero SNR with η = 1 both terms are equal, and the
         root of what rounding leaves is 2.4e-4 or more.
         """
-        if eta == 0:
-            return nxt.sigma
         a, b = torch.tensor([now.alpha_bar, nxt.alpha_bar])
         rounded = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
         return (1 - b - rounded**2).clamp(min=0).sqrt().item()
+
+    def posterior(
+        self, weights: tuple[float, float], now: Level, nxt: Level
+    ) -> tuple[float, float]:
+        """Every operation on ᾱ is rounded to float32, which a thousand steps add up to 1e-5."""
+        one, a, b = np.float32(1), np.float32(now.alpha_bar), np.float32(nxt.alpha_bar)
+        alpha = a / b
+        root = (torch.tensor(alpha) ** 0.5).item()  # torch's root is not always the nearest float32
+        weight_x0 = np.float32(nxt.alpha) * (one - alpha) / (one - a)
+        return float(weight_x0), float(np.float32(root) * (one - b) / (one - a))
 
     def adds_noise_at_the_end(self, now: Level, first: Level) -> bool:
         """DDPM asks whether t > 0, not whether the step is the last: a grid that ends above step 0
@@ -252,16 +385,56 @@ class Diffusers(Exact):
 
     def expm1(self, x: float) -> float:
         """Float32 e^x, then minus 1: a step of h = 0.01 keeps five digits."""
-        return (torch.exp(torch.tensor(x, dtype=torch.float32)) - 1).item()
+        return float(np.exp(np.float32(x)) - np.float32(1))
 
     def phi3(self, k: int, h: float, phi2: float) -> float:
         """The second difference lacks a factor 2, in the reference code too, so order 3 converges
         at order 2; the SDE's term has the wrong sign besides: φ₃/2 − 1. Taken in float32, where
         small steps cancel, which the differences of noisy x̂0 do feel.
         """
-        kh = k * torch.tensor(h, dtype=torch.float32)
-        left = (1 - torch.exp(-kh) - kh) / kh**2
-        return (left - 0.5 if k == 2 else left + 0.5).item()
+        one, kh = np.float32(1), k * np.float32(h)
+        decay = np.float32(
+            torch.exp(torch.tensor(-kh)).item()
+        )  # numpy's may differ in the last bit
+        left = (one - decay - kh) / kh**2
+        return float(left - np.float32(0.5) if k == 2 else left + np.float32(0.5))
+
+    def singlestep_phi3(self, k: int, h: float, phi2: float) -> float:
+        """The singlestep solver has the factor 2 that the multistep solver lacks; the sign of the
+        SDE's term is wrong there too.
+        """
+        return 2 * self.phi3(k, h, phi2)
+
+    def stage_noise(self, whole, last, carried: Tensor | float, noise) -> Tensor:
+        """Every stage of a singlestep cycle draws the noise of the whole interval anew, so that the
+        prediction at a stage and the noise of the step are independent.
+        """
+        return whole.injected * noise()
+
+    def unipc_moments(self, step, n: int) -> np.ndarray:
+        """The recurrence in float32 from φ₁/h, whose rounding every order divides by h again: at
+        h = 0.01 φ₄ keeps no digit.
+        """
+        hh = np.float32(-step.k * step.h)
+        phi = np.float32(torch.expm1(torch.tensor(hh)).item()) / hh - np.float32(1)
+        moments, factorial = [], 1
+        for j in range(1, n + 1):
+            moments.append(-phi * np.float32(factorial))
+            factorial *= j + 1
+            phi = phi / hh - np.float32(1 / factorial)
+        return np.array(moments)
+
+    def check_unipc(self, config) -> None:
+        """The last, first-order step multiplies B(h) by an empty sum; "bh1" is ∞ there."""
+        if config.solver_type == "bh1" and config.final_sigmas_type == "zero":
+            raise InvalidArgument(
+                "solver_type 'bh1' with final_sigmas_type 'zero' gives NaN in diffusers: use "
+                "solver_type 'bh2', final_sigmas_type 'sigma_min', or compat='exact'"
+            )
+
+    def dynamic_shift(self, sigmas: np.ndarray, shift: float) -> np.ndarray:
+        """Written another way, which rounds differently where a timestep is cut to a whole one."""
+        return shift / (shift + (1 / sigmas - 1))
 
 
 def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:
