@@ -4,9 +4,19 @@ from minidiff.schedulers.base import Scheduler, SchedulerOutput
 from minidiff.schedulers.ddim import DDIMScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
 from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
+from minidiff.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from minidiff.schedulers.heun import HeunDiscreteScheduler
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
-    cls.__name__: cls for cls in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
+    cls.__name__: cls
+    for cls in (
+        DDPMScheduler,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler,
+    )
 }
 
 __all__ = [
@@ -14,6 +24,9 @@ __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
     "Scheduler",
     "SchedulerOutput",
 ]

@@ -66,6 +66,21 @@ class Exact:
         steps = np.arange(len(schedule))
         return np.exp(np.interp(t, steps, np.log(schedule.sigma_of(steps))))
 
+    def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
+        """As `timesteps`, but "linspace" keeps its fractions (Euler, Heun)."""
+        if spacing == "linspace":
+            return np.linspace(last - 1, 0, n)
+        return self.timesteps(spacing, n, last, offset)
+
+    def spaced_sigmas(
+        self, schedule: NoiseSchedule, t: np.ndarray, interpolation_type: str
+    ) -> np.ndarray:
+        """σ at real training steps, read between the whole ones along σ or along ln σ."""
+        if interpolation_type == "linear":
+            return schedule.sigma_of(t)
+        steps = np.arange(len(schedule))
+        return np.exp(np.interp(t, steps, np.log(schedule.sigma_of(steps))))
+
     def table(self, schedule: NoiseSchedule) -> list[Level]:
         """The level of every training step (DDPM, DDIM)."""
         return schedule.levels()
@@ -97,6 +112,32 @@ class Exact:
     def exploding_levels(self, sigmas: np.ndarray) -> list[Level]:
         """x = x0 + σ·ε."""
         return [Level(1.0, s) for s in sigmas.tolist()]
+
+    def exploding_start(self, sigma: float, spacing: str) -> float:
+        """Standard deviation of x0 + σ·ε for data of variance 1."""
+        return math.hypot(1, sigma)
+
+    def churned_sample(
+        self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
+    ) -> tuple[Tensor, Level]:
+        """The sample and level at which an output is read when noise was added after it: those
+        that the network was asked about.
+
+        Its x̂0 is then free of that noise: the step keeps the variance, and the end is x̂0.
+        """
+        return x, now
+
+    def ancestral_sigmas(self, sigma: float, to: float) -> tuple[float, float]:
+        """σ_down, to which an ancestral step from σ to σ' goes, and σ_up, the noise it adds."""
+        down = to**2 / sigma
+        return down, math.sqrt(to**2 - down**2)
+
+    def check_ancestral(self, prediction_type: str) -> None:
+        """Every prediction type will do."""
+
+    def velocity_level(self, scheduler, timesteps: Tensor, like: Tensor) -> Level:
+        """The level at which Euler's get_velocity mixes x0 and ε: that of each timestep."""
+        return scheduler._batch_level(timesteps, like)
 
     def exploding_start(self, sigma: float, spacing: str) -> float:
         """Standard deviation of x0 + σ·ε for data of variance 1."""
@@ -260,6 +301,24 @@ class Diffusers(Exact):
         low, high = np.log(schedule.sigma_of(np.array([0, len(schedule) - 1])).astype(np.float32))
         return torch.linspace(high, low, len(t) + 1).exp().numpy()
 
+    def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
+        """ "linspace" with n = 1 starts at step 0 instead of T − 1."""
+        if spacing == "linspace":
+            return np.linspace(0, last - 1, n)[::-1]
+        return self.timesteps(spacing, n, last, offset)
+
+    def spaced_sigmas(
+        self, schedule: NoiseSchedule, t: np.ndarray, interpolation_type: str
+    ) -> np.ndarray:
+        """ "log_linear" forgets the timesteps: n + 1 σ's at equal distances in ln σ over the whole
+        table, so the network is asked at a noise that x does not have, and the last of the n steps
+        ends at σ_0 instead of the end asked for.
+        """
+        if interpolation_type == "linear":
+            return schedule.sigma_of(t)
+        low, high = np.log(schedule.sigma_of(np.array([0, len(schedule) - 1])).astype(np.float32))
+        return torch.linspace(high, low, len(t) + 1).exp().numpy()
+
     def table(self, schedule: NoiseSchedule) -> list[Level]:
         """ᾱ is a float32 table, and 1 − ᾱ_t/ᾱ_s is taken in float32."""
         levels = [RoundedLevel(*level) for level in schedule.levels()]
@@ -294,6 +353,43 @@ class Diffusers(Exact):
     def exploding_levels(self, sigmas: np.ndarray) -> list[Level]:
         sigma = torch.tensor(sigmas, dtype=torch.float32)
         return _rounded(torch.ones_like(sigma), sigma)
+
+    def exploding_start(self, sigma: float, spacing: str) -> float:
+        """σ alone for "linspace" and "trailing", as if the data had no variance."""
+        return math.hypot(1, sigma) if spacing == "leading" else sigma
+
+    def churned_sample(
+        self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
+    ) -> tuple[Tensor, Level]:
+        """Where noise has been added since, and the network was not asked: the ε of x is taken for
+        the ε of x̂, so the noise stays in x̂0, and after the last step in the picture. "v" is read
+        with the σ before besides, and "sample" implies another ε than the others.
+        """
+        return (raised_x, now if prediction_type == "v_prediction" else raised)
+
+    def ancestral_sigmas(self, sigma: float, to: float) -> tuple[float, float]:
+        """σ_down is the root of a float32 difference: where a step is long σ_up nearly equals σ',
+        and what rounding leaves of σ_down is off by up to 3e-4·σ' (below 0 it is NaN in diffusers).
+        """
+        a, b = np.float32(sigma) ** 2, np.float32(to) ** 2
+        up = np.sqrt(b * (a - b) / a)
+        return float(np.sqrt(max(b - up**2, np.float32(0)))), float(up)
+
+    def check_ancestral(self, prediction_type: str) -> None:
+        """Ancestral Euler lacks one line for "sample", and raises in its first step."""
+        if prediction_type == "sample":
+            raise InvalidArgument(
+                "prediction_type 'sample' is not implemented by diffusers' "
+                "EulerAncestralDiscreteScheduler: use another, or compat='exact'"
+            )
+
+    def velocity_level(self, scheduler, timesteps: Tensor, like: Tensor) -> Level:
+        """A timestep's index in the grid is taken for the training step: before `set_timesteps`
+        the first, which is pure noise, gets the level of the data, and the last that of noise.
+        """
+        t = torch.as_tensor(timesteps).flatten().tolist()
+        at = torch.tensor([scheduler._position(each) for each in t], device=like.device)
+        return scheduler.schedule.at(at.expand(like.shape[0]) if len(at) == 1 else at, like)
 
     def exploding_start(self, sigma: float, spacing: str) -> float:
         """σ alone for "linspace" and "trailing", as if the data had no variance."""

@@ -28,7 +28,7 @@ from minidiff.schedule import (
     karras_sigmas,
     shifted_sigmas,
 )
-from minidiff.schedulers.base import IndexedScheduler
+from minidiff.schedulers.base import IndexedScheduler, host_number
 from minidiff.schedulers.options import at_most_one
 
 FORMULAS: dict[str, Callable[[float, float, int], np.ndarray]] = {
@@ -53,6 +53,11 @@ class SigmaScheduler(IndexedScheduler):
         if self.config.get("use_flow_sigmas"):
             return self.reading.flow_levels(sigmas)
         return self.reading.preserving_levels(sigmas)
+
+    def present_level(self, timestep: float | Tensor) -> Level:
+        """The level of the sample that the network is about to see. Raises InvalidArgument."""
+        known = self._step_index is not None  # else looked up, which for a tensor may be a sync
+        return self.levels[self._advance_to(0 if known else host_number(timestep))]
 
     def _place_sigmas(
         self,
@@ -115,6 +120,12 @@ class TrainedSigmas(SigmaScheduler):
         """The level of training step t in 0 … T−1, on the grid or not. Raises InvalidArgument."""
         whole_number("timestep", t, 0, len(self.schedule) - 1)
         return self.sigma_levels(self.schedule.sigma_of(np.array([t])))[0]
+
+    def _end(self, sigmas: np.ndarray) -> float:
+        """The σ after the last step."""
+        if self.config.get("final_sigmas_type", "zero") == "zero":
+            return 0.0
+        return self.schedule.sigma_of(np.zeros(1)).item()
 
     def _formula(self, timesteps: Sequence | None = None) -> str | None:
         """The option that places σ by a formula, if one is set. Raises InvalidArgument."""
@@ -188,11 +199,9 @@ class SolverSigmas(TrainedSigmas):
         return rounding and self.config.beta_schedule != "squaredcos_cap_v2"
 
     def _end(self, sigmas: np.ndarray) -> float:
-        if self.config.final_sigmas_type == "zero":
-            return 0.0
-        if self.config.use_flow_sigmas:
+        if self.config.use_flow_sigmas and self.config.final_sigmas_type != "zero":
             return self.reading.flow_end(sigmas, self.schedule)
-        return self.schedule.sigma_of(np.zeros(1)).item()
+        return super()._end(sigmas)
 
     def _steps_above_lambda_min(self) -> int:
         steps = len(self.schedule)

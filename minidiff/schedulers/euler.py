@@ -1,0 +1,369 @@
+"""Euler's method in noise level, and its ancestral cousin: samplers on x = x0 + σ·ε.
+
+Where x explodes instead of shrinking, the probability-flow ODE is a straight line for every x̂0,
+
+    dx/dσ = d,      d = (x − x̂0)/σ,
+
+so Euler's step is x' = x̂0 + (σ'/σ)·(x − x̂0): DDIM's, times √(1 + σ²). The ancestral step goes
+further down, to σ_down, and adds noise up to σ',
+
+    σ_up² = σ'²·(σ² − σ'²)/σ²,      σ_down² = σ'² − σ_up² = (σ'²/σ)²,
+
+which is DDPM's posterior. Churn goes the other way round: it adds noise up to σ̂ > σ, then steps to
+σ' from there.
+
+Sources: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
+arXiv:2206.00364; the ancestral step as in k-diffusion, https://github.com/crowsonkb/k-diffusion.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument, real_number, whole_number
+from minidiff.noise import Generators
+from minidiff.prediction import split, target
+from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
+from minidiff.schedulers.base import SchedulerOutput
+from minidiff.schedulers.sigmas import FORMULAS, TrainedSigmas
+
+
+class ExplodingSigmas(TrainedSigmas):
+    """The grid of Euler and Heun: n real training steps, or n σ's, and the end; x = x0 + σ·ε."""
+
+    def sigma_levels(self, sigmas: np.ndarray) -> list[Level]:
+        return self.reading.exploding_levels(sigmas)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
+        sigma = max(level.sigma for level in self.levels)
+        return self.reading.exploding_start(sigma, self.config.timestep_spacing)
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """x/√(1 + σ²), the variance-preserving sample that the network was trained on.
+
+        Raises InvalidArgument: the first timestep is not on the grid.
+        """
+        return sample / math.hypot(1, self.present_level(timestep).sigma)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        steps = np.arange(len(self.schedule) - 1, -1, -1.0)
+        sigmas = self.schedule.sigma_of(steps)
+        self.timesteps = torch.tensor(self._asked(steps, sigmas), dtype=self.reading.dtype)
+        self.grid = self.timesteps.tolist()
+
+    def _place_spaced(
+        self,
+        num_inference_steps: int | None,
+        device: torch.device | str | None,
+        timesteps: Sequence[float] | None = None,
+        train_steps: int | None = None,
+    ) -> None:
+        """Accept a grid of so many steps, or of those given; `train_steps` stands in for T."""
+        formula = self._formula(timesteps)
+        t = self._real_timesteps(num_inference_steps, timesteps, train_steps or len(self.schedule))
+        sigmas = self.reading.spaced_sigmas(
+            self.schedule, t, self.config.get("interpolation_type", "linear")
+        )
+        if sigmas[0] == math.inf:
+            raise InvalidArgument(
+                "rescale_betas_zero_snr starts at zero terminal SNR, where σ is infinite and "
+                "x = x0 + σ·ε cannot be held: DDIMScheduler takes the same steps from there"
+            )
+        if formula is None:
+            self._check_first_timestep(t[0])
+        else:
+            low = self.config.get("sigma_min") or sigmas[-1]
+            high = self.config.get("sigma_max") or sigmas[0]
+            sigmas = FORMULAS[formula](low, high, len(t))
+            t = self.schedule.timestep_of(sigmas)
+        self._place_sigmas(self._asked(t, sigmas), sigmas, self._end(sigmas), device, steps=len(t))
+
+    def _real_timesteps(
+        self, n: int | None, timesteps: Sequence[float] | None, last: int
+    ) -> np.ndarray:
+        """Training steps, strictly falling: those given, or n of them below `last`."""
+        if (n is None) == (timesteps is None):
+            raise InvalidArgument("give either num_inference_steps or timesteps, not both or none")
+        if timesteps is not None:
+            t = falling_numbers("timesteps", timesteps, len(self.schedule) - 1)
+        else:
+            spacing = self.config.timestep_spacing  # of whole steps there are only so many
+            most = MAX_TRAIN_TIMESTEPS if spacing == "linspace" else last
+            n = whole_number("num_inference_steps", n, 1, most)
+            t = self.reading.real_timesteps(spacing, n, last, self.config.steps_offset)
+        return torch.tensor(t.copy(), dtype=self.reading.dtype).numpy().astype(float)
+
+    def _asked(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+        """What the network is told about its input: the training step."""
+        return t
+
+
+class EulerDiscreteScheduler(ExplodingSigmas):
+    """Euler's method (Karras et al. 2022, algorithm 2 without the second-order correction).
+
+    Args are diffusers' (same names, same defaults). `sigma_min` and `sigma_max` are the ends of
+    Karras, exponential and Beta grids; without them those of `timestep_spacing` are. With
+    `timestep_type` "continuous" the network is told ¼·ln σ instead of the training step.
+    `interpolation_type` is how σ is read between training steps. `compat` is "diffusers" or
+    "exact", see `quirks.py`.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        interpolation_type: str = "linear",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        timestep_spacing: str = "linspace",
+        timestep_type: str = "discrete",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        final_sigmas_type: str = "zero",
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def _configure(self, options: dict[str, Any]) -> None:
+        super()._configure(options)
+        c = self.config
+        if c.timestep_type == "continuous" and c.prediction_type != "v_prediction":
+            raise InvalidArgument(
+                "timestep_type 'continuous' needs prediction_type 'v_prediction': diffusers "
+                f"ignores it with {c.prediction_type!r}"
+            )
+        for name in ("sigma_min", "sigma_max"):
+            if c[name] is not None and self._formula() is None:
+                raise InvalidArgument(
+                    f"{name}={c[name]} needs use_karras_sigmas, use_exponential_sigmas or "
+                    "use_beta_sigmas: no other grid has it"
+                )
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the grid, and forget any sampling under way.
+
+        Args:
+            num_inference_steps: n; spaced as `timestep_spacing` or a formula for σ says.
+            device: where `self.timesteps` lies.
+            timesteps: instead of a number: strictly falling real steps in [0, T−1].
+            sigmas: instead of both: n + 1 strictly falling σ, the end included (mostly 0); they
+                replace a formula and `final_sigmas_type`.
+        Raises:
+            InvalidArgument: none or several are given, or a value is outside its range.
+        """
+        if sigmas is None:
+            if timesteps is not None and self.config.timestep_type == "continuous":
+                raise InvalidArgument(
+                    "timesteps cannot be given with timestep_type 'continuous': give sigmas"
+                )
+            self._place_spaced(num_inference_steps, device, timesteps)
+            return
+        if num_inference_steps is not None or timesteps is not None:
+            raise InvalidArgument("give one of num_inference_steps, timesteps and sigmas")
+        every = falling_numbers("sigmas", sigmas, math.inf)
+        if len(every) < 2:
+            raise InvalidArgument(f"sigmas must hold a first and a last σ, got {sigmas}")
+        every = torch.tensor(every, dtype=self.reading.dtype).numpy()
+        t = self.schedule.timestep_of(every[:-1])
+        self._place_sigmas(self._asked(t, every[:-1]), every[:-1], every[-1], device)
+
+    def _asked(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+        if self.config.timestep_type == "discrete":
+            return t
+        return 0.25 * torch.tensor(sigmas, dtype=self.reading.dtype).log().numpy()
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+        variance_noise: Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One step, see `Scheduler.step`.
+
+        Args:
+            s_churn: how much noise to add and remove again over all steps, 0 for none; in steps
+                with σ in [s_tmin, s_tmax], scaled by s_noise.
+        Raises:
+            InvalidArgument: one of them is negative, or as `Scheduler.step`.
+        """
+        return self._step(
+            model_output, timestep, sample, generator, variance_noise,
+            return_dict=return_dict, churn=churn(s_churn, s_tmin, s_tmax, s_noise),
+        )  # fmt: skip
+
+    def perturb(self, x, now, noise, *, churn) -> tuple[Tensor, Level]:
+        x = self.reading.solver_sample(x)
+        raised = churn.raised(now.sigma, len(self.levels) - 1) if churn else now.sigma
+        if raised == now.sigma:
+            return x, now
+        std = churn.s_noise * math.sqrt(raised**2 - now.sigma**2)
+        higher = Raised(now.alpha, raised)
+        x_raised = x + std * noise()  # algorithm 2, line 6
+        higher.asked = self.reading.churned_sample(self._output_type, x, now, x_raised, higher)
+        return x_raised, higher
+
+    def update(self, x, x0, eps, now, nxt, noise, *, churn) -> Tensor:
+        return euler_step(x, x0, now.sigma, nxt.sigma)
+
+    @property
+    def _output_type(self) -> str:
+        return self.config.prediction_type
+
+    def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+        x, now = read_at(x, now)
+        return split(out, x, now, self._output_type)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = (ε − σ·x0)/√(1 + σ²) for entries of the grid, the target of "v_prediction"."""
+        level = self.reading.velocity_level(self, timesteps, sample)
+        return target(sample, noise, level, "v_prediction")
+
+
+class EulerAncestralDiscreteScheduler(ExplodingSigmas):
+    """Ancestral sampling in σ: DDPM on any grid, every step as random as the posterior.
+
+    Args are diffusers' (same names, same defaults). `compat` is "diffusers" or "exact", see
+    `quirks.py`; diffusers has no prediction_type "sample" here.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def _configure(self, options: dict[str, Any]) -> None:
+        super()._configure(options)
+        self.reading.check_ancestral(self.config.prediction_type)
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | str | None = None
+    ) -> None:
+        """Choose the grid, and forget any sampling under way.
+
+        Args:
+            num_inference_steps: n; spaced as `timestep_spacing` says.
+            device: where `self.timesteps` lies.
+        Raises:
+            InvalidArgument: the number is out of range.
+        """
+        self._place_spaced(num_inference_steps, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        variance_noise: Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One step, see `Scheduler.step`."""
+        return self._step(
+            model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
+        )
+
+    def perturb(self, x, now, noise) -> tuple[Tensor, Level]:
+        return self.reading.solver_sample(x), now
+
+    def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
+        down, up = self.reading.ancestral_sigmas(now.sigma, nxt.sigma)
+        return euler_step(x, x0, now.sigma, down) + up * noise()
+
+    def _check_levels(self, levels: list[Level]) -> None:
+        super()._check_levels(levels)
+        if levels[0].sigma < levels[1].sigma:  # see Diffusers.solver_schedule
+            raise InvalidArgument(
+                "rescale_betas_zero_snr makes the first step rise in diffusers, and an ancestral "
+                "step cannot step back: take fewer steps, or compat='exact'"
+            )
+
+
+def euler_step(x: Tensor, x0: Tensor, sigma: float, to: float) -> Tensor:
+    """x + (σ' − σ)·d with d = (x − x0)/σ: Karras et al. 2022, algorithm 1, lines 4 and 5."""
+    return x0 + to / sigma * (x - x0)
+
+
+class Churn(NamedTuple):
+    """S_churn, S_tmin, S_tmax and S_noise of Karras et al. 2022, algorithm 2."""
+
+    s_churn: float
+    s_tmin: float
+    s_tmax: float
+    s_noise: float
+
+    def raised(self, sigma: float, n: int) -> float:
+        """σ̂ = σ·(1 + γ), from which a step of n goes down."""
+        if not self.s_tmin <= sigma <= self.s_tmax:
+            return sigma
+        return sigma * (1 + min(self.s_churn / n, math.sqrt(2) - 1))  # algorithm 2, γ_i and line 5
+
+
+def churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Churn | None:
+    """The options of `step`, checked; None for no churn. Raises InvalidArgument."""
+    if s_churn == 0 == s_tmin and s_tmax == math.inf and s_noise == 1:
+        return None
+    real_number("s_churn", s_churn, 0)
+    real_number("s_tmin", s_tmin, 0)
+    real_number("s_noise", s_noise, 0)
+    if s_tmax != math.inf:
+        real_number("s_tmax", s_tmax, 0)
+    return Churn(s_churn, s_tmin, s_tmax, s_noise)
+
+
+class Raised(Level):
+    """A level that churn has raised; `asked` is the sample and the level to read the output at."""
+
+    asked: tuple[Tensor, Level]
+
+
+def read_at(x: Tensor, now: Level) -> tuple[Tensor, Level]:
+    """The sample and the level at which the network's output is read."""
+    return now.asked if isinstance(now, Raised) else (x, now)
+
+
+def falling_numbers(name: str, values: Sequence[float] | Tensor, high: float) -> np.ndarray:
+    """One's own grid: real numbers in [0, high] that fall strictly. Raises InvalidArgument."""
+    values = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
+    if not isinstance(values, list | tuple | range):
+        raise InvalidArgument(f"{name} must be a list of numbers, got {values!r}")
+    numbers = np.array([real_number(name, value, 0, high) for value in values])
+    if not len(numbers) or not (np.diff(numbers) < 0).all():
+        raise InvalidArgument(f"{name} must be strictly falling, got {values}")
+    return numbers

@@ -1,0 +1,104 @@
+"""Heun's method in noise level: two evaluations a step, second order.
+
+    d  = (x − x̂0)/σ            at σ
+    y  = x + (σ' − σ)·d          Euler's step, where the network is asked again
+    d' = (y − ŷ0)/σ'           at σ'
+    x' = x + (σ' − σ)·(d + d')/2
+
+(Karras et al. 2022, arXiv:2206.00364, algorithm 1.) A pipeline asks the network once a call of
+`step`, so each σ but the first stands twice in the grid: a call with an even index makes y, the odd
+one after it x'. The last step ends at σ' = 0, where d' does not exist, and is Euler's.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument, whole_number
+from minidiff.schedulers.base import SchedulerOutput
+from minidiff.schedulers.euler import ExplodingSigmas, euler_step
+
+
+class HeunDiscreteScheduler(ExplodingSigmas):
+    """Heun's method: n steps of order 2 for 2n − 1 evaluations of the network.
+
+    Args are diffusers' (same names, same defaults). `compat` is "diffusers" or "exact", see
+    `quirks.py`.
+    """
+
+    order = 2
+    history = 1  # the first stage of a step
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        num_train_timesteps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the grid, and forget any sampling under way.
+
+        Args:
+            num_inference_steps: n; spaced as `timestep_spacing` or a formula for σ says.
+            device: where `self.timesteps` lies.
+            num_train_timesteps: space the grid as if training had only so many steps.
+            timesteps: instead of a number: strictly falling real steps in [0, T−1].
+        Raises:
+            InvalidArgument: neither or both are given, or a value is outside its range.
+        """
+        if num_train_timesteps is not None:
+            whole_number("num_train_timesteps", num_train_timesteps, 1, len(self.schedule))
+        self._place_spaced(num_inference_steps, device, timesteps, num_train_timesteps)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this entry of the grid, an even one: an odd entry is a step's second stage."""
+        if whole_number("begin_index", begin_index, 0) % 2:
+            raise InvalidArgument(f"begin_index must be even, where a step begins: {begin_index}")
+        super().set_begin_index(begin_index)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One stage, see `Scheduler.step`; x after the first is where the network is asked again.
+
+        `pred_original_sample` is x̂0 at that stage.
+        """
+        return self._step(model_output, timestep, sample, None, None, return_dict=return_dict)
+
+    def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
+        if self._step_index % 2 == 0:
+            return euler_step(x, x0, now.sigma, nxt.sigma)  # algorithm 1, lines 4 and 5
+        before = self.past[-1]
+        slope = (before.x - before.x0) / before.level.sigma  # line 4
+        slope_there = (x - x0) / now.sigma  # line 7
+        half = (now.sigma - before.level.sigma) / 2
+        return before.x + half * (slope + slope_there)  # line 8
+
+    def _place_sigmas(self, grid, sigmas, end, device=None, *, steps=None, dtype=None) -> None:
+        twice = np.repeat(np.arange(len(grid)), 2)[1:]  # 0 1 1 2 2 …
+        super()._place_sigmas(grid[twice], sigmas[twice], end, device, steps=steps, dtype=dtype)
