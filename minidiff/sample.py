@@ -7,6 +7,7 @@ Nothing in the loop waits for the device: timesteps are host integers, and the s
 are Python floats.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def trajectory(
         denoise: (x_t, t) → network output, of the scheduler's prediction type.
         scheduler: after `set_timesteps`.
         x: standard normal noise times `scheduler.init_noise_sigma`, (B, C, *space).
-        generator: source of the noise of stochastic methods, see `minidiff.noise.randn`.
+        generator: source of the noise, see `minidiff.noise.randn`; methods without noise ignore it.
         step_options: passed to `scheduler.step`, such as DDIM's `eta`.
     Yields:
         n steps; the loop advances only as far as it is asked to.
@@ -60,10 +61,10 @@ def trajectory(
     """
     if scheduler.num_inference_steps is None:
         raise InvalidArgument("call scheduler.set_timesteps before sampling")
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        step_options["generator"] = generator
     for index, t in enumerate(scheduler.grid[scheduler.begin_index or 0 :]):
         output = denoise(scheduler.scale_model_input(x, t), t)
-        next_x, x0 = scheduler.step(
-            output, t, x, generator=generator, return_dict=False, **step_options
-        )
+        next_x, x0 = scheduler.step(output, t, x, return_dict=False, **step_options)
         yield Step(index, t, x, x0, output, next_x)
         x = next_x
