@@ -15,8 +15,9 @@ whole timesteps lie evenly enough.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,113 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number
 from minidiff.exact import GaussianMixture
 from minidiff.schedule import Level
-from minidiff.schedulers import Scheduler
+from minidiff.schedulers import SCHEDULERS, Scheduler
 
 FINE: dict[str, Any] = {"num_train_timesteps": 100_000, "beta_start": 1e-6, "beta_end": 2e-4}
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.0], [1.5]], [0.4, 0.6])
 GAUSSIAN = GaussianMixture([1.0], [[0.0]], [0.5])
+
+
+class Method(NamedTuple):
+    """A solver with the order its paper claims.
+
+    Attributes:
+        scheduler: class name.
+        options: of its constructor.
+        order: p, where the error of n steps is proportional to n^−p.
+        weak: the order is that of the variance on Gaussian data, not of a path.
+        measure: arguments of `flow_error` or `variance_error`.
+    """
+
+    scheduler: str
+    options: dict[str, Any]
+    order: int
+    weak: bool = False
+    measure: Mapping[str, Any] = MappingProxyType({})
+
+    def error(self, n: int, compat: str = "exact") -> float:
+        """The error with n steps."""
+        scheduler = SCHEDULERS[self.scheduler](**self.options, compat=compat)
+        return (variance_error if self.weak else flow_error)(scheduler, n, **self.measure)
+
+
+_FINE = FINE | {"prediction_type": "sample"}
+_UNCLIPPED = _FINE | {"clip_sample": False, "timestep_spacing": "linspace"}
+_NO_SHORT_END = _FINE | {"lower_order_final": False}
+_SDE = _NO_SHORT_END | {"algorithm_type": "sde-dpmsolver++"}
+_NOISE = _NO_SHORT_END | {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min",
+                          "prediction_type": "epsilon"}  # fmt: skip
+_EPSILON = {"prediction_type": "epsilon"}
+_NO_CORRECTOR = {"disable_corrector": list(range(100_000))}
+
+METHODS: dict[str, Method] = {
+    "DDIM": Method("DDIMScheduler", _UNCLIPPED, 1),
+    "Euler": Method("EulerDiscreteScheduler", _FINE, 1),
+    "Euler, EDM": Method("EDMEulerScheduler", _EPSILON, 1, measure={"part": 0.6}),
+    "Euler, flow": Method("FlowMatchEulerDiscreteScheduler", {}, 1),
+    "Heun": Method("HeunDiscreteScheduler", _FINE, 2, measure={"stride": 2}),
+    "PLMS": Method(
+        "PNDMScheduler",
+        _FINE | _EPSILON | {"skip_prk_steps": True, "timestep_spacing": "linspace"},
+        2,
+    ),
+    "DPM-Solver-2M": Method("DPMSolverMultistepScheduler", _NOISE, 2),
+    "DPM-Solver-3M": Method(
+        "DPMSolverMultistepScheduler", _NOISE | {"solver_order": 3}, 3, measure={"exact_starts": 2}
+    ),
+    "DPM-Solver++ 1": Method("DPMSolverMultistepScheduler", _NO_SHORT_END | {"solver_order": 1}, 1),
+    "DPM-Solver++ 2M": Method("DPMSolverMultistepScheduler", _NO_SHORT_END, 2),
+    "DPM-Solver++ 2M, heun": Method(
+        "DPMSolverMultistepScheduler", _NO_SHORT_END | {"solver_type": "heun"}, 2
+    ),
+    "DPM-Solver++ 3M": Method(
+        "DPMSolverMultistepScheduler",
+        _NO_SHORT_END | {"solver_order": 3},
+        3,
+        measure={"exact_starts": 2},
+    ),
+    "DPM-Solver++ 3M, EDM": Method(
+        "EDMDPMSolverMultistepScheduler",
+        _EPSILON | {"solver_order": 3, "lower_order_final": False},
+        3,
+        measure={"part": 0.6, "exact_starts": 2},
+    ),
+    "DPM-Solver++ 2S": Method("DPMSolverSinglestepScheduler", _FINE, 2, measure={"stride": 2}),
+    "DPM-Solver++ 3S": Method(
+        "DPMSolverSinglestepScheduler", _FINE | {"solver_order": 3}, 3, measure={"stride": 3}
+    ),
+    **{
+        f"UniPC-{p}": Method(
+            "UniPCMultistepScheduler",
+            _FINE | {"solver_order": p},
+            p + 1,
+            measure={"exact_starts": p},
+        )
+        for p in (1, 2, 3)
+    },
+    **{
+        f"UniP-{p}": Method(
+            "UniPCMultistepScheduler",
+            _FINE | _NO_CORRECTOR | {"solver_order": p},
+            p,
+            measure={"exact_starts": p - 1},
+        )
+        for p in (1, 2, 3)
+    },
+    "DDPM": Method("DDPMScheduler", _UNCLIPPED, 1, weak=True),
+    "DDIM, η = 1": Method("DDIMScheduler", _UNCLIPPED, 1, weak=True, measure={"eta": 1.0}),
+    "Euler ancestral": Method("EulerAncestralDiscreteScheduler", _FINE | _EPSILON, 1, weak=True),
+    "SDE-DPM-Solver++ 1": Method(
+        "DPMSolverMultistepScheduler", _SDE | {"solver_order": 1}, 1, weak=True
+    ),
+    "SDE-DPM-Solver++ 2M": Method("DPMSolverMultistepScheduler", _SDE, 2, weak=True),
+    "SDE-DPM-Solver++ 2M, heun": Method(
+        "DPMSolverMultistepScheduler", _SDE | {"solver_type": "heun"}, 2, weak=True
+    ),
+    "SDE-DPM-Solver++ 3M": Method(
+        "DPMSolverMultistepScheduler", _SDE | {"solver_order": 3}, 2, weak=True
+    ),
+}
 
 
 def order(error: Callable[[int], float], n: int) -> float:
