@@ -3,9 +3,11 @@
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
 from minidiff.schedulers.ddim import DDIMScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
+from minidiff.schedulers.dpm_singlestep import DPMSolverSinglestepScheduler
 from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from minidiff.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from minidiff.schedulers.heun import HeunDiscreteScheduler
+from minidiff.schedulers.unipc import UniPCMultistepScheduler
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
     cls.__name__: cls
@@ -13,6 +15,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         DDPMScheduler,
         DDIMScheduler,
         DPMSolverMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+        UniPCMultistepScheduler,
         EulerDiscreteScheduler,
         EulerAncestralDiscreteScheduler,
         HeunDiscreteScheduler,
@@ -24,9 +28,11 @@ __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",
     "Scheduler",
     "SchedulerOutput",
+    "UniPCMultistepScheduler",
 ]

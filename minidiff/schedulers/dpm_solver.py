@@ -56,21 +56,31 @@ class Interval:
 
     Attributes:
         h: its length in λ, ∞ when t is clean.
+        decay, gain: what x at s, and a constant m, count in x at t.
+        scale: what multiplies the weights of all that m changes.
         phi1, phi2, phi3: the weights of m, of its slope times h and of half its curvature times h².
     """
 
-    def __init__(self, algorithm_type: str, s: Level, t: Level, reading: Exact) -> None:
+    def __init__(
+        self,
+        algorithm_type: str,
+        s: Level,
+        t: Level,
+        reading: Exact,
+        expm1: Callable[[float], float] | None = None,
+    ) -> None:
         self.k, drift, self.stochastic = ALGORITHMS[algorithm_type]
-        self.reading = reading
+        self.reading, expm1 = reading, expm1 or reading.expm1
         self.h = h = t.lam - s.lam
-        self.phi1 = -reading.expm1(-self.k * h)
+        self.phi1 = -expm1(-self.k * h)
         if self.k < 0:  # m = ε̂
-            self.decay, self.scale = t.alpha / s.alpha, drift * t.sigma
-            self.injected = t.sigma * math.sqrt(reading.expm1(2 * h)) if self.stochastic else 0.0
+            decay, self.scale = t.alpha / s.alpha, drift * t.sigma
+            self.injected = t.sigma * math.sqrt(expm1(2 * h)) if self.stochastic else 0.0
         else:  # m = x̂0
-            self.decay = t.sigma / s.sigma * math.exp(-h) ** (self.k - 1)
+            decay = t.sigma / s.sigma * math.exp(-h) ** (self.k - 1)
             self.scale = t.alpha
-            self.injected = t.sigma * math.sqrt(-reading.expm1(-2 * h)) if self.stochastic else 0.0
+            self.injected = t.sigma * math.sqrt(-expm1(-2 * h)) if self.stochastic else 0.0
+        self.decay, self.gain = reading.scalar(decay), reading.scalar(self.scale * self.phi1)
 
     @property
     def phi2(self) -> float:
@@ -84,13 +94,46 @@ class Interval:
         self, x: Tensor, m: Tensor, correction: Tensor | None, noise: Callable[[], Tensor]
     ) -> Tensor:
         """x at t from x at s: m held constant, and a correction for what it is not."""
-        new = self.decay * x + self.scale * self.phi1 * m
-        if correction is not None:
-            new = new + self.scale * correction
+        new = self.mean(x, m, correction)
         return new + self.injected * noise() if self.stochastic else new
 
+    def mean(self, x: Tensor, m: Tensor, correction: Tensor | None) -> Tensor:
+        """`advance` without the noise that the SDE injects."""
+        new = self.decay * x + self.gain * m
+        return new if correction is None else new + self.scale * correction
 
-class DPMSolverMultistepScheduler(SolverSigmas):
+    def moments(self, n: int) -> list[float]:
+        """φ₂, φ₃, … (n of them), the weights of (u/h)ʲ: φ_{j+1} = 1 − j·φ_j/(k·h), by parts."""
+        found = [self.phi1]
+        for j in range(1, n + 1):
+            found.append(1 - j * found[-1] / (self.k * self.h))
+        return found[1:]
+
+
+class DPMSolver(SolverSigmas):
+    """What the multistep and the singlestep solver share."""
+
+    translated: ClassVar = {
+        "algorithm_type": {"deis": "dpmsolver++"},
+        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+    }
+
+    def _configure(self, options: dict[str, Any]) -> None:
+        super()._configure(options)
+        check_algorithm(self.config)
+
+    def without_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The prediction alone, where the output also holds a learned variance, left unused."""
+        if self.config.variance_type is None:
+            return model_output
+        return split_variance(model_output, sample)[0]
+
+    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+        x0, eps = super()._predict(out, x, now)
+        return x0, consistent_noise(self.config, x, x0, eps, now)
+
+
+class DPMSolverMultistepScheduler(DPMSolver):
     """Order 1, 2 or 3 with one network evaluation a step; good pictures in 10 to 20 steps.
 
     Args are diffusers' (same names, same defaults). `solver_type` picks how order 2 weighs the
@@ -104,10 +147,6 @@ class DPMSolverMultistepScheduler(SolverSigmas):
     choices: ClassVar = {
         "variance_type": (None, "learned", "learned_range"),
         "time_shift_type": ("exponential",),
-    }
-    translated: ClassVar = {
-        "algorithm_type": {"deis": "dpmsolver++"},
-        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
     }
 
     def __init__(
@@ -144,10 +183,6 @@ class DPMSolverMultistepScheduler(SolverSigmas):
     ) -> None:
         self._configure(locals())
 
-    def _configure(self, options: dict[str, Any]) -> None:
-        super()._configure(options)
-        check_algorithm(self.config)
-
     def step(
         self,
         model_output: Tensor,
@@ -158,8 +193,7 @@ class DPMSolverMultistepScheduler(SolverSigmas):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """One step, see `Scheduler.step`; a learned variance has 2·C channels of output."""
-        if self.config.variance_type is not None:
-            model_output, _ = split_variance(model_output, sample)
+        model_output = self.without_variance(model_output, sample)
         return self._step(
             model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
         )
@@ -167,7 +201,7 @@ class DPMSolverMultistepScheduler(SolverSigmas):
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         c = self.config
         step = Interval(c.algorithm_type, now, nxt, self.reading)
-        x = self.reading.solver_sample(x)
+        x = self.solver_sample(x)
         if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
             return x
         order = self._order()
@@ -186,9 +220,9 @@ class DPMSolverMultistepScheduler(SolverSigmas):
         d1, d2 = slope0 + h0 * change, step.h * change
         return step.advance(x, m, step.phi2 * d1 + step.phi3 * d2, noise)
 
-    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        x0, eps = super()._predict(out, x, now)
-        return x0, consistent_noise(self.config, x, x0, eps, now)
+    def solver_sample(self, x: Tensor) -> Tensor:
+        """The sample in the dtype of the solver's arithmetic."""
+        return self.reading.solver_sample(x)
 
     def _order(self) -> int:
         """The order of this step: as many evaluations as there are, fewer towards the end."""
@@ -213,6 +247,9 @@ class DPMSolverMultistepScheduler(SolverSigmas):
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype:
         return self.reading.solver_sample(model_output).dtype
+
+    def _rounds(self, formula: str) -> bool:
+        return super()._rounds(formula) and self.config.beta_schedule != "squaredcos_cap_v2"
 
 
 def consistent_noise(config: Config, x: Tensor, x0: Tensor, eps: Tensor, now: Level) -> Tensor:

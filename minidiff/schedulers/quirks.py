@@ -222,6 +222,14 @@ class Exact:
         """
         return last.decay * carried + last.injected * noise()
 
+    def scalar(self, x: float) -> float:
+        """A coefficient as it multiplies a tensor."""
+        return x
+
+    def unipc_expm1(self, x: float) -> float:
+        """eˣ − 1 in UniPC."""
+        return math.expm1(x)
+
     def unipc_moments(self, step, n: int) -> np.ndarray:
         """φ₂, φ₃, … (n of them): B(h)·b on the right of UniPC's linear system."""
         return np.array(step.moments(n))
@@ -507,12 +515,22 @@ class Diffusers(Exact):
         """
         return whole.injected * noise()
 
+    def scalar(self, x: float) -> float:
+        """Every coefficient is a float32. From almost no signal, α = 1e-6, two terms of 1e5 cancel
+        and leave its rounding.
+        """
+        return float(np.float32(x))
+
+    def unipc_expm1(self, x: float) -> float:
+        """UniPC has the function that DPM-Solver lacks, in float32."""
+        return torch.expm1(torch.tensor(x, dtype=torch.float32)).item()
+
     def unipc_moments(self, step, n: int) -> np.ndarray:
         """The recurrence in float32 from φ₁/h, whose rounding every order divides by h again: at
         h = 0.01 φ₄ keeps no digit.
         """
         hh = np.float32(-step.k * step.h)
-        phi = np.float32(torch.expm1(torch.tensor(hh)).item()) / hh - np.float32(1)
+        phi = np.float32(-step.phi1) / hh - np.float32(1)
         moments, factorial = [], 1
         for j in range(1, n + 1):
             moments.append(-phi * np.float32(factorial))

@@ -179,11 +179,10 @@ class SolverSigmas(TrainedSigmas):
     def _by_formula(self, formula: str, n: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
         steps = len(self.schedule)
         if formula == "use_flow_sigmas":
-            straight = 1 - np.linspace(1, 1 / steps, n + 1)
-            sigmas = shifted_sigmas(straight[::-1][:-1], shift)
-            return self.reading.formula_timesteps(sigmas * steps, rounded=False), sigmas
+            return self._on_flow(self._flow_sigmas(n, shift))
         reach = self.reading.steps_in_reach(self._steps_above_lambda_min(), steps)
         low, high = self.schedule.sigma_of(np.array([0, reach - 1])).tolist()
+        low, high = self.config.get("sigma_min") or low, self.config.get("sigma_max") or high
         if high == math.inf:
             raise InvalidArgument(
                 f"{formula}=True cannot start at zero terminal SNR, where sigma is infinite: set "
@@ -193,10 +192,19 @@ class SolverSigmas(TrainedSigmas):
         t = self.schedule.timestep_of(sigmas)
         return self.reading.formula_timesteps(t, self._rounds(formula)), sigmas
 
+    def _flow_sigmas(self, n: int, shift: float) -> np.ndarray:
+        """The straight line from just below pure noise towards the data, shifted."""
+        straight = 1 - np.linspace(1, 1 / len(self.schedule), n + 1)
+        return shifted_sigmas(straight[::-1][:-1], shift)
+
+    def _on_flow(self, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The timesteps, σ·T, of the σ of a flow, and these σ."""
+        t = self.reading.formula_timesteps(sigmas * len(self.schedule), rounded=False)
+        return t, sigmas
+
     def _rounds(self, formula: str) -> bool:
         """Whether diffusers rounds the timesteps of this formula, or cuts them off."""
-        rounding = formula in ("use_karras_sigmas", "use_lu_lambdas")
-        return rounding and self.config.beta_schedule != "squaredcos_cap_v2"
+        return formula in ("use_karras_sigmas", "use_lu_lambdas")
 
     def _end(self, sigmas: np.ndarray) -> float:
         if self.config.use_flow_sigmas and self.config.final_sigmas_type != "zero":
