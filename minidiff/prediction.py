@@ -47,13 +47,13 @@ def row(prediction_type: str, level: Level) -> tuple:
     return _ROWS[prediction_type](level)
 
 
-def edm_row(level: Level, sigma_data: float) -> tuple[float, float]:
+def edm_row(level: Level, sigma_data: float) -> tuple:
     """(p, q) of EDM's preconditioned network F, at a level (1, σ).
 
     x0 = c_skip·x + c_out·F with c_skip = σ_d²/(σ² + σ_d²), c_out = σ·σ_d/√(σ² + σ_d²)
     (Karras et al. 2022, arXiv:2206.00364, table 1), solved for F.
     """
-    scale = math.hypot(level.sigma, sigma_data)
+    scale = (level.sigma**2 + sigma_data**2) ** 0.5
     return level.sigma / (sigma_data * scale), -sigma_data / scale
 
 

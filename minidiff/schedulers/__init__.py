@@ -5,6 +5,7 @@ from minidiff.schedulers.ddim import DDIMScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
 from minidiff.schedulers.dpm_singlestep import DPMSolverSinglestepScheduler
 from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
+from minidiff.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from minidiff.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from minidiff.schedulers.heun import HeunDiscreteScheduler
 from minidiff.schedulers.unipc import UniPCMultistepScheduler
@@ -20,6 +21,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         EulerDiscreteScheduler,
         EulerAncestralDiscreteScheduler,
         HeunDiscreteScheduler,
+        EDMEulerScheduler,
+        EDMDPMSolverMultistepScheduler,
     )
 }
 
@@ -29,6 +32,8 @@ __all__ = [
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",

@@ -141,6 +141,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
     def _configure(self, options: dict[str, Any]) -> None:
         super()._configure(options)
         c = self.config
+        self.output_type = c.prediction_type
         if c.timestep_type == "continuous" and c.prediction_type != "v_prediction":
             raise InvalidArgument(
                 "timestep_type 'continuous' needs prediction_type 'v_prediction': diffusers "
@@ -226,19 +227,15 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         std = churn.s_noise * math.sqrt(raised**2 - now.sigma**2)
         higher = Raised(now.alpha, raised)
         x_raised = x + std * noise()  # algorithm 2, line 6
-        higher.asked = self.reading.churned_sample(self._output_type, x, now, x_raised, higher)
+        higher.asked = self.reading.churned_sample(self.output_type, x, now, x_raised, higher)
         return x_raised, higher
 
     def update(self, x, x0, eps, now, nxt, noise, *, churn) -> Tensor:
         return euler_step(x, x0, now.sigma, nxt.sigma)
 
-    @property
-    def _output_type(self) -> str:
-        return self.config.prediction_type
-
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
         x, now = read_at(x, now)
-        return split(out, x, now, self._output_type)
+        return split(out, x, now, self.output_type)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = (ε − σ·x0)/√(1 + σ²) for entries of the grid, the target of "v_prediction"."""
@@ -304,7 +301,7 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         down, up = self.reading.ancestral_sigmas(now.sigma, nxt.sigma)
-        return euler_step(x, x0, now.sigma, down) + up * noise()
+        return torch.add(euler_step(x, x0, now.sigma, down), noise(), alpha=up)
 
     def _check_levels(self, levels: list[Level]) -> None:
         super()._check_levels(levels)
@@ -317,7 +314,7 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
 
 def euler_step(x: Tensor, x0: Tensor, sigma: float, to: float) -> Tensor:
     """x + (σ' − σ)·d with d = (x − x0)/σ: Karras et al. 2022, algorithm 1, lines 4 and 5."""
-    return x0 + to / sigma * (x - x0)
+    return torch.add(x0, x - x0, alpha=to / sigma)
 
 
 class Churn(NamedTuple):

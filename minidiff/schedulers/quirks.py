@@ -6,14 +6,16 @@ is the paper; `Diffusers` overrides what differs, one method a quirk, the cause 
 `compat="exact"` and `compat="diffusers"` choose between the two.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
-from minidiff.prediction import row
+from minidiff.prediction import row, split
 from minidiff.schedule import CLEAN, Level, NoiseSchedule, shifted_sigmas
 
 
@@ -240,6 +242,78 @@ class Exact:
     def dynamic_shift(self, sigmas: np.ndarray, shift: float) -> np.ndarray:
         """The shift of a flow for one size of images: the same as for all."""
         return shifted_sigmas(sigmas, shift)
+
+    def inversion_grid(self, scheduler, rising: list[int]) -> tuple[list[int], list[Level]]:
+        """Where DDIM inversion asks the network, and the levels it climbs through.
+
+        Each step starts where x is. The first is a clean x, at which no network was trained: it is
+        asked at the nearest step, 0.
+        """
+        return [0, *rising[:-1]], [scheduler.final_level, *map(scheduler.level, rising)]
+
+    def inversion_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+        """The levels that DDIM inversion steps between: where x is, and the next noisier one."""
+        return scheduler.due_levels(t)
+
+    def consistency_weights(self, scaled: float, sigma_data: float) -> tuple[float, float]:
+        """c_skip and c_out of an LCM at the timestep t·timestep_scaling."""
+        norm = math.hypot(scaled, sigma_data)
+        return (sigma_data / norm) ** 2, scaled / norm
+
+    def consistency_end(self, last: Level, shortened: bool) -> Level:
+        """Where the last step of an LCM ends; `shortened`: strength cut timesteps of one's own."""
+        return self.clean()
+
+    def pndm_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+        """The level at which PNDM's network was asked, and the one that this stage steps to."""
+        levels = scheduler.due_levels(t)
+        due = scheduler.grid[scheduler.step_index]
+        if t != due:
+            raise InvalidArgument(
+                f"timestep must be {due}, the next of scheduler.timesteps, got {t:g}: a start in "
+                "the middle wants set_begin_index"
+            )
+        return levels
+
+    def runge_kutta_middle(self, noisier: int, cleaner: int, stride: int) -> int:
+        """The training step halfway through a Runge-Kutta step; stride is T//n."""
+        return (noisier + cleaner) // 2
+
+    def average_noise(
+        self, evaluations: Sequence, weights: Sequence[float], start, prediction_type: str
+    ) -> Tensor:
+        """PNDM's ε̂ for the step that begins at `start`: Σ w·ε̂ over evaluations of the network."""
+        return _weighted([e.eps for e in evaluations], weights)
+
+    def transfer(self, now: Level, nxt: Level) -> tuple[float, float]:
+        """The weights of x and ε̂ in a step of DDIM: nxt.alpha·x̂0 + nxt.sigma·ε̂."""
+        a = nxt.alpha / now.alpha
+        return a, nxt.sigma - a * now.sigma
+
+    def flow_line(self, ends: tuple[float, float], n: int, steps: int) -> np.ndarray:
+        """n evenly spaced σ of a flow, from 1 to one training step's, before they are shifted.
+
+        `ends` are the first and last σ of training, shifted already.
+        """
+        return np.linspace(1, 1 / steps, n)
+
+    def flow_sigmas_of(
+        self, share: np.ndarray, shaped: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """The σ of given timesteps, t/T: what the network is asked is what x has."""
+        return share
+
+    def flow_path(self, sigmas: np.ndarray, inverted: bool) -> list[Level]:
+        """The levels of a flow; `inverted`: σ is the share of the data, not of the noise."""
+        return self.flow_levels(1 - sigmas if inverted else sigmas)
+
+    def flow_row(self, inverted: bool) -> tuple[float, float]:
+        """(p, q) of a flow's output, dx/dσ: x0 − ε instead of ε − x0 where σ is the data's."""
+        return (1.0, -1.0) if inverted else (-1.0, 1.0)
+
+    def token_output(self, out: Tensor, stochastic: bool) -> Tensor:
+        """The network's output where every token has its own timestep: read as everywhere."""
+        return out
 
 
 class RoundedLevel(Level):
@@ -549,6 +623,120 @@ class Diffusers(Exact):
     def dynamic_shift(self, sigmas: np.ndarray, shift: float) -> np.ndarray:
         """Written another way, which rounds differently where a timestep is cut to a whole one."""
         return shift / (shift + (1 / sigmas - 1))
+
+    def inversion_grid(self, scheduler, rising: list[int]) -> tuple[list[int], list[Level]]:
+        """The network is asked at the level that a step of DDIM inversion ends at, not where x is.
+        Real pictures are inverted that way everywhere (the difference is one step of a slow ε̂).
+        """
+        stride = scheduler.config.num_train_timesteps // len(rising)
+        start = _level_or_end(scheduler, rising[0] - stride)
+        return rising, [start, *map(scheduler.level, rising)]
+
+    def inversion_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+        """DDIM inversion takes x to be at t − T//n, which misses the step before for "trailing"
+        spacing where n does not divide T.
+        """
+        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        return _level_or_end(scheduler, t - stride), scheduler.level(t)
+
+    def consistency_weights(self, scaled: float, sigma_data: float) -> tuple[float, float]:
+        """In float32, as the timestep that pipelines pass is a tensor."""
+        return _rounded_consistency_weights(scaled, sigma_data)
+
+    def consistency_end(self, last: Level, shortened: bool) -> Level:
+        """LCM compares its step with the uncut number of timesteps, so a strength below 1 with
+        timesteps of one's own leaves noise of the last level in the result.
+        """
+        return last if shortened else self.clean()
+
+    def pndm_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+        """PNDM counts its calls, wherever sampling began, and pairs t with t − T//n. The second
+        call redoes the first step, whatever its timestep: image-to-image, which starts in the
+        middle, loses an interval there, and x stays noisier than the network is told.
+        """
+        steps = scheduler.config.num_train_timesteps
+        stride = steps // scheduler.num_inference_steps
+        if scheduler.step_index is None:
+            scheduler._step_index = 0
+        i = scheduler._advance_to(t)
+        if not scheduler.config.skip_prk_steps and i < 12:
+            now = t if i % 4 else scheduler.grid[i]
+            return scheduler.level(now), scheduler.level(t if i % 2 else t - stride // 2)
+        if i == 1:
+            scheduler.stages[0] = scheduler.stages[0]._replace(level=scheduler.level(t + stride))
+            return scheduler.level(t), scheduler.level(t)
+        return scheduler.level(t), _level_or_end(scheduler, t - stride)
+
+    def runge_kutta_middle(self, noisier: int, cleaner: int, stride: int) -> int:
+        """Half of T//n above the end, also where the step is not T//n long; the first of the four
+        stages goes to half of it below the start, which is another level for an odd T//n.
+        """
+        return cleaner + stride // 2
+
+    def average_noise(
+        self, evaluations: Sequence, weights: Sequence[float], start, prediction_type: str
+    ) -> Tensor:
+        """PNDM averages v over different levels and turns the average into noise at one."""
+        if prediction_type != "v_prediction":
+            return super().average_noise(evaluations, weights, start, prediction_type)
+        v = _weighted([e.out for e in evaluations], weights)
+        return split(v, start.x, start.level, prediction_type)[1]
+
+    def transfer(self, now: "RoundedLevel", nxt: "RoundedLevel") -> tuple[float, float]:
+        """DDIM's step is written with ᾱ_s − ᾱ_t, in float32."""
+        return _rounded_transfer(now.alpha_bar, nxt.alpha_bar)
+
+    def flow_line(self, ends: tuple[float, float], n: int, steps: int) -> np.ndarray:
+        """The ends are shifted already, so that the last σ is shifted twice: at shift 3 sampling
+        stops at three times the σ it should (github.com/huggingface/diffusers/issues/13243).
+        """
+        return np.linspace(ends[0] * steps, ends[1] * steps, n) / steps
+
+    def flow_sigmas_of(
+        self, share: np.ndarray, shaped: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Given timesteps are what the network is asked, but x has the shifted σ."""
+        return shaped(share)
+
+    def flow_path(self, sigmas: np.ndarray, inverted: bool) -> list[Level]:
+        """invert_sigmas changes σ and nothing else: scale_noise adds noise where σ says data, and
+        stochastic_sampling takes ε̂ for x̂0.
+        """
+        return super().flow_path(sigmas, inverted=False)
+
+    def flow_row(self, inverted: bool) -> tuple[float, float]:
+        """As for `flow_path`; together the two leave a deterministic step as it should be."""
+        return super().flow_row(inverted=False)
+
+    def token_output(self, out: Tensor, stochastic: bool) -> Tensor:
+        """With per_token_timesteps the step has the wrong sign, so that callers (LTX-Video) pass
+        minus the output; with stochastic_sampling besides it has the right one.
+        """
+        return out if stochastic else -out
+
+
+@functools.lru_cache(maxsize=4096)
+def _rounded_transfer(now: float, nxt: float) -> tuple[float, float]:
+    a, b = torch.tensor([now, nxt])  # not NumPy: the last bit of its float32 root is another
+    denominator = a * (1 - b).sqrt() + (a * (1 - a) * b).sqrt()
+    return (b / a).sqrt().item(), -(b - a).item() / denominator.item()
+
+
+@functools.lru_cache(maxsize=4096)
+def _rounded_consistency_weights(scaled: float, sigma_data: float) -> tuple[float, float]:
+    t = torch.tensor(scaled, dtype=torch.float32)
+    norm2 = t**2 + sigma_data**2
+    return (sigma_data**2 / norm2).item(), (t / norm2**0.5).item()
+
+
+def _level_or_end(scheduler, t: int) -> Level:
+    return scheduler.level(t) if t >= 0 else scheduler.final_level
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ w·tensor, without passes over memory for weights 0 and 1."""
+    terms = [t if w == 1 else w * t for t, w in zip(tensors, weights, strict=True) if w]
+    return functools.reduce(torch.add, terms)
 
 
 def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:

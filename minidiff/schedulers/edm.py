@@ -1,0 +1,277 @@
+"""EDM: a network preconditioned for its noise level, and σ itself as the time.
+
+The network F is wrapped so that its input, output and target have variance 1 at every σ,
+
+    x̂0 = c_skip·x + c_out·F(c_in·x; c_noise),      σ_d the standard deviation of the data,
+
+    c_skip = σ_d²/(σ² + σ_d²)      c_out = σ·σ_d/√(σ² + σ_d²)
+    c_in   = 1/√(σ² + σ_d²)        c_noise = ¼·ln σ
+
+(Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
+arXiv:2206.00364, table 1). The samplers are those of `euler.py` and `dpm_solver.py` as they are.
+There are no training steps: what a scheduler calls timesteps are the values of c_noise.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument, real_number, whole_number
+from minidiff.noise import Generators
+from minidiff.prediction import edm_row, split
+from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
+from minidiff.schedulers.base import SchedulerOutput
+from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
+from minidiff.schedulers.euler import EulerDiscreteScheduler, churn, falling_numbers, read_at
+from minidiff.schedulers.sigmas import SigmaScheduler
+
+
+class EDMSigmas(SigmaScheduler):
+    """The grid of EDM and its preconditioning; x = x0 + σ·ε.
+
+    `prediction_type` "epsilon" is diffusers' name for F, "v_prediction" for −F.
+    """
+
+    choices: ClassVar = {"prediction_type": ("epsilon", "v_prediction")}
+    grid_dtype = torch.float64  # in which diffusers computes Karras' grid
+
+    def sigma_levels(self, sigmas: np.ndarray) -> list[Level]:
+        return self.reading.exploding_levels(sigmas)
+
+    def level(self, t: float) -> Level:
+        """The level of c_noise t, on the grid or not. Raises InvalidArgument."""
+        return self.sigma_levels(np.exp([4 * real_number("timestep", t, -math.inf)]))[0]
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
+        return self.reading.edm_start(self.config.sigma_max)
+
+    # --- preconditioning ----------------------------------------------------------------------
+
+    def precondition_inputs(self, sample: Tensor, sigma: float | Tensor) -> Tensor:
+        """c_in·x; σ is a number, or a tensor that broadcasts over (B, 1, …)."""
+        return sample / (sigma**2 + self.config.sigma_data**2) ** 0.5
+
+    def precondition_noise(self, sigma: float | Tensor) -> Tensor:
+        """c_noise, a tensor of the shape of σ; a number counts as (1,)."""
+        return 0.25 * torch.log(sigma if isinstance(sigma, Tensor) else torch.tensor([sigma]))
+
+    def precondition_outputs(
+        self, sample: Tensor, model_output: Tensor, sigma: float | Tensor
+    ) -> Tensor:
+        """x̂0 = c_skip·x + c_out·F, with F or −F for `model_output`; σ as above."""
+        data = self.config.sigma_data
+        c_skip = data**2 / (sigma**2 + data**2)  # table 1
+        c_out = self._sign * sigma * data / (sigma**2 + data**2) ** 0.5  # table 1
+        return c_skip * sample + c_out * model_output
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """c_in·x, what the network is shown. Raises InvalidArgument for a timestep off the grid."""
+        return self.precondition_inputs(sample, self.present_level(timestep).sigma)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should output for x0 = sample and this noise: F, or −F."""
+        p, q = edm_row(self._batch_level(timesteps, sample), self.config.sigma_data)
+        return self._sign * (p * sample + q * noise)
+
+    @property
+    def _sign(self) -> int:
+        return 1 if self.config.prediction_type == "epsilon" else -1
+
+    def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+        x0 = self.precondition_outputs(x, out, now.sigma)
+        return x0, (x - x0) / now.sigma
+
+    # --- grid ---------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        c = self.config
+        real_number("sigma_min", c.sigma_min, 0, c.sigma_max)
+        real_number("rho", c.rho, 1, 100)
+        self._place_edm(self._sigmas_of(c.num_train_timesteps))
+        self.num_inference_steps = None  # until set_timesteps the grid is a fine one
+
+    def _sigmas_of(self, n: int | None) -> np.ndarray:
+        """n levels from σ_max to σ_min."""
+        c = self.config
+        n = whole_number("num_inference_steps", n, 1, MAX_TRAIN_TIMESTEPS)
+        return self.reading.edm_sigmas(
+            c.sigma_schedule, c.sigma_min, c.sigma_max, n, c.rho, self.grid_dtype
+        )
+
+    def _place_edm(self, sigmas: np.ndarray, device: torch.device | str | None = None) -> None:
+        """Accept these σ (n,), their c_noise, and the end."""
+        grid = self.precondition_noise(torch.tensor(sigmas, dtype=self.reading.dtype)).numpy()
+        zero = self.config.final_sigmas_type == "zero"
+        self._place_sigmas(grid, sigmas, 0.0 if zero else self._sigma_min(sigmas), device)
+
+    def _sigma_min(self, sigmas: np.ndarray) -> float:
+        """The end of a grid that stops before the data."""
+        return self.config.sigma_min
+
+
+class EDMEulerScheduler(EDMSigmas):
+    """Euler's method for EDM's networks (Karras et al. 2022, algorithm 2 at first order).
+
+    Args are diffusers' (same names, same defaults). `compat` is "diffusers" or "exact", see
+    `quirks.py`.
+    """
+
+    output_type = "edm"  # no row of `prediction.PREDICTION_TYPES`
+    x0_is_given = False
+
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: str = "zero",
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the grid, and forget any sampling under way.
+
+        Args:
+            num_inference_steps: n; spaced as `sigma_schedule` says.
+            device: where `self.timesteps` lies.
+            sigmas: instead of a number: strictly falling σ; the end follows them. Not in diffusers'
+                reading, where they mean something else.
+        Raises:
+            InvalidArgument: neither or both are given, or a value is outside its range.
+        """
+        if (num_inference_steps is None) == (sigmas is None):
+            raise InvalidArgument("give either num_inference_steps or sigmas, not both or none")
+        if sigmas is None:
+            self._place_edm(self._sigmas_of(num_inference_steps), device)
+        else:
+            self.reading.check_edm_sigmas(sigmas)
+            given = falling_numbers("sigmas", sigmas, math.inf)
+            if given[-1] == 0:
+                raise InvalidArgument(f"sigmas must be above 0, the end follows them: {sigmas}")
+            self._place_edm(given, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = math.inf,
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+        pred_original_sample: Tensor | None = None,
+        variance_noise: Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One step, see `Scheduler.step` and `EulerDiscreteScheduler.step` for churn.
+
+        Args:
+            pred_original_sample: x̂0, where it is known already; `model_output` is not read then.
+        """
+        self.x0_is_given = pred_original_sample is not None
+        return self._step(
+            pred_original_sample if self.x0_is_given else model_output,
+            timestep, sample, generator, variance_noise,
+            return_dict=return_dict, churn=churn(s_churn, s_tmin, s_tmax, s_noise),
+        )  # fmt: skip
+
+    perturb = EulerDiscreteScheduler.perturb
+    update = EulerDiscreteScheduler.update
+
+    def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+        if self.x0_is_given:
+            return split(out, x, now, "sample")
+        return super()._split(out, *read_at(x, now))
+
+    def _sigma_min(self, sigmas: np.ndarray) -> float:
+        return self.reading.edm_end(sigmas, self.config.sigma_min)
+
+
+class EDMDPMSolverMultistepScheduler(EDMSigmas):
+    """DPM-Solver++ of order 1, 2 or 3 for EDM's networks.
+
+    Args are diffusers' (same names, same defaults), see `DPMSolverMultistepScheduler`. `compat` is
+    "diffusers" or "exact", see `quirks.py`; diffusers has no "sde-dpmsolver++" of order 3 here.
+    """
+
+    history = DPMSolverMultistepScheduler.history
+    choices: ClassVar = EDMSigmas.choices | {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++")}
+    translated: ClassVar = DPMSolverMultistepScheduler.translated
+    grid_dtype = torch.float32
+
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        solver_order: int = 2,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        final_sigmas_type: str = "zero",
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def _configure(self, options: dict[str, Any]) -> None:
+        super()._configure(options)
+        self.reading.check_edm_solver(self.config.algorithm_type, self.config.solver_order)
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | str | None = None
+    ) -> None:
+        """Choose the grid, and forget any sampling under way.
+
+        Args:
+            num_inference_steps: n; spaced as `sigma_schedule` says.
+            device: where `self.timesteps` lies.
+        Raises:
+            InvalidArgument: the number is out of range.
+        """
+        self._place_edm(self._sigmas_of(num_inference_steps), device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        variance_noise: Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One step, see `Scheduler.step`."""
+        return self._step(
+            model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
+        )
+
+    def solver_sample(self, x: Tensor) -> Tensor:
+        """The sample in the dtype of the solver's arithmetic."""
+        return self.reading.edm_sample(x)
+
+    update = DPMSolverMultistepScheduler.update
+    _order = DPMSolverMultistepScheduler._order

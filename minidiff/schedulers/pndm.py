@@ -1,0 +1,189 @@
+"""PNDM: a classical method for the noise, DDIM for the step.
+
+Linear multistep and Runge–Kutta methods leave the levels on which a network was trained. PNDM
+keeps to them: the step is DDIM's, and the classical method only supplies a better ε̂ for it, an
+average over evaluations,
+
+    x_s = φ(x_t, ε̄, t, s) = (α_s/α_t)·x_t + (σ_s − σ_t·α_s/α_t)·ε̄.
+
+The averages are those of even steps, while DDIM's ODE, d(x/α) = ε·d(σ/α), is even in σ/α. So on a
+grid of even training steps the order is 2, as the paper claims, and 4 on one that is even in σ/α.
+
+Source: Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds",
+arXiv:2202.09778.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument
+from minidiff.schedule import Level
+from minidiff.schedulers.base import IndexedScheduler, SchedulerOutput
+
+# Weights of the newest evaluation, the one before it, … (Adams–Bashforth of order 1 to 4).
+ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+class Evaluation(NamedTuple):
+    """One call of the network: its level and input, the noise that it found, and what it said."""
+
+    level: Level
+    x: Tensor
+    eps: Tensor
+    out: Tensor
+
+
+class Stage(NamedTuple):
+    """What one entry of the grid is for.
+
+    Attributes:
+        place: 0 if a step begins here, else how many evaluations this step has had.
+        weights: of this step's evaluations, in their order; None to average over earlier steps.
+    """
+
+    place: int
+    weights: tuple[float, ...] | None
+
+
+# The classical Runge–Kutta method, and Heun's, which is how a multistep method without it begins.
+RUNGE_KUTTA = (
+    Stage(0, (1,)),
+    Stage(1, (0, 1)),
+    Stage(2, (0, 0, 1)),
+    Stage(3, (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+)
+MULTISTEP = Stage(0, None)
+HEUN = (MULTISTEP, Stage(1, (1 / 2, 1 / 2)))
+
+
+class PNDMScheduler(IndexedScheduler):
+    """A fourth-order average with one evaluation a step, once it is under way.
+
+    Args are diffusers' (same names, same defaults). The first three steps are Runge–Kutta's with
+    four evaluations each; `skip_prk_steps=True` (Stable Diffusion's choice) begins with one of
+    Heun's with two. So `timesteps` repeats entries and has more than `num_inference_steps`.
+    `set_alpha_to_one=False` ends at the level of training step 0 instead of at the data. `compat`
+    is "diffusers" or "exact", see `quirks.py`.
+
+    Attributes:
+        past: up to four evaluations at which a step began.
+        stages: the evaluations of the step under way.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        skip_prk_steps: bool = False,
+        set_alpha_to_one: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def _prepare(self) -> None:
+        self.past = deque(maxlen=len(ADAMS))  # kept by `update`: not every call begins a step
+        self.stages: list[Evaluation] = []
+        super()._prepare()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the training steps that sampling visits, and forget any sampling under way.
+
+        Args:
+            num_inference_steps: steps, at least 4 with Runge–Kutta's; evaluations are more.
+            device: where `self.timesteps` lies.
+            timesteps: instead of a number: strictly falling steps in 0 … T−1, without repeats.
+                The averages expect them to be even.
+        Raises:
+            InvalidArgument: neither or both are given, or a value is outside its range.
+        """
+        grid = self._chosen_grid(num_inference_steps, timesteps)
+        if self.config.skip_prk_steps:
+            visited = [*grid[:2], *grid[1:]]
+        elif len(grid) >= 4:
+            stride = self.config.num_train_timesteps // len(grid)
+            visited = self._runge_kutta(grid[:4], stride) + grid[3:]
+        else:
+            raise InvalidArgument(
+                "num_inference_steps must be at least 4 with skip_prk_steps=False, whose first "
+                f"three steps are Runge-Kutta's; got {len(grid)}"
+            )
+        levels = [*map(self.level, visited), self.final_level]
+        self.stages = []
+        self._place(visited, levels, device, steps=len(grid))
+
+    def _runge_kutta(self, grid: list[int], stride: int) -> list[int]:
+        """Where three steps between these four entries evaluate: the ends, the middle twice."""
+        visited = []
+        for a, b in pairwise(grid):
+            middle = self.reading.runge_kutta_middle(a, b, stride)
+            visited += [a, middle, middle, b]
+        return visited
+
+    def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
+        here, stage = Evaluation(now, x, eps, self._said), self._stage()
+        if stage.place == 0:
+            self.stages = []
+            self.past.append(here)
+        elif len(self.stages) != stage.place:  # sampling began within this step
+            return self._transfer(here, nxt, eps)
+        self.stages.append(here)
+        evaluations, weights = self.stages, stage.weights
+        if weights is None:
+            evaluations = list(self.past)[::-1]
+            weights = ADAMS[len(evaluations) - 1]
+        start = self.stages[0]
+        kind = self.config.prediction_type
+        average = self.reading.average_noise(evaluations, weights, start, kind)
+        return self._transfer(start, nxt, average)
+
+    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+        self._said = out  # which diffusers averages, see `average_noise`
+        return super()._predict(out, x, now)
+
+    def _transfer(self, start: Evaluation, nxt: Level, eps: Tensor) -> Tensor:
+        a, b = self.reading.transfer(start.level, nxt)
+        return a * start.x + b * eps  # PNDM eq. 9; DDIM eq. 12 with x̂0 = (x − σ·ε)/α
+
+    def _stage(self) -> Stage:
+        i = self._step_index
+        warm_up = HEUN if self.config.skip_prk_steps else RUNGE_KUTTA * 3
+        return warm_up[i] if i < len(warm_up) else MULTISTEP
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One evaluation's worth of a step; arguments and errors as in `Scheduler.step`.
+
+        `sample` is where the network was asked. Within a step of several evaluations the result
+        is where to ask next.
+        """
+        return self._step(model_output, timestep, sample, None, None, return_dict=return_dict)
+
+    def _levels_at(self, t: float) -> tuple[Level, Level]:
+        if self.num_inference_steps is None:
+            raise InvalidArgument("call set_timesteps before step")
+        return self.reading.pndm_levels(self, t)
+
+    @property
+    def final_level(self) -> Level:
+        return self.reading.clean() if self.config.set_alpha_to_one else self.level(0)
