@@ -9,7 +9,7 @@ order p halves its error 2ᵖ-fold when the steps are halved. A stochastic sampl
 follow; on Gaussian data every step of it is linear and the variance of its output is known from
 its table, which gives its weak order without Monte Carlo.
 
-Errors are read when nine tenths of the steps are done: the last ones of every schedule are so
+Errors are read when four fifths of the steps are done: the last ones of every schedule are so
 uneven in λ that they would hide the order of the method. Use a fine schedule (`FINE`), so that
 whole timesteps lie evenly enough.
 """
@@ -41,6 +41,7 @@ class Method(NamedTuple):
         order: p, where the error of n steps is proportional to n^−p.
         weak: the order is that of the variance on Gaussian data, not of a path.
         measure: arguments of `flow_error` or `variance_error`.
+        n: steps between which, and 2n, the order shows.
     """
 
     scheduler: str
@@ -48,11 +49,16 @@ class Method(NamedTuple):
     order: int
     weak: bool = False
     measure: Mapping[str, Any] = MappingProxyType({})
+    n: int = 240
 
     def error(self, n: int, compat: str = "exact") -> float:
         """The error with n steps."""
         scheduler = SCHEDULERS[self.scheduler](**self.options, compat=compat)
         return (variance_error if self.weak else flow_error)(scheduler, n, **self.measure)
+
+    def measured_order(self, compat: str = "exact") -> float:
+        """The order that the errors with n and 2n steps show."""
+        return order(lambda n: self.error(n, compat), self.n)
 
 
 _FINE = FINE | {"prediction_type": "sample"}
@@ -74,6 +80,7 @@ METHODS: dict[str, Method] = {
         "PNDMScheduler",
         _FINE | _EPSILON | {"skip_prk_steps": True, "timestep_spacing": "linspace"},
         2,
+        n=480,
     ),
     "DPM-Solver-2M": Method("DPMSolverMultistepScheduler", _NOISE, 2),
     "DPM-Solver-3M": Method(
@@ -129,7 +136,7 @@ METHODS: dict[str, Method] = {
         "DPMSolverMultistepScheduler", _SDE | {"solver_type": "heun"}, 2, weak=True
     ),
     "SDE-DPM-Solver++ 3M": Method(
-        "DPMSolverMultistepScheduler", _SDE | {"solver_order": 3}, 2, weak=True
+        "DPMSolverMultistepScheduler", _SDE | {"solver_order": 3}, 2, weak=True, n=960
     ),
 }
 
@@ -148,7 +155,7 @@ def flow_error(
     scheduler: Scheduler,
     n: int,
     *,
-    part: float = 0.9,
+    part: float = 0.8,
     stride: int = 1,
     exact_starts: int = 0,
     **step_options: Any,
@@ -180,7 +187,7 @@ def flow_error(
 
 
 def variance_error(
-    scheduler: Scheduler, n: int, *, part: float = 0.9, stride: int = 1, **step_options: Any
+    scheduler: Scheduler, n: int, *, part: float = 0.8, stride: int = 1, **step_options: Any
 ) -> float:
     """Error of the variance on data N(0, ¼) when that part of n steps is done, see `flow_error`."""
     table = scheduler.coefficients(n, **step_options)

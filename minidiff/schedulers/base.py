@@ -397,6 +397,10 @@ class Scheduler:
         """(x0, ε) that the output implies."""
         return split(out, x, now, self.config.prediction_type)
 
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        """What the network of this scheduler should say of α·x0 + σ·ε: the inverse of `_split`."""
+        return target(x0, eps, level, self.config.prediction_type)
+
     def _levels_at(self, t: float) -> tuple[Level, Level]:
         return self.grid_levels(t)
 
