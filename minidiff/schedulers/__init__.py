@@ -2,12 +2,16 @@
 
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
 from minidiff.schedulers.ddim import DDIMScheduler
+from minidiff.schedulers.ddim_inverse import DDIMInverseScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
 from minidiff.schedulers.dpm_singlestep import DPMSolverSinglestepScheduler
 from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from minidiff.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from minidiff.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from minidiff.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
 from minidiff.schedulers.heun import HeunDiscreteScheduler
+from minidiff.schedulers.lcm import LCMScheduler
+from minidiff.schedulers.pndm import PNDMScheduler
 from minidiff.schedulers.unipc import UniPCMultistepScheduler
 
 SCHEDULERS: dict[str, type[Scheduler]] = {
@@ -15,19 +19,24 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     for cls in (
         DDPMScheduler,
         DDIMScheduler,
+        DDIMInverseScheduler,
         DPMSolverMultistepScheduler,
         DPMSolverSinglestepScheduler,
-        UniPCMultistepScheduler,
         EulerDiscreteScheduler,
         EulerAncestralDiscreteScheduler,
         HeunDiscreteScheduler,
         EDMEulerScheduler,
         EDMDPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+        PNDMScheduler,
+        LCMScheduler,
+        FlowMatchEulerDiscreteScheduler,
     )
 }
 
 __all__ = [
     "SCHEDULERS",
+    "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
@@ -36,7 +45,10 @@ __all__ = [
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
     "Scheduler",
     "SchedulerOutput",
     "UniPCMultistepScheduler",

@@ -14,9 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument
+from minidiff.errors import InvalidArgument, one_of
 from minidiff.prediction import row, split
-from minidiff.schedule import CLEAN, Level, NoiseSchedule, shifted_sigmas
+from minidiff.schedule import (
+    CLEAN,
+    Level,
+    NoiseSchedule,
+    exponential_sigmas,
+    karras_sigmas,
+    shifted_sigmas,
+)
 
 
 class Exact:
@@ -52,21 +59,6 @@ class Exact:
         if spacing == "trailing":
             return self.timesteps(spacing, n, last, offset)
         return self.timesteps(spacing, min(n + 1, last), last, offset)[:n]
-
-    def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
-        """As `timesteps`, but "linspace" keeps its fractions (Euler, Heun)."""
-        if spacing == "linspace":
-            return np.linspace(last - 1, 0, n)
-        return self.timesteps(spacing, n, last, offset)
-
-    def spaced_sigmas(
-        self, schedule: NoiseSchedule, t: np.ndarray, interpolation_type: str
-    ) -> np.ndarray:
-        """σ at real training steps, read between the whole ones along σ or along ln σ."""
-        if interpolation_type == "linear":
-            return schedule.sigma_of(t)
-        steps = np.arange(len(schedule))
-        return np.exp(np.interp(t, steps, np.log(schedule.sigma_of(steps))))
 
     def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
         """As `timesteps`, but "linspace" keeps its fractions (Euler, Heun)."""
@@ -137,31 +129,31 @@ class Exact:
     def check_ancestral(self, prediction_type: str) -> None:
         """Every prediction type will do."""
 
-    def velocity_level(self, scheduler, timesteps: Tensor, like: Tensor) -> Level:
-        """The level at which Euler's get_velocity mixes x0 and ε: that of each timestep."""
-        return scheduler._batch_level(timesteps, like)
+    def edm_start(self, sigma_max: float) -> float:
+        """Standard deviation of the start (Karras et al. 2022, algorithms 1 and 2, line 2)."""
+        return sigma_max
 
-    def exploding_start(self, sigma: float, spacing: str) -> float:
-        """Standard deviation of x0 + σ·ε for data of variance 1."""
-        return math.hypot(1, sigma)
+    def edm_sigmas(
+        self, sigma_schedule: str, low: float, high: float, n: int, rho: float, dtype: torch.dtype
+    ) -> np.ndarray:
+        """EDM's grid: n levels from high to low."""
+        if sigma_schedule == "exponential":
+            return exponential_sigmas(low, high, n)
+        return karras_sigmas(low, high, n, rho)
 
-    def churned_sample(
-        self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
-    ) -> tuple[Tensor, Level]:
-        """The sample and level at which an output is read when noise was added after it: those
-        that the network was asked about.
+    def edm_end(self, sigmas: np.ndarray, sigma_min: float) -> float:
+        """σ after the last step of EDM's Euler where it stops at "sigma_min"."""
+        return sigma_min
 
-        Its x̂0 is then free of that noise: the step keeps the variance, and the end is x̂0.
-        """
-        return x, now
+    def check_edm_sigmas(self, sigmas: object) -> None:
+        """One's own σ are σ."""
 
-    def ancestral_sigmas(self, sigma: float, to: float) -> tuple[float, float]:
-        """σ_down, to which an ancestral step from σ to σ' goes, and σ_up, the noise it adds."""
-        down = to**2 / sigma
-        return down, math.sqrt(to**2 - down**2)
+    def check_edm_solver(self, algorithm_type: str, solver_order: int) -> None:
+        """Every order of both algorithms will do."""
 
-    def check_ancestral(self, prediction_type: str) -> None:
-        """Every prediction type will do."""
+    def edm_sample(self, x: Tensor) -> Tensor:
+        """As `solver_sample`, for EDM's DPM-Solver."""
+        return self.solver_sample(x)
 
     def velocity_level(self, scheduler, timesteps: Tensor, like: Tensor) -> Level:
         """The level at which Euler's get_velocity mixes x0 and ε: that of each timestep."""
@@ -383,24 +375,6 @@ class Diffusers(Exact):
         low, high = np.log(schedule.sigma_of(np.array([0, len(schedule) - 1])).astype(np.float32))
         return torch.linspace(high, low, len(t) + 1).exp().numpy()
 
-    def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
-        """ "linspace" with n = 1 starts at step 0 instead of T − 1."""
-        if spacing == "linspace":
-            return np.linspace(0, last - 1, n)[::-1]
-        return self.timesteps(spacing, n, last, offset)
-
-    def spaced_sigmas(
-        self, schedule: NoiseSchedule, t: np.ndarray, interpolation_type: str
-    ) -> np.ndarray:
-        """ "log_linear" forgets the timesteps: n + 1 σ's at equal distances in ln σ over the whole
-        table, so the network is asked at a noise that x does not have, and the last of the n steps
-        ends at σ_0 instead of the end asked for.
-        """
-        if interpolation_type == "linear":
-            return schedule.sigma_of(t)
-        low, high = np.log(schedule.sigma_of(np.array([0, len(schedule) - 1])).astype(np.float32))
-        return torch.linspace(high, low, len(t) + 1).exp().numpy()
-
     def table(self, schedule: NoiseSchedule) -> list[Level]:
         """ᾱ is a float32 table, and 1 − ᾱ_t/ᾱ_s is taken in float32."""
         levels = [RoundedLevel(*level) for level in schedule.levels()]
@@ -465,42 +439,44 @@ class Diffusers(Exact):
                 "EulerAncestralDiscreteScheduler: use another, or compat='exact'"
             )
 
-    def velocity_level(self, scheduler, timesteps: Tensor, like: Tensor) -> Level:
-        """A timestep's index in the grid is taken for the training step: before `set_timesteps`
-        the first, which is pure noise, gets the level of the data, and the last that of noise.
+    def edm_start(self, sigma_max: float) -> float:
+        """As if EDM's data had variance 1, whatever sigma_data is."""
+        return math.hypot(1, sigma_max)
+
+    def edm_sigmas(
+        self, sigma_schedule: str, low: float, high: float, n: int, rho: float, dtype: torch.dtype
+    ) -> np.ndarray:
+        """The exponential grid is float32 and runs upwards before it is turned around, so that of
+        one level is σ_min instead of σ_max. Karras' is float32 in DPM-Solver, float64 in Euler.
         """
-        t = torch.as_tensor(timesteps).flatten().tolist()
-        at = torch.tensor([scheduler._position(each) for each in t], device=like.device)
-        return scheduler.schedule.at(at.expand(like.shape[0]) if len(at) == 1 else at, like)
+        if sigma_schedule == "exponential":
+            return torch.linspace(math.log(low), math.log(high), n).exp().flip(0).numpy()
+        low, high = low ** (1 / rho), high ** (1 / rho)
+        sigmas = (high + torch.linspace(0, 1, n, dtype=dtype) * (low - high)) ** rho
+        return sigmas.to(torch.float32).numpy()
 
-    def exploding_start(self, sigma: float, spacing: str) -> float:
-        """σ alone for "linspace" and "trailing", as if the data had no variance."""
-        return math.hypot(1, sigma) if spacing == "leading" else sigma
+    def edm_end(self, sigmas: np.ndarray, sigma_min: float) -> float:
+        """The last σ of the grid, which for one step is the first: nothing happens in it."""
+        return sigmas[-1]
 
-    def churned_sample(
-        self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
-    ) -> tuple[Tensor, Level]:
-        """Where noise has been added since, and the network was not asked: the ε of x is taken for
-        the ε of x̂, so the noise stays in x̂0, and after the last step in the picture. "v" is read
-        with the σ before besides, and "sample" implies another ε than the others.
-        """
-        return (raised_x, now if prediction_type == "v_prediction" else raised)
+    def check_edm_sigmas(self, sigmas: object) -> None:
+        """set_timesteps takes them for positions in the formula, 0 its first σ and 1 its last."""
+        raise InvalidArgument(
+            "sigmas are taken by diffusers' EDMEulerScheduler for positions between sigma_max and "
+            f"sigma_min: give num_inference_steps, or take compat='exact'; got {str(sigmas)[:80]}"
+        )
 
-    def ancestral_sigmas(self, sigma: float, to: float) -> tuple[float, float]:
-        """σ_down is the root of a float32 difference: where a step is long σ_up nearly equals σ',
-        and what rounding leaves of σ_down is off by up to 3e-4·σ' (below 0 it is NaN in diffusers).
-        """
-        a, b = np.float32(sigma) ** 2, np.float32(to) ** 2
-        up = np.sqrt(b * (a - b) / a)
-        return float(np.sqrt(max(b - up**2, np.float32(0)))), float(up)
-
-    def check_ancestral(self, prediction_type: str) -> None:
-        """Ancestral Euler lacks one line for "sample", and raises in its first step."""
-        if prediction_type == "sample":
+    def check_edm_solver(self, algorithm_type: str, solver_order: int) -> None:
+        """Third order has no branch for the SDE, and raises in its third step."""
+        if algorithm_type == "sde-dpmsolver++" and solver_order == 3:
             raise InvalidArgument(
-                "prediction_type 'sample' is not implemented by diffusers' "
-                "EulerAncestralDiscreteScheduler: use another, or compat='exact'"
+                "algorithm_type 'sde-dpmsolver++' with solver_order 3 is not implemented by "
+                "diffusers' EDMDPMSolverMultistepScheduler: use another, or compat='exact'"
             )
+
+    def edm_sample(self, x: Tensor) -> Tensor:
+        """Left in its dtype: float64 is kept here, and so is half precision."""
+        return x
 
     def velocity_level(self, scheduler, timesteps: Tensor, like: Tensor) -> Level:
         """A timestep's index in the grid is taken for the training step: before `set_timesteps`
@@ -552,8 +528,8 @@ class Diffusers(Exact):
         return now.sigma > first.sigma
 
     def solver_sample(self, x: Tensor) -> Tensor:
-        """DPM-Solver rounds a float64 sample to float32 in every step."""
-        return x.to(torch.float32)
+        """DPM-Solver and Euler round a float64 sample to float32 in every step."""
+        return x if x.dtype == torch.float32 else x.to(torch.float32)
 
     def solver_row(self, prediction_type: str, level: Level) -> tuple:
         """v is read as x0 = α·x − σ·v on flow levels too, where α² + σ² is not 1."""
@@ -745,6 +721,22 @@ def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:
     for level, lam in zip(levels, lams, strict=True):
         level.lam = lam
     return levels
+
+
+def departing(*names: str) -> Exact:
+    """The exact reading with some of diffusers' departures: names of methods that both have.
+
+    Raises:
+        InvalidArgument: a name that is no departure.
+    """
+    for name in names:
+        one_of("departure", name, departures())
+    return type("Departing", (Exact,), {name: vars(Diffusers)[name] for name in names})()
+
+
+def departures() -> list[str]:
+    """What `Diffusers` overrides: its methods, and the dtype of its tables."""
+    return [name for name in vars(Diffusers) if hasattr(Exact, name) and not name.startswith("_")]
 
 
 READINGS: dict[str, Exact] = {"exact": Exact(), "diffusers": Diffusers()}
