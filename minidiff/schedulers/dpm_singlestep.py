@@ -111,7 +111,7 @@ class DPMSolverSinglestepScheduler(DPMSolver):
         start, *stages = points[-order:]  # of this cycle
         step = Interval(c.algorithm_type, start.level, nxt, self.reading)
         m, *others = [point.x0 if step.k > 0 else point.eps for point in (start, *stages)]
-        r = [(stage.level.lam - start.level.lam) / step.h for stage in stages]
+        r = [step.share(stage.level) for stage in stages]
         slopes = [(other - m) / ratio for other, ratio in zip(others, r, strict=True)]
         mean = step.mean(start.x, m, self._correction(step, r, slopes))
         if not step.stochastic:

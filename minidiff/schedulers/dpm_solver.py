@@ -70,21 +70,28 @@ class Interval:
         expm1: Callable[[float], float] | None = None,
     ) -> None:
         self.k, drift, self.stochastic = ALGORITHMS[algorithm_type]
-        self.reading, expm1 = reading, expm1 or reading.expm1
-        self.h = h = t.lam - s.lam
+        self.reading, scalar, expm1 = reading, reading.scalar, expm1 or reading.expm1
+        self.s, self.h = s, (h := t.lam - s.lam)
         self.phi1 = -expm1(-self.k * h)
         if self.k < 0:  # m = ε̂
-            decay, self.scale = t.alpha / s.alpha, drift * t.sigma
-            self.injected = t.sigma * math.sqrt(expm1(2 * h)) if self.stochastic else 0.0
+            self.decay, self.scale = scalar(t.alpha / s.alpha), drift * t.sigma
+            variance = expm1(2 * h) if self.stochastic else 0.0
         else:  # m = x̂0
-            decay = t.sigma / s.sigma * math.exp(-h) ** (self.k - 1)
-            self.scale = t.alpha
-            self.injected = t.sigma * math.sqrt(-expm1(-2 * h)) if self.stochastic else 0.0
-        self.decay, self.gain = reading.scalar(decay), reading.scalar(self.scale * self.phi1)
+            self.decay, self.scale = scalar(t.sigma / s.sigma), t.alpha
+            variance = -expm1(-2 * h) if self.stochastic else 0.0
+            if self.k == 2:
+                self.decay = scalar(self.decay * reading.exp(-h))
+        self.gain = scalar(self.scale * self.phi1)
+        self.injected = scalar(t.sigma * scalar(math.sqrt(variance)))
+
+    def share(self, level: Level) -> float:
+        """r, how far along in λ a level is: 0 at s, 1 at t, below 0 before s."""
+        return self.reading.scalar((level.lam - self.s.lam) / self.h)
 
     @property
     def phi2(self) -> float:
-        return 1 - self.phi1 / (self.k * self.h)
+        scalar = self.reading.scalar
+        return scalar(1 - scalar(self.phi1 / scalar(self.k * self.h)))
 
     @property
     def phi3(self) -> float:

@@ -193,6 +193,10 @@ class Exact:
         """(p, q) of the network's output at a solver's level."""
         return row(prediction_type, level)
 
+    def exp(self, x: float) -> float:
+        """eˣ."""
+        return math.exp(x)
+
     def expm1(self, x: float) -> float:
         """eˣ − 1, to full precision for small x."""
         return math.expm1(x)
@@ -537,9 +541,12 @@ class Diffusers(Exact):
             return -level.sigma, level.alpha
         return row(prediction_type, level)
 
+    def exp(self, x: float) -> float:
+        return _float32_exp(x)
+
     def expm1(self, x: float) -> float:
         """Float32 e^x, then minus 1: a step of h = 0.01 keeps five digits."""
-        return float(np.exp(np.float32(x)) - np.float32(1))
+        return float(np.float32(_float32_exp(x)) - np.float32(1))
 
     def phi3(self, k: int, h: float, phi2: float) -> float:
         """The second difference lacks a factor 2, in the reference code too, so order 3 converges
@@ -547,9 +554,7 @@ class Diffusers(Exact):
         small steps cancel, which the differences of noisy x̂0 do feel.
         """
         one, kh = np.float32(1), k * np.float32(h)
-        decay = np.float32(
-            torch.exp(torch.tensor(-kh)).item()
-        )  # numpy's may differ in the last bit
+        decay = np.float32(_float32_exp(float(-kh)))
         left = (one - decay - kh) / kh**2
         return float(left - np.float32(0.5) if k == 2 else left + np.float32(0.5))
 
@@ -557,7 +562,7 @@ class Diffusers(Exact):
         """The singlestep solver has the factor 2 that the multistep solver lacks; the sign of the
         SDE's term is wrong there too.
         """
-        return 2 * self.phi3(k, h, phi2)
+        return 2 * Diffusers.phi3(self, k, h, phi2)
 
     def stage_noise(self, whole, last, carried: Tensor | float, noise) -> Tensor:
         """Every stage of a singlestep cycle draws the noise of the whole interval anew, so that the
@@ -713,6 +718,12 @@ def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ w·tensor, without passes over memory for weights 0 and 1."""
     terms = [t if w == 1 else w * t for t, w in zip(tensors, weights, strict=True) if w]
     return functools.reduce(torch.add, terms)
+
+
+@functools.lru_cache(maxsize=4096)
+def _float32_exp(x: float) -> float:
+    """torch's float32 e^x, whose last bit is neither numpy's nor that of the nearest float32."""
+    return torch.exp(torch.tensor(x, dtype=torch.float32)).item()
 
 
 def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:

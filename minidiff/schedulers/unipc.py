@@ -230,16 +230,14 @@ class UniPCMultistepScheduler(SolverSigmas):
             return x
         m0 = self._integrand(start)
         correction = None
-        for weight, point in self._weights(step, start, others):
+        for weight, point in self._weights(step, others):
             term = weight * (self._integrand(point) - m0)
             correction = term if correction is None else correction + term
         return step.mean(x, m0, correction)
 
-    def _weights(
-        self, step: Interval, start: Past, others: list[Past]
-    ) -> Iterator[tuple[float, Past]]:
+    def _weights(self, step: Interval, others: list[Past]) -> Iterator[tuple[float, Past]]:
         """What each difference m_i − m₀ counts, B(h)·ρ_i/r_i, and its point."""
-        r = [(point.level.lam - start.level.lam) / step.h for point in others]
+        r = [step.share(point.level) for point in others]
         near = [i for i, ratio in enumerate(r) if math.isfinite(ratio)]  # not λ = −∞, pure noise
         r = [r[i] for i in near]
         scale = step.phi1 if self.config.solver_type == "bh2" else step.k * step.h
