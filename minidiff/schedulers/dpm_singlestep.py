@@ -17,7 +17,7 @@ stages are theirs if λ is evenly spaced; the singlestep SDE is diffusers' own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -87,11 +87,17 @@ class DPMSolverSinglestepScheduler(DPMSolver):
         dtype: torch.dtype = torch.int64,
     ) -> None:
         super()._set_grid(grid, levels, device, dtype)
-        c, n = self.config, len(grid)
-        self.order_list = [i % c.solver_order + 1 for i in range(n)]
-        whole = n % c.solver_order == 0
-        if c.final_sigmas_type == "zero" or (c.lower_order_final and whole):
-            self.order_list[-1] = 1
+        self.order_list = self._orders(len(grid))
+
+    def _orders(self, n: int) -> list[int]:
+        c = self.config
+        orders = [i % c.solver_order + 1 for i in range(n)]
+        if c.final_sigmas_type == "zero" or (c.lower_order_final and n % c.solver_order == 0):
+            orders[-1] = 1
+        return orders
+
+    def _intervals(self, n: int) -> Iterator[tuple[int, int]]:
+        return ((i + 1 - order, i + 1) for i, order in enumerate(self._orders(n)))
 
     def step(
         self,

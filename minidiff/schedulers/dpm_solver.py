@@ -19,7 +19,8 @@ Sources: Lu et al. 2022, "DPM-Solver", arXiv:2206.00927, and "DPM-Solver++", arX
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -71,22 +72,26 @@ class Interval:
     ) -> None:
         self.k, drift, self.stochastic = ALGORITHMS[algorithm_type]
         self.reading, scalar, expm1 = reading, reading.scalar, expm1 or reading.expm1
-        self.s, self.h = s, (h := t.lam - s.lam)
+        self.s, self.t, self.h = s, t, (h := t.lam - s.lam)
         self.phi1 = -expm1(-self.k * h)
         if self.k < 0:  # m = ε̂
             self.decay, self.scale = scalar(t.alpha / s.alpha), drift * t.sigma
-            variance = expm1(2 * h) if self.stochastic else 0.0
         else:  # m = x̂0
             self.decay, self.scale = scalar(t.sigma / s.sigma), t.alpha
-            variance = -expm1(-2 * h) if self.stochastic else 0.0
             if self.k == 2:
                 self.decay = scalar(self.decay * reading.exp(-h))
         self.gain = scalar(self.scale * self.phi1)
-        self.injected = scalar(t.sigma * scalar(math.sqrt(variance)))
 
     def share(self, level: Level) -> float:
         """r, how far along in λ a level is: 0 at s, 1 at t, below 0 before s."""
         return self.reading.scalar((level.lam - self.s.lam) / self.h)
+
+    @property
+    def injected(self) -> float:
+        """Standard deviation of the noise that the SDE adds."""
+        expm1, scalar = self.reading.expm1, self.reading.scalar
+        variance = expm1(2 * self.h) if self.k < 0 else -expm1(-2 * self.h)
+        return scalar(self.t.sigma * scalar(math.sqrt(variance)))
 
     @property
     def phi2(self) -> float:
@@ -134,6 +139,21 @@ class DPMSolver(SolverSigmas):
         if self.config.variance_type is None:
             return model_output
         return split_variance(model_output, sample)[0]
+
+    def _intervals(self, n: int) -> Iterator[tuple[int, int]]:
+        """The entries of a grid of n timesteps that each of its steps goes from and to."""
+        return pairwise(range(n + 1))
+
+    def _check_levels(self, levels: list[Level]) -> None:
+        super()._check_levels(levels)
+        back = any(levels[i].lam > levels[j].lam for i, j in self._intervals(len(levels) - 1))
+        if back and ALGORITHMS[self.config.algorithm_type].stochastic:
+            raise InvalidArgument(
+                "rescale_betas_zero_snr in the first step, and the sigma_min of a flow in the last "
+                "one, can lead back towards noise in diffusers, and algorithm_type "
+                f"{self.config.algorithm_type!r} cannot step back: take fewer steps, another "
+                "algorithm, or compat='exact'"
+            )
 
     def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
         x0, eps = super()._predict(out, x, now)
@@ -241,16 +261,6 @@ class DPMSolverMultistepScheduler(DPMSolver):
         if left == 2 and short:
             return min(2, c.solver_order, len(self.past) + 1)
         return min(c.solver_order, len(self.past) + 1)
-
-    def _check_levels(self, levels: list[Level]) -> None:
-        super()._check_levels(levels)
-        falls = levels[0].lam > levels[1].lam  # see Diffusers.solver_schedule
-        if falls and ALGORITHMS[self.config.algorithm_type].stochastic:
-            raise InvalidArgument(
-                "rescale_betas_zero_snr makes the first step rise in diffusers, and algorithm_type "
-                f"{self.config.algorithm_type!r} cannot step back: take fewer steps, another "
-                "algorithm, or compat='exact'"
-            )
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype:
         return self.reading.solver_sample(model_output).dtype

@@ -92,8 +92,10 @@ class Exact:
         return clipped
 
     def flow_end(self, sigmas: np.ndarray, schedule: NoiseSchedule) -> float:
-        """σ after the last step of a flow that stops at "sigma_min": one training step's."""
-        return 1 / len(schedule)
+        """σ after the last step of a flow that stops at "sigma_min": one training step's, unless a
+        shift has taken the grid below that.
+        """
+        return min(1 / len(schedule), sigmas[-1])
 
     def preserving_levels(self, sigmas: np.ndarray) -> list[Level]:
         """Variance-preserving levels of noise-to-signal ratios σ; ∞ is pure noise."""
