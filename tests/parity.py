@@ -213,6 +213,13 @@ class Corner(NamedTuple):
     applies: Callable[[Case], bool]
 
 
+def grid_of(case: Case) -> Tensor:
+    """diffusers' timesteps."""
+    theirs = theirs_of(case)
+    theirs.set_timesteps(**case.grid)
+    return theirs.timesteps
+
+
 def failure_in_diffusers(case: Case) -> str | None:
     """How diffusers fails on this case, by trying; None if its trajectory is sound.
 
@@ -227,6 +234,8 @@ def failure_in_diffusers(case: Case) -> str | None:
         except Exception as error:
             return f"raises {type(error).__name__}"
         grid = scheduler.timesteps
+        if case.options.get("timestep_type") == "continuous":  # what is told are no steps
+            grid = grid_of(case._replace(options=case.options | {"timestep_type": "discrete"}))
         steps = case.options.get("num_train_timesteps", 1000)
         formula = any(v is True and k.startswith("use_") for k, v in case.options.items())
         if not formula and not grid.is_floating_point():
@@ -234,8 +243,10 @@ def failure_in_diffusers(case: Case) -> str | None:
                 return "outside 0..T-1"
             if (grid.diff() >= 0).any() and case.name not in ("PNDM", "DDIMInverse"):
                 return "repeats timesteps"
-        elif "EDM" not in case.name and ((grid < 0).any() or (grid > steps).any()):
-            return "outside 0..T-1"
+        elif "EDM" not in case.name:
+            real = case.name in ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete")
+            if (grid < 0).any() or (grid > (steps - 1 if real else steps)).any():
+                return "outside 0..T-1"
         unclipped = {k: v for k, v in case.options.items() if k != "thresholding"}
         if "clip_sample" in unclipped:
             unclipped["clip_sample"] = False  # it would turn infinity into the edge of the range

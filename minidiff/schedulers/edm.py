@@ -74,10 +74,13 @@ class EDMSigmas(SigmaScheduler):
         """c_in·x, what the network is shown. Raises InvalidArgument for a timestep off the grid."""
         return self.precondition_inputs(sample, self.present_level(timestep).sigma)
 
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        p, q = edm_row(level, self.config.sigma_data)
+        return self._sign * (p * x0 + q * eps)
+
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should output for x0 = sample and this noise: F, or −F."""
-        p, q = edm_row(self._batch_level(timesteps, sample), self.config.sigma_data)
-        return self._sign * (p * sample + q * noise)
+        """What the network should output, F or −F, for x0 = sample and this noise."""
+        return self.target(sample, noise, self._batch_level(timesteps, sample))
 
     @property
     def _sign(self) -> int:

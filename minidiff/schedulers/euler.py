@@ -60,18 +60,19 @@ class ExplodingSigmas(TrainedSigmas):
 
     def _place_spaced(
         self,
-        num_inference_steps: int | None,
+        n: int | None,
         device: torch.device | str | None,
         timesteps: Sequence[float] | None = None,
         train_steps: int | None = None,
     ) -> None:
-        """Accept a grid of so many steps, or of those given; `train_steps` stands in for T."""
+        """Accept a grid of n steps, or of those given; `train_steps` stands in for T."""
         formula = self._formula(timesteps)
-        t = self._real_timesteps(num_inference_steps, timesteps, train_steps or len(self.schedule))
+        t = self._real_timesteps(n, timesteps, train_steps or len(self.schedule), bool(formula))
         sigmas = self.reading.spaced_sigmas(
             self.schedule, t, self.config.get("interpolation_type", "linear")
         )
-        if sigmas[0] == math.inf:
+        high = self.config.get("sigma_max") or sigmas[0]
+        if high == math.inf:
             raise InvalidArgument(
                 "rescale_betas_zero_snr starts at zero terminal SNR, where σ is infinite and "
                 "x = x0 + σ·ε cannot be held: DDIMScheduler takes the same steps from there"
@@ -80,13 +81,12 @@ class ExplodingSigmas(TrainedSigmas):
             self._check_first_timestep(t[0])
         else:
             low = self.config.get("sigma_min") or sigmas[-1]
-            high = self.config.get("sigma_max") or sigmas[0]
-            sigmas = FORMULAS[formula](low, high, len(t))
+            sigmas = FORMULAS[formula](low if n > 1 else high, high, n)
             t = self.schedule.timestep_of(sigmas)
         self._place_sigmas(self._asked(t, sigmas), sigmas, self._end(sigmas), device, steps=len(t))
 
     def _real_timesteps(
-        self, n: int | None, timesteps: Sequence[float] | None, last: int
+        self, n: int | None, timesteps: Sequence[float] | None, last: int, ends_only: bool
     ) -> np.ndarray:
         """Training steps, strictly falling: those given, or n of them below `last`."""
         if (n is None) == (timesteps is None):
@@ -97,7 +97,8 @@ class ExplodingSigmas(TrainedSigmas):
             spacing = self.config.timestep_spacing  # of whole steps there are only so many
             most = MAX_TRAIN_TIMESTEPS if spacing == "linspace" else last
             n = whole_number("num_inference_steps", n, 1, most)
-            t = self.reading.real_timesteps(spacing, n, last, self.config.steps_offset)
+            offset = self.config.steps_offset
+            t = self.reading.real_timesteps(spacing, n, last, offset, ends_only=ends_only)
         return torch.tensor(t.copy(), dtype=self.reading.dtype).numpy().astype(float)
 
     def _asked(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:

@@ -60,8 +60,13 @@ class Exact:
             return self.timesteps(spacing, n, last, offset)
         return self.timesteps(spacing, min(n + 1, last), last, offset)[:n]
 
-    def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
-        """As `timesteps`, but "linspace" keeps its fractions (Euler, Heun)."""
+    def real_timesteps(
+        self, spacing: str, n: int, last: int, offset: int, *, ends_only: bool
+    ) -> np.ndarray:
+        """As `timesteps`, but "linspace" keeps its fractions (Euler, Heun).
+
+        ends_only: a formula for σ takes the first and the last of them, and places the rest.
+        """
         if spacing == "linspace":
             return np.linspace(last - 1, 0, n)
         return self.timesteps(spacing, n, last, offset)
@@ -363,10 +368,16 @@ class Diffusers(Exact):
             )
         return grid
 
-    def real_timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
-        """ "linspace" with n = 1 starts at step 0 instead of T − 1."""
+    def real_timesteps(
+        self, spacing: str, n: int, last: int, offset: int, *, ends_only: bool
+    ) -> np.ndarray:
+        """ "linspace" with n = 1 starts at step 0 instead of T − 1. Where "trailing" yields n + 1
+        entries (`timesteps`), formulas end at the σ of step 0.
+        """
         if spacing == "linspace":
             return np.linspace(0, last - 1, n)[::-1]
+        if spacing == "trailing" and ends_only:
+            return np.round(np.arange(last, 0, -last / n)) - 1
         return self.timesteps(spacing, n, last, offset)
 
     def spaced_sigmas(
@@ -661,7 +672,7 @@ class Diffusers(Exact):
     ) -> Tensor:
         """PNDM averages v over different levels and turns the average into noise at one."""
         if prediction_type != "v_prediction":
-            return super().average_noise(evaluations, weights, start, prediction_type)
+            return Exact.average_noise(self, evaluations, weights, start, prediction_type)
         v = _weighted([e.out for e in evaluations], weights)
         return split(v, start.x, start.level, prediction_type)[1]
 
@@ -685,11 +696,11 @@ class Diffusers(Exact):
         """invert_sigmas changes σ and nothing else: scale_noise adds noise where σ says data, and
         stochastic_sampling takes ε̂ for x̂0.
         """
-        return super().flow_path(sigmas, inverted=False)
+        return self.flow_levels(sigmas)
 
     def flow_row(self, inverted: bool) -> tuple[float, float]:
         """As for `flow_path`; together the two leave a deterministic step as it should be."""
-        return super().flow_row(inverted=False)
+        return (-1.0, 1.0)
 
     def token_output(self, out: Tensor, stochastic: bool) -> Tensor:
         """With per_token_timesteps the step has the wrong sign, so that callers (LTX-Video) pass
@@ -718,8 +729,11 @@ def _level_or_end(scheduler, t: int) -> Level:
 
 def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ w·tensor, without passes over memory for weights 0 and 1."""
-    terms = [t if w == 1 else w * t for t, w in zip(tensors, weights, strict=True) if w]
-    return functools.reduce(torch.add, terms)
+    (first, w), *rest = [(t, w) for t, w in zip(tensors, weights, strict=True) if w]
+    total = first if w == 1 else w * first
+    for tensor, w in rest:
+        total = torch.add(total, tensor, alpha=w)
+    return total
 
 
 @functools.lru_cache(maxsize=4096)
