@@ -29,6 +29,7 @@ FLOORS = {
     "metrics": 2,
     "plot": 2,
     "sample": 3,
+    "order": 3,
     "samplers": 3,
     "train_classifier": 3,
     "pipeline": 4,

@@ -7,6 +7,7 @@ diffusers (https://huggingface.co/docs/diffusers/api/schedulers/overview), so a 
 into its pipelines and reads and writes its `scheduler_config.json`.
 """
 
+import copy
 import inspect
 import math
 from collections import Counter, deque
@@ -27,7 +28,7 @@ from minidiff.prediction import clip, dynamic_threshold, split, target
 from minidiff.schedule import Level, NoiseSchedule, add_noise
 from minidiff.schedulers import options as option_rules
 from minidiff.schedulers import table
-from minidiff.schedulers.quirks import READINGS
+from minidiff.schedulers.quirks import READINGS, Exact
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -124,6 +125,14 @@ class Scheduler:
         self._every_level = self._table()
         every = list(range(len(self.schedule)))[::-1]
         self._set_grid(every, [*map(self.level, every), self.final_level], device=None)
+
+    def reread(self, reading: Exact) -> "Scheduler":
+        """The same scheduler under another reading, such as `quirks.departing("phi3")`."""
+        other = copy.copy(self)
+        other.reading, other.num_inference_steps = reading, None
+        other.past = deque(maxlen=self.history)
+        other._prepare()
+        return other
 
     @classmethod
     def _defaults(cls) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""The measured order of every solver, and its error against the number of steps.
+
+    python benchmarks/solver_order.py [--compat diffusers] [--png FILE]
+
+Errors are those of `minidiff.order`: on a mixture of Gaussians along the exact probability flow,
+and for stochastic samplers of the variance on Gaussian data. The picture has them log-log, coloured
+by the declared order, with a dotted line of that slope through the last point of each. A step is
+one evaluation of the network, but two for Heun.
+"""
+
+import argparse
+
+from matplotlib.figure import Figure
+
+from minidiff.checkpoint import atomic_file
+from minidiff.order import METHODS
+
+COLOURS = {1: "tab:blue", 2: "tab:green", 3: "tab:red", 4: "tab:purple"}  # by declared order
+MARKERS = "osDv^<>PhX*d8p"
+STEPS = (12, 24, 48, 96, 192, 384)
+
+
+def draw(errors: dict[str, list[float]], path: str) -> None:
+    """Two panels: errors of the path, and errors of the variance."""
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    titles = ("probability flow of a mixture", "variance on Gaussian data")
+    for weak, axes, title in zip((False, True), panels, titles, strict=True):
+        names = [name for name in errors if METHODS[name].weak == weak]
+        for i, name in enumerate(names):
+            p = METHODS[name].order
+            colour, marker = COLOURS[p], MARKERS[i % len(MARKERS)]
+            axes.loglog(STEPS, errors[name], marker=marker, ms=5, lw=1, color=colour,
+                        label=f"{name} ({p})")  # fmt: skip
+            ends = (STEPS[-3], STEPS[-1])
+            axes.loglog(ends, [errors[name][-1] * (STEPS[-1] / n) ** p for n in ends], ":",
+                        lw=0.8, color=colour)  # fmt: skip
+        axes.set(title=f"Error: {title}", xlabel="steps")
+        axes.set_xticks(STEPS, [str(n) for n in STEPS])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, ncols=2 if len(names) > 10 else 1, title="solver (declared order)")
+    panels[0].set_ylabel("largest error")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--compat", default="exact", help="exact or diffusers")
+    parser.add_argument("--png", default="solver_order.png", help="the picture to write")
+    options = parser.parse_args()
+    columns = "".join(f"{n:>10}" for n in STEPS)
+    print(f"{'error after n =':26}{columns}{'order':>8}{'declared':>10}")
+    errors = {}
+    for name, method in METHODS.items():
+        errors[name] = [method.error(n, options.compat) for n in STEPS]
+        measured = method.measured_order(options.compat)
+        row = "".join(f"{e:10.1e}" for e in errors[name])
+        kind = " weak" if method.weak else ""
+        print(f"{name:26}{row}{measured:8.2f}{method.order:>10}{kind}", flush=True)
+    draw(errors, options.png)
+    print(f"wrote {options.png}")
+
+
+if __name__ == "__main__":
+    main()
