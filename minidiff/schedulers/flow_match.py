@@ -21,7 +21,6 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
-from minidiff.prediction import solve
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, shifted_sigmas, stretched_sigmas
 from minidiff.schedulers.base import SchedulerOutput
 from minidiff.schedulers.options import at_most_one
@@ -267,11 +266,14 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         if tokens:
             _, nxt = tokens
         if self.config.stochastic_sampling:
-            eps = noise()
-        return nxt.alpha * x0 + nxt.sigma * eps  # rectified flow eq. 1: a point on the line
+            eps = noise().to(x0.dtype)
+        return torch.lerp(x0, eps, nxt.sigma)  # rectified flow eq. 1: (1 − σ')·x0 + σ'·ε
 
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        return solve(out, x, now, self._row)
+        """As `prediction.solve` for this row; 1 − σ + σ = 1 leaves nothing to divide by."""
+        slope = out if self._row == (-1.0, 1.0) else -out  # ε − x0
+        x0 = x - now.sigma * slope
+        return x0, x0 + slope
 
     def _token_levels(self, timesteps: Tensor, sample: Tensor) -> tuple[Level, Level]:
         """The level of every token, and the grid's next one below it."""
@@ -285,6 +287,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         now = (timesteps.to(self.reading.dtype) / self.config.num_train_timesteps)[..., None]
         grid = self.sigmas.to(now.device)
         nxt = torch.where(grid < now - 1e-6, grid, 0).amax(dim=-1, keepdim=True)
+        now, nxt = (s.to(torch.promote_types(sample.dtype, torch.float32)) for s in (now, nxt))
         return Level(1 - now, now), Level(1 - nxt, nxt)
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype:
@@ -303,6 +306,10 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         """What the network should predict: dx/dσ, the same all along the line."""
         p, q = self._row
         return p * sample + q * noise
+
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        p, q = self._row
+        return p * x0 + q * eps
 
     def _batch_level(self, timesteps: Tensor, like: Tensor) -> Level:
         if self.config.invert_sigmas and self.num_inference_steps is None:
