@@ -343,7 +343,7 @@ class Diffusers(Exact):
         if spacing == "linspace":
             return np.linspace(0, last - 1, n).round()[::-1]
         if spacing == "trailing":
-            return self._trailing(n, last, last)
+            return _trailing(n, last, last)
         return super().timesteps(spacing, n, last, offset)
 
     def solver_timesteps(
@@ -356,17 +356,7 @@ class Diffusers(Exact):
             return np.linspace(0, last - 1, n + 1).round()[::-1][:-1]
         if spacing == "leading":
             return (np.arange(n + 1) * (last // (n + 1)))[::-1][:-1] + offset
-        return self._trailing(n, last, steps)
-
-    def _trailing(self, n: int, last: int, steps: int) -> np.ndarray:
-        grid = np.round(np.arange(last, 0, -steps / n)) - 1
-        if grid[-1] < 0:
-            raise InvalidArgument(
-                f"num_inference_steps={n} with timestep_spacing='trailing' gives {len(grid)} "
-                f"timesteps ending in {grid[-1]:.0f} in diffusers; use another number of steps, "
-                "another spacing, or compat='exact'"
-            )
-        return grid
+        return _trailing(n, last, steps)
 
     def real_timesteps(
         self, spacing: str, n: int, last: int, offset: int, *, ends_only: bool
@@ -619,8 +609,8 @@ class Diffusers(Exact):
         return shift / (shift + (1 / sigmas - 1))
 
     def inversion_grid(self, scheduler, rising: list[int]) -> tuple[list[int], list[Level]]:
-        """The network is asked at the level that a step of DDIM inversion ends at, not where x is.
-        Real pictures are inverted that way everywhere (the difference is one step of a slow ε̂).
+        """The network is asked at the level that a step of DDIM inversion ends at, not where x is,
+        so x strays from the flow by a third more.
         """
         stride = scheduler.config.num_train_timesteps // len(rising)
         start = _level_or_end(scheduler, rising[0] - stride)
@@ -670,7 +660,9 @@ class Diffusers(Exact):
     def average_noise(
         self, evaluations: Sequence, weights: Sequence[float], start, prediction_type: str
     ) -> Tensor:
-        """PNDM averages v over different levels and turns the average into noise at one."""
+        """PNDM averages v over different levels and turns the average into noise with x at the
+        start of the step, which costs the second order.
+        """
         if prediction_type != "v_prediction":
             return Exact.average_noise(self, evaluations, weights, start, prediction_type)
         v = _weighted([e.out for e in evaluations], weights)
@@ -710,6 +702,17 @@ class Diffusers(Exact):
 
 
 @functools.lru_cache(maxsize=4096)
+def _trailing(n: int, last: int, steps: int) -> np.ndarray:
+    grid = np.round(np.arange(last, 0, -steps / n)) - 1
+    if grid[-1] < 0:
+        raise InvalidArgument(
+            f"num_inference_steps={n} with timestep_spacing='trailing' gives {len(grid)} "
+            f"timesteps ending in {grid[-1]:.0f} in diffusers; use another number of steps, "
+            "another spacing, or compat='exact'"
+        )
+    return grid
+
+
 def _rounded_transfer(now: float, nxt: float) -> tuple[float, float]:
     a, b = torch.tensor([now, nxt])  # not NumPy: the last bit of its float32 root is another
     denominator = a * (1 - b).sqrt() + (a * (1 - a) * b).sqrt()
