@@ -51,10 +51,22 @@ class Method(NamedTuple):
     measure: Mapping[str, Any] = MappingProxyType({})
     n: int = 240
 
+    def build(self, compat: str = "exact") -> Scheduler:
+        """The scheduler."""
+        return SCHEDULERS[self.scheduler](**self.options, compat=compat)
+
     def error(self, n: int, compat: str = "exact") -> float:
         """The error with n steps."""
-        scheduler = SCHEDULERS[self.scheduler](**self.options, compat=compat)
-        return (variance_error if self.weak else flow_error)(scheduler, n, **self.measure)
+        return self.error_of(self.build(compat), n)
+
+    def error_of(self, scheduler: Scheduler, n: int) -> float:
+        """The error of another scheduler with n steps, measured in the same way."""
+        result, truth = self.result_of(scheduler, n)
+        return (result - truth).abs().max().item()
+
+    def result_of(self, scheduler: Scheduler, n: int) -> tuple[Tensor, Tensor]:
+        """What a scheduler ends with, and the truth: of `flow_end` or `variance_end`."""
+        return (variance_end if self.weak else flow_end)(scheduler, n, **self.measure)
 
     def measured_order(self, compat: str = "exact") -> float:
         """The order that the errors with n and 2n steps show."""
@@ -147,7 +159,10 @@ def order(error: Callable[[int], float], n: int) -> float:
 
 
 def output_of(scheduler: Scheduler, data: GaussianMixture, x: Tensor, level: Level) -> Tensor:
-    """What the optimal network for this data and this scheduler says of x at a level."""
+    """What the optimal network for this data and this scheduler says of x at a level.
+
+    The errors below ask it at the level of the timestep: a network knows no other.
+    """
     return scheduler.target(data.denoise(x, level), data.noise(x, level), level)
 
 
@@ -171,35 +186,58 @@ def flow_error(
             first steps are taken from the solution, so that its history is exact.
         step_options: of `step`.
     """
+    x, truth = flow_end(
+        scheduler, n, part=part, stride=stride, exact_starts=exact_starts, **step_options
+    )
+    return (x - truth).abs().max().item()
+
+
+def flow_end(
+    scheduler: Scheduler,
+    n: int,
+    *,
+    part: float = 0.8,
+    stride: int = 1,
+    exact_starts: int = 0,
+    **step_options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Where 21 paths of a mixture end by this solver, and in truth; see `flow_error`."""
     scheduler.set_timesteps(n)
     begin, stop = scheduler.levels[0], _entry(scheduler, part, stride)
     spread = math.hypot(begin.alpha, begin.sigma)
     start = spread * torch.linspace(-2, 2, 21, dtype=torch.float64)[:, None]
     x = start
     for i, t in enumerate(scheduler.grid[:stop]):
-        level = scheduler.levels[i]
-        x = scheduler.step(
-            output_of(scheduler, MIXTURE, x, level), t, x, return_dict=False, **step_options
-        )[0]
+        out = output_of(scheduler, MIXTURE, x, scheduler.level(t))
+        x = scheduler.step(out, t, x, return_dict=False, **step_options)[0]
         if i < exact_starts:
             x = MIXTURE.flow(start, begin, scheduler.levels[i + 1])
-    return (x - MIXTURE.flow(start, begin, scheduler.levels[stop])).abs().max().item()
+    return x, MIXTURE.flow(start, begin, scheduler.levels[stop])
 
 
 def variance_error(
     scheduler: Scheduler, n: int, *, part: float = 0.8, stride: int = 1, **step_options: Any
 ) -> float:
     """Error of the variance on data N(0, ¼) when that part of n steps is done, see `flow_error`."""
+    variance, truth = variance_end(scheduler, n, part=part, stride=stride, **step_options)
+    return (variance - truth).abs().item()
+
+
+def variance_end(
+    scheduler: Scheduler, n: int, *, part: float = 0.8, stride: int = 1, **step_options: Any
+) -> tuple[Tensor, Tensor]:
+    """The variance of x that this sampler gives data N(0, ¼), and the true one."""
     table = scheduler.coefficients(n, **step_options)
     one = torch.ones(1, 1, dtype=torch.float64)
     gains = [
-        output_of(scheduler, GAUSSIAN, one, level).item() / scale
-        for level, scale in zip(table.levels, table.input_scale.tolist(), strict=False)
+        output_of(scheduler, GAUSSIAN, one, scheduler.level(t)).item() / scale
+        for t, scale in zip(table.timesteps, table.input_scale.tolist(), strict=True)
     ]
     exact = [level.alpha**2 * 0.25 + level.sigma**2 for level in table.levels]
     scheduler.set_timesteps(n)
     stop = _entry(scheduler, part, stride)
-    return abs(table.variance(gains, start=exact[0])[stop - 1] - exact[stop])
+    variances = table.variance(gains, start=exact[0])
+    return torch.tensor(variances[stop - 1]), torch.tensor(exact[stop])
 
 
 def _entry(scheduler: Scheduler, part: float, stride: int) -> int:

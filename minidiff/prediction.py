@@ -14,7 +14,6 @@ say) it is that of the same sample divided by √(α² + σ²). EDM's row has it
 This is the only place that knows prediction types.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -123,7 +122,7 @@ def _combine(a: float | Tensor, u: Tensor, b: float | Tensor, v: Tensor) -> Tens
         return u if _is(a, 1) else a * u
     if _is(a, 0):
         return v if _is(b, 1) else b * v
-    # Not torch.add(…, alpha=b): fused it rounds once less than diffusers does, and 1/α of 100 shows.
+    # Not torch.add(…, alpha=b): fused, it rounds once less than diffusers, and 1/α shows it.
     return (u if _is(a, 1) else a * u) + b * v
 
 

@@ -30,6 +30,7 @@ FLOORS = {
     "plot": 2,
     "sample": 3,
     "order": 3,
+    "ledger": 4,
     "samplers": 3,
     "train_classifier": 3,
     "pipeline": 4,

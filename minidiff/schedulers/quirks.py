@@ -414,6 +414,7 @@ class Diffusers(Exact):
         return _rounded(alpha, ratio * alpha)
 
     def exploding_levels(self, sigmas: np.ndarray) -> list[Level]:
+        """σ is a float32, and so is λ = −ln σ."""
         sigma = torch.tensor(sigmas, dtype=torch.float32)
         return _rounded(torch.ones_like(sigma), sigma)
 
@@ -494,10 +495,12 @@ class Diffusers(Exact):
         return scheduler.schedule.at(at.expand(like.shape[0]) if len(at) == 1 else at, like)
 
     def flow_levels(self, sigmas: np.ndarray) -> list[Level]:
+        """σ is a float32, and so are 1 − σ and λ."""
         sigma = torch.tensor(sigmas, dtype=torch.float32)
         return _rounded(1 - sigma, sigma)
 
     def clean(self) -> Level:
+        """The same level, with the float32 ᾱ and λ that its neighbours have."""
         level = _rounded(torch.ones(1), torch.zeros(1))[0]
         level.alpha_bar = 1.0
         return level
@@ -545,6 +548,7 @@ class Diffusers(Exact):
         return row(prediction_type, level)
 
     def exp(self, x: float) -> float:
+        """In float32."""
         return _float32_exp(x)
 
     def expm1(self, x: float) -> float:

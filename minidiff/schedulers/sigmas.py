@@ -116,9 +116,12 @@ class TrainedSigmas(SigmaScheduler):
         self._set_grid(steps.tolist(), self.sigma_levels(every), device=None)
         self.sigmas = torch.tensor(every, dtype=self.reading.dtype)
 
-    def level(self, t: int) -> Level:
-        """The level of training step t in 0 … T−1, on the grid or not. Raises InvalidArgument."""
-        whole_number("timestep", t, 0, len(self.schedule) - 1)
+    def level(self, t: float) -> Level:
+        """The level of training step t, a real number in 0 … T−1. Raises InvalidArgument."""
+        if self.config.get("use_flow_sigmas"):
+            steps = self.config.num_train_timesteps
+            return self.sigma_levels(np.array([real_number("timestep", t, 0, steps) / steps]))[0]
+        t = real_number("timestep", t, 0, len(self.schedule) - 1)
         return self.sigma_levels(self.schedule.sigma_of(np.array([t])))[0]
 
     def _end(self, sigmas: np.ndarray) -> float:
