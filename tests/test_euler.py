@@ -139,11 +139,15 @@ def tolerance(case: Case) -> float:
 
     diffusers rounds Euler's samples to float32, so float64 agrees no better. In every class it adds
     (σ' − σ)·d to x, both rounded to float32: what that leaves of σ·2^-24 in x' is large where σ' is
-    thousands of times smaller (few steps). Heun divides it by σ' once more, for the second slope.
+    thousands of times smaller (few steps). Heun divides it by σ' for the second slope, and that is
+    multiplied by σ' − σ.
     """
     heun = case.name == "HeunDiscrete"
     allowed = tolerance_of_dtype(case) if heun else 2e-5
-    drops = [a / (b if heun and b else max(b, 1)) for a, b in itertools.pairwise(sigmas_of(case))]
+    drops = [
+        a / max(b, 1) * (a / b if heun and b > 0 else 1)
+        for a, b in itertools.pairwise(sigmas_of(case))
+    ]
     return max(allowed, 2**-22 * max(drops))
 
 

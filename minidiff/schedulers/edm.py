@@ -38,6 +38,7 @@ class EDMSigmas(SigmaScheduler):
 
     choices: ClassVar = {"prediction_type": ("epsilon", "v_prediction")}
     grid_dtype = torch.float64  # in which diffusers computes Karras' grid
+    more_at_first = 0  # entries than training steps, before set_timesteps
 
     def sigma_levels(self, sigmas: np.ndarray) -> list[Level]:
         return self.reading.exploding_levels(sigmas)
@@ -94,9 +95,10 @@ class EDMSigmas(SigmaScheduler):
 
     def _prepare(self) -> None:
         c = self.config
-        real_number("sigma_min", c.sigma_min, 0, c.sigma_max)
+        high = real_number("sigma_max", c.sigma_max, 0)
+        real_number("sigma_min", c.sigma_min, 0, high)
         real_number("rho", c.rho, 1, 100)
-        self._place_edm(self._sigmas_of(c.num_train_timesteps))
+        self._place_edm(self._sigmas_of(c.num_train_timesteps + self.more_at_first))
         self.num_inference_steps = None  # until set_timesteps the grid is a fine one
 
     def _sigmas_of(self, n: int | None) -> np.ndarray:
@@ -114,8 +116,8 @@ class EDMSigmas(SigmaScheduler):
         self._place_sigmas(grid, sigmas, 0.0 if zero else self._sigma_min(sigmas), device)
 
     def _sigma_min(self, sigmas: np.ndarray) -> float:
-        """The end of a grid that stops before the data."""
-        return self.config.sigma_min
+        """The end of a grid that stops before the data; rounding must not make it rise."""
+        return min(self.config.sigma_min, sigmas[-1])
 
 
 class EDMEulerScheduler(EDMSigmas):
@@ -126,6 +128,7 @@ class EDMEulerScheduler(EDMSigmas):
     """
 
     output_type = "edm"  # no row of `prediction.PREDICTION_TYPES`
+    more_at_first = 1
     x0_is_given = False
 
     def __init__(
@@ -204,7 +207,7 @@ class EDMEulerScheduler(EDMSigmas):
         return super()._split(out, *read_at(x, now))
 
     def _sigma_min(self, sigmas: np.ndarray) -> float:
-        return self.reading.edm_end(sigmas, self.config.sigma_min)
+        return self.reading.edm_end(sigmas, super()._sigma_min(sigmas))
 
 
 class EDMDPMSolverMultistepScheduler(EDMSigmas):
@@ -246,7 +249,7 @@ class EDMDPMSolverMultistepScheduler(EDMSigmas):
         self.reading.check_edm_solver(self.config.algorithm_type, self.config.solver_order)
 
     def set_timesteps(
-        self, num_inference_steps: int, device: torch.device | str | None = None
+        self, num_inference_steps: int | None = None, device: torch.device | str | None = None
     ) -> None:
         """Choose the grid, and forget any sampling under way.
 

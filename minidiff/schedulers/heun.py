@@ -71,6 +71,12 @@ class HeunDiscreteScheduler(ExplodingSigmas):
             whole_number("num_train_timesteps", num_train_timesteps, 1, len(self.schedule))
         self._place_spaced(num_inference_steps, device, timesteps, num_train_timesteps)
 
+    def _prepare(self) -> None:
+        super()._prepare()
+        steps = np.array(self.grid)
+        self._place_sigmas(steps, self.schedule.sigma_of(steps), 0.0)
+        self.num_inference_steps = None
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this entry of the grid, an even one: an odd entry is a step's second stage."""
         if whole_number("begin_index", begin_index, 0) % 2:
