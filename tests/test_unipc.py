@@ -1,9 +1,12 @@
-"""UniPC beside diffusers' own, beside the mathematics, and beside what it must equal."""
+"""UniPC beside diffusers' own, and its exact reading beside mathematics."""
 
+import inspect
+import re
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import (
@@ -11,11 +14,28 @@ from parity import (
     Case,
     Corner,
     compare,
+    difference,
+    diffusers,
     dtypes,
+    network,
     number_of_steps,
+    ours_of,
     schedule_options,
+    start,
     theirs_of,
     thresholds,
+    trajectory,
+)
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument
+from minidiff.order import FINE, MIXTURE, Method, output_of
+from minidiff.prediction import PREDICTION_TYPES
+from minidiff.schedulers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    Scheduler,
+    UniPCMultistepScheduler,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -182,9 +202,288 @@ def compare_case(case: Case) -> None:
 
 
 def test_every_step_of_a_trajectory_is_that_of_diffusers() -> None:
-    settings(QUICK, max_examples=300)(given(cases())(compare_case))()
+    settings(QUICK, max_examples=200)(given(cases())(compare_case))()
 
 
 @pytest.mark.slow
 def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length() -> None:
     settings(QUICK, max_examples=4000, derandomize=False)(given(cases())(compare_case))()
+
+
+def test_the_exact_reading_samples_or_refuses_whatever_the_options() -> None:
+    refusals = "zero terminal SNR|steps_offset|lower_order_final|last below 1"
+
+    def check(case: Case) -> None:
+        scheduler = ours_of(case, compat="exact")
+        try:
+            scheduler.set_timesteps(**case.grid)
+        except InvalidArgument as error:
+            assert re.search(refusals, str(error)), str(error)  # noqa: PT017
+            return
+        assert case.n is None or len(scheduler.timesteps) == case.n
+        assert all(torch.isfinite(x).all() for x in trajectory(scheduler, case))
+
+    settings(QUICK, max_examples=150)(given(cases())(check))()
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("begin", [0, 1, 4, 9])
+def test_sampling_from_the_middle_of_the_grid_and_once_more_is_that_of_diffusers(
+    order: int, begin: int
+) -> None:
+    """As image-to-image does: noise up to an entry, then step from there."""
+    case = Case("UniPCMultistep", {"solver_order": order}, {}, {}, torch.float64)
+    mine, theirs, f = ours_of(case), theirs_of(case), network(case)
+    image, noise = start(case, mine), start(case, mine).flip(2)
+    for n in (10, 13):  # the second time as if there had been no first
+        results = []
+        for scheduler in (mine, theirs):
+            scheduler.set_timesteps(n)
+            scheduler.set_begin_index(begin)
+            x = scheduler.add_noise(image, noise, scheduler.timesteps[begin : begin + 1])
+            results.append([x])
+            for t in scheduler.timesteps[begin:]:
+                x = scheduler.step(f(x, t), t, x).prev_sample
+                results[-1].append(x)
+                if t != scheduler.timesteps[-1]:
+                    results[-1].append(scheduler.add_noise(image, noise, t[None]))
+        assert len(results[0]) == 2 * (n - begin)
+        assert max(map(difference, *results)) < 1e-6
+
+
+def test_constructor_and_methods_take_diffusers_arguments_with_its_defaults() -> None:
+    for name, added in (("__init__", ["compat"]), ("set_timesteps", []), ("step", ["generator"])):
+        mine, theirs = (
+            inspect.signature(getattr(cls, name)).parameters
+            for cls in (UniPCMultistepScheduler, diffusers.UniPCMultistepScheduler)
+        )
+        assert list(mine) == [*theirs, *added]
+        assert all(mine[key].default == theirs[key].default for key in theirs)
+
+
+def test_the_list_of_uncorrected_steps_is_not_shared() -> None:
+    given = [3]
+    one, two = UniPCMultistepScheduler(), UniPCMultistepScheduler()
+    three = UniPCMultistepScheduler(disable_corrector=given)
+    one.disable_corrector.append(1)
+    given.append(4)
+    assert (two.disable_corrector, three.disable_corrector) == ([], [3])
+
+
+# --- mathematics --------------------------------------------------------------------------------
+
+NAME = "UniPCMultistepScheduler"
+SAMPLE = FINE | {"prediction_type": "sample"}
+NOISE = FINE | {"predict_x0": False, "final_sigmas_type": "sigma_min"}
+NEVER = {"disable_corrector": list(range(1000))}
+
+
+@pytest.mark.parametrize("solver_type", ["bh1", "bh2"])
+@pytest.mark.parametrize("integrand", [SAMPLE, NOISE], ids=["x0", "noise"])
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_predictor_has_order_p_and_the_corrector_one_more(
+    p: int, corrected: bool, integrand: dict, solver_type: str
+) -> None:
+    options = integrand | {"solver_order": p, "solver_type": solver_type}
+    order, starts = (p + 1, p) if corrected else (p, p - 1)
+    options |= {} if corrected else NEVER
+    method = Method(NAME, options, order, measure={"exact_starts": starts}, n=80)
+    assert method.measured_order() == pytest.approx(order, abs=0.15)
+
+
+def run(scheduler: Scheduler) -> list[Tensor]:
+    """x after every step on the mixture, in float64."""
+    x, states = torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None], []
+    for i, t in enumerate(scheduler.grid):
+        out = output_of(scheduler, MIXTURE, x, scheduler.levels[i])
+        x = scheduler.step(out, t, x).prev_sample
+        states.append(x)
+    return states
+
+
+def assert_same(one: Scheduler, two: Scheduler, n: int) -> None:
+    one.set_timesteps(n)
+    two.set_timesteps(timesteps=one.grid)
+    for x, y in zip(run(one), run(two), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+EXACT = {"compat": "exact", "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("n", [2, 7, 14, 50])
+def test_the_predictor_of_order_1_is_ddim_and_of_2_and_3_dpm_solver(n: int, schedule: str) -> None:
+    """With bh2, 2M's "midpoint" is UniP-2; UniP-3 and 3M integrate one polynomial exactly."""
+    options = EXACT | {"beta_schedule": schedule}
+    one = UniPCMultistepScheduler(**options, **NEVER, solver_order=1)
+    assert_same(one, DDIMScheduler(**options, clip_sample=False), n)
+    for order in (2, 3):
+        mine = UniPCMultistepScheduler(**options, **NEVER, solver_order=order)
+        other = DPMSolverMultistepScheduler(
+            **options, solver_order=order, lower_order_final=n < 15, euler_at_final=True
+        )
+        if n < 15 or order == 2:  # from n = 15 on, 3M does not shorten its last step but one
+            assert_same(mine, other, n)
+
+
+@pytest.mark.parametrize("n", [3, 20, 200])
+def test_the_choice_of_b_matters_only_where_one_point_makes_the_slope(n: int) -> None:
+    """B(h) cancels where ρ solves the whole system; ρ = ½ of a single point does not know it."""
+    shared = EXACT | {"solver_order": 3, "lower_order_final": False, "disable_corrector": [0, 1]}
+    pair = [
+        UniPCMultistepScheduler(**shared, solver_type=kind, final_sigmas_type="sigma_min")
+        for kind in ("bh1", "bh2")
+    ]
+    for scheduler in pair:
+        scheduler.set_timesteps(n)
+    agree, generator = [], torch.Generator().manual_seed(0)
+    for t in pair[0].grid:
+        x, out = torch.randn(2, 1, 50, generator=generator, dtype=torch.float64)
+        first, second = (scheduler.step(out, t, x).prev_sample for scheduler in pair)
+        agree.append(difference(first, second) < 1e-10)
+    assert agree == [True, False] + [True] * (n - 2)
+
+
+@pytest.mark.parametrize("predict_x0", [True, False])
+def test_prediction_types_agree_when_fed_converted_outputs(predict_x0: bool) -> None:
+    shared = {"compat": "exact", "predict_x0": predict_x0, "final_sigmas_type": "sigma_min"}
+    results = []
+    for kind in PREDICTION_TYPES:
+        scheduler = UniPCMultistepScheduler(**shared, prediction_type=kind, solver_order=3)
+        scheduler.set_timesteps(12)
+        results.append(run(scheduler))
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"solver_order": 3}, {"solver_type": "bh1"}, NEVER])
+@pytest.mark.parametrize("n", [1, 2, 13, 30])
+def test_the_last_step_lands_on_the_prediction_of_the_clean_sample(options: dict, n: int) -> None:
+    scheduler = UniPCMultistepScheduler(**options, compat="exact")
+    scheduler.set_timesteps(n)
+    x = torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
+    for t in scheduler.grid:
+        x, x0 = scheduler.step(torch.tanh(x), t, x, return_dict=False)
+    torch.testing.assert_close(x, x0, rtol=1e-14, atol=1e-14)
+
+
+def test_pure_noise_is_too_far_away_to_count_in_the_steps_after_it() -> None:
+    """At zero terminal SNR λ = −∞: order 3 takes its second step with order 1, like order 1."""
+    runs = []
+    for order in (1, 2, 3):
+        scheduler = UniPCMultistepScheduler(
+            **EXACT, rescale_betas_zero_snr=True, solver_order=order
+        )
+        scheduler.set_timesteps(8)
+        assert scheduler.levels[0].alpha == 0
+        runs.append(run(scheduler))
+    for i in (0, 1):
+        assert torch.equal(runs[0][i], runs[1][i])
+        assert torch.equal(runs[0][i], runs[2][i])
+    assert difference(runs[0][2], runs[1][2]) > 1e-4
+    assert difference(runs[1][3], runs[2][3]) > 1e-4
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+FLOW = {"use_flow_sigmas": True}
+DYNAMIC = FLOW | {"use_dynamic_shifting": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"solver_p": DDIMScheduler()}, "solver_p"),
+        ({"solver_order": 4}, "solver_order"),
+        ({"solver_order": 0}, "solver_order"),
+        ({"solver_type": "midpoint"}, "solver_type"),
+        ({"solver_type": "bh1"}, "solver_type 'bh1' with final_sigmas_type 'zero'"),
+        ({"predict_x0": False}, "predict_x0=False cannot step to sigma 0"),
+        (
+            {"predict_x0": False, "final_sigmas_type": "sigma_min", "thresholding": True},
+            "thresholding acts on x0",
+        ),
+        ({"predict_x0": 1}, "predict_x0"),
+        ({"disable_corrector": 3}, "disable_corrector"),
+        ({"disable_corrector": [-1]}, "disable_corrector"),
+        ({"disable_corrector": [0.5]}, "disable_corrector"),
+        ({"final_sigmas_type": "one"}, "final_sigmas_type"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "exclude each other"),
+        ({"use_exponential_sigmas": True, "use_flow_sigmas": True}, "exclude each other"),
+        ({"use_beta_sigmas": True, "use_flow_sigmas": True}, "exclude each other"),
+        ({"sigma_min": 0.1}, "sigma_min=0.1 needs one of"),
+        ({"sigma_max": 80.0}, "sigma_max=80.0 needs one of"),
+        ({"sigma_max": 80.0} | FLOW, "sigma_max=80.0 needs one of"),
+        ({"sigma_max": 0.0, "use_karras_sigmas": True}, "sigma_max"),
+        ({"shift_terminal": 0.1}, "shift_terminal=0.1 needs use_flow_sigmas"),
+        ({"shift_terminal": 1.0} | FLOW, "shift_terminal"),
+        ({"shift_terminal": 0.1, "use_karras_sigmas": True} | FLOW, "shift_terminal"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True needs use_flow_sigmas"),
+        ({"time_shift_type": "quadratic"}, "time_shift_type"),
+        ({"flow_shift": 0}, "flow_shift"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
+        ({"solver": "bh2"}, "solver"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused_by_name(options: dict, named: str) -> None:
+    with pytest.raises(InvalidArgument, match=named):
+        UniPCMultistepScheduler(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "grid", "named"),
+    [
+        ({}, {}, "num_inference_steps"),
+        ({}, {"num_inference_steps": 0}, "num_inference_steps"),
+        ({}, {"num_inference_steps": 1001}, "num_inference_steps"),
+        ({}, {"num_inference_steps": 2.5}, "num_inference_steps"),
+        ({}, {"num_inference_steps": 5, "mu": 1.0}, "mu=1.0 needs use_dynamic_shifting"),
+        ({}, {"sigmas": [0.9, 0.5]}, "sigmas can be given with use_flow_sigmas"),
+        ({"use_karras_sigmas": True} | FLOW, {"sigmas": [0.9, 0.5]}, "sigmas can be given"),
+        (FLOW, {"num_inference_steps": 2, "sigmas": [0.9, 0.5]}, "not both"),
+        (FLOW, {"sigmas": []}, "sigmas"),
+        (FLOW, {"sigmas": [0.5, 0.9]}, "sigmas must be strictly falling"),
+        (FLOW, {"sigmas": [0.5, 0.5]}, "sigmas must be strictly falling"),
+        (FLOW, {"sigmas": [0.5 + 1e-12, 0.5]}, "sigmas must be strictly falling"),
+        (FLOW, {"sigmas": [0.5, 0.0]}, "sigmas must be strictly falling"),
+        (FLOW, {"sigmas": [1.5, 0.5]}, "sigmas"),
+        (FLOW, {"sigmas": [0.5, float("nan")]}, "sigmas"),
+        (DYNAMIC, {"num_inference_steps": 5}, "mu must be given"),
+        (DYNAMIC, {"num_inference_steps": 5, "mu": float("nan")}, "mu"),
+        (DYNAMIC | {"time_shift_type": "linear"}, {"num_inference_steps": 5, "mu": 0.0}, "mu"),
+        (DYNAMIC | {"time_shift_type": "linear"}, {"num_inference_steps": 5, "mu": -1.0}, "mu"),
+        ({"lower_order_final": False}, {"num_inference_steps": 5}, "lower_order_final=False"),
+        ({"sigma_min": 1e3, "use_karras_sigmas": True}, {"num_inference_steps": 5}, "sigma_min"),
+    ],
+)
+def test_a_grid_that_cannot_be_walked_is_refused_by_name(
+    options: dict, grid: dict, named: str
+) -> None:
+    scheduler = UniPCMultistepScheduler(**options)
+    with pytest.raises(InvalidArgument, match=named):
+        scheduler.set_timesteps(**grid)
+
+
+def test_noise_cannot_be_integrated_from_pure_noise() -> None:
+    scheduler = UniPCMultistepScheduler(
+        **EXACT, predict_x0=False, final_sigmas_type="sigma_min", rescale_betas_zero_snr=True
+    )
+    with pytest.raises(InvalidArgument, match="predict_x0=False cannot start"):
+        scheduler.set_timesteps(5)
+
+
+def test_the_exact_reading_ends_with_bh1_as_well() -> None:
+    scheduler = UniPCMultistepScheduler(solver_type="bh1", compat="exact")
+    scheduler.set_timesteps(5)
+    assert all(torch.isfinite(x).all() for x in run(scheduler))
+
+
+@pytest.mark.parametrize("foreign", ["midpoint", "heun", "logrho"])
+def test_a_solver_type_of_another_class_becomes_bh2(foreign: str) -> None:
+    config = {"solver_type": foreign}
+    assert UniPCMultistepScheduler.from_config(config).config.solver_type == "bh2"
+    theirs = diffusers.UniPCMultistepScheduler.from_config(config)
+    assert theirs.config.solver_type == "bh2"

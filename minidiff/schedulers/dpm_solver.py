@@ -146,6 +146,8 @@ class DPMSolver(SolverSigmas):
 
     def _check_levels(self, levels: list[Level]) -> None:
         super()._check_levels(levels)
+        if ALGORITHMS[self.config.algorithm_type].k < 0:
+            check_noise_start(f"algorithm_type {self.config.algorithm_type!r}", levels[0])
         back = any(levels[i].lam > levels[j].lam for i, j in self._intervals(len(levels) - 1))
         if back and ALGORITHMS[self.config.algorithm_type].stochastic:
             raise InvalidArgument(
@@ -274,6 +276,15 @@ def consistent_noise(config: Config, x: Tensor, x0: Tensor, eps: Tensor, now: Le
     if ALGORITHMS[config.algorithm_type].k > 0 or not config.thresholding:
         return eps
     return split(x0, x, now, "sample")[1]
+
+
+def check_noise_start(option: str, first: Level) -> None:
+    """Refuse an option that integrates ε̂ if x starts as pure noise. Raises InvalidArgument."""
+    if first.alpha == 0:
+        raise InvalidArgument(
+            f"{option} cannot start at zero terminal SNR, where its integral diverges: set "
+            "rescale_betas_zero_snr=False, or integrate x0"
+        )
 
 
 def check_algorithm(config: Config) -> None:

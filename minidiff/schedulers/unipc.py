@@ -32,7 +32,7 @@ from minidiff.errors import InvalidArgument, real_number
 from minidiff.noise import Generators
 from minidiff.schedule import Level, shifted_sigmas, stretched_sigmas
 from minidiff.schedulers.base import Past, SchedulerOutput
-from minidiff.schedulers.dpm_solver import Interval
+from minidiff.schedulers.dpm_solver import Interval, check_noise_start
 from minidiff.schedulers.options import at_most_one
 from minidiff.schedulers.sigmas import FORMULAS, SolverSigmas
 
@@ -194,6 +194,8 @@ class UniPCMultistepScheduler(SolverSigmas):
     def _check_levels(self, levels: list[Level]) -> None:
         super()._check_levels(levels)
         c = self.config
+        if not c.predict_x0:
+            check_noise_start("predict_x0=False", levels[0])
         extrapolates = c.solver_order > 1 and not c.lower_order_final and len(levels) > 2
         if extrapolates and levels[-1].sigma == 0:
             raise InvalidArgument(
