@@ -7,6 +7,7 @@ both; the network costs nothing. What is printed is the median time of a step in
 """
 
 import argparse
+import inspect
 import platform
 import statistics
 import time
@@ -22,21 +23,36 @@ SHAPE = (1, 1, 32, 32)
 CASES = {
     "DDPM": ("DDPMScheduler", {}),
     "DDIM": ("DDIMScheduler", {}),
+    "DDIM inversion": ("DDIMInverseScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "PNDM": ("PNDMScheduler", {}),
+    "LCM": ("LCMScheduler", {}),
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}),
     "DPM-Solver++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
     "SDE-DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM-Solver++ 2S": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+    "UniPC 2": ("UniPCMultistepScheduler", {}),
+    "UniPC 3": ("UniPCMultistepScheduler", {"solver_order": 3}),
+    "EDM Euler": ("EDMEulerScheduler", {}),
+    "EDM DPM-Solver++ 2M": ("EDMDPMSolverMultistepScheduler", {}),
+    "flow matching, Euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 
 
 def step_time(scheduler: Any, n: int) -> float:
-    """Microseconds a step over a walk of n steps, as a pipeline would call it."""
+    """Microseconds a step, its scale_model_input included, over a walk as a pipeline makes it."""
     scheduler.set_timesteps(n)
-    generator = torch.Generator().manual_seed(0)
+    options = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = torch.Generator().manual_seed(0)
     x, out = torch.randn(SHAPE), torch.randn(SHAPE)
     start = time.perf_counter()
     for t in scheduler.timesteps:
-        x = scheduler.step(out, t, x, generator=generator).prev_sample
-    return 1e6 * (time.perf_counter() - start) / n
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(out, t, x, **options).prev_sample
+    return 1e6 * (time.perf_counter() - start) / len(scheduler.timesteps)
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def table(rows: list[Row], evaluator: Evaluator, n: int) -> str:
         f"{'sampler':<22}{'steps':>6}{'seconds':>9}{'accuracy':>10}{'FD ‰':>8}{'coverage':>10}"
     ]
     for name, steps, seconds, scores in rows:
-        lines.append(f"{SAMPLERS[name]:<22}{steps:>6}{seconds:>9.1f}{_figures(scores)}")
+        lines.append(f"{SAMPLERS[name].title:<22}{steps:>6}{seconds:>9.1f}{_figures(scores)}")
     for name, scores in (
         ("real, held out", evaluator.ceiling(n)),
         ("real, training", evaluator.floor(n)),

@@ -1,18 +1,35 @@
 """Samplers by the short names of the command line."""
 
-from minidiff.errors import one_of
-from minidiff.schedulers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    Scheduler,
-)
+from typing import Any, NamedTuple
+
+from minidiff.errors import InvalidArgument, one_of
+from minidiff.schedulers import SCHEDULERS, Scheduler
+
+
+class Sampler(NamedTuple):
+    """What a short name stands for."""
+
+    title: str
+    scheduler: str
+    options: dict[str, Any]
+
+
+_MULTISTEP = "DPMSolverMultistepScheduler"
 
 SAMPLERS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "dpm++": "DPM-Solver++ (2M)",
-    "sde-dpm++": "SDE-DPM-Solver++ (2M)",
+    "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False}),
+    "ddim": Sampler("DDIM", "DDIMScheduler", {"clip_sample": False}),
+    "euler": Sampler("Euler", "EulerDiscreteScheduler", {}),
+    "euler-a": Sampler("Euler ancestral", "EulerAncestralDiscreteScheduler", {}),
+    "heun": Sampler("Heun", "HeunDiscreteScheduler", {}),
+    "plms": Sampler("PNDM (PLMS)", "PNDMScheduler", {"skip_prk_steps": True}),
+    "dpm++": Sampler("DPM-Solver++ (2M)", _MULTISTEP, {}),
+    "dpm++3": Sampler("DPM-Solver++ (3M)", _MULTISTEP, {"solver_order": 3}),
+    "dpm++2s": Sampler("DPM-Solver++ (2S)", "DPMSolverSinglestepScheduler", {}),
+    "sde-dpm++": Sampler(
+        "SDE-DPM-Solver++ (2M)", _MULTISTEP, {"algorithm_type": "sde-dpmsolver++"}
+    ),
+    "unipc": Sampler("UniPC (2)", "UniPCMultistepScheduler", {}),
 }
 
 
@@ -23,25 +40,29 @@ def sampler(name: str, like: Scheduler) -> Scheduler:
     (Lin et al. 2023, arXiv:2305.08891, section 3.3).
 
     Args:
-        name: "ddpm", "ddim", "dpm++" or "sde-dpm++".
+        name: a key of `SAMPLERS`. LCM is not among them: it wants a distilled network.
+        like: usually the scheduler that the model was trained with.
     Raises:
-        InvalidArgument: another name.
+        InvalidArgument: another name, or a schedule or prediction type that the sampler lacks.
     """
     one_of("sampler", name, SAMPLERS)
-    shared = {
-        "num_train_timesteps": like.config.num_train_timesteps,
-        "beta_start": like.config.beta_start,
-        "beta_end": like.config.beta_end,
-        "beta_schedule": like.config.beta_schedule,
-        "trained_betas": like.config.trained_betas,
-        "rescale_betas_zero_snr": like.config.rescale_betas_zero_snr,
-        "prediction_type": like.config.prediction_type,
-        "compat": like.config.compat,
-        "timestep_spacing": "trailing",
+    cls, options = SCHEDULERS[SAMPLERS[name].scheduler], SAMPLERS[name].options
+    schedule = {
+        option: like.config[option]
+        for option in (
+            "num_train_timesteps",
+            "beta_start",
+            "beta_end",
+            "beta_schedule",
+            "trained_betas",
+            "rescale_betas_zero_snr",
+            "prediction_type",
+            "compat",
+        )
+        if option in like.config
     }
-    if name == "ddpm":
-        return DDPMScheduler(clip_sample=False, **shared)
-    if name == "ddim":
-        return DDIMScheduler(clip_sample=False, **shared)
-    algorithm = "dpmsolver++" if name == "dpm++" else "sde-dpmsolver++"
-    return DPMSolverMultistepScheduler(algorithm_type=algorithm, **shared)
+    if like.config.get("rescale_betas_zero_snr") and not cls.has_option("rescale_betas_zero_snr"):
+        raise InvalidArgument(
+            f"sampler {name!r} has no rescale_betas_zero_snr, which this model was trained with"
+        )
+    return cls.from_config(schedule | options, timestep_spacing="trailing")

@@ -146,7 +146,7 @@ def bad_mnist(folder, damage):
         ("sample RUN --png OUT/x.png --guidance nan", 2, "guidance_scale must be finite"),
         ("sample RUN --png OUT/x.png --class 10", 2, "class_labels must be in 0..9, got 10"),
         ("sample RUN --png OUT/x.png --num 0", 2, "num_images"),
-        ("sample RUN --png OUT/x.png --sampler euler2", 2, "ddpm, ddim, dpm++"),
+        ("sample RUN --png OUT/x.png --sampler euler2", 2, "ddpm, ddim, euler"),
         ("sample RUN --png OUT/x.png --eta 0.5", 2, "eta is DDIM's"),
         ("sample RUN --png OUT/x.png --sampler ddim --eta 2", 2, "eta must be in"),
         ("evaluate RUN --num 5", 2, "192"),

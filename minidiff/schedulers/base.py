@@ -126,6 +126,11 @@ class Scheduler:
         every = list(range(len(self.schedule)))[::-1]
         self._set_grid(every, [*map(self.level, every), self.final_level], device=None)
 
+    @classmethod
+    def has_option(cls, name: str) -> bool:
+        """Whether the constructor takes an option of this name."""
+        return name in cls._defaults()
+
     def reread(self, reading: Exact) -> "Scheduler":
         """The same scheduler under another reading, such as `quirks.departing("phi3")`."""
         other = copy.copy(self)
