@@ -1,0 +1,261 @@
+"""Bad input to a scheduler is refused before any work, by a message that names the argument.
+
+One table for the options, whichever class has them, and one for the calls, for every class.
+"""
+
+import inspect
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument
+from minidiff.schedulers import SCHEDULERS, Scheduler
+
+NAN, INF = math.nan, math.inf
+FLAG = (1, 0, "yes", None)
+POSITIVE = (0, -1.0, NAN, INF, "one", True)
+COUNT = (0, -1, 2.5, "ten", True, None, NAN)
+
+BAD_OPTIONS: dict[str, tuple] = {
+    "num_train_timesteps": COUNT,
+    "beta_start": (0, -0.1, 1.0, NAN, "low"),
+    "beta_end": (0, 1.5, NAN, INF, "high"),
+    "beta_schedule": ("quadratic", "", None, 3),
+    "trained_betas": ([], [0.1, -0.1], [0.1, 1.0], [NAN], "0.1", [[0.1]], 0.1),
+    "rescale_betas_zero_snr": FLAG,
+    "prediction_type": ("noise", "x0", None, 1),
+    "compat": ("paper", None, True),
+    "clip_sample": FLAG,
+    "clip_sample_range": (-1, NAN, INF, "wide"),
+    "thresholding": FLAG,
+    "dynamic_thresholding_ratio": (-0.1, 1.1, NAN, "most"),
+    "sample_max_value": (0.5, NAN, "big"),
+    "timestep_spacing": ("karras", "", None),
+    "steps_offset": (-1, 0.5, "one", True),
+    "set_alpha_to_one": FLAG,
+    "final_sigmas_type": ("one", None, 0),
+    "lambda_min_clipped": (NAN, INF, "low", None),
+    "interpolation_type": ("cubic", None),
+    "timestep_type": ("real", None),
+    "use_karras_sigmas": FLAG,
+    "use_exponential_sigmas": FLAG,
+    "use_beta_sigmas": FLAG,
+    "use_lu_lambdas": FLAG,
+    "use_flow_sigmas": FLAG,
+    "flow_shift": POSITIVE,
+    "shift": POSITIVE,
+    "shift_terminal": (0.0, 1.0, -0.5, NAN, "end"),
+    "use_dynamic_shifting": FLAG,
+    "time_shift_type": ("quadratic", None),
+    "base_shift": (NAN, INF, "some"),
+    "max_shift": (NAN, INF, "some"),
+    "base_image_seq_len": (0, 1.5, "long"),
+    "max_image_seq_len": (0, 1.5, "long"),
+    "invert_sigmas": FLAG,
+    "sigma_min": (0, -1.0, NAN, INF, "small"),
+    "sigma_max": (0, -1.0, NAN, INF, "large"),
+    "sigma_data": POSITIVE,
+    "sigma_schedule": ("linear", None),
+    "rho": POSITIVE,
+    "original_inference_steps": COUNT,
+    "timestep_scaling": (-1.0, NAN, INF, "much"),
+    "variance_type": ("fixed_large_log", "none", 1),
+    "solver_order": (0, 4, 2.0, "two", None, True),
+    "solver_type": ("euler", None),
+    "algorithm_type": ("deis", "dpm", None),
+    "lower_order_final": FLAG,
+    "euler_at_final": FLAG,
+    "predict_x0": FLAG,
+    "disable_corrector": ([-1], [0.5], 3, "all", None),
+    "solver_p": ("DDIMScheduler", 1),
+    "skip_prk_steps": FLAG,
+    "stochastic_sampling": FLAG,
+}
+
+
+def options_of(name: str) -> list[str]:
+    return [p for p in inspect.signature(SCHEDULERS[name].__init__).parameters if p != "self"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_option_refuses_what_it_cannot_be(name: str) -> None:
+    for option in options_of(name):
+        for value in BAD_OPTIONS[option]:
+            with pytest.raises(InvalidArgument, match=option):
+                SCHEDULERS[name](**{option: value})
+                pytest.fail(f"{name}({option}={value!r}) was accepted")
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_option_that_does_not_exist_is_refused_by_name(name: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"beta_strat.*its options are"):
+        SCHEDULERS[name](beta_strat=0.1)
+    with pytest.raises(InvalidArgument, match="beta_strat"):
+        SCHEDULERS[name].from_config({"beta_strat": 0.1})
+
+
+FORMULAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_formulas_for_sigma_exclude_each_other(name: str) -> None:
+    own = [f for f in FORMULAS if f in options_of(name)]
+    for first, second in pairwise(own):
+        with pytest.raises(InvalidArgument, match=f"{first} and {second}"):
+            SCHEDULERS[name](**{first: True, second: True})
+
+
+# --- the grid -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, -3, 1.5, 10.0, "ten", True, NAN, [10]])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_number_of_steps_that_is_none_is_refused(name: str, n: Any) -> None:
+    with pytest.raises(InvalidArgument, match="num_inference_steps"):
+        SCHEDULERS[name]().set_timesteps(n)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_more_steps_than_training_had_are_refused(name: str) -> None:
+    if any(kind in name for kind in ("EDM", "FlowMatch", "Euler", "Heun")):
+        pytest.skip("its timesteps are real numbers, of which there are enough")
+    with pytest.raises(InvalidArgument, match="num_inference_steps"):
+        SCHEDULERS[name]().set_timesteps(1001)
+
+
+@pytest.mark.parametrize(
+    "timesteps",
+    [[], [5, 5], [3, 7], [1000, 1], [5, -1], [5, NAN], [5, "one"], [INF, 5]],
+    ids=str,
+)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_timesteps_that_are_no_falling_grid_are_refused(name: str, timesteps: list) -> None:
+    scheduler = SCHEDULERS[name]()
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        pytest.skip("it takes no timesteps")
+    if "FlowMatch" in name and timesteps == [1000, 1]:
+        timesteps = [1001, 1]  # its first step is T
+    with pytest.raises(InvalidArgument, match="timesteps"):
+        scheduler.set_timesteps(timesteps=timesteps)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_neither_or_both_of_a_number_and_a_grid_are_refused(name: str) -> None:
+    scheduler = SCHEDULERS[name]()
+    takes = inspect.signature(scheduler.set_timesteps).parameters
+    if takes["num_inference_steps"].default is None:
+        with pytest.raises(InvalidArgument, match="num_inference_steps"):
+            scheduler.set_timesteps()
+    if "timesteps" in takes:
+        with pytest.raises(InvalidArgument, match="timesteps"):
+            scheduler.set_timesteps(3, timesteps=[9, 1])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_refused_grid_leaves_the_one_before(name: str) -> None:
+    scheduler = ready(name)
+    before = list(scheduler.grid)
+    with pytest.raises(InvalidArgument):
+        scheduler.set_timesteps(-1)
+    assert scheduler.grid == before
+    assert scheduler.timesteps.tolist() == pytest.approx(before)
+
+
+@pytest.mark.parametrize("begin", [-1, 1000, 0.5, "first", True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_begin_index_off_the_grid_is_refused(name: str, begin: Any) -> None:
+    with pytest.raises(InvalidArgument, match="begin_index"):
+        ready(name).set_begin_index(begin)
+
+
+# --- a step -------------------------------------------------------------------------------------
+
+
+def ready(name: str) -> Scheduler:
+    scheduler = SCHEDULERS[name]()
+    scheduler.set_timesteps(5)
+    return scheduler
+
+
+def x_of(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(2, 3, 4, 4, dtype=dtype)
+
+
+BAD_TENSORS = {
+    "another shape": (x_of()[:1], x_of(), "model_output must have the shape of sample"),
+    "more channels": (torch.cat([x_of(), x_of()], 1), x_of(), "model_output must have the shape"),
+    "integers": (x_of(torch.int64), x_of(torch.int64), "floating point"),
+    "an integer output": (x_of(torch.int32), x_of(), "model_output and sample"),
+    "mixed dtypes": (x_of(torch.float16), x_of(), "model_output and sample.*float16 and.*float32"),
+    "NaN": (x_of() + NAN, x_of(), "model_output must be finite, got NaN in 100.0%"),
+    "one NaN": (x_of().index_fill(0, torch.tensor([1]), NAN), x_of(), "got NaN in 50.0%"),
+    "infinity": (x_of() - INF, x_of(), "model_output must be finite, got infinite"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_tensors_that_do_not_fit_are_refused(name: str, kind: str) -> None:
+    scheduler = ready(name)
+    output, sample, message = BAD_TENSORS[kind]
+    with pytest.raises(InvalidArgument, match=message):
+        scheduler.step(output, scheduler.timesteps[0], sample)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_refused_step_can_be_taken_again(name: str) -> None:
+    scheduler, other = ready(name), ready(name)
+    t, out = scheduler.timesteps[0], x_of() + 0.5
+    with pytest.raises(InvalidArgument, match="finite"):
+        scheduler.step(out * NAN, t, x_of())
+    options = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = torch.Generator().manual_seed(0)
+    again = scheduler.step(out, t, x_of(), **options).prev_sample
+    if options:
+        options["generator"] = torch.Generator().manual_seed(0)
+    assert torch.equal(again, other.step(out, t, x_of(), **options).prev_sample)
+
+
+@pytest.mark.parametrize("t", [-1, 1234.5, NAN])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_timestep_off_the_grid_is_refused(name: str, t: float) -> None:
+    with pytest.raises(InvalidArgument, match="timestep"):
+        ready(name).step(x_of(), t, x_of())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_step_before_set_timesteps_is_refused(name: str) -> None:
+    if name == "DDPMScheduler":
+        pytest.skip("it walks every training step by default, in diffusers too")
+    scheduler = SCHEDULERS[name]()
+    with pytest.raises(InvalidArgument, match="set_timesteps"):
+        scheduler.step(x_of(), scheduler.timesteps[0], x_of())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_step_beyond_the_last_is_refused(name: str) -> None:
+    if name in ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler"):
+        pytest.skip("they look the timestep up: steps may be taken in any order")
+    scheduler = ready(name)
+    for t in scheduler.timesteps:
+        scheduler.step(x_of(), t, x_of())
+    with pytest.raises(InvalidArgument, match="steps are done"):
+        scheduler.step(x_of(), scheduler.timesteps[-1], x_of())
+
+
+# --- noising ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noising_refuses_tensors_and_timesteps_that_do_not_fit(name: str) -> None:
+    scheduler = ready(name)
+    t = scheduler.timesteps[:1]
+    with pytest.raises(InvalidArgument, match="shape"):
+        scheduler.add_noise(x_of(), x_of()[:1], t)
+    with pytest.raises(InvalidArgument, match=r"integers|numbers"):
+        scheduler.add_noise(x_of(), x_of(), torch.cat([t, t, t]))
