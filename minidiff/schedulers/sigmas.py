@@ -128,7 +128,8 @@ class TrainedSigmas(SigmaScheduler):
         """The σ after the last step."""
         if self.config.get("final_sigmas_type", "zero") == "zero":
             return 0.0
-        return self.schedule.sigma_of(np.zeros(1)).item()
+        # A formula ends there too, but for its rounding: the last step must not rise.
+        return min(self.schedule.sigma_of(np.zeros(1)).item(), sigmas[-1])
 
     def _formula(self, timesteps: Sequence | None = None) -> str | None:
         """The option that places σ by a formula, if one is set. Raises InvalidArgument."""
