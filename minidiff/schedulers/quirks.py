@@ -705,7 +705,6 @@ class Diffusers(Exact):
         return out if stochastic else -out
 
 
-@functools.lru_cache(maxsize=4096)
 def _trailing(n: int, last: int, steps: int) -> np.ndarray:
     grid = np.round(np.arange(last, 0, -steps / n)) - 1
     if grid[-1] < 0:
@@ -717,6 +716,7 @@ def _trailing(n: int, last: int, steps: int) -> np.ndarray:
     return grid
 
 
+@functools.lru_cache(maxsize=4096)
 def _rounded_transfer(now: float, nxt: float) -> tuple[float, float]:
     a, b = torch.tensor([now, nxt])  # not NumPy: the last bit of its float32 root is another
     denominator = a * (1 - b).sqrt() + (a * (1 - a) * b).sqrt()
