@@ -207,17 +207,21 @@ def test_prediction_types_agree_when_fed_converted_outputs() -> None:
 
 @pytest.mark.parametrize("n", [20, 50, 60])
 def test_asking_the_network_where_x_is_goes_closer_along_the_flow(n: int) -> None:
-    """diffusers asks it at the next noisier level; where n does not divide T it misses more."""
+    """In the root mean square over the data; diffusers asks it at the next noisier level.
+
+    Not everywhere: beyond two standard deviations diffusers' way is the closer one.
+    """
     missed = {}
     for compat in ("exact", "diffusers"):
         _, up = pair(compat=compat, timestep_spacing="trailing")
         up.set_timesteps(n)
-        x = data = torch.linspace(-1.5, 2, 21, dtype=torch.float64)[:, None]
+        x = data = MIXTURE.sample(1000, torch.Generator().manual_seed(0))
         for t, exact in zip(up.grid, up.levels, strict=False):
             level = exact if compat == "exact" else up.level(t)
             x = up.step(MIXTURE.noise(x, level), t, x).prev_sample
-        missed[compat] = (x - MIXTURE.flow(data, CLEAN, up.levels[-1])).abs().max().item()
-    assert missed["diffusers"] > 1.3 * missed["exact"]
+        error = x - MIXTURE.flow(data, CLEAN, up.levels[-1])
+        missed[compat] = error.square().mean().sqrt().item()
+    assert missed["diffusers"] > 1.7 * missed["exact"]
 
 
 # --- refusals -----------------------------------------------------------------------------------

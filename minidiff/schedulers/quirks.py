@@ -613,8 +613,8 @@ class Diffusers(Exact):
         return shift / (shift + (1 / sigmas - 1))
 
     def inversion_grid(self, scheduler, rising: list[int]) -> tuple[list[int], list[Level]]:
-        """The network is asked at the level that a step of DDIM inversion ends at, not where x is,
-        so x strays from the flow by a third more.
+        """The network is asked at the level that a step of DDIM inversion ends at, not where x is:
+        over samples of the data x strays from the flow about twice as far, in their tails less.
         """
         stride = scheduler.config.num_train_timesteps // len(rising)
         start = _level_or_end(scheduler, rising[0] - stride)
