@@ -106,7 +106,7 @@ def tolerance(case: Case) -> float:
 
 def last_step_is_empty(case: Case) -> bool:
     sigmas = sigmas_of(case)
-    return sigmas[-1] > 0 and abs(sigmas[-2] / sigmas[-1] - 1) < 1e-5
+    return sigmas[-1] > 0 and abs(sigmas[-2] / sigmas[-1] - 1) < 1e-3
 
 
 CORNERS = [

@@ -112,12 +112,10 @@ class EDMSigmas(SigmaScheduler):
     def _place_edm(self, sigmas: np.ndarray, device: torch.device | str | None = None) -> None:
         """Accept these σ (n,), their c_noise, and the end."""
         grid = self.precondition_noise(torch.tensor(sigmas, dtype=self.reading.dtype)).numpy()
-        zero = self.config.final_sigmas_type == "zero"
-        self._place_sigmas(grid, sigmas, 0.0 if zero else self._sigma_min(sigmas), device)
-
-    def _sigma_min(self, sigmas: np.ndarray) -> float:
-        """The end of a grid that stops before the data; rounding must not make it rise."""
-        return min(self.config.sigma_min, sigmas[-1])
+        c, end = self.config, 0.0
+        if c.final_sigmas_type == "sigma_min":
+            end = self.reading.edm_end(sigmas, c.sigma_min, c.get("algorithm_type"))
+        self._place_sigmas(grid, sigmas, end, device)
 
 
 class EDMEulerScheduler(EDMSigmas):
@@ -205,9 +203,6 @@ class EDMEulerScheduler(EDMSigmas):
         if self.x0_is_given:
             return split(out, x, now, "sample")
         return super()._split(out, *read_at(x, now))
-
-    def _sigma_min(self, sigmas: np.ndarray) -> float:
-        return self.reading.edm_end(sigmas, super()._sigma_min(sigmas))
 
 
 class EDMDPMSolverMultistepScheduler(EDMSigmas):

@@ -148,9 +148,9 @@ class Exact:
             return exponential_sigmas(low, high, n)
         return karras_sigmas(low, high, n, rho)
 
-    def edm_end(self, sigmas: np.ndarray, sigma_min: float) -> float:
-        """σ after the last step of EDM's Euler where it stops at "sigma_min"."""
-        return sigma_min
+    def edm_end(self, sigmas: np.ndarray, sigma_min: float, algorithm_type: str | None) -> float:
+        """σ after the last step of EDM's samplers that stop at "sigma_min": it never rises."""
+        return min(sigma_min, sigmas[-1])
 
     def check_edm_sigmas(self, sigmas: object) -> None:
         """One's own σ are σ."""
@@ -463,9 +463,14 @@ class Diffusers(Exact):
         sigmas = (high + torch.linspace(0, 1, n, dtype=dtype) * (low - high)) ** rho
         return sigmas.to(torch.float32).numpy()
 
-    def edm_end(self, sigmas: np.ndarray, sigma_min: float) -> float:
-        """The last σ of the grid, which for one step is the first: nothing happens in it."""
-        return sigmas[-1]
+    def edm_end(self, sigmas: np.ndarray, sigma_min: float, algorithm_type: str | None) -> float:
+        """Euler's is the last σ of the grid, which for one step is the first: nothing happens.
+        DPM-Solver's is σ_min, and rounding puts the grid's end below it or above. The SDE cannot
+        rise, and gives NaN in diffusers.
+        """
+        if algorithm_type == "dpmsolver++":
+            return sigma_min
+        return sigmas[-1] if algorithm_type is None else min(sigma_min, sigmas[-1])
 
     def check_edm_sigmas(self, sigmas: object) -> None:
         """set_timesteps takes them for positions in the formula, 0 its first σ and 1 its last."""
