@@ -55,7 +55,7 @@ class Past(NamedTuple):
 
 
 class Scheduler:
-    """Base of all schedulers. A new sampler writes `__init__` (its options) and `update`.
+    """Base of all schedulers. A new sampler writes `update`, and `__init__` if it has options.
 
     Attributes:
         config: the options, as a dict with attribute access.
@@ -72,6 +72,23 @@ class Scheduler:
     unsupported: Mapping[str, Any] = {}  # option -> the only value that can work
     choices: Mapping[str, Sequence] = {}  # option -> its values, where the family has others
     translated: Mapping[str, Mapping] = {}  # option -> another class' values and what they become
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        compat: str = "exact",
+    ) -> None:
+        self._configure(locals())
 
     def update(
         self,

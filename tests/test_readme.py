@@ -1,0 +1,32 @@
+"""What the README shows is what happens."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_sampler_of_ones_own_has_the_order_it_says(capsys: pytest.CaptureFixture) -> None:
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "class " in b)
+    exec(compile(block, "README.md", "exec"), {})
+    order, header, *lines = capsys.readouterr().out.splitlines()
+    claimed = float(re.search(r"# (\d\.\d+): of second order", block)[1])
+    assert float(order) == pytest.approx(claimed, abs=0.01)
+    assert header.split() == ["t", "A0", "B0", "B1"]
+    assert len(lines) == 5
+
+
+def test_the_table_of_contents_names_what_exists() -> None:
+    rows = re.findall(r"^\| `([\w/]+/)` \|", README, re.M)
+    assert rows
+    for folder in rows:
+        assert (Path(__file__).parent.parent / folder).is_dir(), folder
+
+
+def test_the_pictures_and_pages_it_links_to_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert (Path(__file__).parent.parent / link).is_file(), link
