@@ -36,9 +36,12 @@ SHAPE = (2, 2, 3, 3)
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A draw from the full product of options that have an effect."""
+    """A draw from the full product of options."""
     options = draw(schedule_options())
     train_steps = options["num_train_timesteps"]
+    options["timestep_spacing"] = draw(st.sampled_from(["linspace", "leading", "trailing"]))
+    options["steps_offset"] = draw(st.sampled_from([0, 1]))
+    options["set_alpha_to_one"] = draw(st.booleans())
     options["original_inference_steps"] = draw(st.integers(1, train_steps))
     options["timestep_scaling"] = draw(st.sampled_from([10.0, 10.0, 1.0, 0.003, 0.0]))
     options["prediction_type"] = draw(st.sampled_from(["epsilon", "sample", "v_prediction"]))
@@ -157,32 +160,30 @@ def test_a_step_gives_the_same_as_a_tuple_and_by_name() -> None:
     assert torch.equal(outputs[0].denoised, outputs[1][1])
 
 
-def test_a_stable_diffusion_config_becomes_an_lcm() -> None:
-    """Its options that have no effect on an LCM are left out; given by hand they are refused."""
-    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    dead = {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
-    source = PNDMScheduler(**options, **dead, skip_prk_steps=True, num_train_timesteps=500)
-    moved = LCMScheduler.from_config(source.config)
-    assert (moved.config.num_train_timesteps, moved.config.steps_offset) == (500, 0)
-    theirs = diffusers.LCMScheduler.from_config(source.config)
-    for scheduler in (moved, theirs):
-        scheduler.set_timesteps(5)
-    assert moved.timesteps.tolist() == theirs.timesteps.tolist()
-    with pytest.raises(InvalidArgument, match="steps_offset=1"):
-        LCMScheduler.from_config(source.config, steps_offset=1)
+IDLE = {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing"}
 
 
-def test_the_options_that_are_refused_have_no_effect_in_diffusers() -> None:
+@pytest.mark.parametrize("compat", ["exact", "diffusers"])
+def test_the_options_of_a_grid_that_an_lcm_has_not_change_nothing(compat: str) -> None:
+    """diffusers has them without using them, and so every Stable Diffusion config."""
+    grid = {"num_inference_steps": 5}
+    cases = [Case("LCM", options, grid, {}, torch.float32) for options in ({}, IDLE)]
     states = []
-    for options in (
-        {},
-        {"set_alpha_to_one": False, "steps_offset": 7, "timestep_spacing": "trailing"},
-    ):
-        case = Case("LCM", options, {"num_inference_steps": 5}, {}, torch.float32)
-        theirs = theirs_of(case)
-        theirs.set_timesteps(5)
-        states.append(trajectory(theirs, case))
+    for scheduler, case in [(ours_of(case, compat=compat), case) for case in cases]:
+        scheduler.set_timesteps(5)
+        states.append(trajectory(scheduler, case))
     assert all(map(torch.equal, *states))
+
+
+def test_a_stable_diffusion_config_passes_through_an_lcm_unharmed() -> None:
+    source = PNDMScheduler(**IDLE, skip_prk_steps=True, num_train_timesteps=500)
+    lcm = LCMScheduler.from_config(source.config)
+    moved = DDIMScheduler.from_config(lcm.config)
+    assert {name: moved.config[name] for name in IDLE} == IDLE
+    theirs = diffusers.LCMScheduler.from_config(source.config)
+    for scheduler in (lcm, theirs):
+        scheduler.set_timesteps(5)
+    assert lcm.timesteps.tolist() == theirs.timesteps.tolist()
 
 
 # --- beside the mathematics ---------------------------------------------------------------------
@@ -290,9 +291,9 @@ def test_one_step_of_a_consistency_model_is_one_step_of_ddim_to_the_data() -> No
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"set_alpha_to_one": False}, "set_alpha_to_one=False"),
-        ({"steps_offset": 1}, "steps_offset=1"),
-        ({"timestep_spacing": "trailing"}, "timestep_spacing='trailing'"),
+        ({"set_alpha_to_one": 1}, "set_alpha_to_one"),
+        ({"steps_offset": -1}, "steps_offset"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing"),
         ({"original_inference_steps": 0}, "original_inference_steps"),
         ({"original_inference_steps": 2.5}, "original_inference_steps"),
         ({"timestep_scaling": -1.0}, "timestep_scaling"),

@@ -123,7 +123,7 @@ def test_the_exact_reading_samples_or_refuses_whatever_the_options(case: Case) -
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("begin", [1, 2, 9, 14])
+@pytest.mark.parametrize("begin", [1, 2, 9, 14, 19])
 def test_a_start_in_the_middle_is_that_of_diffusers(kind: str, skip: bool, begin: int) -> None:
     """Wrong as it is: diffusers counts its calls from the first one. It has no set_begin_index."""
     options = {"skip_prk_steps": skip, "prediction_type": kind}
@@ -137,6 +137,22 @@ def test_a_start_in_the_middle_is_that_of_diffusers(kind: str, skip: bool, begin
         for t in scheduler.timesteps[begin:]:
             x = scheduler.step(f(x, t), t, x).prev_sample
         states.append(x)
+    assert difference(*states) < 1e-6
+
+
+def test_a_start_near_the_end_steps_past_timestep_0_as_diffusers_does() -> None:
+    """Its Runge-Kutta stages go down by half a stride from wherever sampling begins."""
+    case = Case("PNDM", {}, {"num_inference_steps": 7}, {}, torch.float64)
+    f, states = network(case), []
+    for scheduler in (ours_of(case), theirs_of(case)):
+        scheduler.set_timesteps(7)
+        x = torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(SHAPE)
+        if isinstance(scheduler, PNDMScheduler):
+            scheduler.set_begin_index(15)
+        for t in scheduler.timesteps[15:]:
+            x = scheduler.step(f(x, t), t, x).prev_sample
+        states.append(x)
+    assert int(scheduler.timesteps[15]) == 0
     assert difference(*states) < 1e-6
 
 

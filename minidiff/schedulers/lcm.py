@@ -12,8 +12,8 @@ Sources: Song et al. 2023, "Consistency Models", arXiv:2303.01469; Luo et al. 20
 Consistency Models", arXiv:2310.04378.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
 from minidiff.schedule import Level
-from minidiff.schedulers.base import IndexedScheduler, Scheduler
+from minidiff.schedulers.base import IndexedScheduler
 
 SIGMA_DATA = 0.5  # of the data, as in EDM; diffusers has it fixed
 
@@ -44,17 +44,12 @@ class LCMScheduler(IndexedScheduler):
 
     Args are diffusers' (same names, same defaults). The network was distilled on
     `original_inference_steps` evenly spaced training steps, and sampling visits some of them.
-    `timestep_scaling` is how fast c_skip falls with t. Where the steps lie and that the end is
-    clean is fixed, so `timestep_spacing`, `steps_offset` and `set_alpha_to_one` have no effect in
-    diffusers: here they are refused, but `from_config` leaves them out of another class' config.
-    `compat` is "diffusers" or "exact", see `quirks.py`.
+    `timestep_scaling` is how fast c_skip falls with t. `timestep_spacing`, `steps_offset` and
+    `set_alpha_to_one` have no effect, in diffusers neither: where the steps lie and that the end is
+    clean is fixed. Every Stable Diffusion config has them, and an LCM made from one hands them on
+    to the class that is next made from its own. `compat` is "diffusers" or "exact", see
+    `quirks.py`.
     """
-
-    unsupported: ClassVar = {
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "timestep_spacing": "leading",
-    }
 
     def __init__(
         self,
@@ -78,15 +73,6 @@ class LCMScheduler(IndexedScheduler):
         compat: str = "diffusers",
     ) -> None:
         self._configure(locals())
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Scheduler":
-        """As `Scheduler.from_config`; options without effect here are left out of `config`.
-
-        Every Stable Diffusion config has them, and becomes an LCM's this way.
-        """
-        kept = {name: value for name, value in config.items() if name not in cls.unsupported}
-        return super().from_config(kept, **overrides)
 
     def set_timesteps(
         self,

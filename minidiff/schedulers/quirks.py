@@ -654,7 +654,7 @@ class Diffusers(Exact):
         i = scheduler._advance_to(t)
         if not scheduler.config.skip_prk_steps and i < 12:
             now = t if i % 4 else scheduler.grid[i]
-            return scheduler.level(now), scheduler.level(t if i % 2 else t - stride // 2)
+            return scheduler.level(now), _level_or_end(scheduler, t if i % 2 else t - stride // 2)
         if i == 1:
             scheduler.stages[0] = scheduler.stages[0]._replace(level=scheduler.level(t + stride))
             return scheduler.level(t), scheduler.level(t)
