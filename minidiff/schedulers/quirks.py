@@ -118,6 +118,10 @@ class Exact:
         """Standard deviation of x0 + σ·ε for data of variance 1."""
         return math.hypot(1, sigma)
 
+    def euler_end(self, trained: float, last: float) -> float:
+        """σ after an Euler grid that stops at "sigma_min": training step 0's, if it is lower."""
+        return min(trained, last)
+
     def churned_sample(
         self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
     ) -> tuple[Tensor, Level]:
@@ -422,6 +426,10 @@ class Diffusers(Exact):
         """σ alone for "linspace" and "trailing", as if the data had no variance."""
         return math.hypot(1, sigma) if spacing == "leading" else sigma
 
+    def euler_end(self, trained: float, last: float) -> float:
+        """Training step 0's always: a grid with a lower `sigma_min` rises in its last step."""
+        return trained
+
     def churned_sample(
         self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
     ) -> tuple[Tensor, Level]:
@@ -647,18 +655,18 @@ class Diffusers(Exact):
         call redoes the first step, whatever its timestep: image-to-image, which starts in the
         middle, loses an interval there, and x stays noisier than the network is told.
         """
-        steps = scheduler.config.num_train_timesteps
-        stride = steps // scheduler.num_inference_steps
+        asked = scheduler.level(t)
+        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         if scheduler.step_index is None:
             scheduler._step_index = 0
         i = scheduler._advance_to(t)
         if not scheduler.config.skip_prk_steps and i < 12:
-            now = t if i % 4 else scheduler.grid[i]
-            return scheduler.level(now), _level_or_end(scheduler, t if i % 2 else t - stride // 2)
+            now = asked if i % 4 else scheduler.level(scheduler.grid[i])
+            return now, asked if i % 2 else _level_or_end(scheduler, t - stride // 2)
         if i == 1:
             scheduler.stages[0] = scheduler.stages[0]._replace(level=scheduler.level(t + stride))
-            return scheduler.level(t), scheduler.level(t)
-        return scheduler.level(t), _level_or_end(scheduler, t - stride)
+            return asked, asked
+        return asked, _level_or_end(scheduler, t - stride)
 
     def runge_kutta_middle(self, noisier: int, cleaner: int, stride: int) -> int:
         """Half of T//n above the end, also where the step is not T//n long; the first of the four
