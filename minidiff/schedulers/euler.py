@@ -194,6 +194,11 @@ class EulerDiscreteScheduler(ExplodingSigmas):
             return t
         return 0.25 * torch.tensor(sigmas, dtype=self.reading.dtype).log().numpy()
 
+    def _end(self, sigmas: np.ndarray) -> float:
+        if self.config.final_sigmas_type == "zero":
+            return 0.0
+        return self.reading.euler_end(self.schedule.sigma_of(np.zeros(1)).item(), sigmas[-1])
+
     def step(
         self,
         model_output: Tensor,
