@@ -85,6 +85,9 @@ PROBES: dict[str, Probe | str] = {
     "preserving_levels": Probe(_MULTI, {"solver_order": 3}, 500),
     "exploding_levels": Probe("HeunDiscreteScheduler", {}, 500),
     "exploding_start": "the start has 1/(1 + σ²) too little variance: 4e-5 for the linear schedule",
+    "euler_end": Probe(
+        _EULER, {"use_karras_sigmas": True, "sigma_min": 0.001, "final_sigmas_type": "sigma_min"}
+    ),
     "churned_sample": Probe(_EULER, {}, weak=True, step={"s_churn": 5.0}),
     "ancestral_sigmas": Probe("EulerAncestralDiscreteScheduler", {}, 5, weak=True),
     "check_ancestral": "refused by name",

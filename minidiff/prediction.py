@@ -42,7 +42,8 @@ _ROWS["flow_prediction"] = _ROWS["flow"]  # diffusers' name for it
 
 def row(prediction_type: str, level: Level) -> tuple:
     """(p, q) of out = p·x0 + q·ε at this level. Raises InvalidArgument for another type."""
-    one_of("prediction_type", prediction_type, _ROWS)
+    if prediction_type not in _ROWS:
+        one_of("prediction_type", prediction_type, _ROWS)
     return _ROWS[prediction_type](level)
 
 

@@ -562,7 +562,7 @@ def _check_tensors(
                 f"got {tuple(variance_noise.shape)}"
             )
     # On a GPU this would wait for the network in every step, so there the pictures are checked.
-    if output.device.type == "cpu" and not torch.compiler.is_compiling():
+    if output.is_cpu and not torch.compiler.is_compiling():
         _check_finite(output)
 
 

@@ -84,7 +84,8 @@ class Interval:
 
     def share(self, level: Level) -> float:
         """r, how far along in λ a level is: 0 at s, 1 at t, below 0 before s."""
-        return self.reading.scalar((level.lam - self.s.lam) / self.h)
+        scalar = self.reading.scalar
+        return scalar(scalar(level.lam - self.s.lam) / scalar(self.h))
 
     @property
     def injected(self) -> float:
