@@ -90,8 +90,14 @@ def begins_twice(case: Case) -> bool:
     return len(theirs.timesteps) > 1 and bool(theirs.timesteps[0] == theirs.timesteps[1])
 
 
-def to_zero(case: Case) -> bool:
-    return case.options["final_sigmas_type"] == "zero"
+def steps_back(case: Case) -> bool:
+    """Whether a stage of the SDE goes to a higher sigma than where its cycle starts."""
+    if case.options["algorithm_type"] != "sde-dpmsolver++":
+        return False
+    theirs = theirs_of(case)
+    theirs.set_timesteps(**case.grid)
+    ends = enumerate(theirs.order_list, 1)
+    return any(theirs.sigmas[i - order] < theirs.sigmas[i] for i, order in ends)
 
 
 def integrates_noise(case: Case) -> bool:
@@ -99,6 +105,15 @@ def integrates_noise(case: Case) -> bool:
 
 
 CORNERS = [
+    *(
+        Corner(
+            failure,
+            "cannot step back",
+            "sigma_min is that of the beta schedule, and can lie above the last sigma of a flow",
+            steps_back,
+        )
+        for failure in ("divides by zero", "raises IndexError", "raises RuntimeError")
+    ),
     Corner(
         "raises RuntimeError",
         None,
@@ -118,12 +133,6 @@ CORNERS = [
         None,
         "the noise that a flow_prediction implies is not written down; ours is solved for",
         lambda c: integrates_noise(c) and c.options["prediction_type"] == "flow_prediction",
-    ),
-    Corner(
-        "divides by zero",
-        "cannot step back",
-        "sigma_min is that of the beta schedule, and can lie above the last sigma of a flow",
-        lambda c: c.options.get("use_flow_sigmas") and not to_zero(c),
     ),
     Corner(
         "repeats timesteps",

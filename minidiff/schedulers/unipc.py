@@ -247,12 +247,12 @@ class UniPCMultistepScheduler(SolverSigmas):
             yield scale * rho / ratio, others[i]
 
     def _rho(self, step: Interval, r: list[float], scale: float) -> list[float]:
-        """The solution of R ρ = b, on the host: it is 2×2 or 3×3."""
+        """The solution of R ρ = b, 2×2 or 3×3, on the host (by torch: NumPy's last bit differs)."""
         if len(r) < 2:
             return [0.5] * len(r)
         b = self.reading.unipc_moments(step, len(r)) / scale
         R = np.array([[ratio**j for ratio in r] for j in range(len(r))], dtype=b.dtype)
-        return np.linalg.solve(R, b).tolist()
+        return torch.linalg.solve(torch.from_numpy(R), torch.from_numpy(b)).tolist()
 
     def _corrects(self) -> bool:
         """Whether the step before this one is corrected."""
