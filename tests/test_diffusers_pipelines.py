@@ -454,5 +454,6 @@ def test_a_pipeline_saved_with_our_scheduler_opens_when_given_one_again(tmp_path
     again = diffusers.DDPMPipeline.from_pretrained(
         tmp_path, scheduler=SCHEDULERS["DDIMScheduler"].from_pretrained(tmp_path / "scheduler")
     )
-    assert again.scheduler.config == pipe.scheduler.config
+    for option, value in pipe.scheduler.config.items():
+        assert option[0] == "_" or again.scheduler.config[option] == value
     assert_same_pictures(draw_pixels(again, 4), draw_pixels(pipe, 4))
