@@ -80,6 +80,7 @@ PROBES: dict[str, Probe | str] = {
     "table": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True, beside=("dtype", "clean")),
     "solver_schedule": Probe(_MULTI, _ZERO_SNR),
     "formula_timesteps": Probe(_MULTI, {"use_exponential_sigmas": True}),
+    "lu_sigmas": Probe(_MULTI, {"use_lu_lambdas": True}),
     "steps_in_reach": "the range of a formula is the caller's choice; λ is not clipped",
     "flow_end": "ends at another level, correctly",
     "preserving_levels": Probe(_MULTI, {"solver_order": 3}, 500),

@@ -13,8 +13,9 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 def test_a_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    # A test cannot train for a minute: the one parameter of the first cell is turned down.
-    assert "minutes = 1  #" in code[0].source
-    code[0].source = code[0].source.replace("minutes = 1  #", "minutes = 0.05  #")
+    if path.stem == "00_generate":
+        # A test cannot train for a minute: the one parameter of the first cell is turned down.
+        assert "minutes = 1  #" in code[0].source
+        code[0].source = code[0].source.replace("minutes = 1  #", "minutes = 0.05  #")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
-    assert [cell.execution_count for cell in code] == list(range(1, 11))
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

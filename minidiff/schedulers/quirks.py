@@ -92,6 +92,10 @@ class Exact:
         """What the network is asked at the σ of a formula: the step that belongs to it, real."""
         return t
 
+    def lu_sigmas(self, low: float, high: float, n: int) -> np.ndarray:
+        """n σ with λ = −ln σ evenly spaced (Lu et al. 2022): the exponential grid."""
+        return exponential_sigmas(low, high, n)
+
     def steps_in_reach(self, clipped: int, steps: int) -> int:
         """How many training steps a formula's range spans: those that lambda_min_clipped leaves."""
         return clipped
@@ -402,6 +406,11 @@ class Diffusers(Exact):
         fraction is cut off, so the network is asked at a noise that x does not have.
         """
         return (t.round() if rounded else t).astype(np.int64)
+
+    def lu_sigmas(self, low: float, high: float, n: int) -> np.ndarray:
+        """λ of both ends is a float32, by which a timestep can be cut to the one before."""
+        ends = np.log(np.array([high, low], dtype=np.float32)).tolist()
+        return np.exp(np.linspace(*ends, n))
 
     def steps_in_reach(self, clipped: int, steps: int) -> int:
         """Formulas ignore lambda_min_clipped."""

@@ -192,7 +192,8 @@ class SolverSigmas(TrainedSigmas):
                 f"{formula}=True cannot start at zero terminal SNR, where sigma is infinite: set "
                 "rescale_betas_zero_snr=False"
             )
-        sigmas = FORMULAS[formula](low, high, n)
+        place = self.reading.lu_sigmas if formula == "use_lu_lambdas" else FORMULAS[formula]
+        sigmas = place(low, high, n)
         t = self.schedule.timestep_of(sigmas)
         return self.reading.formula_timesteps(t, self._rounds(formula)), sigmas
 
