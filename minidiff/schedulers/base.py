@@ -44,6 +44,19 @@ class SchedulerOutput(NamedTuple):
     prev_sample: Tensor
     pred_original_sample: Tensor
 
+    # diffusers' outputs are read by name as well: output["prev_sample"], output.to_tuple().
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else tuple(self)[key]
+
+    def keys(self) -> tuple[str, ...]:
+        return self._fields
+
+    def values(self) -> tuple[Tensor, ...]:
+        return tuple(self)
+
+    to_tuple = values
+
 
 class Past(NamedTuple):
     """One earlier evaluation of the network, for methods of several steps or stages."""
@@ -129,7 +142,9 @@ class Scheduler:
         config = Config(options, _class_name=type(self).__name__)
         if isinstance(config.get("trained_betas"), np.ndarray | Tensor):
             config["trained_betas"] = config["trained_betas"].tolist()
-        config["_use_default_values"] = [name for name in options if name not in self._given]
+        implied = [name for name in options if name not in self._given]
+        if implied:
+            config["_use_default_values"] = implied
         self._internal_dict = config  # diffusers' pipelines assign to this name
         self.reading = READINGS[config.compat]
         self.num_inference_steps: int | None = None
@@ -194,21 +209,34 @@ class Scheduler:
         return cls(**{name: value for name, value in options.items() if name in own})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> "Scheduler":
+    def load_config(cls, folder: str | Path, subfolder: str | None = None) -> dict[str, Any]:
+        """What `scheduler_config.json` holds, for `from_config`. Raises CheckpointError."""
+        content = checkpoint.read_json(Path(folder, subfolder or "") / CONFIG_NAME)
+        return {"compat": "diffusers"} | content  # a config without it is diffusers' own
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, subfolder: str | None = None, **overrides: Any
+    ) -> "Scheduler":
         """Read `scheduler_config.json`, written by minidiff or by diffusers.
 
+        Args:
+            folder, subfolder: of the file; the folder of a pipeline has it in "scheduler".
+            overrides: options that take the place of the file's.
         Raises:
             CheckpointError: the file is missing or not a config.
-            InvalidArgument: it holds an option that this class does not support.
+            InvalidArgument: an option that this class does not support.
         """
-        return cls.from_config(checkpoint.read_json(Path(folder, subfolder or "") / CONFIG_NAME))
+        return cls.from_config(cls.load_config(folder, subfolder), **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `scheduler_config.json`, which diffusers reads as well. Raises CheckpointError."""
         content = {k: v for k, v in self.config.items() if k != "_use_default_values"}
         if content["compat"] == "diffusers":
-            del content["compat"]  # a config without it is diffusers' own, and reads as such
+            del content["compat"]  # `load_config` puts it back
         checkpoint.write_json(Path(folder) / CONFIG_NAME, content)
+
+    save_config = save_pretrained  # of a scheduler there is nothing else to save
 
     # --- grid ------------------------------------------------------------------------------
 
@@ -503,6 +531,8 @@ class Scheduler:
 class IndexedScheduler(Scheduler):
     """Counts its steps instead of looking the timestep up, as multistep methods must."""
 
+    has_default_grid = False  # may step before `set_timesteps`, on the grid of all training steps
+
     def _levels_at(self, t: float) -> tuple[Level, Level]:
         return self.due_levels(t)
 
@@ -513,7 +543,7 @@ class IndexedScheduler(Scheduler):
 
     def _advance_to(self, t: float) -> int:
         """The entry of the grid that this step is at; the first step looks its timestep up."""
-        if self.num_inference_steps is None:
+        if self.num_inference_steps is None and not self.has_default_grid:
             raise InvalidArgument("call set_timesteps before step")
         if self._step_index is None:
             self._step_index = self._position(t) if self._begin_index is None else self._begin_index

@@ -137,8 +137,8 @@ class DPMSolver(SolverSigmas):
 
     def without_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The prediction alone, where the output also holds a learned variance, left unused."""
-        if self.config.variance_type is None:
-            return model_output
+        if self.config.variance_type is None or model_output.shape == sample.shape:
+            return model_output  # some pipelines have cut the variance off already
         return split_variance(model_output, sample)[0]
 
     def _intervals(self, n: int) -> Iterator[tuple[int, int]]:

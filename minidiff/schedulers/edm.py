@@ -125,6 +125,7 @@ class EDMEulerScheduler(EDMSigmas):
     `quirks.py`.
     """
 
+    has_default_grid = True
     output_type = "edm"  # no row of `prediction.PREDICTION_TYPES`
     more_at_first = 1
     x0_is_given = False

@@ -35,14 +35,17 @@ from minidiff.schedulers.sigmas import FORMULAS, TrainedSigmas
 class ExplodingSigmas(TrainedSigmas):
     """The grid of Euler and Heun: n real training steps, or n σ's, and the end; x = x0 + σ·ε."""
 
+    has_default_grid = True
+
     def sigma_levels(self, sigmas: np.ndarray) -> list[Level]:
         return self.reading.exploding_levels(sigmas)
 
     @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the noise that sampling starts from."""
+    def init_noise_sigma(self) -> Tensor:
+        """Standard deviation of the noise that sampling starts from, on the CPU."""
         sigma = max(level.sigma for level in self.levels)
-        return self.reading.exploding_start(sigma, self.config.timestep_spacing)
+        start = self.reading.exploding_start(sigma, self.config.timestep_spacing)
+        return torch.tensor(start, dtype=self.reading.dtype)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """x/√(1 + σ²), the variance-preserving sample that the network was trained on.
@@ -168,8 +171,8 @@ class EulerDiscreteScheduler(ExplodingSigmas):
             num_inference_steps: n; spaced as `timestep_spacing` or a formula for σ says.
             device: where `self.timesteps` lies.
             timesteps: instead of a number: strictly falling real steps in [0, T−1].
-            sigmas: instead of both: n + 1 strictly falling σ, the end included (mostly 0); they
-                replace a formula and `final_sigmas_type`.
+            sigmas: instead of both: n strictly falling σ and the end (mostly 0, at most the last
+                of them); they replace a formula and `final_sigmas_type`.
         Raises:
             InvalidArgument: none or several are given, or a value is outside its range.
         """
@@ -182,12 +185,18 @@ class EulerDiscreteScheduler(ExplodingSigmas):
             return
         if num_inference_steps is not None or timesteps is not None:
             raise InvalidArgument("give one of num_inference_steps, timesteps and sigmas")
-        every = falling_numbers("sigmas", sigmas, math.inf)
-        if len(every) < 2:
+        if len(sigmas) < 2:
             raise InvalidArgument(f"sigmas must hold a first and a last σ, got {sigmas}")
-        every = torch.tensor(every, dtype=self.reading.dtype).numpy()
-        t = self.schedule.timestep_of(every[:-1])
-        self._place_sigmas(self._asked(t, every[:-1]), every[:-1], every[-1], device)
+        visited, (end,) = (
+            torch.tensor(
+                falling_numbers("sigmas", part, math.inf), dtype=self.reading.dtype
+            ).numpy()
+            for part in (sigmas[:-1], sigmas[-1:])
+        )
+        if end > visited[-1]:  # equal is where final_sigmas_type "sigma_min" ends
+            raise InvalidArgument(f"sigmas must be strictly falling, got {sigmas}")
+        t = self.schedule.timestep_of(visited)
+        self._place_sigmas(self._asked(t, visited), visited, end, device)
 
     def _asked(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
         if self.config.timestep_type == "discrete":

@@ -68,6 +68,8 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
     ) -> None:
         self._configure(locals())
 
+    has_default_grid = True
+
     def _prepare(self) -> None:
         c = self.config
         self._shift = c.shift

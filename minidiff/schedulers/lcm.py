@@ -22,7 +22,7 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
 from minidiff.schedule import Level
-from minidiff.schedulers.base import IndexedScheduler
+from minidiff.schedulers.base import IndexedScheduler, SchedulerOutput
 
 SIGMA_DATA = 0.5  # of the data, as in EDM; diffusers has it fixed
 
@@ -37,6 +37,9 @@ class LCMSchedulerOutput(NamedTuple):
 
     prev_sample: Tensor
     denoised: Tensor
+
+    __getitem__ = SchedulerOutput.__getitem__
+    keys, values, to_tuple = SchedulerOutput.keys, SchedulerOutput.values, SchedulerOutput.to_tuple
 
 
 class LCMScheduler(IndexedScheduler):

@@ -79,7 +79,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "clip_sample_range": _real(0),
     "thresholding": _flag,
     "dynamic_thresholding_ratio": _real(0, 1),
-    "sample_max_value": _real(1),
+    "sample_max_value": _positive,
     # the grid
     "timestep_spacing": _choice(*TIMESTEP_SPACINGS),
     "steps_offset": _whole(0),

@@ -1,0 +1,183 @@
+"""What programs written for diffusers do with a scheduler besides stepping it through a grid."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument
+from minidiff.schedulers import (
+    SCHEDULERS,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    Scheduler,
+)
+
+diffusers = pytest.importorskip("diffusers")
+diffusers.logging.set_verbosity_error()
+
+EULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
+UNASKED = (*EULERS, "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler")
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def walk(scheduler, x: Tensor, steps: slice = slice(None)) -> Tensor:
+    """x after these steps, the network being tanh; all noise from a seed per step."""
+    for t in scheduler.timesteps[steps]:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        options = {}
+        if "generator" in scheduler.step.__code__.co_varnames:
+            options["generator"] = torch.Generator().manual_seed(int(float(t) * 7) % 1000)
+        out = torch.tanh(0.7 * scaled.float()).to(x.dtype)
+        x = scheduler.step(out, t, x, **options).prev_sample
+    return x
+
+
+def pair(name: str, **options) -> tuple[Scheduler, object]:
+    return SCHEDULERS[name](**options), getattr(diffusers, name)(**options)
+
+
+# --- configs ------------------------------------------------------------------------------------
+
+
+def test_a_saved_config_can_be_read_changed_and_built(tmp_path: Path) -> None:
+    EulerDiscreteScheduler(use_karras_sigmas=True).save_config(tmp_path)
+    config = EulerDiscreteScheduler.load_config(tmp_path)
+    config["timestep_spacing"] = "trailing"
+    built = EulerDiscreteScheduler.from_config(config)
+    at_once = EulerDiscreteScheduler.from_pretrained(tmp_path, timestep_spacing="trailing")
+    assert dict(built.config) == dict(at_once.config)
+    assert built.config.use_karras_sigmas
+    assert built.config.timestep_spacing == "trailing"
+    with pytest.raises(InvalidArgument, match="spacing"):
+        EulerDiscreteScheduler.from_pretrained(tmp_path, spacing="trailing")
+
+
+@pytest.mark.parametrize("compat", ["diffusers", "exact"])
+def test_a_file_leaves_no_option_to_the_defaults(tmp_path: Path, compat: str) -> None:
+    saved = DDIMScheduler(beta_end=0.012, compat=compat)
+    saved.save_pretrained(tmp_path)
+    read = DDIMScheduler.from_pretrained(tmp_path)
+    said = {k: v for k, v in saved.config.items() if k != "_use_default_values"}
+    assert dict(read.config) == said
+
+
+@pytest.mark.parametrize("target", SCHEDULERS)
+@pytest.mark.parametrize("source", SCHEDULERS)
+def test_every_class_turns_into_every_other_as_in_diffusers(source: str, target: str) -> None:
+    asked = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "beta_end": 0.012}
+    options = {k: v for k, v in asked.items() if SCHEDULERS[source].has_option(k)}
+    mine, theirs = pair(source, **options)
+    mine = SCHEDULERS[target].from_config(mine.config).config
+    theirs = getattr(diffusers, target).from_config(theirs.config).config
+    own = {k: v for k, v in mine.items() if not k.startswith("_") and k != "compat"}
+    assert own == {k: theirs[k] for k in own}
+
+
+# --- outputs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, LCMScheduler])
+def test_an_output_is_read_by_attribute_name_and_position(kind: type[Scheduler]) -> None:
+    scheduler = kind()
+    scheduler.set_timesteps(4)
+    output = scheduler.step(noise(1, 2, 3, 3), scheduler.timesteps[0], noise(1, 2, 3, 3))
+    assert output["prev_sample"] is output.prev_sample is output[0] is output[:1][0]
+    assert output.keys()[0] == "prev_sample"
+    assert output.to_tuple() == output.values() == (output[0], output[1])
+    assert type(output.to_tuple()) is tuple
+
+
+@pytest.mark.parametrize("name", EULERS)
+def test_the_starting_sigma_is_a_tensor_where_it_is_one_in_diffusers(name: str) -> None:
+    mine, theirs = pair(name)
+    torch.testing.assert_close(mine.init_noise_sigma, torch.as_tensor(theirs.init_noise_sigma))
+
+
+# --- grids --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", UNASKED)
+def test_without_set_timesteps_the_grid_is_every_training_step(name: str) -> None:
+    x = noise(2, 3, 4, 4)
+    mine, theirs = (walk(s, x, slice(10, 14)) for s in pair(name))
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+def test_eulers_own_sigmas_are_a_grid_to_ask_for(end: str) -> None:
+    spaced, given = (EulerDiscreteScheduler(final_sigmas_type=end) for _ in range(2))
+    spaced.set_timesteps(7)
+    given.set_timesteps(sigmas=spaced.sigmas)
+    x = noise(2, 3, 4, 4) * spaced.init_noise_sigma
+    torch.testing.assert_close(walk(given, x), walk(spaced, x), rtol=1e-5, atol=1e-5)
+
+
+def test_eulers_sigmas_may_not_rise_at_the_end() -> None:
+    with pytest.raises(InvalidArgument, match="falling"):
+        EulerDiscreteScheduler().set_timesteps(sigmas=[3.0, 1.0, 2.0])
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0.25, 0.5])
+def test_a_threshold_below_one_is_one_for_every_image(limit: float) -> None:
+    options = {"thresholding": True, "sample_max_value": limit}
+    runs = []
+    for scheduler in pair("DDIMScheduler", **options):
+        scheduler.set_timesteps(5)
+        runs.append(walk(scheduler, noise(2, 3, 4, 4)))
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_solver_takes_an_output_whose_learned_variance_is_cut_off() -> None:
+    plain = DPMSolverMultistepScheduler()
+    learned = DPMSolverMultistepScheduler(variance_type="learned_range")
+    for scheduler in (plain, learned):
+        scheduler.set_timesteps(5)
+    x = noise(2, 3, 4, 4)
+    assert torch.equal(walk(plain, x), walk(learned, x))
+
+
+LAYOUTS = {
+    "one image": noise(1, 3, 4, 4),
+    "tokens": noise(2, 16, 4),
+    "video": noise(2, 3, 2, 4, 4),
+    "transposed": noise(2, 3, 4, 4).transpose(2, 3),
+    "channels last": noise(2, 3, 4, 4).to(memory_format=torch.channels_last),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_samples_of_any_dtype_and_layout_go_where_they_go_in_diffusers(
+    name: str, layout: str, dtype: torch.dtype
+) -> None:
+    runs = []
+    for scheduler in pair(name):
+        scheduler.set_timesteps(6)
+        sigma = float(getattr(scheduler, "init_noise_sigma", 1))  # FlowMatch has none in diffusers
+        runs.append(walk(scheduler, (LAYOUTS[layout] * sigma).to(dtype)))
+    mine, theirs = runs
+    assert mine.dtype == dtype
+    far = (mine.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(min=1)
+    assert far < TOLERANCE[dtype]  # false for NaN
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_copy_made_on_the_way_ends_where_the_original_does(name: str) -> None:
+    scheduler = SCHEDULERS[name]()
+    scheduler.set_timesteps(8)
+    x = walk(scheduler, noise(2, 3, 4, 4) * float(scheduler.init_noise_sigma), slice(4))
+    other = copy.deepcopy(scheduler)
+    assert torch.equal(walk(scheduler, x, slice(4, None)), walk(other, x, slice(4, None)))
