@@ -237,7 +237,8 @@ def variance_end(
     scheduler.set_timesteps(n)
     stop = _entry(scheduler, part, stride)
     variances = table.variance(gains, start=exact[0])
-    return torch.tensor(variances[stop - 1]), torch.tensor(exact[stop])
+    ends = torch.tensor([variances[stop - 1], exact[stop]], dtype=torch.float64)
+    return ends[0], ends[1]
 
 
 def _entry(scheduler: Scheduler, part: float, stride: int) -> int:

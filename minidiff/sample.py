@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
     Attributes:
         index: 0 … n−1.
-        t: the training step at which the network was asked.
+        t: the training step at which the network was asked (for EDM its c_noise).
         x: the sample x_t that it was asked about, (B, C, *space).
         x0: x̂0, the clean sample that it implies, after clipping.
         output: what it said.
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     """
 
     index: int
-    t: int
+    t: float
     x: Tensor
     x0: Tensor
     output: Tensor

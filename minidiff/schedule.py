@@ -33,8 +33,9 @@ MAX_TRAIN_TIMESTEPS = 1_000_000  # tables are held in memory; more than this is 
 class Level(NamedTuple):
     """How much signal and how much noise: x = alpha · x0 + sigma · ε.
 
-    Both are Python floats in [0, 1] for a sampler, or tensors that broadcast over (B, C, *space)
-    for a training batch in which every image has its own level.
+    alpha in [0, 1] and sigma >= 0 (above 1 where x explodes) are Python floats for a sampler, or
+    tensors that broadcast over (B, C, *space) for a training batch in which every image has its
+    own level.
     """
 
     alpha: float | Tensor

@@ -227,11 +227,40 @@ def test_a_refused_step_can_be_taken_again(name: str) -> None:
     assert torch.equal(again, other.step(out, t, x_of(), **options).prev_sample)
 
 
-@pytest.mark.parametrize("t", [-1, 1234.5, NAN])
+NO_TIMESTEP = [-1, 1234.5, NAN, "999", None, True, torch.tensor([999, 999])]
+
+
+@pytest.mark.parametrize("t", NO_TIMESTEP, ids=str)
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_timestep_off_the_grid_is_refused(name: str, t: float) -> None:
+def test_a_timestep_off_the_grid_is_refused_in_any_step(name: str, t: Any) -> None:
+    scheduler = ready(name)
     with pytest.raises(InvalidArgument, match="timestep"):
-        ready(name).step(x_of(), t, x_of())
+        scheduler.step(x_of(), t, x_of())
+    scheduler.step(x_of(), scheduler.timesteps[0], x_of())
+    with pytest.raises(InvalidArgument, match="timestep"):
+        scheduler.step(x_of(), t, x_of())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_is_no_tensor_is_refused(name: str) -> None:
+    scheduler = ready(name)
+    with pytest.raises(InvalidArgument, match="must be tensors"):
+        scheduler.step(x_of(), scheduler.timesteps[0], x_of().numpy())
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 5000])
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler"])
+def test_noising_at_a_step_that_training_has_not_is_refused(name: str, t: int) -> None:
+    with pytest.raises(InvalidArgument, match="timesteps"):
+        SCHEDULERS[name]().add_noise(x_of(), x_of(), torch.tensor([t]))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noise_of_another_dtype_is_refused(name: str) -> None:
+    scheduler = ready(name)
+    for x0, eps in ((x_of(), x_of(torch.float64)), (x_of(torch.int64), x_of(torch.int64))):
+        with pytest.raises(InvalidArgument, match="floating point of one dtype"):
+            scheduler.add_noise(x0, eps, scheduler.timesteps[:1])
 
 
 # The others walk every training step by default, in diffusers too.

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from minidiff import trajectory
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -16,6 +19,20 @@ def test_the_sampler_of_ones_own_has_the_order_it_says(capsys: pytest.CaptureFix
     assert float(order) == pytest.approx(claimed, abs=0.01)
     assert header.split() == ["t", "A0", "B0", "B1"]
     assert len(lines) == 5
+
+
+def test_the_sampler_of_ones_own_begins_anew_without_being_told() -> None:
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "class " in b)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    scheduler = names["AdamsBashforth"]()
+    scheduler.set_timesteps(5)
+    x, ends = torch.ones(2, 1, dtype=torch.float64), []
+    for _ in range(2):
+        for step in trajectory(lambda x, t: torch.tanh(x), scheduler, x):
+            last = step.next_x
+        ends.append(last)
+    assert torch.equal(*ends)
 
 
 def test_the_table_of_contents_names_what_exists() -> None:

@@ -466,11 +466,17 @@ def test_a_grid_that_cannot_be_walked_is_refused_by_name(
         scheduler.set_timesteps(**grid)
 
 
-def test_the_output_of_a_learned_variance_has_twice_the_channels() -> None:
+def test_the_output_of_a_learned_variance_has_twice_the_channels_or_has_lost_them() -> None:
     scheduler = DPMSolverSinglestepScheduler(variance_type="learned")
+    x, out = torch.ones(1, 3, 2, 2), torch.randn(1, 6, 2, 2)
+    results = []
+    for output in (out, out[:, :3]):
+        scheduler.set_timesteps(3)
+        results.append(scheduler.step(output, scheduler.grid[0], x).prev_sample)
+    assert torch.equal(*results)
     scheduler.set_timesteps(3)
     with pytest.raises(InvalidArgument, match="6 channels"):
-        scheduler.step(torch.zeros(1, 3, 2, 2), scheduler.grid[0], torch.zeros(1, 3, 2, 2))
+        scheduler.step(out[:, :5], scheduler.grid[0], x)
 
 
 def test_values_of_other_classes_become_their_neighbours_here() -> None:

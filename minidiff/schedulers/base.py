@@ -427,7 +427,7 @@ class Scheduler:
         **options: Any,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         _check_tensors(model_output, sample, variance_noise, generator)
-        now, nxt = self._levels_at(host_number(timestep))
+        now, nxt = self._levels_at(self._host_timestep(timestep))
         noise = self._noise(model_output, generator, variance_noise)
         x, now = self.perturb(sample, now, noise, **options)
         x0, eps = self._predict(model_output, x, now)
@@ -440,6 +440,16 @@ class Scheduler:
             prev = prev.to(model_output.dtype)
         output = SchedulerOutput(prev, x0)
         return output if return_dict else tuple(output)
+
+    def _host_timestep(self, timestep: float | Tensor) -> float:
+        """The timestep as a number, without waiting for a GPU where the step is counted anyway."""
+        i = self._step_index
+        on_gpu = isinstance(timestep, Tensor) and not timestep.is_cpu
+        return (
+            self.grid[i]
+            if on_gpu and i is not None and i < len(self.grid)
+            else host_number(timestep)
+        )
 
     def perturb(
         self, x: Tensor, now: Level, noise: Callable[[], Tensor], **options: Any
@@ -461,6 +471,8 @@ class Scheduler:
         return target(x0, eps, level, self.config.prediction_type)
 
     def _levels_at(self, t: float) -> tuple[Level, Level]:
+        if self.history and t == self.grid[self._begin_index or 0]:
+            self.past.clear()  # sampling begins anew
         return self.grid_levels(t)
 
     def _noise(
@@ -492,14 +504,20 @@ class Scheduler:
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = α_t·x0 + σ_t·ε for a batch of training steps (B,), or (1,) for all images."""
+        _check_pair("noise", noise, "original_samples", original_samples)
         return add_noise(original_samples, noise, self._batch_level(timesteps, original_samples))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = α·ε − σ·x0 for a batch of training steps, the target of "v_prediction"."""
+        _check_pair("noise", noise, "sample", sample)
         return target(sample, noise, self._batch_level(timesteps, sample), "v_prediction")
 
     def _batch_level(self, timesteps: Tensor, like: Tensor) -> Level:
         t = torch.as_tensor(timesteps, device=like.device).flatten()
+        if t.is_cpu and len(t) and not 0 <= int(t.min()) <= int(t.max()) < len(self.schedule):
+            raise InvalidArgument(
+                f"timesteps must be in 0..{len(self.schedule) - 1}, got {t.min():g} to {t.max():g}"
+            )
         return self.schedule.at(t.expand(like.shape[0]) if len(t) == 1 else t, like)
 
     # --- attributes that users of diffusers look for ----------------------------------------
@@ -551,6 +569,8 @@ class IndexedScheduler(Scheduler):
             raise InvalidArgument(
                 f"all {len(self.grid)} steps are done: call set_timesteps to sample again"
             )
+        if not math.isclose(t, self.grid[self._step_index], rel_tol=1e-5, abs_tol=1e-5):
+            self._position(t)  # refuses what is no timestep of this grid
         return self._step_index
 
 
@@ -566,13 +586,26 @@ def split_variance(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor
 
 
 def host_number(timestep: int | float | Tensor) -> int | float:
-    """A timestep as Python number; of a tensor on another device this is a sync."""
-    return timestep.item() if isinstance(timestep, Tensor) else timestep
+    """A timestep as Python number; of a tensor on another device this is a sync.
+
+    Raises:
+        InvalidArgument: it is neither a number nor a tensor of one.
+    """
+    if isinstance(timestep, Tensor) and timestep.numel() == 1:
+        return timestep.item()
+    if isinstance(timestep, bool | str | Tensor) or not hasattr(timestep, "__float__"):
+        raise InvalidArgument(f"timestep must be one number, got {timestep!r}")
+    return timestep
 
 
 def _check_tensors(
     output: Tensor, sample: Tensor, variance_noise: Tensor | None, generator: Generators
 ) -> None:
+    if not (isinstance(output, Tensor) and isinstance(sample, Tensor)):
+        raise InvalidArgument(
+            "model_output and sample must be tensors, "
+            f"got {type(output).__name__} and {type(sample).__name__}"
+        )
     if output.shape != sample.shape:
         raise InvalidArgument(
             f"model_output must have the shape of sample, {tuple(sample.shape)}, "
@@ -594,6 +627,20 @@ def _check_tensors(
     # On a GPU this would wait for the network in every step, so there the pictures are checked.
     if output.is_cpu and not torch.compiler.is_compiling():
         _check_finite(output)
+
+
+def _check_pair(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Refuse what would be broadcast or promoted without a word."""
+    if tensor.shape != like.shape:
+        raise InvalidArgument(
+            f"{name} must have the shape of {like_name}, {tuple(like.shape)}, "
+            f"got {tuple(tensor.shape)}"
+        )
+    if not (tensor.is_floating_point() and tensor.dtype == like.dtype):
+        raise InvalidArgument(
+            f"{name} and {like_name} must be floating point of one dtype, "
+            f"got {tensor.dtype} and {like.dtype}"
+        )
 
 
 def _check_finite(output: Tensor) -> None:

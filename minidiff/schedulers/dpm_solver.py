@@ -159,8 +159,11 @@ class DPMSolver(SolverSigmas):
             )
 
     def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        x0, eps = super()._predict(out, x, now)
-        return x0, consistent_noise(self.config, x, x0, eps, now)
+        if ALGORITHMS[self.config.algorithm_type].k > 0 or not self.config.thresholding:
+            return super()._predict(out, x, now)
+        _, eps = self._split(out, x, now)  # ε̂ is integrated: the one that its clipped x̂0 implies
+        x0 = self._clip(split(eps, x, now, "epsilon")[0])
+        return split(x0, x, now, "sample")
 
 
 class DPMSolverMultistepScheduler(DPMSolver):
@@ -270,13 +273,6 @@ class DPMSolverMultistepScheduler(DPMSolver):
 
     def _rounds(self, formula: str) -> bool:
         return super()._rounds(formula) and self.config.beta_schedule != "squaredcos_cap_v2"
-
-
-def consistent_noise(config: Config, x: Tensor, x0: Tensor, eps: Tensor, now: Level) -> Tensor:
-    """ε̂ as it is integrated: with thresholding, the one that the clipped x̂0 implies."""
-    if ALGORITHMS[config.algorithm_type].k > 0 or not config.thresholding:
-        return eps
-    return split(x0, x, now, "sample")[1]
 
 
 def check_noise_start(option: str, first: Level) -> None:

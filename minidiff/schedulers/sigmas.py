@@ -28,7 +28,7 @@ from minidiff.schedule import (
     karras_sigmas,
     shifted_sigmas,
 )
-from minidiff.schedulers.base import IndexedScheduler, host_number
+from minidiff.schedulers.base import IndexedScheduler
 from minidiff.schedulers.options import at_most_one
 
 FORMULAS: dict[str, Callable[[float, float, int], np.ndarray]] = {
@@ -56,8 +56,7 @@ class SigmaScheduler(IndexedScheduler):
 
     def present_level(self, timestep: float | Tensor) -> Level:
         """The level of the sample that the network is about to see. Raises InvalidArgument."""
-        known = self._step_index is not None  # else looked up, which for a tensor may be a sync
-        return self.levels[self._advance_to(0 if known else host_number(timestep))]
+        return self.levels[self._advance_to(self._host_timestep(timestep))]
 
     def _place_sigmas(
         self,
@@ -178,7 +177,7 @@ class SolverSigmas(TrainedSigmas):
             return c.get("flow_shift", 1.0)
         if not c.use_dynamic_shifting:
             raise InvalidArgument(f"mu={mu!r} needs use_dynamic_shifting=True")
-        return math.exp(real_number("mu", mu, -math.inf))
+        return math.exp(real_number("mu", mu, -80, 80))
 
     def _by_formula(self, formula: str, n: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
         steps = len(self.schedule)
