@@ -21,8 +21,8 @@ SAMPLERS = {
     "ddim": Sampler("DDIM", "DDIMScheduler", {"clip_sample": False}),
     "euler": Sampler("Euler", "EulerDiscreteScheduler", {}),
     "euler-a": Sampler("Euler ancestral", "EulerAncestralDiscreteScheduler", {}),
-    "heun": Sampler("Heun", "HeunDiscreteScheduler", {}),
-    "plms": Sampler("PNDM (PLMS)", "PNDMScheduler", {"skip_prk_steps": True}),
+    # Heun's trapezoid cannot span the first even step of a cosine schedule, from σ of 20,000 to 6.
+    "heun": Sampler("Heun", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
     "dpm++": Sampler("DPM-Solver++ (2M)", _MULTISTEP, {}),
     "dpm++3": Sampler("DPM-Solver++ (3M)", _MULTISTEP, {"solver_order": 3}),
     "dpm++2s": Sampler("DPM-Solver++ (2S)", "DPMSolverSinglestepScheduler", {}),
@@ -40,7 +40,8 @@ def sampler(name: str, like: Scheduler) -> Scheduler:
     (Lin et al. 2023, arXiv:2305.08891, section 3.3).
 
     Args:
-        name: a key of `SAMPLERS`. LCM is not among them: it wants a distilled network.
+        name: a key of `SAMPLERS`. LCM is not among them, as it wants a distilled
+            network, nor PNDM, whose first steps fail near zero SNR.
         like: usually the scheduler that the model was trained with.
     Raises:
         InvalidArgument: another name, or a schedule or prediction type that the sampler lacks.
