@@ -145,7 +145,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     Args:
         x0: (B, C, *space), any floating dtype; 16-bit types are computed in float32.
         ratio: quantile in (0, 1].
-        max_value: upper limit of s, at least 1.
+        max_value: upper limit of s, above 0; below 1 it holds all the same, as in diffusers.
     """
     wide = x0.to(torch.promote_types(x0.dtype, torch.float32)).flatten(1)
     s = torch.quantile(wide.abs(), ratio, dim=1, keepdim=True).clamp(1, max_value)

@@ -6,6 +6,7 @@ repeated timestep) minidiff must refuse or be right: each family of schedulers h
 such `Corner`s, and no example may fail in diffusers or be refused by minidiff outside that list.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -286,6 +287,20 @@ def compare(
     mine = ours_of(case)
     mine.set_timesteps(**case.grid)
     assert all(torch.isfinite(x).all() for x in trajectory(mine, case))
+
+
+def sample_or_refuse(case: Case, refusals: str) -> None:
+    """One example of the exact reading: a sound trajectory, or a refusal of this pattern."""
+    scheduler, refusal = ours_of(case, compat="exact"), ""
+    try:
+        scheduler.set_timesteps(**case.grid)
+    except InvalidArgument as error:
+        refusal = str(error)
+    if refusal:
+        assert re.search(refusals, refusal), refusal
+        return
+    assert case.n is None or len(scheduler.timesteps) == case.n
+    assert all(torch.isfinite(x).all() for x in trajectory(scheduler, case))
 
 
 def compare_noising(case: Case, mine: Any, theirs: Any) -> None:

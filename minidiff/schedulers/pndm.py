@@ -159,7 +159,7 @@ class PNDMScheduler(IndexedScheduler):
     def _transfer(self, start: Evaluation, nxt: Level, eps: Tensor) -> Tensor:
         """φ(x, ε) = a·x + b·ε: the step of DDIM, with x̂0 = (x − σ·ε)/α put in."""
         a, b = self.reading.transfer(start.level, nxt)
-        return a * start.x + b * eps  # PNDM eq. 9; DDIM eq. 12 at η = 0
+        return a * start.x + b * eps  # DDIM eq. 12 at η = 0, PNDM's transfer part
 
     def _stage(self) -> Stage:
         i = self._step_index
