@@ -1,8 +1,7 @@
-"""Folders on disk: JSON and safetensors, read strictly and written atomically.
+"""Folders on disk: read strictly and written atomically; `weights.py` has their tensors.
 
 Nothing is written in place. A file or a folder is written under a temporary name beside its
-target, synced, and renamed; a reader sees the old content or the new, never half of it. No
-pickle on any path: tensors travel as safetensors (https://github.com/huggingface/safetensors).
+target, synced, and renamed; a reader sees the old content or the new, never half of it.
 """
 
 import contextlib
@@ -15,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
 
 from minidiff.errors import CheckpointError
 
@@ -164,8 +160,8 @@ def write_json(path: str | Path, content: Mapping | list) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: str | Path) -> dict:
-    """Read one JSON object of at most 1 MiB.
+def read_json(path: str | Path, most: int = MAX_JSON_BYTES) -> dict:
+    """Read one JSON object of at most so many bytes.
 
     Raises:
         CheckpointError: missing, unreadable, too large, not UTF-8, not JSON, or not an object.
@@ -173,10 +169,8 @@ def read_json(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path}: {path.stat().st_size} bytes, a config has at most {MAX_JSON_BYTES}"
-        )
+    if path.stat().st_size > most:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, a config has at most {most}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -186,56 +180,3 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write named tensors as one safetensors file. Raises CheckpointError."""
-    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    with atomic_file(path) as temporary:
-        save_file(flat, temporary, metadata={"format": "pt", **(metadata or {})})
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file onto the CPU.
-
-    Raises:
-        CheckpointError: missing, truncated, or not safetensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `tensors` into `module`; every name, shape and value must fit.
-
-    Raises:
-        CheckpointError: names the first missing, unexpected, mis-shaped or non-finite tensor.
-    """
-    wanted = module.state_dict()
-    for problem, names in (
-        ("missing", wanted.keys() - tensors.keys()),
-        ("unexpected", tensors.keys() - wanted.keys()),
-    ):
-        if names:
-            listed = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
-            raise CheckpointError(f"{source}: {len(names)} {problem} tensors: {listed}")
-    for name, tensor in tensors.items():
-        want = wanted[name]
-        if tensor.shape != want.shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, expected {tuple(want.shape)}"
-            )
-        if tensor.is_floating_point() != want.is_floating_point():
-            raise CheckpointError(f"{source}: {name} is {tensor.dtype}, expected {want.dtype}")
-        # As it will be kept: 1e300 is infinite in float32, and float8 has no test of its own.
-        if tensor.is_floating_point() and not torch.isfinite(tensor.to(want.dtype)).all():
-            raise CheckpointError(f"{source}: {name} holds NaN or infinite values")
-    module.load_state_dict(dict(tensors), strict=True)

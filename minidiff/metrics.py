@@ -28,10 +28,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minidiff import data
-from minidiff.checkpoint import load_weights, read_tensors
 from minidiff.device import pick_device
 from minidiff.errors import CheckpointError, InvalidArgument, whole_number
 from minidiff.nn.classifier import FeatureNet
+from minidiff.weights import headers, load_weights
 
 WEIGHTS = Path(__file__).with_name("weights")
 SUMS = "SHA256SUMS"
@@ -85,7 +85,7 @@ def load_classifier(name: str, folder: str | Path = WEIGHTS) -> FeatureNet:
             "other weights cannot be compared"
         )
     net = FeatureNet(**json.loads(read_metadata(path)["architecture"]))
-    load_weights(net, read_tensors(path), path)
+    load_weights(net, headers([path]))
     return net.to(memory_format=torch.channels_last).eval()
 
 

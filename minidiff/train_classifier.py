@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff import data, metrics
-from minidiff.checkpoint import atomic_file, write_tensors
+from minidiff.checkpoint import atomic_file
 from minidiff.data import ImageData
 from minidiff.errors import (
     InvalidArgument,
@@ -35,6 +35,7 @@ from minidiff.errors import (
     whole_number,
 )
 from minidiff.nn.classifier import FeatureNet
+from minidiff.weights import write_tensors
 
 _ROTATION = math.radians(12)
 _SHEAR = 0.15

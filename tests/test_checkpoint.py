@@ -14,14 +14,12 @@ from minidiff.checkpoint import (
     atomic_file,
     atomic_folder,
     ensure_writable,
-    load_weights,
     read_json,
-    read_tensors,
     write_json,
     write_npz,
-    write_tensors,
 )
 from minidiff.errors import CheckpointError
+from minidiff.weights import headers, load_weights, read_tensors, write_tensors
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -108,7 +106,10 @@ def test_a_damaged_weights_file_is_refused_by_name(tmp_path, damage):
         (lambda t: t.pop("bias"), "1 missing tensors: bias"),
         (lambda t: t.update(extra=torch.zeros(1)), "1 unexpected tensors: extra"),
         (lambda t: t.update(bias=torch.zeros(3)), r"bias has shape \(3,\), expected \(2,\)"),
-        (lambda t: t.update(bias=torch.zeros(2, dtype=torch.int64)), "bias is torch.int64"),
+        (
+            lambda t: t.update(bias=torch.zeros(2, dtype=torch.int64)),
+            "bias is I64, expected torch.float32",
+        ),
         (lambda t: t.update(bias=torch.tensor([0.0, float("nan")])), "bias holds NaN"),
         (lambda t: t.update(bias=torch.full((2,), 1e300, dtype=torch.float64)), "bias holds NaN"),
         (
@@ -117,13 +118,14 @@ def test_a_damaged_weights_file_is_refused_by_name(tmp_path, damage):
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_name(change, message):
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
     layer = nn.Linear(4, 2)
     before = layer.weight.clone()
     tensors = {name: torch.zeros_like(value) for name, value in layer.state_dict().items()}
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
-        load_weights(layer, tensors, "here")
+        write_tensors(tmp_path / "x.safetensors", tensors)
+        load_weights(layer, headers([tmp_path / "x.safetensors"]))
     assert torch.equal(layer.weight, before)  # nothing was loaded in part
 
 

@@ -18,6 +18,7 @@ FLOORS = {
     "errors": -1,
     "schedule": 0,
     "checkpoint": 0,
+    "weights": 0.5,
     "noise": 0,
     "device": 0,
     "prediction": 1,
@@ -87,7 +88,7 @@ def reached(name: str) -> set[str]:
 
 
 def test_networks_know_no_diffusion_and_diffusion_no_networks() -> None:
-    assert reached("nn") <= {"errors", "checkpoint"}
+    assert reached("nn") <= {"errors", "checkpoint", "weights"}
     assert "nn" not in reached("schedulers") | reached("sample") | reached("guidance")
 
 

@@ -1,19 +1,58 @@
-"""Self-attention over the positions of an image.
+"""Attention: positions of an image that look at each other, or at the tokens of a text.
 
-Every position asks (q), offers (k) and holds (v); with d channels a head,
+Every position asks (q); what it looks at offers (k) and holds (v). With d channels a head,
 
     Attention(q, k, v) = softmax(q·kᵀ / √d) · v                               (eq. 1)
 
-and the result is added to what came in. Source: Vaswani et al. 2017, "Attention Is All You
-Need", https://arxiv.org/abs/1706.03762; for images Ho et al. 2020, "Denoising Diffusion
-Probabilistic Models", https://arxiv.org/abs/2006.11239, appendix B.
+Source: Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762; for
+images Ho et al. 2020, "Denoising Diffusion Probabilistic Models",
+https://arxiv.org/abs/2006.11239, appendix B.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.nn.layers import Divide, GroupNorm, widened
+
+
+class Context(NamedTuple):
+    """What cross-attention reads.
+
+    Attributes:
+        tokens: (B, L, C).
+        bias: (B, 1, 1, L), added to the logits; None for no bias.
+    """
+
+    tokens: Tensor
+    bias: Tensor | None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Attention of several heads, the softmax in float32 or wider.
+
+    Args:
+        q: (B, N, heads · d); k, v: (B, L, heads · d).
+        bias: broadcasts to (B, heads, N, L), added to the logits.
+    Returns:
+        (B, N, heads · d), of the dtype of q.
+    """
+    split = [x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    # Autocast would narrow what was just widened; it has no say in the softmax.
+    with torch.autocast(q.device.type, enabled=False):
+        wide = [widened(x) for x in split]
+        bias = bias if bias is None else bias.to(wide[0].dtype)
+        out = F.scaled_dot_product_attention(*wide, attn_mask=bias)  # eq. 1
+    return out.to(q.dtype).transpose(1, 2).flatten(2)
+
+
+class NoAttention(nn.Module):
+    """Where a level has none."""
+
+    def forward(self, x: Tensor, context: Context | None) -> Tensor:
+        return x
 
 
 class Attention(nn.Module):
@@ -45,14 +84,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])  # a list in checkpoints: to_out.0
         self.rescale = nn.Identity() if output_scale == 1 else Divide(output_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """`context` is for blocks that look at a text; this one looks at the picture alone."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, positions, C)
-        q, k, v = (
-            project(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        # Autocast would narrow what was just widened; it has no say in the softmax.
-        with torch.autocast(x.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(widened(q), widened(k), widened(v))  # eq. 1
-        out = self.to_out[0](out.to(q.dtype).transpose(1, 2).flatten(2))  # (B, positions, C)
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        out = self.to_out[0](attend(q, k, v, self.heads))
         return self.rescale(x + out.transpose(1, 2).unflatten(2, x.shape[2:]))

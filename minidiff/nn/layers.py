@@ -1,4 +1,4 @@
-"""The parts a U-Net is made of: norms, residual blocks, resizing, time and class embeddings.
+"""The parts a U-Net is made of: norms, residual blocks, resizing.
 
 A residual block adds to its input what two convolutions make of it, told the time by an
 embedding e = MLP(features(t)) that shifts, or scales and shifts, every channel:
@@ -14,13 +14,9 @@ Everything works on (B, C, *space) with one, two or three axes of space. What an
 is chosen at construction, as a submodule that does the thing or a neutral one that does nothing.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from minidiff.errors import InvalidArgument
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -233,130 +229,3 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, size: torch.Size) -> Tensor:
         return self.conv(self.resize(x, size))
-
-
-# ------------------------------------------------------------------------- time and classes
-
-
-class SinusoidalTime(nn.Module):
-    """Sines and cosines of t at `channels // 2` frequencies from 1 down to about 1/10000.
-
-        features(t)ᵢ = sin(t·ωᵢ), cos(t·ωᵢ);  ωᵢ = 10000^(−i / (half − freq_shift))
-
-    Args:
-        channels: number of features; an odd last one is zero.
-        flip_sin_to_cos: cosines first.
-        freq_shift: 1 makes the lowest frequency exactly 1/10000, as Ho et al. do; 0 not.
-
-    Source: Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762.
-    """
-
-    def __init__(self, channels: int, flip_sin_to_cos: bool, freq_shift: float):
-        super().__init__()
-        self.channels = channels
-        self.half = channels // 2
-        self.freq_shift = freq_shift
-        self.order = (1, 0) if flip_sin_to_cos else (0, 1)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Map times (B,) to features (B, channels), float32 whatever the dtype of the model."""
-        # Not a buffer: `.to(bfloat16)` would round the frequencies, and t runs to 1000.
-        i = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) * i / (self.half - self.freq_shift))
-        angles = t[:, None].float() * frequencies
-        waves = (angles.sin(), angles.cos())
-        first, second = self.order
-        features = torch.cat([waves[first], waves[second]], dim=1)
-        return F.pad(features, (0, self.channels - 2 * self.half))
-
-    def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
-        return out
-
-
-class FourierTime(nn.Module):
-    """Sines and cosines of log t at random frequencies that are drawn once and never trained.
-
-    A network with these features is told a noise level σ in place of a step, and its output is
-    divided by it. Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic
-    Differential Equations", https://arxiv.org/abs/2011.13456, appendix C.
-    """
-
-    def __init__(self, channels: int, scale: float = 16.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(channels) * scale, requires_grad=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Map levels (B,), positive, to features (B, 2 · channels), float32 or wider."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        angles = t.to(wide).log()[:, None] * self.weight.to(wide) * 2 * math.pi
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
-        return out / t.view(-1, *(1,) * (out.dim() - 1)).to(out.dtype)
-
-
-class TimestepEmbedding(nn.Module):
-    """Two linear layers from features to the embedding that every block is told."""
-
-    def __init__(self, features: int, width: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(features, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        hidden = self.linear_1(features.to(self.linear_1.weight.dtype))
-        return self.linear_2(F.silu(hidden))
-
-
-class NoLabels(nn.Module):
-    """The class embedding of a network without classes: adds nothing, refuses labels."""
-
-    def forward(self, labels: Tensor | None, batch: int) -> float:
-        if labels is not None:
-            raise InvalidArgument(
-                "class_labels must be None: this network is not class-conditional "
-                "(num_class_embeds and class_embed_type are None)"
-            )
-        return 0.0
-
-
-class LabelTable(nn.Embedding):
-    """One trained vector a class. Labels are whole numbers (B,); their range is not checked here,
-    because reading a value of a tensor would make the host wait for the device."""
-
-    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
-        _check_labels(labels, (batch,))
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise InvalidArgument(f"class_labels must be int64 or int32, got {labels.dtype}")
-        return super().forward(labels)
-
-
-class LabelTimes(TimestepEmbedding):
-    """A number a label (B,), embedded the way the time is, with weights of its own."""
-
-    def __init__(self, features: SinusoidalTime, width: int):
-        super().__init__(features.channels, width)
-        self.features = features
-
-    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
-        _check_labels(labels, (batch,))
-        return super().forward(self.features(labels))
-
-
-class LabelVectors(nn.Module):
-    """Labels that are embeddings already, (B, width)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-
-    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
-        _check_labels(labels, (batch, self.width))
-        return labels
-
-
-def _check_labels(labels: Tensor | None, shape: tuple[int, ...]) -> None:
-    if not isinstance(labels, Tensor):
-        raise InvalidArgument(f"class_labels must be a tensor of shape {shape}, got {labels!r}")
-    if labels.shape != shape:
-        raise InvalidArgument(f"class_labels must have shape {shape}, got {tuple(labels.shape)}")

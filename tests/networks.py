@@ -1,0 +1,60 @@
+"""How a network of ours is held against another library's: same weights, outputs and gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Relative to the larger of the two, so that equal zeros are equal."""
+    scale = max(ours.norm().item(), theirs.norm().item(), 1e-30)
+    return (ours - theirs).norm().item() / scale
+
+
+def same_weights(ours: type, theirs: type, config: dict, seed: int) -> tuple[Any, nn.Module]:
+    """A network of each library with the same random weights, loaded strictly both ways."""
+    torch.manual_seed(seed)
+    theirs = theirs(**config)
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name:  # fresh norms are 1 and 0, which would hide a swap
+            nn.init.normal_(parameter, 1.0, 0.3)
+    ours = ours(**config)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+def assert_same_network(
+    ours: nn.Module, theirs: nn.Module, call: Callable[[nn.Module, Tensor], Any], x: Tensor
+) -> None:
+    """Equal outputs, and equal gradients of the input and of every weight.
+
+    Args:
+        call: (network, x) → output, a tensor or diffusers' output with `.sample`.
+        x: whose dtype, float32 or float64, says what "equal" allows; gradients ten times that.
+    """
+    tolerance = TOLERANCES[x.dtype]
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [call(net, x) for net, x in zip((ours, theirs), inputs, strict=True)]
+    outputs = [getattr(out, "sample", out) for out in outputs]
+    assert distance(*outputs) < tolerance
+    weight = torch.randn_like(outputs[0])
+    for out in outputs:
+        (out * weight).sum().backward()
+    assert distance(*(x.grad for x in inputs)) < 10 * tolerance
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    # Some gradients are zero but for rounding (a bias in front of a norm), so the yardstick
+    # is the largest one.
+    largest = max(gradient.norm().item() for gradient in expected.values())
+    for name, parameter in ours.named_parameters():
+        if name in expected:
+            error = (parameter.grad - expected.pop(name)).norm().item()
+            assert error < 10 * tolerance * largest, name
+        else:
+            assert parameter.grad is None or not parameter.grad.any(), name
+    assert not expected
+    ours.zero_grad(), theirs.zero_grad()
