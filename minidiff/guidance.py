@@ -1,11 +1,14 @@
 """Guidance: denoiser in, denoiser out.
 
 A denoiser is a function (x_t, t) → output. Guidance combines what a network says under two
-conditions into another denoiser, so the sampling loop never knows of it.
+conditions into another denoiser, so the sampling loop never knows of it. A condition is what the
+network is told besides, by the names of its arguments: `{"class_labels": labels}`, or
+`{"encoder_hidden_states": tokens}`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,43 +16,69 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number
 
 Denoiser = Callable[[Tensor, int], Tensor]
-Network = Callable[..., Tensor]  # (x, t, class_labels=labels) → output
+Network = Callable[..., Tensor]  # (x, t, **condition) → output
+Condition = Mapping[str, Any]  # name → tensor (B, …), or another such mapping
 
 
-def conditional(network: Network, class_labels: Tensor | None) -> Denoiser:
-    """The network under one condition, as a denoiser; no labels for an unconditional network."""
-    return lambda x, t: network(x, t, class_labels=class_labels)
+def conditional(network: Network, condition: Condition) -> Denoiser:
+    """The network under one condition, as a denoiser; {} for an unconditional network."""
+    return lambda x, t: network(x, t, **condition)
 
 
 def classifier_free(
-    network: Network, class_labels: Tensor, null_labels: Tensor, scale: float
+    network: Network, condition: Condition, null: Condition, scale: float
 ) -> Denoiser:
     """Classifier-free guidance: u + w·(c − u), c and u from one batch of twice the size.
 
     Args:
-        network: called as network(x, t, class_labels=…).
-        class_labels, null_labels: (B,) labels of the wanted class, and of no class.
+        network: called as network(x, t, **condition).
+        condition, null: what is wanted, and its absence (or what is not wanted, a negative
+            prompt); of the same names and shapes, one entry an image.
         scale: w in diffusers' convention: 1 is the conditional network itself (and costs one
             evaluation an image, not two), 0 the unconditional one. Ho & Salimans 2022,
             arXiv:2207.12598, eq. 6 has w − 1 in its place.
     Raises:
-        InvalidArgument: a scale that is not finite, or labels of different shapes.
+        InvalidArgument: a scale that is not finite, or conditions of different names or shapes.
     """
     scale = real_number("guidance_scale", scale, -math.inf)
-    if class_labels.shape != null_labels.shape:
-        raise InvalidArgument(
-            f"null_labels must have the shape of class_labels, {tuple(class_labels.shape)}, "
-            f"got {tuple(null_labels.shape)}"
-        )
+    both = _joined(condition, null)
     if scale == 1:
-        return conditional(network, class_labels)
-    both = torch.cat([class_labels, null_labels])
+        return conditional(network, condition)
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        c, u = network(torch.cat([x, x]), t, class_labels=both).chunk(2)
+        c, u = network(torch.cat([x, x]), t, **both).chunk(2)
         return u + scale * (c - u)
 
     return denoise
+
+
+def _joined(condition: Condition, null: Condition) -> dict[str, Any]:
+    """Both conditions as one batch of twice the size."""
+    if condition.keys() != null.keys():
+        raise InvalidArgument(
+            f"null must have the names of condition, {sorted(condition)}, got {sorted(null)}"
+        )
+    both: dict[str, Any] = {}
+    for name, value in condition.items():
+        other = null[name]
+        if isinstance(value, Mapping):
+            both[name] = _joined(value, other)
+        elif value.shape == other.shape:
+            both[name] = torch.cat([value, other])
+        else:
+            raise InvalidArgument(
+                f"{name} must have the same shape in both conditions, got {tuple(value.shape)} "
+                f"and {tuple(other.shape)}"
+            )
+    return both
+
+
+def each_tensor(condition: Condition, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The condition with every tensor changed, such as moved to a device or cut to a part."""
+    return {
+        name: each_tensor(value, change) if isinstance(value, Mapping) else change(value)
+        for name, value in condition.items()
+    }
 
 
 def autocast(denoise: Denoiser, dtype: torch.dtype) -> Denoiser:
@@ -64,3 +93,8 @@ def autocast(denoise: Denoiser, dtype: torch.dtype) -> Denoiser:
             return denoise(x, t).float()
 
     return narrow
+
+
+def in_dtype(denoise: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """The same denoiser around a network whose weights are `dtype`; its output is as x again."""
+    return lambda x, t: denoise(x.to(dtype), t).to(x.dtype)

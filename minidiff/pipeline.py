@@ -12,19 +12,28 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from minidiff import checkpoint
+from minidiff import pipeline_folder
 from minidiff.data import to_uint8
 from minidiff.device import pick_device
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, real_number, whole_number
-from minidiff.guidance import Denoiser, autocast, classifier_free, conditional
-from minidiff.nn import SpaceToDepth, UNet
+from minidiff.guidance import (
+    Condition,
+    Denoiser,
+    autocast,
+    classifier_free,
+    conditional,
+    each_tensor,
+    in_dtype,
+)
+from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.noise import MAX_SEED, Generators, image_generators, randn
+from minidiff.prompt import Prompts, PromptsXL
 from minidiff.sample import Step, trajectory
-from minidiff.schedulers import SCHEDULERS, DDIMScheduler, Scheduler
-from minidiff.schedulers.base import CONFIG_NAME
+from minidiff.schedulers import DDIMScheduler, Scheduler
+from minidiff.weights import DTYPES
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-INDEX = "model_index.json"
+MAX_SIDE = 1 << 14
 MAX_IMAGES = 1_000_000  # they are held in memory; more than this is a typing error
 
 
@@ -52,51 +61,64 @@ class Pipeline:
             which guidance needs; without it (num_class_embeds == len(class_names)) only
             guidance_scale 1 is possible.
         guidance_scale, num_inference_steps: used where a call gives none.
+        prompts: what makes of a text the tokens that the network looks at.
     Raises:
-        InvalidArgument: the network does not fit the vae, class_names or guidance_scale.
+        InvalidArgument: the network does not fit vae, class_names, prompts or guidance_scale.
     """
 
     def __init__(
         self,
         unet: UNet,
         scheduler: Scheduler,
-        vae: SpaceToDepth | None = None,
+        vae: SpaceToDepth | AutoencoderKL | None = None,
         class_names: Sequence[str] = (),
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         num_inference_steps: int = 50,
+        prompts: Prompts | PromptsXL | None = None,
     ) -> None:
-        if isinstance(class_names, str) or not all(isinstance(n, str) for n in class_names):
-            raise InvalidArgument(f"class_names must be a list of strings, got {class_names!r}")
-        embeds = unet.config.num_class_embeds or 0
-        if embeds not in (len(class_names), len(class_names) + 1) or bool(embeds) != bool(
-            class_names
-        ):
-            raise InvalidArgument(
-                f"class_names must name the network's {embeds} classes (all, or all but the last, "
-                f"which then stands for no class); got {len(class_names)} names"
-            )
-        if vae is not None and unet.config.in_channels % vae.block**2:
-            raise InvalidArgument(
-                f"block must divide the network's {unet.config.in_channels} channels into blocks "
-                f"of block² pixels, got {vae.block}"
-            )
-        self.unet, self.scheduler, self.vae = unet, scheduler, vae
-        self.class_names = tuple(class_names)
+        self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
+        self.class_names = tuple(_class_names(class_names, unet))
+        self._check_parts()
+        if guidance_scale is None:
+            guidance_scale = 1.0 if prompts is None else prompts.guidance_scale
         self.guidance_scale = self._scale(guidance_scale)
         self.num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
         self.dtype = torch.float32
 
+    def _check_parts(self) -> None:
+        channels = self.unet.config.in_channels
+        if self.vae is not None:
+            self.vae.check_channels(channels)
+        wanted = self.unet.text_channels
+        given = None if self.prompts is None else self.prompts.width
+        if wanted != given:
+            raise InvalidArgument(
+                f"prompts must give tokens of {wanted} channels, which the network looks at "
+                f"(None: it looks at none), got {given}"
+            )
+        numbers = self.unet.config.get("addition_embed_type") is not None
+        if self.prompts is not None and self.prompts.needs_numbers != numbers:
+            raise InvalidArgument(
+                f"prompts must be {'PromptsXL' if numbers else 'Prompts'} for a network with "
+                f"addition_embed_type={self.unet.config.addition_embed_type!r}"
+            )
+
     @torch.no_grad()
     def __call__(
         self,
+        prompt: str | Sequence[str] | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         num_images: int | None = None,
         *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         eta: float | None = None,
         seed: int | None = None,
         generator: Generators = None,
+        latents: Tensor | None = None,
         first_index: int = 0,
         batch_size: int = 256,
         output_type: str = "pil",
@@ -106,15 +128,22 @@ class Pipeline:
         """Generate pictures.
 
         Args:
+            prompt: one text, or one an image, for a network that looks at texts.
             class_labels: one class, or one an image; None for equal shares of all classes
                 (image i gets class i modulo their number).
-            num_images: N; by default as many as there are labels, or 1.
+            num_images: N; by default as many as there are prompts or labels, or 1.
+            negative_prompt: what guidance leads away from, one text or one an image; None for no
+                text. It needs a guidance_scale other than 1.
+            height, width: of the pictures in pixels; by default those that the network was
+                trained for.
             num_inference_steps: steps of the scheduler.
             guidance_scale: w of classifier-free guidance, 1 for none.
             eta: DDIM's η; only for schedulers whose step has it.
             seed: image i draws its noise from (seed, first_index + i) alone, whatever the batch
                 size or the device. By default a seed from torch's global random state.
             generator: instead of a seed, one torch.Generator for all or a list of one an image.
+            latents: the start itself, standard normal noise (N, C, h, w) in the network's space;
+                stochastic samplers still draw from seed or generator.
             first_index: number of the first image, to make a part of a larger run.
             batch_size: images in the network at once; memory, not pictures, depends on it.
             output_type: "pil", "np" or "pt".
@@ -125,55 +154,117 @@ class Pipeline:
         """
         # 1. condition
         one_of("output_type", output_type, OUTPUT_TYPES)
-        labels = self._labels(class_labels, num_images, first_index)
-        n = len(labels) if labels is not None else num_images or 1
+        told = self._told(prompt, class_labels, num_images, first_index)
+        n = (num_images or 1) if told is None else len(told)
         scale = self._scale(self.guidance_scale if guidance_scale is None else guidance_scale)
+        negative = self._negative(negative_prompt, n, scale)
         options = self._step_options(eta)
         whole_number("batch_size", batch_size, 1)
+        shape = self._latent_shape(height, width)
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         self.scheduler.set_timesteps(steps)  # refuses a bad number before anything else happens
 
         # 2. start
         source_of = _sources(n, seed, generator, first_index)
-        shape, like = self._latent_shape(), next(self.unet.parameters())
+        start_of = _starts(latents, (n, *shape), source_of, self.device)
         results = []
         with tqdm(total=n, unit="image", disable=not progress) as bar:
             for start in range(0, n, batch_size):
                 part = slice(start, min(start + batch_size, n))
-                source = source_of(part)
-                self.scheduler.set_timesteps(steps, device=like.device)
-                x = randn((part.stop - start, *shape), source, like.device)
-                x = x * self.scheduler.init_noise_sigma
+                self.scheduler.set_timesteps(steps, device=self.device)
+                x = start_of(part) * self.scheduler.init_noise_sigma
 
                 # 3. loop
-                denoise = self.denoiser(None if labels is None else labels[part], scale)
-                for step in trajectory(denoise, self.scheduler, x, source, **options):
+                denoise = self.denoiser(
+                    None if told is None else told[part],
+                    scale,
+                    negative=None if negative is None else negative[part],
+                    size=self.image_size(shape),
+                )
+                for step in trajectory(denoise, self.scheduler, x, source_of(part), **options):
                     if callback is not None:
                         callback(step)
 
                 # 4. decode
                 results.append(self.decode(step.next_x))
                 bar.update(len(x))
+        labels = told if isinstance(told, Tensor) else None
         return PipelineOutput(_as_output(torch.cat(results), output_type), labels)
 
-    def denoiser(self, labels: Tensor | None, scale: float = 1.0) -> Denoiser:
-        """The network under labels (B,) and guidance, as a function (x_t, t) → output."""
-        if labels is None:
-            denoise = conditional(self.unet, None)
-        else:
-            labels = labels.to(next(self.unet.parameters()).device, non_blocking=True)
-            null = torch.full_like(labels, len(self.class_names))
-            denoise = classifier_free(self.unet, labels, null, scale)
+    def denoiser(
+        self,
+        told: Tensor | Sequence[str] | None,
+        scale: float = 1.0,
+        *,
+        negative: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Denoiser:
+        """The network under a condition and guidance, as a function (x_t, t) → output.
+
+        Args:
+            told: labels (B,) or B prompts; None for a network that is told nothing.
+            scale: w of classifier-free guidance.
+            negative: B prompts to lead away from; None leads away from no text.
+            size: (height, width) of the pictures, which SDXL is told; by default the usual one.
+        """
+        size = size or self.image_size(self._latent_shape())
+        denoise = conditional(self.unet, self._on_network(self._condition(told, size)))
+        if scale != 1:
+            null = self._null(told, size) if negative is None else self._condition(negative, size)
+            pair = self._on_network(self._condition(told, size)), self._on_network(null)
+            denoise = classifier_free(self.unet, *pair, scale)
+        weights = next(self.unet.parameters()).dtype
+        if weights != torch.float32:
+            return in_dtype(denoise, weights)
         return denoise if self.dtype == torch.float32 else autocast(denoise, self.dtype)
+
+    def _condition(self, told: Tensor | Sequence[str] | None, size: tuple[int, int]) -> Condition:
+        if told is None:
+            return {}
+        if isinstance(told, Tensor):
+            return {"class_labels": told}
+        return self.prompts.condition(told, size)
+
+    def _null(self, told: Tensor | Sequence[str] | None, size: tuple[int, int]) -> Condition:
+        """The condition that guidance leads away from."""
+        if told is None:
+            return {}
+        if isinstance(told, Tensor):
+            return {"class_labels": torch.full_like(told, len(self.class_names))}
+        return self.prompts.null(len(told), size)
+
+    def _on_network(self, condition: Condition) -> Condition:
+        """Every tensor on the network's device, numbers with a fraction in its dtype."""
+        like = next(self.unet.parameters())
+        return each_tensor(
+            condition,
+            lambda tensor: tensor.to(
+                like.device, like.dtype if tensor.is_floating_point() else None, non_blocking=True
+            ),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.unet.parameters()).device
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the pictures."""
-        return tuple(self.decode(torch.empty(1, *self._latent_shape(), device="meta")).shape[1:])
+        """(C, H, W) of the pictures that the network was trained for."""
+        shape = self._latent_shape()
+        return shape if self.vae is None else self.vae.image_shape(shape)
+
+    def image_size(self, latent_shape: Sequence[int]) -> tuple[int, int]:
+        """(height, width) in pixels of what (C, h, w) in the network's space decodes to."""
+        shape = latent_shape if self.vae is None else self.vae.image_shape(latent_shape)
+        return tuple(shape[-2:])
 
     def decode(self, z: Tensor) -> Tensor:
         """From the network's space to pictures (B, C, H, W), nominally in [−1, 1]."""
-        return z if self.vae is None else self.vae.decode(z)
+        if self.vae is None:
+            return z
+        weights = next(self.vae.parameters(), z)  # a permutation has none
+        return self.vae.from_latents(z.to(weights.dtype)).to(z.dtype)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -181,15 +272,19 @@ class Pipeline:
         """Move the networks; returns the pipeline.
 
         Args:
-            dtype: of the network's matrix work: float32, or bfloat16 or float16 by autocast. The
-                weights and the sampler stay float32.
+            dtype: of the U-Net's matrix work: float32, or bfloat16 or float16 by autocast. The
+                weights and the sampler stay as they are.
         Raises:
             InvalidArgument: another dtype, or a device that this machine does not have.
         """
         allowed = (torch.float32, torch.bfloat16, torch.float16)
         if dtype is not None and dtype not in allowed:
             raise InvalidArgument(f"dtype must be one of {allowed}, got {dtype}")
-        self.unet.to(None if device is None else pick_device(device))
+        place = None if device is None else pick_device(device)
+        encoders = () if self.prompts is None else self.prompts.encoders
+        for network in (self.unet, self.vae, *encoders):
+            if network is not None:
+                network.to(place)
         self.dtype = dtype or self.dtype
         return self
 
@@ -201,80 +296,79 @@ class Pipeline:
     # --- folders ---------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model_index.json`, `unet/`, `scheduler/` and, where there is one, `vae/`.
+        """Write `model_index.json` and a folder a part, which are diffusers'.
 
-        The parts are diffusers' folders. An existing pipeline folder is replaced as a whole.
+        A pipeline with prompts is written as diffusers' StableDiffusionPipeline or
+        StableDiffusionXLPipeline. An existing pipeline folder is replaced as a whole.
 
         Raises:
             CheckpointError: the folder cannot be written, or holds something else.
         """
-        folder = Path(folder)
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-            raise CheckpointError(f"{folder}: not empty and not a pipeline, will not replace it")
-        index: dict[str, Any] = {
-            "_class_name": "Pipeline",
-            "unet": ["diffusers", "UNet2DModel"],
-            "scheduler": ["diffusers", type(self.scheduler).__name__],
-            "class_names": list(self.class_names),
-            "guidance_scale": self.guidance_scale,
-            "num_inference_steps": self.num_inference_steps,
-        }
-        with checkpoint.atomic_folder(folder) as temporary:
-            self.unet.save_pretrained(temporary / "unet")
-            self.scheduler.save_pretrained(temporary / "scheduler")
-            if self.vae is not None:
-                index["vae"] = ["minidiff", type(self.vae).__name__]
-                self.vae.save_pretrained(temporary / "vae")
-            checkpoint.write_json(temporary / INDEX, index)
+        pipeline_folder.write(
+            folder,
+            {"unet": self.unet, "scheduler": self.scheduler, "vae": self.vae},
+            self.prompts,
+            {
+                "class_names": list(self.class_names),
+                "guidance_scale": self.guidance_scale,
+                "num_inference_steps": self.num_inference_steps,
+            },
+        )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Pipeline":
-        """Read a folder that `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+    ) -> "Pipeline":
+        """Read a folder that `save_pretrained` of minidiff wrote, or diffusers: Stable Diffusion
+        1.x, 2.x and XL, and pictures without a condition (DDPMPipeline, DDIMPipeline).
 
+        Args:
+            torch_dtype: of the networks' weights: float32, float64, float16 or bfloat16.
+            variant: "fp16" for the files `….fp16.safetensors`.
         Raises:
             CheckpointError: names the file that is missing, damaged or not understood.
+            InvalidArgument: another dtype.
         """
-        folder = Path(folder)
-        index = checkpoint.read_json(folder / INDEX)
-        known = {"_class_name", "unet", "scheduler", "vae", "class_names", "guidance_scale",
-                 "num_inference_steps"}  # fmt: skip
-        if index.get("_class_name") != "Pipeline" or not index.keys() <= known:
-            raise CheckpointError(f"{folder / INDEX}: not written by minidiff's Pipeline")
-        if missing := sorted(known - {"vae"} - index.keys()):
-            raise CheckpointError(f"{folder / INDEX}: has no {missing[0]}")
-        for part in ("unet", "scheduler", "vae"):
-            if part in index and not _names_a_class(index[part]):
-                raise CheckpointError(
-                    f"{folder / INDEX}: {part} must be a library and a class, got {index[part]!r}"
-                )
-        if not isinstance(index["class_names"], list):
-            raise CheckpointError(f"{folder / INDEX}: class_names must be a list")
         try:
-            one_of("scheduler", index["scheduler"][1], SCHEDULERS)
-            return cls(
-                UNet.from_pretrained(folder / "unet"),
-                _scheduler_from(folder / "scheduler", SCHEDULERS[index["scheduler"][1]]),
-                SpaceToDepth.from_pretrained(folder / "vae") if "vae" in index else None,
-                index["class_names"],
-                index["guidance_scale"],
-                index["num_inference_steps"],
-            )
+            return cls(**pipeline_folder.read(folder, torch_dtype, variant))
         except InvalidArgument as error:
-            raise CheckpointError(f"{folder / INDEX}: {error}") from error
+            if torch_dtype not in DTYPES:
+                raise
+            raise CheckpointError(f"{Path(folder) / pipeline_folder.INDEX}: {error}") from error
 
     # --- arguments, checked ----------------------------------------------------------------
 
-    def _labels(
-        self, given: int | Sequence[int] | Tensor | None, num_images: int | None, first: int
-    ) -> Tensor | None:
+    def _told(
+        self,
+        prompt: str | Sequence[str] | None,
+        class_labels: int | Sequence[int] | Tensor | None,
+        num_images: int | None,
+        first: int,
+    ) -> Tensor | list[str] | None:
+        """What every image is of: labels (N,), N prompts, or None."""
         if num_images is not None:
             whole_number("num_images", num_images, 1, MAX_IMAGES)
         whole_number("first_index", first, 0, MAX_SEED)
+        for name, given, able in (
+            ("prompt", prompt, self.prompts is not None),
+            ("class_labels", class_labels, bool(self.class_names)),
+        ):
+            if given is not None and not able:
+                raise InvalidArgument(f"{name} must be None: this model takes none, got {given!r}")
+        if self.prompts is not None:
+            if prompt is None:
+                raise InvalidArgument("prompt must be given: this model draws what a text says")
+            return _texts("prompt", prompt, num_images)
+        return self._labels(class_labels, num_images, first) if self.class_names else None
+
+    def _labels(
+        self, given: int | Sequence[int] | Tensor | None, num_images: int | None, first: int
+    ) -> Tensor:
         classes = len(self.class_names)
-        if not classes:
-            if given is not None:
-                raise InvalidArgument("class_labels given, but this model has no classes")
-            return None
         if given is None:
             return (torch.arange(num_images or 1) + first) % classes
         if isinstance(given, Tensor):
@@ -289,12 +383,22 @@ class Pipeline:
             )
         return torch.tensor(labels)
 
+    def _negative(
+        self, given: str | Sequence[str] | None, n: int, scale: float
+    ) -> list[str] | None:
+        if given is None:
+            return None
+        if self.prompts is None or scale == 1:
+            why = "this model takes no prompts" if self.prompts is None else "guidance_scale is 1"
+            raise InvalidArgument(f"negative_prompt must be None: {why}, got {given!r}")
+        return _texts("negative_prompt", given, n)
+
     def _scale(self, given: float) -> float:
         scale = real_number("guidance_scale", given, -math.inf)
-        if scale != 1 and not self.has_null_class:
+        if scale != 1 and not (self.has_null_class or self.prompts):
             raise InvalidArgument(
-                f"guidance_scale must be 1 for a model that knows no label for 'no class', "
-                f"got {scale:g}"
+                f"guidance_scale must be 1 for a model that takes no prompt and knows no label "
+                f"for 'no class', got {scale:g}"
             )
         return scale
 
@@ -305,26 +409,65 @@ class Pipeline:
             raise InvalidArgument(f"eta is DDIM's; {type(self.scheduler).__name__} has none")
         return {"eta": real_number("eta", eta, 0, 1)}
 
-    def _latent_shape(self) -> tuple[int, ...]:
+    def _latent_shape(
+        self, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """(C, h, w) in the network's space, of pictures of this size or of the usual one."""
         config = self.unet.config
-        side = config.sample_size
-        if side is None:
-            raise InvalidArgument("the network's config names no sample_size")
-        space = tuple(side) if isinstance(side, list | tuple) else (side, side)
-        return (config.in_channels, *space)
+        usual = config.sample_size
+        divisor = 1 if self.vae is None else self.vae.divisor
+        if usual is None and None in (height, width):
+            raise InvalidArgument(
+                "height and width must be given: the network's config names no sample_size"
+            )
+        sides = list(usual) if isinstance(usual, list | tuple) else [usual, usual]
+        for i, (name, pixels) in enumerate((("height", height), ("width", width))):
+            if pixels is not None:
+                if whole_number(name, pixels, 1, MAX_SIDE) % divisor:
+                    raise InvalidArgument(f"{name} must be a multiple of {divisor}, got {pixels}")
+                sides[i] = pixels // divisor
+        return (config.in_channels, *sides)
 
 
-def _names_a_class(entry: object) -> bool:
-    return (
-        isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
-    )
+def _class_names(names: Sequence[str], unet: UNet) -> Sequence[str]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise InvalidArgument(f"class_names must be a list of strings, got {names!r}")
+    embeds = unet.config.num_class_embeds or 0
+    if embeds not in (len(names), len(names) + 1) or bool(embeds) != bool(names):
+        raise InvalidArgument(
+            f"class_names must name the network's {embeds} classes (all, or all but the last, "
+            f"which then stands for no class); got {len(names)} names"
+        )
+    return names
 
 
-def _scheduler_from(folder: Path, cls: type[Scheduler]) -> Scheduler:
-    try:
-        return cls.from_pretrained(folder)
-    except InvalidArgument as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+def _texts(name: str, given: str | Sequence[str], n: int | None) -> list[str]:
+    """One text for all images, or one an image."""
+    texts = [given] * (n or 1) if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise InvalidArgument(f"{name} must be a text or a list of texts, got {given!r}")
+    if not texts or n not in (None, len(texts)):
+        raise InvalidArgument(
+            f"{name} must be one text, or {n or 'at least 1'} of them; got {len(texts)}"
+        )
+    return list(texts)
+
+
+def _starts(
+    latents: Tensor | None,
+    shape: tuple[int, ...],
+    source_of: Callable[[slice], Generators],
+    device: torch.device,
+) -> Callable[[slice], Tensor]:
+    """A function from a part of the images to the standard normal noise that they start from."""
+    if latents is None:
+        return lambda part: randn((part.stop - part.start, *shape[1:]), source_of(part), device)
+    if not isinstance(latents, Tensor) or latents.shape != shape:
+        got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise InvalidArgument(f"latents must be a tensor of shape {shape}, got {got}")
+    if not latents.is_floating_point():
+        raise InvalidArgument(f"latents must be floating point, got {latents.dtype}")
+    return lambda part: latents[part].to(device)
 
 
 def _sources(

@@ -316,7 +316,7 @@ def train(
             break
         x0, labels = data.batch(index)
         labels = _dropped(labels, config.label_dropout, data.num_classes, generator)
-        z = x0 if pipe.vae is None else pipe.vae.encode(x0)
+        z = x0 if pipe.vae is None else pipe.vae.to_latents(x0)
         z = z.to(memory_format=torch.channels_last)
         t = levels(schedule, len(z), generator, device)
         eps = torch.empty_like(z).normal_(generator=noise)

@@ -33,10 +33,10 @@ def test_a_picture_depends_on_its_seed_and_index_alone(pipe, name):
 
 def test_a_list_of_generators_gives_what_the_seed_gives(pipe):
     options = {"num_inference_steps": STEPS, "output_type": "pt"}
-    by_seed = pipe([0, 1, 2], seed=9, **options).images
-    by_list = pipe([0, 1, 2], generator=image_generators(9, range(3)), **options).images
+    by_seed = pipe(class_labels=[0, 1, 2], seed=9, **options).images
+    by_list = pipe(class_labels=[0, 1, 2], generator=image_generators(9, range(3)), **options).images
     assert torch.equal(by_seed, by_list)
-    by_numpy = pipe([0, 1, 2], seed=np.int64(9), first_index=np.int64(0), **options).images
+    by_numpy = pipe(class_labels=[0, 1, 2], seed=np.int64(9), first_index=np.int64(0), **options).images
     assert torch.equal(by_seed, by_numpy)
 
 
@@ -49,20 +49,20 @@ def test_guidance_scale_1_is_the_conditional_network_alone(pipe):
     """Bit for bit, and with half the evaluations: the unconditional half never runs."""
     sizes = []
     pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    plain = pipe([1, 2], num_inference_steps=2, guidance_scale=1, seed=0, output_type="pt").images
+    plain = pipe(class_labels=[1, 2], num_inference_steps=2, guidance_scale=1, seed=0, output_type="pt").images
     assert sizes == [2, 2]
     denoise, x = pipe.denoiser(torch.tensor([1, 2])), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = pipe.unet(x, 500, class_labels=torch.tensor([1, 2]))
         assert torch.equal(denoise(x, 500), expected)
-    guided = pipe([1, 2], num_inference_steps=2, guidance_scale=2, seed=0, output_type="pt").images
+    guided = pipe(class_labels=[1, 2], num_inference_steps=2, guidance_scale=2, seed=0, output_type="pt").images
     assert sizes[-1] == 4
     assert not torch.equal(plain, guided)
 
 
 def test_the_callback_sees_every_step_and_the_last_one_is_the_picture(pipe):
     steps = []
-    images = pipe(3, seed=0, num_inference_steps=5, output_type="pt", callback=steps.append).images
+    images = pipe(class_labels=3, seed=0, num_inference_steps=5, output_type="pt", callback=steps.append).images
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
     assert all(torch.equal(a.next_x, b.x) for a, b in pairwise(steps))
     assert torch.equal(pipe.decode(steps[-1].next_x), images)
@@ -72,9 +72,9 @@ def test_the_callback_sees_every_step_and_the_last_one_is_the_picture(pipe):
 
 def test_output_types_agree(pipe):
     options = {"seed": 1, "num_inference_steps": 2}
-    array = pipe([4, 5], output_type="np", **options).images
-    pil = pipe([4, 5], output_type="pil", **options).images
-    floats = pipe([4, 5], output_type="pt", **options).images
+    array = pipe(class_labels=[4, 5], output_type="np", **options).images
+    pil = pipe(class_labels=[4, 5], output_type="pil", **options).images
+    floats = pipe(class_labels=[4, 5], output_type="pt", **options).images
     assert array.shape == (2, 16, 16, 1)
     assert array.dtype == np.uint8
     assert all(np.array_equal(np.asarray(p), a[..., 0]) for p, a in zip(pil, array, strict=True))
@@ -233,9 +233,9 @@ def test_eta_makes_ddim_random_and_zero_does_not(pipe):
 def test_space_to_depth_is_a_permutation_of_the_pixels():
     x = torch.arange(2 * 3 * 8 * 12.0).view(2, 3, 8, 12)
     patches = SpaceToDepth(2)
-    z = patches.encode(x)
+    z = patches.to_latents(x)
     assert z.shape == (2, 12, 4, 6)
-    assert torch.equal(patches.decode(z), x)
+    assert torch.equal(patches.from_latents(z), x)
     assert torch.equal(z.flatten(1).sort().values, x.flatten(1).sort().values)
     with pytest.raises(InvalidArgument, match="multiples of 2"):
-        patches.encode(x[..., :7])
+        patches.to_latents(x[..., :7])

@@ -79,7 +79,7 @@ def test_every_prediction_type_learns(prediction_type):
     train(config, ImageData("few", data.images[:64], None, ()), report=rows.append)
     fresh = build(config, ImageData("few", data.images[:64], None, ()))
     x0, _ = data.batch(torch.arange(64))
-    z, schedule = fresh.vae.encode(x0), fresh.scheduler.schedule
+    z, schedule = fresh.vae.to_latents(x0), fresh.scheduler.schedule
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(1000, (64,), generator=generator)
     eps = torch.randn(z.shape, generator=generator)

@@ -5,9 +5,11 @@ inverse of "pixel shuffle"). Nothing is computed: the map is a permutation, so w
 white noise, and diffusion in either space is the same process. The network sees a quarter of the
 positions with four times the channels (b = 2), which a small computer does three times sooner.
 
-It stands where a latent model has its autoencoder: `encode` before the loop, `decode` after it.
+It stands where a latent model has its autoencoder: `to_latents` before the loop, `from_latents`
+after it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -28,7 +30,25 @@ class SpaceToDepth(nn.Module):
         super().__init__()
         self.block = whole_number("block", block, 1, 64)
 
-    def encode(self, x: Tensor) -> Tensor:
+    @property
+    def divisor(self) -> int:
+        """Pixels a side of what becomes one position."""
+        return self.block
+
+    def image_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """(C, H, W) of the picture that (C·b², h, w) comes from."""
+        channels, *sides = latent_shape
+        return (channels // self.block**2, *(side * self.block for side in sides))
+
+    def check_channels(self, channels: int) -> None:
+        """Refuse a network whose channels this cannot make pictures of. Raises InvalidArgument."""
+        if channels % self.block**2:
+            raise InvalidArgument(
+                f"block must divide the network's {channels} channels into blocks of block² "
+                f"pixels, got {self.block}"
+            )
+
+    def to_latents(self, x: Tensor) -> Tensor:
         """(B, C, H·b, W·b) → (B, C·b², H, W). Raises InvalidArgument for other sizes."""
         if x.shape[-2] % self.block or x.shape[-1] % self.block:
             raise InvalidArgument(
@@ -36,7 +56,7 @@ class SpaceToDepth(nn.Module):
             )
         return F.pixel_unshuffle(x, self.block)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def from_latents(self, z: Tensor) -> Tensor:
         """(B, C·b², H, W) → (B, C, H·b, W·b)."""
         return F.pixel_shuffle(z, self.block)
 

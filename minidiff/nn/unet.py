@@ -86,7 +86,7 @@ class UNet(Model):
         super().__init__()
         c = unet_config(config)
         self.config, self.class_name = _written(c), c.class_name
-        self.dims, self.smallest_side = c.dims, c.smallest_side
+        self.dims, self.smallest_side, self.text_channels = c.dims, c.smallest_side, c.text_channels
 
         # What it is told
         self.time_proj, self.time_embedding = _time(c)

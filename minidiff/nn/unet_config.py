@@ -67,6 +67,7 @@ class UNet2DModelConfig(UNetConfig):
     projection_class_embeddings_input_dim: ClassVar[None] = None
     addition_embed_type: ClassVar[None] = None
     context_channels: ClassVar[None] = None
+    text_channels: ClassVar[None] = None
 
     @property
     def middle(self) -> Stage | None:
@@ -213,6 +214,11 @@ class UNet2DConditionModelConfig(UNetConfig):
         if not any(isinstance(plan, TextAttention) for _, plan in self._places()):
             return None
         return self._per_level("cross_attention_dim")[0]
+
+    @property
+    def text_channels(self) -> int | None:
+        """Channels of the tokens as the network is given them."""
+        return self.encoder_hid_dim or self.context_channels
 
     def crosses_only(self, level: int) -> bool:
         return self._per_level("only_cross_attention")[level]
