@@ -17,17 +17,18 @@ mean are those of diffusers' `AutoencoderKL`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoint import Config
-from minidiff.errors import InvalidArgument
+from minidiff.checkpoint import Config, load_weights, read_json, read_tensors
+from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.nn.attention import Attention
 from minidiff.nn.autoencoder_config import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
 from minidiff.nn.gaussian import DiagonalGaussian
 from minidiff.nn.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample, per_channel
-from minidiff.nn.model import Model
+from minidiff.nn.model import CONFIG, WEIGHTS, Model
 from minidiff.nn.tiling import ImageMap, sliced, tiled
 
 EPS = 1e-6  # of every norm; no option in diffusers
@@ -185,6 +186,24 @@ class AutoencoderKL(Model):
         return sliced(f) if self.use_slicing else f
 
     # ------------------------------------------------------------------------- checkpoints
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "AutoencoderKL":
+        """Read a folder as every Model does, and the old names of attention besides."""
+        weights = Path(folder) / WEIGHTS
+        if not weights.is_file():
+            return super().from_pretrained(folder)  # which says what is wrong
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(read_json(Path(folder) / CONFIG))
+        except InvalidArgument as error:
+            raise CheckpointError(f"{Path(folder) / CONFIG}: {error}") from error
+        tensors = model.renamed(read_tensors(weights))
+        wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if wanted == {name: tensor.shape for name, tensor in tensors.items()}:
+            model = model.to_empty(device="cpu")
+        load_weights(model, tensors, weights)
+        return model.eval()
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A checkpoint's tensors by today's names: attention had others in 2022 (OLD_NAMES), and
