@@ -118,7 +118,12 @@ def check_outputs_and_gradients(config: dict, height: int, width: int, seed: int
     }
     assert ours.config.items() <= dict(theirs.config).items()
     sides = (max(height, ours.divisor), max(width, ours.divisor))  # odd ones too
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+    # Now and then a norm sees almost equal values; float32 gradients through it are then off by
+    # 1e-5 in either library, so it is float64 that shows whether they are the same.
+    for dtype, tolerance, of_gradients in (
+        (torch.float32, 1e-5, 1e-4),
+        (torch.float64, 1e-10, 1e-10),
+    ):
         ours, theirs = ours.to(dtype), theirs.to(dtype)
         x = torch.randn(2, config["in_channels"], *sides, dtype=dtype)
         images, rounds = [x.clone().requires_grad_() for _ in range(2)], []
@@ -140,13 +145,13 @@ def check_outputs_and_gradients(config: dict, height: int, width: int, seed: int
         weight = torch.randn_like(rounds[0])
         for out in rounds:
             (out * weight).sum().backward()
-        assert distance(*(image.grad for image in images)) < tolerance
+        assert distance(*(image.grad for image in images)) < of_gradients
         expected = {name: value.grad for name, value in theirs.named_parameters()}
         # Some gradients are zero but for rounding (a bias in front of a norm), so the yardstick
         # is the largest one.
         largest = max(gradient.norm().item() for gradient in expected.values())
         for name, value in ours.named_parameters():
-            assert (value.grad - expected[name]).norm().item() < tolerance * largest, name
+            assert (value.grad - expected[name]).norm().item() < of_gradients * largest, name
         ours.zero_grad(), theirs.zero_grad()
 
 
@@ -197,7 +202,7 @@ def check_parts(config: dict, height: int, width: int, slicing: bool, seed: int)
     assert distance(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) < 1e-10
 
 
-@examples(40)
+@examples(25)
 @any_tiling
 def test_slices_and_tiles_equal_diffusers(config, height, width, slicing, seed):
     check_parts(config, height, width, slicing, seed)

@@ -133,7 +133,7 @@ class ResnetBlock(nn.Module):
     Args:
         dims: axes of space, 1 to 3.
         in_channels, out_channels: where they differ a 1×1 convolution carries the input over.
-        time_channels: width of the embedding that `forward` gets; PlainResnetBlock reads none.
+        time_channels: width of the embedding that `forward` gets; None for a PlainResnetBlock.
         groups, eps, act: of the two norms; act names an entry of ACTIVATIONS.
         dropout: probability, before the second convolution.
         output_scale: the sum is divided by this.
