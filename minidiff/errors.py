@@ -61,3 +61,19 @@ def real_number(name: str, value: object, low: float, high: float = float("inf")
         allowed = f"in [{low:g}, {high:g}]" if high != float("inf") else f"finite{at_least}"
         raise InvalidArgument(f"{name} must be {allowed}, got {number:g}")
     return number
+
+
+def true_or_false(name: str, value: object) -> bool:
+    """Refuse `value` unless it is True or False (1 and 0 are not)."""
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def listed(name: str, value: object, length: int | None = None) -> tuple:
+    """Refuse `value` unless it is a list or a tuple, of `length` entries where that is given."""
+    if not isinstance(value, list | tuple):
+        raise InvalidArgument(f"{name} must be a list or a tuple, got {value!r}")
+    if length is not None and len(value) != length:
+        raise InvalidArgument(f"{name} must have {length} entries, got {len(value)}: {value!r}")
+    return tuple(value)

@@ -1,6 +1,7 @@
 """Networks: they know (x, t, conditioning) and no diffusion."""
 
+from minidiff.nn.autoencoder import AutoencoderKL
 from minidiff.nn.patch import SpaceToDepth
 from minidiff.nn.unet import UNet
 
-__all__ = ["SpaceToDepth", "UNet"]
+__all__ = ["AutoencoderKL", "SpaceToDepth", "UNet"]

@@ -129,7 +129,7 @@ class ResnetBlock(nn.Module):
     Args:
         dims: axes of space, 1 to 3.
         in_channels, out_channels: where they differ a 1×1 convolution carries the input over.
-        time_channels: width of the embedding that `forward` gets.
+        time_channels: width of the embedding that `forward` gets; None for a PlainResnetBlock.
         groups, eps, act: of the two norms; act names an entry of ACTIVATIONS.
         dropout: probability, before the second convolution.
         output_scale: the sum is divided by this.
@@ -143,7 +143,7 @@ class ResnetBlock(nn.Module):
         dims: int,
         in_channels: int,
         out_channels: int,
-        time_channels: int,
+        time_channels: int | None,
         *,
         groups: int,
         eps: float,
@@ -156,7 +156,8 @@ class ResnetBlock(nn.Module):
         conv = CONVOLUTIONS[dims]
         self.norm1 = GroupNorm(groups, in_channels, eps, ACTIVATIONS[act]())
         self.conv1 = conv(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_channels, self.embeddings * out_channels)
+        if self.embeddings:
+            self.time_emb_proj = nn.Linear(time_channels, self.embeddings * out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps, ACTIVATIONS[act]())
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.conv2 = conv(out_channels, out_channels, 3, padding=1)
@@ -171,11 +172,11 @@ class ResnetBlock(nn.Module):
         `size` is the space of the result; only a block that grows reads it.
         """
         h = self.conv1(self.resize(self.norm1(x), size))
-        h = self.conv2(self.dropout(self.second_norm(h, self.time_emb_proj(emb))))
+        h = self.conv2(self.dropout(self.second_norm(h, emb)))
         return self.rescale(self.conv_shortcut(self.resize(x, size)) + h)
 
-    def second_norm(self, h: Tensor, time: Tensor) -> Tensor:
-        return self.norm2(h + per_channel(time, h))
+    def second_norm(self, h: Tensor, emb: Tensor) -> Tensor:
+        return self.norm2(h + per_channel(self.time_emb_proj(emb), h))
 
 
 class ScaleShiftResnetBlock(ResnetBlock):
@@ -183,9 +184,18 @@ class ScaleShiftResnetBlock(ResnetBlock):
 
     embeddings = 2
 
-    def second_norm(self, h: Tensor, time: Tensor) -> Tensor:
-        scale, shift = time.chunk(2, dim=1)
+    def second_norm(self, h: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.time_emb_proj(emb).chunk(2, dim=1)
         return self.norm2.modulated(h, 1 + scale, shift)
+
+
+class PlainResnetBlock(ResnetBlock):
+    """A ResnetBlock of a network that knows no time; `forward` gets None for the embedding."""
+
+    embeddings = 0
+
+    def second_norm(self, h: Tensor, emb: None) -> Tensor:
+        return self.norm2(h)
 
 
 RESNET_BLOCKS = {"default": ResnetBlock, "scale_shift": ScaleShiftResnetBlock}
@@ -220,7 +230,7 @@ class PadFarEdge(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to the size of the skip connection that comes next, then a convolution."""
+    """Nearest neighbour to `size`, then a convolution."""
 
     def __init__(self, dims: int, channels: int):
         super().__init__()

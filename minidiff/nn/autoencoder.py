@@ -1,0 +1,369 @@
+"""The VAE of latent diffusion: images to small latents with few channels, and back.
+
+    image ─ conv_in ─ down₀ ─ down₁ ─ … ─ mid ─ norm, act, conv_out ─ quant_conv ─ (μ, ln σ²)
+                                                                                      │ sample
+    image ─ conv_out, act, norm ─ … ─ up₁ ─ up₀ ─ mid ─ conv_in ─ post_quant_conv ─── z
+
+A level is a few residual blocks that know no time; all but the last halve or double each side.
+Diffusion works on z brought to zero mean and unit variance, (z − mean)·scaling_factor / std:
+`to_latents` and `from_latents` go there and back, `encode` and `decode` stop at z. Submodule names
+are those of diffusers' checkpoints, so that weights load without renaming.
+
+Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
+https://arxiv.org/abs/2112.10752, section 3.1 and appendix G; Kingma & Welling 2014,
+"Auto-Encoding Variational Bayes", https://arxiv.org/abs/1312.6114. The arguments and what they
+mean are those of diffusers' `AutoencoderKL`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.checkpoint import Config, load_weights, read_json, read_tensors
+from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.nn.attention import Attention
+from minidiff.nn.autoencoder_config import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
+from minidiff.nn.gaussian import DiagonalGaussian
+from minidiff.nn.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample, per_channel
+from minidiff.nn.model import CONFIG, WEIGHTS, Model
+from minidiff.nn.tiling import ImageMap, sliced, tiled
+
+EPS = 1e-6  # of every norm; no option in diffusers
+# What attention was called in the VAEs of 2022, which published checkpoints still use.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class AutoencoderKL(Model):
+    """A variational autoencoder of images, equal to diffusers' `AutoencoderKL`.
+
+    Args:
+        config: the fields of AutoencoderConfig, by name; what is left out has diffusers' default.
+    Raises:
+        InvalidArgument: an unknown name, a value that is not allowed, or two that do not go
+            together.
+
+    `vae.config` holds all arguments. An image side that `divisor` does not divide loses what is
+    left over, as in diffusers.
+
+    Large batches and images: `enable_slicing()` takes one image at a time, `enable_tiling()` takes
+    images larger than `tile_sample_min_size` (latents larger than `tile_latent_min_size`) in tiles
+    of that size that overlap by `tile_overlap_factor`; see minidiff.nn.tiling. As in diffusers
+    these are attributes, and no part of the configuration.
+
+    Number types: norms and softmax work in float32 whatever the weights are. bfloat16 holds any
+    activation; float16 ends at 65504, which the published SDXL weights exceed. `force_upcast` says
+    so of a checkpoint, and `working_dtype` what to convert the network to.
+    """
+
+    class_name = "AutoencoderKL"
+
+    def __init__(self, **config: object):
+        super().__init__()
+        known = [field.name for field in fields(AutoencoderConfig)]
+        if unknown := sorted(config.keys() - set(known)):
+            raise InvalidArgument(f"{unknown[0]} must be one of {', '.join(known)}")
+        c = AutoencoderConfig(**config)
+        self.config, self.divisor = Config(asdict(c)), c.divisor
+        self.latents_mean, self.latents_std = c.mean, c.std
+
+        latents, moments = c.latent_channels, 2 * c.latent_channels
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if c.use_quant_conv else nn.Identity()
+        self.post_quant_conv = (
+            nn.Conv2d(latents, latents, 1) if c.use_post_quant_conv else nn.Identity()
+        )
+
+        one_side = not isinstance(c.sample_size, list | tuple)
+        self.use_slicing = self.use_tiling = False
+        self.tile_sample_min_size = c.sample_size if one_side else c.sample_size[0]
+        self.tile_latent_min_size = self.tile_sample_min_size // self.divisor
+        self.tile_overlap_factor = 0.25
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Encode images and decode them again, (B, in_channels, H, W) -> (B, out_channels, H, W).
+
+        Args:
+            sample: images, in [−1, 1] for the published weights.
+            sample_posterior: decode a sample of the encoder's distribution, not its mode.
+            generator: for that sample; by default torch's global random state.
+        """
+        posterior = self.encode(sample)
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode())
+
+    # ------------------------------------------------------------------ images and latents
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Map images (B, in_channels, H, W) to a distribution over z.
+
+        Returns:
+            A distribution over (B, latent_channels, H // divisor, W // divisor).
+        Raises:
+            InvalidArgument: another shape or type, or a side below `divisor`.
+        """
+        _check_images("x", x, self.config.in_channels, self.divisor)
+        sides = self.tile_sample_min_size, self.tile_latent_min_size
+        return DiagonalGaussian(self._in_parts(self._moments, *sides)(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Map z (B, latent_channels, h, w) to images (B, out_channels, h·divisor, w·divisor).
+
+        Raises:
+            InvalidArgument: another shape or type.
+        """
+        _check_images("z", z, self.config.latent_channels, 1)
+        sides = self.tile_latent_min_size, self.tile_sample_min_size
+        return self._in_parts(self._pixels, *sides)(z)
+
+    def to_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Sample what a diffusion network works on from images: `scaled(encode(x).sample())`."""
+        return self.scaled(self.encode(x).sample(generator))
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """The images of what a diffusion network made: `decode(unscaled(latents))`."""
+        return self.decode(self.unscaled(latents))
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """(z − mean)·scaling_factor / std: the space of the diffusion network.
+
+        The mean is shift_factor or latents_mean, where the configuration has one; std is
+        latents_std, or 1.
+        """
+        mean, std = _spread(self.latents_mean, z), _spread(self.latents_std, z)
+        return (z - mean) * self.config.scaling_factor / std
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """latents·std / scaling_factor + mean: the inverse of `scaled`."""
+        mean, std = _spread(self.latents_mean, latents), _spread(self.latents_std, latents)
+        return latents * std / self.config.scaling_factor + mean
+
+    def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What to convert this network to where the others have `dtype`: float32 in place of
+        float16 if `force_upcast` is set, as diffusers does for SDXL; else the same."""
+        return torch.float32 if self.config.force_upcast and dtype == torch.float16 else dtype
+
+    def _moments(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    # ------------------------------------------------------------------- slices and tiles
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one image at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches."""
+        self.use_slicing = False
+
+    def enable_tiling(self) -> None:
+        """Encode and decode large images in tiles."""
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Encode and decode whole images."""
+        self.use_tiling = False
+
+    def _in_parts(self, f: ImageMap, size: int, out_size: int) -> ImageMap:
+        """f as the methods above say; `size` and `out_size` are the sides of its tiles."""
+        if self.use_tiling:
+            if self.tile_sample_min_size != self.divisor * self.tile_latent_min_size:
+                raise InvalidArgument(
+                    f"tile_sample_min_size must be {self.divisor} times tile_latent_min_size "
+                    f"({self.tile_latent_min_size}), got {self.tile_sample_min_size}"
+                )
+            f = tiled(f, size, out_size, self.tile_overlap_factor)
+        return sliced(f) if self.use_slicing else f
+
+    # ------------------------------------------------------------------------- checkpoints
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "AutoencoderKL":
+        """Read a folder as every Model does, and the old names of attention besides."""
+        weights = Path(folder) / WEIGHTS
+        if not weights.is_file():
+            return super().from_pretrained(folder)  # which says what is wrong
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(read_json(Path(folder) / CONFIG))
+        except InvalidArgument as error:
+            raise CheckpointError(f"{Path(folder) / CONFIG}: {error}") from error
+        tensors = model.renamed(read_tensors(weights))
+        wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if wanted == {name: tensor.shape for name, tensor in tensors.items()}:
+            model = model.to_empty(device="cpu")
+        load_weights(model, tensors, weights)
+        return model.eval()
+
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors by today's names: attention had others in 2022 (OLD_NAMES), and
+        1×1 convolutions (C, C, 1, 1) for its linear layers in older ones yet.
+
+        An old name beside the new one stays, and is refused as unexpected when loaded.
+        """
+        today = {
+            f"{path}.{old}.{kind}": f"{path}.{new}.{kind}"
+            for path, module in self.named_modules()
+            if isinstance(module, Attention)
+            for old, new in OLD_NAMES.items()
+            for kind in ("weight", "bias")
+        }
+        result = {}
+        for name, tensor in tensors.items():
+            if (new := today.get(name)) is None or new in tensors:
+                result[name] = tensor
+            else:
+                result[new] = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
+        return result
+
+
+# ------------------------------------------------------------------------------- the two halves
+
+
+class Encoder(nn.Module):
+    """Images (B, in_channels, H, W) to moments (B, 2·latent_channels, H/divisor, W/divisor)."""
+
+    def __init__(self, c: AutoencoderConfig):
+        super().__init__()
+        channels = c.block_out_channels
+        self.conv_in = nn.Conv2d(c.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(DownBlock(c, level) for level in range(len(channels)))
+        self.mid_block = MidBlock(c)
+        self.conv_norm_out = GroupNorm(c.norm_num_groups, channels[-1], EPS, nn.SiLU())
+        self.conv_out = nn.Conv2d(channels[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent_channels, h, w) to images (B, out_channels, h·divisor, w·divisor)."""
+
+    def __init__(self, c: AutoencoderConfig):
+        super().__init__()
+        channels = c.block_out_channels
+        self.conv_in = nn.Conv2d(c.latent_channels, channels[-1], 3, padding=1)
+        self.mid_block = MidBlock(c)
+        levels = reversed(range(len(channels)))
+        self.up_blocks = nn.ModuleList(UpBlock(c, level) for level in levels)
+        self.conv_norm_out = GroupNorm(c.norm_num_groups, channels[0], EPS, nn.SiLU())
+        self.conv_out = nn.Conv2d(channels[0], c.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            z = block(z)
+        return self.conv_out(self.conv_norm_out(z))
+
+
+class Level(nn.Module):
+    """Residual blocks at one size, each followed by attention where the block type says so."""
+
+    def __init__(self, c: AutoencoderConfig, entering: int, width: int, layers: int, attends: bool):
+        super().__init__()
+        inputs = [entering] + (layers - 1) * [width]
+        self.resnets = nn.ModuleList(_resnet(c, channels, width) for channels in inputs)
+        self.attentions = nn.ModuleList(_attention(c, width, attends) for _ in inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x, None))
+        return x
+
+
+class DownBlock(Level):
+    """One level of the encoder, then half the size."""
+
+    def __init__(self, c: AutoencoderConfig, level: int):
+        channels, attends = c.block_out_channels, DOWN_BLOCKS[c.down_block_types[level]]
+        super().__init__(
+            c, channels[max(level - 1, 0)], channels[level], c.layers_per_block, attends
+        )
+        self.downsamplers = nn.ModuleList()
+        if level < len(channels) - 1:
+            self.downsamplers.append(Downsample(2, channels[level], padding=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for downsample in self.downsamplers:
+            x = downsample(x, None)
+        return x
+
+
+class UpBlock(Level):
+    """One level of the decoder, of one layer more than the encoder's, then twice the size."""
+
+    def __init__(self, c: AutoencoderConfig, level: int):
+        channels, attends = c.block_out_channels, UP_BLOCKS[c.up_block_types[-1 - level]]
+        entering = channels[min(level + 1, len(channels) - 1)]
+        super().__init__(c, entering, channels[level], c.layers_per_block + 1, attends)
+        self.upsamplers = nn.ModuleList()
+        if level > 0:
+            self.upsamplers.append(Upsample(2, channels[level]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for upsample in self.upsamplers:
+            x = upsample(x, None, [2 * side for side in x.shape[2:]])
+        return x
+
+
+class MidBlock(nn.Module):
+    """The middle, at the smallest size: residual block, attention, residual block."""
+
+    def __init__(self, c: AutoencoderConfig):
+        super().__init__()
+        width = c.block_out_channels[-1]
+        self.resnets = nn.ModuleList(_resnet(c, width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([_attention(c, width, c.mid_block_add_attention)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, None))
+        return self.resnets[1](x, None)
+
+
+def _resnet(c: AutoencoderConfig, entering: int, width: int) -> PlainResnetBlock:
+    return PlainResnetBlock(
+        2, entering, width, None, groups=c.norm_num_groups, eps=EPS, act=c.act_fn
+    )
+
+
+def _attention(c: AutoencoderConfig, width: int, attends: bool) -> nn.Module:
+    return Attention(width, width, c.norm_num_groups, EPS) if attends else nn.Identity()
+
+
+# -------------------------------------------------------------------------------------- helpers
+
+
+def _check_images(name: str, x: Tensor, channels: int, smallest: int) -> None:
+    """Refuse what is no batch of images with `channels`, or has a side below `smallest`."""
+    if not isinstance(x, Tensor):
+        raise InvalidArgument(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise InvalidArgument(f"{name} must be floating point, got {x.dtype}")
+    if x.dim() != 4 or x.shape[1] != channels or not len(x):
+        raise InvalidArgument(
+            f"{name} must have shape (B, {channels}, height, width), got {tuple(x.shape)}"
+        )
+    if min(x.shape[2:]) < smallest:
+        raise InvalidArgument(f"{name} must have sides >= {smallest}, got {tuple(x.shape[2:])}")
+
+
+def _spread(value: float | Sequence[float], z: Tensor) -> float | Tensor:
+    """One number as it is; one a channel as a tensor (1, C, 1, 1) like z."""
+    if isinstance(value, Sequence):
+        return per_channel(torch.tensor([value], dtype=z.dtype, device=z.device), z)
+    return value

@@ -1,0 +1,85 @@
+"""Maps of large images in parts: one image at a time, or in overlapping tiles.
+
+`sliced(f)` and `tiled(f, …)` take a map of images and return one that needs less memory. Slices
+change nothing but the time it takes. Tiles do: a tile sees nothing of what lies around it, so
+neighbours overlap, and over the overlap one fades into the other,
+
+    (1 − i/n)·before + (i/n)·tile        at position i of the n that overlap.
+
+The places of tiles, and that fading reads neighbours that have been faded already, are those of
+diffusers' `AutoencoderKL`, whose numbers these are.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument, real_number, whole_number
+
+ImageMap = Callable[[Tensor], Tensor]
+
+
+def sliced(f: ImageMap) -> ImageMap:
+    """f, applied to one image of the batch after the other."""
+
+    def by_slices(x: Tensor) -> Tensor:
+        return torch.cat([f(image) for image in x.split(1)])
+
+    return by_slices
+
+
+def tiled(f: ImageMap, size: int, out_size: int, overlap: float = 0.25) -> ImageMap:
+    """f, applied to overlapping tiles of images that are larger than one.
+
+    Args:
+        f: maps images (B, C, H, W) to (B, C', H·s, W·s); s is out_size / size.
+        size, out_size: side of a tile, and of what f makes of it.
+        overlap: part of a tile that the next one covers again, in [0, 1).
+    Returns:
+        A map with f's shapes, where size / out_size divides H and W or is rounded down as f does.
+    Raises:
+        InvalidArgument: sizes that are out of range, or whose overlap is not as large on either
+            side of f, so that the results would not line up.
+    """
+    whole_number("tile size", size, 1)
+    whole_number("tile out_size", out_size, 1)
+    real_number("tile overlap", overlap, 0, 1)
+    step, fade = int(size * (1 - overlap)), int(out_size * overlap)
+    kept = out_size - fade
+    if step < 1 or step * out_size != kept * size:
+        raise InvalidArgument(
+            f"tiles must line up: sides of {size} that overlap by {overlap:g} start every {step}, "
+            f"and f makes {out_size} of {size}, but {kept} of that are kept"
+        )
+    smallest = max(size // out_size, 1)  # of which f makes one position
+
+    def by_tiles(x: Tensor) -> Tensor:
+        if max(x.shape[-2:]) <= size:
+            return f(x)
+        tops, lefts = (range(0, side - smallest + 1, step) for side in x.shape[-2:])
+        above, strips = [], []
+        for top in tops:
+            row = []
+            for column, left in enumerate(lefts):
+                tile = f(x[..., top : top + size, left : left + size])
+                if above:
+                    tile = _faded(above[column], tile, -2, fade)
+                if row:
+                    tile = _faded(row[-1], tile, -1, fade)
+                row.append(tile)
+            strips.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=-1))
+            above = row
+        return torch.cat(strips, dim=-2)
+
+    return by_tiles
+
+
+def _faded(before: Tensor, tile: Tensor, axis: int, fade: int) -> Tensor:
+    """`tile` whose first `fade` positions along `axis` start as the last ones of `before`."""
+    n = min(before.shape[axis], tile.shape[axis], fade)
+    weight = torch.arange(n, device=tile.device, dtype=torch.float64) / max(n, 1)
+    weight = weight.to(tile.dtype).view(n, *(1,) * (-1 - axis))
+    end, start = before.narrow(axis, before.shape[axis] - n, n), tile.narrow(axis, 0, n)
+    rest = tile.narrow(axis, n, tile.shape[axis] - n)
+    return torch.cat([end * (1 - weight) + start * weight, rest], dim=axis)
