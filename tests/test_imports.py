@@ -20,6 +20,7 @@ FLOORS = {
     "checkpoint": 0,
     "noise": 0,
     "device": 0,
+    "tokenizer": 0,
     "prediction": 1,
     "nn": 1,
     "guidance": 1,
@@ -111,7 +112,7 @@ def test_importing_loads_no_drawing_library_and_reads_no_data() -> None:
         [sys.executable, "-c", IMPORT, str(ROOT)], capture_output=True, text=True, check=True
     )
     modules, opened = out.stdout.split("\n")[:2]
-    assert not {"matplotlib", "PIL", "diffusers", "scipy"} & set(modules.split())
+    assert not {"matplotlib", "PIL", "diffusers", "scipy", "transformers"} & set(modules.split())
     assert not [p for p in opened.split("|") if p and not p.endswith((".py", ".pyc"))]
 
 

@@ -1,6 +1,7 @@
 """Networks: they know (x, t, conditioning) and no diffusion."""
 
 from minidiff.nn.patch import SpaceToDepth
+from minidiff.nn.text import TextEncoder
 from minidiff.nn.unet import UNet
 
-__all__ = ["SpaceToDepth", "UNet"]
+__all__ = ["SpaceToDepth", "TextEncoder", "UNet"]
