@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from minidiff.checkpoint import read_json
 from minidiff.errors import CheckpointError, InvalidArgument, MinidiffError, whole_number
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")  # as tokenizer_config.json names them
 
 
 def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
@@ -35,6 +36,12 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
             f"prompts need the tokenizer of transformers: pip install minidiff[text] ({error})"
         ) from error
     folder = Path(folder)
+    # Read here because transformers takes another class' files, with a warning at most.
+    options = read_json(folder / "tokenizer_config.json")
+    if (written_by := options.get("tokenizer_class", CLASSES[0])) not in CLASSES:
+        raise CheckpointError(
+            f"{folder}: tokenizer_class must be CLIPTokenizer, got {written_by!r}"
+        )
     # Without these transformers takes the path for a name on the Hub, or starts an empty table.
     if not (
         (folder / "tokenizer.json").is_file()
@@ -43,10 +50,6 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
         raise CheckpointError(f"{folder}: holds neither tokenizer.json nor vocab.json, merges.txt")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        # What the file says; transformers takes another class' files with a warning at most.
-        written_by = tokenizer.init_kwargs.get("tokenizer_class") or "CLIPTokenizer"
-        if written_by not in CLASSES:
-            raise InvalidArgument(f"tokenizer_class must be CLIPTokenizer, got {written_by!r}")
         whole_number("model_max_length", tokenizer.model_max_length, 2, 1 << 16)
         tokenize(tokenizer, [""])  # a tokenizer that cannot pad, or not encode, shows it here
     except Exception as error:  # tokenizers raises Exception itself for files that are damaged
