@@ -144,6 +144,7 @@ class TextEncoder(Model):
         return cls(**arguments_of(config))
 
     def config_for_file(self) -> dict:
+        """What config.json holds; without `model_type` transformers would not know it."""
         return {"model_type": MODEL_TYPE, **self.config}
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,10 +242,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, c: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02 * c.initializer_factor)
-        nn.init.normal_(self.position_embedding.weight, std=0.01 * c.initializer_factor)
+        factor = c.initializer_factor
+        self.token_embedding = _table(c.vocab_size, c.hidden_size, 0.02 * factor)
+        self.position_embedding = _table(c.max_position_embeddings, c.hidden_size, 0.01 * factor)
 
     def forward(self, ids: Tensor) -> Tensor:
         try:
@@ -292,7 +292,11 @@ class Layer(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of every token to itself and to those before it."""
+    """Multi-head attention of every token to itself and to those before it.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762,
+    eq. 1 and section 3.2.3.
+    """
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -376,10 +380,20 @@ def _depth_scale(c: TextConfig) -> float:
     return (2 * c.num_hidden_layers) ** -0.5
 
 
+def _table(rows: int, width: int, std: float) -> nn.Embedding:
+    """A trained vector a row, normal."""
+    return nn.Embedding.from_pretrained(_normal(torch.empty(rows, width), std), freeze=False)
+
+
 def _linear(entering: int, leaving: int, std: float, bias: bool = True) -> nn.Linear:
     """A linear layer with normal weights and no offset yet."""
     linear = nn.Linear(entering, leaving, bias=bias)
-    nn.init.normal_(linear.weight, std=std)
+    _normal(linear.weight, std)
     if bias:
         nn.init.zeros_(linear.bias)
     return linear
+
+
+def _normal(weight: Tensor, std: float) -> Tensor:
+    """Fill `weight`, unless it has no memory: torch takes seconds to draw nothing there."""
+    return weight if weight.is_meta else nn.init.normal_(weight, std=std)
