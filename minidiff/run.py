@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from minidiff import checkpoint, plot
 from minidiff.data import ImageData
 from minidiff.errors import CheckpointError, TrainingError
-from minidiff.pipeline import INDEX, Pipeline
+from minidiff.pipeline import Pipeline
+from minidiff.pipeline_folder import INDEX
 from minidiff.train import Progress, TrainConfig, check, train
 
 MODEL = "model"

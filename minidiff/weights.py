@@ -62,14 +62,15 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> list[Pa
         return [whole]
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    present = sorted(file.name for file in folder.iterdir() if file.name.startswith(stem))
+    present = sorted(file.name for file in folder.iterdir())
     pickles = [name for name in present if name.endswith((*PICKLES, ".bin.index.json"))]
     if pickles:
         raise CheckpointError(
             f"{folder / pickles[0]}: a pickle can run code and is not read; convert it with the "
             "library that wrote it: from_pretrained(folder).save_pretrained(folder)"
         )
-    there = f"; there are {', '.join(present)}" if present else ""
+    others = [name for name in present if name.endswith(SUFFIX)]
+    there = f"; there is {', '.join(others)}" if others else ""
     raise CheckpointError(f"{whole}: no such file{there}")
 
 
@@ -132,6 +133,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
 
 
+def read_one(entry: Stored) -> Tensor:
+    """Read one tensor onto the CPU. Raises CheckpointError."""
+    with _opened(entry.file) as file:
+        return file.get_tensor(entry.name).view(entry.shape)
+
+
 def load_weights(module: nn.Module, stored: Mapping[str, Stored]) -> None:
     """Read tensors into a module: every name, shape, type and value must fit.
 
@@ -149,7 +156,8 @@ def load_weights(module: nn.Module, stored: Mapping[str, Stored]) -> None:
         with _opened(path) as file:
             for name, entry in stored.items():
                 if entry.file == path:
-                    loaded[name] = _finite(entry, file.get_tensor(entry.name), wanted[name].dtype)
+                    tensor = file.get_tensor(entry.name).view(entry.shape)
+                    loaded[name] = _finite(entry, tensor, wanted[name].dtype)
     on_meta = any(tensor.is_meta for tensor in wanted.values())
     module.load_state_dict(loaded, strict=True, assign=on_meta)
 

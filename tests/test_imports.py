@@ -22,6 +22,7 @@ FLOORS = {
     "noise": 0,
     "device": 0,
     "prediction": 1,
+    "tokenizer": 1,
     "nn": 1,
     "guidance": 1,
     "exact": 1,
@@ -34,6 +35,8 @@ FLOORS = {
     "ledger": 4,
     "samplers": 3,
     "train_classifier": 3,
+    "prompt": 3,
+    "pipeline_folder": 3.5,
     "pipeline": 4,
     "train": 5,  # it returns a Pipeline
     "run": 6,
@@ -112,7 +115,7 @@ def test_importing_loads_no_drawing_library_and_reads_no_data() -> None:
         [sys.executable, "-c", IMPORT, str(ROOT)], capture_output=True, text=True, check=True
     )
     modules, opened = out.stdout.split("\n")[:2]
-    assert not {"matplotlib", "PIL", "diffusers", "scipy"} & set(modules.split())
+    assert not {"matplotlib", "PIL", "diffusers", "scipy", "transformers"} & set(modules.split())
     assert not [p for p in opened.split("|") if p and not p.endswith((".py", ".pyc"))]
 
 

@@ -25,10 +25,11 @@ from minidiff.train import EMA, TrainConfig, learning_rate, levels
 
 SHAPE = (3, 2, 4, 4)
 LABELS, NULL = torch.tensor([0, 1, 2]), torch.full((3,), 3)
+OF, NONE = {"class_labels": LABELS}, {"class_labels": NULL}
 QUICK = settings(deadline=None, derandomize=True, max_examples=50)
 
 
-def network(x: Tensor, t: int, class_labels: Tensor | None) -> Tensor:
+def network(x: Tensor, t: int, class_labels: Tensor | None = None) -> Tensor:
     """A smooth network of (x, t, label), every image by itself."""
     shift = 0.0 if class_labels is None else class_labels.to(x.dtype)[:, None, None, None]
     return torch.tanh(x * (1 + shift) + t / 1000) + 0.1 * shift
@@ -49,14 +50,14 @@ def test_guidance_at_scale_1_is_the_conditional_network_asked_once() -> None:
         return network(x, t, class_labels)
 
     x = noise()
-    guided = classifier_free(counted, LABELS, NULL, 1.0)(x, 500)
-    assert torch.equal(guided, conditional(network, LABELS)(x, 500))
+    guided = classifier_free(counted, OF, NONE, 1.0)(x, 500)
+    assert torch.equal(guided, conditional(network, OF)(x, 500))
     assert sizes == [3]
 
 
 def test_guidance_at_scale_0_is_the_unconditional_network() -> None:
     x = noise()
-    guided = classifier_free(network, LABELS, NULL, 0.0)(x, 500)
+    guided = classifier_free(network, OF, NONE, 0.0)(x, 500)
     assert torch.equal(guided, network(x, 500, NULL))
 
 
@@ -66,7 +67,7 @@ def test_guidance_is_linear_in_its_scale(a: float, b: float, share: float) -> No
     x = noise().double()
 
     def at(scale: float) -> Tensor:
-        return classifier_free(network, LABELS, NULL, scale)(x, 300)
+        return classifier_free(network, OF, NONE, scale)(x, 300)
 
     between = share * at(a) + (1 - share) * at(b)
     torch.testing.assert_close(at(share * a + (1 - share) * b), between, rtol=0, atol=1e-12)
@@ -74,18 +75,22 @@ def test_guidance_is_linear_in_its_scale(a: float, b: float, share: float) -> No
 
 def test_guidance_gives_every_image_its_own_label() -> None:
     x = noise()
-    together = classifier_free(network, LABELS, NULL, 3.0)(x, 300)
+    together = classifier_free(network, OF, NONE, 3.0)(x, 300)
     for i in range(3):
-        alone = classifier_free(network, LABELS[i : i + 1], NULL[:1], 3.0)(x[i : i + 1], 300)
+        alone = classifier_free(
+            network, {"class_labels": LABELS[i : i + 1]}, {"class_labels": NULL[:1]}, 3.0
+        )(x[i : i + 1], 300)
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
 def test_guidance_that_cannot_work_is_refused() -> None:
     for scale in (math.nan, math.inf):
         with pytest.raises(InvalidArgument, match="guidance_scale"):
-            classifier_free(network, LABELS, NULL, scale)
-    with pytest.raises(InvalidArgument, match="null_labels"):
-        classifier_free(network, LABELS, NULL[:1], 2.0)
+            classifier_free(network, OF, NONE, scale)
+    with pytest.raises(InvalidArgument, match="class_labels must have the same shape"):
+        classifier_free(network, OF, {"class_labels": NULL[:1]}, 2.0)
+    with pytest.raises(InvalidArgument, match="null must have the names of condition"):
+        classifier_free(network, OF, {}, 2.0)
 
 
 def test_autocast_gives_float32_back_from_work_in_bfloat16() -> None:
@@ -115,7 +120,7 @@ SAMPLERS = [
 def walk(scheduler: Scheduler, n: int = 6, **options: object) -> list[Step]:
     scheduler.set_timesteps(n)
     generators = image_generators(5, range(len(LABELS)))
-    return list(trajectory(conditional(network, LABELS), scheduler, noise(), generators, **options))
+    return list(trajectory(conditional(network, OF), scheduler, noise(), generators, **options))
 
 
 @pytest.mark.parametrize("scheduler", SAMPLERS, ids=repr)
@@ -165,14 +170,14 @@ def test_the_loop_advances_only_as_far_as_it_is_asked_to() -> None:
 def test_a_loop_that_begins_later_takes_the_rest_of_the_grid(scheduler: Scheduler) -> None:
     scheduler.set_timesteps(6)
     scheduler.set_begin_index(4)
-    steps = list(trajectory(conditional(network, LABELS), scheduler, noise()))
+    steps = list(trajectory(conditional(network, OF), scheduler, noise()))
     assert [s.t for s in steps] == scheduler.grid[4:]
     torch.testing.assert_close(steps[-1].next_x, steps[-1].x0)
 
 
 def test_a_loop_without_timesteps_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="set_timesteps"):
-        next(trajectory(conditional(network, LABELS), DDIMScheduler(), noise()))
+        next(trajectory(conditional(network, OF), DDIMScheduler(), noise()))
 
 
 @pytest.mark.parametrize("scheduler", SAMPLERS, ids=repr)
@@ -186,12 +191,14 @@ def test_an_image_is_the_same_in_every_split_of_the_batch(
         generators = image_generators(9, range(begin, begin + size))
         x = randn((size, *SHAPE[1:]), generators)
         scheduler.set_timesteps(5)
-        *_, last = trajectory(conditional(network, LABELS[mine]), scheduler, x, generators)
+        *_, last = trajectory(
+            conditional(network, {"class_labels": LABELS[mine]}), scheduler, x, generators
+        )
         images.append(last.next_x)
         begin += size
     together = randn(SHAPE, generators := image_generators(9, range(3)))
     scheduler.set_timesteps(5)
-    *_, last = trajectory(conditional(network, LABELS), scheduler, together, generators)
+    *_, last = trajectory(conditional(network, OF), scheduler, together, generators)
     assert torch.equal(torch.cat(images), last.next_x)
 
 

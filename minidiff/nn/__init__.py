@@ -2,6 +2,7 @@
 
 from minidiff.nn.autoencoder import AutoencoderKL
 from minidiff.nn.patch import SpaceToDepth
+from minidiff.nn.text import TextEncoder
 from minidiff.nn.unet import UNet
 
-__all__ = ["AutoencoderKL", "SpaceToDepth", "UNet"]
+__all__ = ["AutoencoderKL", "SpaceToDepth", "TextEncoder", "UNet"]

@@ -16,20 +16,20 @@ mean are those of diffusers' `AutoencoderKL`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoint import Config, load_weights, read_json, read_tensors
-from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.checkpoint import Config
+from minidiff.errors import InvalidArgument
 from minidiff.nn.attention import Attention
 from minidiff.nn.autoencoder_config import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
 from minidiff.nn.gaussian import DiagonalGaussian
 from minidiff.nn.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample, per_channel
-from minidiff.nn.model import CONFIG, WEIGHTS, Model
+from minidiff.nn.model import Model, options_of
 from minidiff.nn.tiling import ImageMap, sliced, tiled
+from minidiff.weights import Stored
 
 EPS = 1e-6  # of every norm; no option in diffusers
 # What attention was called in the VAEs of 2022, which published checkpoints still use.
@@ -59,13 +59,11 @@ class AutoencoderKL(Model):
     """
 
     class_name = "AutoencoderKL"
+    class_names = (class_name,)
 
     def __init__(self, **config: object):
         super().__init__()
-        known = [field.name for field in fields(AutoencoderConfig)]
-        if unknown := sorted(config.keys() - set(known)):
-            raise InvalidArgument(f"{unknown[0]} must be one of {', '.join(known)}")
-        c = AutoencoderConfig(**config)
+        c = options_of(AutoencoderConfig, config)
         self.config, self.divisor = Config(asdict(c)), c.divisor
         self.latents_mean, self.latents_std = c.mean, c.std
 
@@ -150,6 +148,18 @@ class AutoencoderKL(Model):
         float16 if `force_upcast` is set, as diffusers does for SDXL; else the same."""
         return torch.float32 if self.config.force_upcast and dtype == torch.float16 else dtype
 
+    def image_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
+        """(C, H, W) of the picture that latents (latent_channels, h, w) decode to."""
+        return (self.config.out_channels, *(side * self.divisor for side in latent_shape[1:]))
+
+    def check_channels(self, channels: int) -> None:
+        """Refuse a network that does not work on these latents. Raises InvalidArgument."""
+        if channels != self.config.latent_channels:
+            raise InvalidArgument(
+                f"the network must have as many in_channels as the vae latent_channels "
+                f"({self.config.latent_channels}), got {channels}"
+            )
+
     def _moments(self, x: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(x))
 
@@ -188,43 +198,29 @@ class AutoencoderKL(Model):
     # ------------------------------------------------------------------------- checkpoints
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "AutoencoderKL":
-        """Read a folder as every Model does, and the old names of attention besides."""
-        weights = Path(folder) / WEIGHTS
-        if not weights.is_file():
-            return super().from_pretrained(folder)  # which says what is wrong
-        try:
-            with torch.device("meta"):
-                model = cls.from_config(read_json(Path(folder) / CONFIG))
-        except InvalidArgument as error:
-            raise CheckpointError(f"{Path(folder) / CONFIG}: {error}") from error
-        tensors = model.renamed(read_tensors(weights))
-        wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        if wanted == {name: tensor.shape for name, tensor in tensors.items()}:
-            model = model.to_empty(device="cpu")
-        load_weights(model, tensors, weights)
-        return model.eval()
-
-    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def wanted(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
         """A checkpoint's tensors by today's names: attention had others in 2022 (OLD_NAMES), and
         1×1 convolutions (C, C, 1, 1) for its linear layers in older ones yet.
 
         An old name beside the new one stays, and is refused as unexpected when loaded.
         """
-        today = {
-            f"{path}.{old}.{kind}": f"{path}.{new}.{kind}"
-            for path, module in self.named_modules()
-            if isinstance(module, Attention)
-            for old, new in OLD_NAMES.items()
-            for kind in ("weight", "bias")
-        }
         result = {}
-        for name, tensor in tensors.items():
-            if (new := today.get(name)) is None or new in tensors:
-                result[name] = tensor
+        for name, entry in stored.items():
+            path, part, kind = (*name.rsplit(".", 2), "", "")[:3]
+            today = f"{path}.{OLD_NAMES.get(part)}.{kind}"
+            if part not in OLD_NAMES or ".attentions." not in name or today in stored:
+                result[name] = entry
             else:
-                result[new] = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
+                flat = entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape
+                result[today] = entry._replace(shape=flat)
         return result
+
+    @classmethod
+    def least_tensors(cls, config: Mapping) -> int:
+        written = {name: value for name, value in config.items() if not name.startswith("_")}
+        c = options_of(AutoencoderConfig, written)
+        levels = len(c.block_out_channels)
+        return 8 * levels * (2 * c.layers_per_block + 1)
 
 
 # ------------------------------------------------------------------------------- the two halves

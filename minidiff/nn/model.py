@@ -7,8 +7,9 @@ and then, on a network built without memory, name by name; only then is memory t
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -133,3 +134,15 @@ class Model(nn.Module):
     def least_tensors(cls, config: Mapping) -> int:
         """How many tensors a network of this configuration has at least. Raises InvalidArgument."""
         return 0
+
+
+def options_of(cls: type, given: Mapping) -> Any:
+    """The options of a network, a dataclass, from names and values.
+
+    Raises:
+        InvalidArgument: a name that is none of its fields, or as the class itself.
+    """
+    known = [field.name for field in fields(cls)]
+    if unknown := sorted(given.keys() - set(known)):
+        raise InvalidArgument(f"{unknown[0]} must be one of {', '.join(known)}")
+    return cls(**given)

@@ -14,16 +14,15 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar
 
-from minidiff.errors import InvalidArgument, one_of, whole_number
+from minidiff.errors import InvalidArgument, listed, one_of, true_or_false, whole_number
 from minidiff.nn.layers import ACTIVATIONS
+from minidiff.nn.model import options_of
 from minidiff.nn.unet_plan import (
     PictureAttention,
     Stage,
     TextAttention,
     UNetConfig,
-    as_tuple,
     check_shift,
-    flag,
 )
 
 MAX_DEPTH = 64  # transformer blocks in one place; SDXL has 10
@@ -267,7 +266,7 @@ class UNet2DConditionModelConfig(UNetConfig):
 
     def _check_levels(self) -> None:
         for only in self._listed("only_cross_attention"):
-            flag("only_cross_attention", only)
+            true_or_false("only_cross_attention", only)
         widths = self._listed("cross_attention_dim")
         for width in widths:
             whole_number("cross_attention_dim", width, 1, 1 << 16)
@@ -282,7 +281,7 @@ class UNet2DConditionModelConfig(UNetConfig):
             )
 
     def _check_depths(self) -> None:
-        levels = len(as_tuple("block_out_channels", self.block_out_channels))
+        levels = len(listed("block_out_channels", self.block_out_channels))
         down, up = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
         extra = {down: 0, up: 1}
         for name in (down, up):
@@ -298,7 +297,7 @@ class UNet2DConditionModelConfig(UNetConfig):
                     layers = self._listed("layers_per_block")
                     index = levels - 1 - level if name == up else level
                     places = layers[index if len(layers) > 1 else 0] + extra[name]
-                    as_tuple(f"{name}[{level}]", depth, places)
+                    listed(f"{name}[{level}]", depth, places)
                 for one in depth if several else (depth,):
                     whole_number(name, one, 1, MAX_DEPTH)
 
@@ -366,10 +365,7 @@ def unet_config(given: Mapping[str, object]) -> UNetConfig:
     name = given.get("_class_name", guess.class_name)
     one_of("_class_name", name, [cls.class_name for cls in VOCABULARIES])
     cls = plain if name == plain.class_name else conditional
-    known = [field.name for field in fields(cls)]
-    if unknown := sorted(options.keys() - set(known)):
-        raise InvalidArgument(f"{unknown[0]} must be one of {', '.join(known)}")
-    return cls(**options)
+    return options_of(cls, options)
 
 
 def _as_list(value: object) -> list:

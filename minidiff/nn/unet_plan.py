@@ -10,7 +10,14 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
-from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
+from minidiff.errors import (
+    InvalidArgument,
+    listed,
+    one_of,
+    real_number,
+    true_or_false,
+    whole_number,
+)
 from minidiff.nn.layers import ACTIVATIONS, RESNET_BLOCKS
 
 MAX_CHANNELS = 16384
@@ -218,21 +225,21 @@ class UNetConfig:
         real_number("mid_block_scale_factor", self.mid_block_scale_factor, 1e-6, 1e6)
         for field in fields(self):
             if field.type is bool:
-                flag(field.name, getattr(self, field.name))
+                true_or_false(field.name, getattr(self, field.name))
         if self.sample_size is not None:
             several = isinstance(self.sample_size, list | tuple)
             sides = self.sample_size if several else self.dims * (self.sample_size,)
-            for side in as_tuple("sample_size", sides, self.dims):
+            for side in listed("sample_size", sides, self.dims):
                 whole_number("sample_size", side, 1, 1 << 14)
 
     def _check_levels(self) -> None:
-        channels = as_tuple("block_out_channels", self.block_out_channels)
+        channels = listed("block_out_channels", self.block_out_channels)
         levels = whole_number("the number of block_out_channels", len(channels), 1, 8)
         for name, known in (
             ("down_block_types", self.down_blocks),
             ("up_block_types", self.up_blocks),
         ):
-            for block_type in as_tuple(name, getattr(self, name), levels):
+            for block_type in listed(name, getattr(self, name), levels):
                 one_of(name, block_type, known)
         for width in channels:
             whole_number("block_out_channels", width, 1, MAX_CHANNELS)
@@ -254,7 +261,7 @@ class UNetConfig:
         """The values of an argument that is one for all levels or a list of one a level."""
         value = getattr(self, name)
         if isinstance(value, list | tuple):
-            return as_tuple(name, value, len(self.block_out_channels))
+            return listed(name, value, len(self.block_out_channels))
         return (value,)
 
     def _places(self) -> list[tuple[int, AttentionPlan]]:
@@ -283,21 +290,8 @@ class UNetConfig:
                 )
 
 
-def flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InvalidArgument(f"{name} must be True or False, got {value!r}")
-
-
 def check_shift(name: str, features: int, shift: float) -> None:
     if real_number("freq_shift", shift, 0) >= features // 2:
         raise InvalidArgument(
             f"freq_shift must be below half of {name} ({features // 2}), got {shift}"
         )
-
-
-def as_tuple(name: str, value: object, length: int | None = None) -> tuple:
-    if not isinstance(value, list | tuple):
-        raise InvalidArgument(f"{name} must be a list or a tuple, got {value!r}")
-    if length is not None and len(value) != length:
-        raise InvalidArgument(f"{name} must have {length} entries, got {len(value)}: {value!r}")
-    return tuple(value)
