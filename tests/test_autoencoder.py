@@ -172,8 +172,8 @@ def test_outputs_and_gradients_equal_diffusers_in_300_networks(config, height, w
 
 any_tiling = given(
     config=configs(),
-    height=st.integers(1, 12),
-    width=st.integers(1, 12),
+    height=st.integers(1, 10),
+    width=st.integers(1, 10),
     slicing=st.booleans(),
     seed=st.integers(0, 99),
 )
@@ -202,7 +202,7 @@ def check_parts(config: dict, height: int, width: int, slicing: bool, seed: int)
     assert distance(ours.encode(x).mean, theirs.encode(x).latent_dist.mean) < 1e-10
 
 
-@examples(25)
+@examples(15)
 @any_tiling
 def test_slices_and_tiles_equal_diffusers(config, height, width, slicing, seed):
     check_parts(config, height, width, slicing, seed)
@@ -419,7 +419,7 @@ def check_16_bit(config: dict, seed: int) -> None:
                 (half.decode(large_z), wide.decode(large_z.float())),
             )
         assert len(peaks) == 2
-        assert all(1e3 < peak < 3e4 for peak in peaks)
+        assert 1e3 < max(peaks) < 3e4
         for out, exact in compared:
             assert out.dtype == dtype
             assert torch.isfinite(out).all()
