@@ -30,11 +30,10 @@ KINDS |= dict.fromkeys(("DDPMPipeline", "DDIMPipeline"), ("unet", "scheduler"))
 for _suffix in ("", "Img2Img", "Inpaint"):  # the same parts, used in another way
     KINDS[f"StableDiffusion{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT)
     KINDS[f"StableDiffusionXL{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT, *SECOND)
-VAES = {"AutoencoderKL": AutoencoderKL, "SpaceToDepth": SpaceToDepth}
 CLASSES = {
     "unet": UNet.class_names,
     "scheduler": tuple(SCHEDULERS),
-    "vae": tuple(VAES),
+    "vae": ("AutoencoderKL", "SpaceToDepth"),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder": TextEncoder.class_names,
 }
@@ -74,9 +73,7 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         "scheduler": _scheduler(folder / "scheduler", SCHEDULERS[index["scheduler"][1]]),
     }
     if "vae" in index:
-        cls = VAES[index["vae"][1]]
-        known = {} if cls is SpaceToDepth else {"torch_dtype": torch_dtype, "variant": variant}
-        arguments["vae"] = cls.from_pretrained(folder / "vae", **known)
+        arguments["vae"] = _vae(folder / "vae", index["vae"][1], torch_dtype, variant)
     texts = [part for part in (*TEXT, *SECOND) if part in KINDS[kind]]
     if texts:
         parts = {
@@ -87,6 +84,15 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         cls = PromptsXL if SECOND[0] in texts else Prompts
         arguments["prompts"] = cls(**parts, **(chosen if cls is PromptsXL else {}))
     return arguments | {name: index[name] for name in OPTIONS if name in index}
+
+
+def _vae(
+    folder: Path, name: str, torch_dtype: torch.dtype, variant: str | None
+) -> AutoencoderKL | SpaceToDepth:
+    if name == "SpaceToDepth":
+        return SpaceToDepth.from_pretrained(folder)
+    vae = AutoencoderKL.from_pretrained(folder, variant=variant)
+    return vae.to(vae.working_dtype(torch_dtype))  # float16 is too narrow for some
 
 
 def _check_index(path: Path, index: Mapping[str, Any]) -> None:

@@ -246,8 +246,9 @@ def test_folders_go_round_between_the_libraries_bit_for_bit(tmp_path):
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, ours.state_dict()[name])
         assert torch.equal(value, again.state_dict()[name])
-    written = {k: v for k, v in again.config.items() if not k.startswith("_")}
-    assert written == {k: v for k, v in theirs.config.items() if not k.startswith("_")}
+    files = [json.loads((tmp_path / name / "config.json").read_text()) for name in "ab"]
+    a, b = ({k: v for k, v in file.items() if k != "_diffusers_version"} for file in files)
+    assert a == b
     assert ours.config.sample_size == 8
 
 
@@ -264,6 +265,109 @@ def test_a_name_that_only_one_vocabulary_has_says_which_one_it_is():
     assert UNet.from_config({**named.config, "_class_name": named.class_name}).config == (
         named.config
     )
+
+
+# The configurations of published checkpoints, without what is at its default.
+SD_1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD_2 = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+SDXL_BASE = {
+    "sample_size": 128,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+}
+DDPM_CIFAR10 = {
+    "sample_size": 32,
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "parameters"),
+    [
+        ("UNet2DConditionModel", SD_1, 859_520_964),
+        ("UNet2DConditionModel", SD_2, 865_910_724),
+        ("UNet2DConditionModel", SDXL_BASE, 2_567_463_684),
+        ("UNet2DModel", DDPM_CIFAR10, 35_746_307),
+    ],
+    ids=["Stable Diffusion 1.5", "Stable Diffusion 2.1", "SDXL base", "ddpm-cifar10-32"],
+)
+def test_published_networks_have_the_same_tensors(cls, config, parameters):
+    with torch.device("meta"):
+        theirs = getattr(diffusers, cls)(**config)
+        ours = UNet(**config, _class_name=cls)
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert UNet.least_tensors({**config, "_class_name": cls}) <= len(shapes)
+
+
+def cast(given: dict, dtype: torch.dtype) -> dict:
+    """The same arguments with every number that has a fraction in this dtype."""
+    return {
+        name: cast(value, dtype)
+        if isinstance(value, dict)
+        else value.to(dtype if value.is_floating_point() else value.dtype)
+        for name, value in given.items()
+    }
+
+
+def check_16_bit(config: dict, seed: int) -> None:
+    """Against a float32 network of the same rounded weights, with activations up to 1e4."""
+    if not looks_at_text(config):
+        config = config | {"encoder_hid_dim": None}
+    torch.manual_seed(seed)
+    narrow, wide = (UNet(**config, _class_name="UNet2DConditionModel").eval() for _ in range(2))
+    x, t = torch.randn(2, config["in_channels"], 8, 8), torch.tensor([3, 900])
+    given = told(config, torch.float32, mask=False)
+    with torch.no_grad():
+        peak = narrow.conv_in(narrow.center(x)).abs().max()
+        for parameter in narrow.conv_in.parameters():
+            parameter *= 1e4 / peak
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow.to(dtype)
+        wide.load_state_dict(narrow.state_dict())
+        with torch.no_grad():
+            out = narrow(x.to(dtype), t, **cast(given, dtype))
+            given, x = cast(cast(given, dtype), torch.float32), x.to(dtype).float()
+            expected = wide(x, t, **given)
+        assert out.dtype == dtype
+        assert torch.isfinite(out).all()
+        assert distance(out.float(), expected) < 1e-2
+
+
+@settings(RELAXED, max_examples=10)
+@given(config=configs(), seed=st.integers(0, 99))
+def test_16_bit_stays_near_float32_with_large_activations(config, seed):
+    check_16_bit(config, seed)
+
+
+@pytest.mark.slow
+@settings(RELAXED, max_examples=100)
+@given(config=configs(), seed=st.integers(0, 99))
+def test_16_bit_stays_near_float32_with_large_activations_in_many_networks(config, seed):
+    check_16_bit(config, seed)
 
 
 X, TEXT = torch.zeros(2, 4, 4, 4), torch.zeros(2, 5, 12)

@@ -187,11 +187,11 @@ class LabelTimes(TimestepEmbedding):
 
     def __init__(self, times: nn.Module, features: int, width: int, act: str = "silu"):
         super().__init__(features, width, act)
-        self.times = times
+        self._times = (times,)  # in a tuple: its weights belong to the time, not to this part
 
     def forward(self, labels: Tensor | None, batch: int) -> Tensor:
         check_tensor("class_labels", labels, (batch,))
-        return super().forward(self.times(labels))
+        return super().forward(self._times[0](labels))
 
 
 class LabelVectors(nn.Module):
@@ -316,7 +316,7 @@ class Text(nn.Module):
         check_tensor("encoder_hidden_states", states, (batch, states.shape[1], self.width))
         if mask is None:
             return Context(states, None)
-        check_tensor("encoder_attention_mask", mask, states.shape[:2])
+        check_tensor("encoder_attention_mask", mask, tuple(states.shape[:2]))
         # As diffusers has it, and not −∞: a text without one token to read gives no NaN.
         return Context(states, (1 - mask.to(states.dtype))[:, None, None] * -10000.0)
 
