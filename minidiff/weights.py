@@ -246,6 +246,13 @@ def write_weights(
     write_json(folder / f"{stem}{SUFFIX}.index{mark}.json", index)
 
 
+def own_files(stem: str, variant: str | None = None) -> re.Pattern:
+    """What matches the names that `write_weights` gives, and no other variant's."""
+    mark = "" if variant is None else rf"\.{_plain('variant', variant)}"
+    shards, suffix = r"(-[0-9]{5,}-of-[0-9]{5,})?", re.escape(SUFFIX)
+    return re.compile(rf"{stem}{mark}{shards}{suffix}|{stem}{suffix}\.index{mark}\.json")
+
+
 def byte_count(name: str, value: int | str) -> int:
     """Bytes from a number or a text such as "500MB" (10⁶) or "2GiB" (2³⁰), as diffusers reads it.
 

@@ -175,6 +175,10 @@ class LabelTable(nn.Embedding):
     """One trained vector a class. Labels are whole numbers (B,); their range is not checked here,
     because reading a value of a tensor would make the host wait for the device."""
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where torch takes seconds to draw nothing
+            super().reset_parameters()
+
     def forward(self, labels: Tensor | None, batch: int) -> Tensor:
         check_tensor("class_labels", labels, (batch,))
         if labels.dtype not in (torch.int64, torch.int32):

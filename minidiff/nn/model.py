@@ -16,7 +16,15 @@ from torch import nn
 
 from minidiff.checkpoint import Config, atomic_folder, read_json, write_json
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
-from minidiff.weights import DTYPES, Stored, find_weights, headers, load_weights, write_weights
+from minidiff.weights import (
+    DTYPES,
+    Stored,
+    find_weights,
+    headers,
+    load_weights,
+    own_files,
+    write_weights,
+)
 
 CONFIG = "config.json"
 
@@ -101,10 +109,9 @@ class Model(nn.Module):
             InvalidArgument: max_shard_size or variant is not what it can be.
         """
         folder = Path(folder)
-        mark = self.weights_name if variant is None else f"{self.weights_name}.{variant}"
-        own = tuple(f"{stem}{end}" for stem in (mark, self.weights_name) for end in ("-", ".safe"))
         others = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        if foreign := sorted(n for n in others - {CONFIG} if not n.startswith(own)):
+        own = own_files(self.weights_name, variant)
+        if foreign := sorted(n for n in others - {CONFIG} if not own.fullmatch(n)):
             raise CheckpointError(
                 f"{folder}: holds {', '.join(foreign[:3])}, and saving replaces the whole folder; "
                 f"choose a new or empty one"
