@@ -13,6 +13,7 @@ from parity import (
     QUICK,
     Case,
     Corner,
+    Rounding,
     compare,
     difference,
     dtypes,
@@ -106,13 +107,13 @@ CORNERS = [
 ]
 
 
-def tolerance(case: Case) -> float:
-    """diffusers casts every sample to float32."""
-    return 2e-5
+ROUNDINGS = [
+    Rounding("every sample is cast to float32", lambda c: True, lambda c: 2e-5, cap=2e-5),
+]
 
 
 def compare_case(case: Case) -> None:
-    compare(case, CORNERS, tolerance)
+    compare(case, CORNERS, ROUNDINGS)
 
 
 @QUICK

@@ -5,6 +5,8 @@ Each method's error is measured on data whose network, flow and marginals are kn
 """
 
 import math
+from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
-from minidiff.order import FINE, METHODS, MIXTURE, flow_error, order, variance_error
+from minidiff.order import FINE, METHODS, MIXTURE, Method, flow_error, order, variance_error
 from minidiff.prediction import PREDICTION_TYPES, target
 from minidiff.schedulers import (
     SCHEDULERS,
@@ -21,6 +23,7 @@ from minidiff.schedulers import (
     DPMSolverMultistepScheduler,
     Scheduler,
 )
+from minidiff.schedulers.dpm_solver import ALGORITHMS
 from minidiff.schedulers.quirks import departing
 
 ALL = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
@@ -40,6 +43,52 @@ def test_every_scheduler_has_a_declared_order_or_a_reason_not_to() -> None:
         "LCMScheduler": "renoises the prediction of a distilled network: no path to converge to",
     }
     assert {m.scheduler for m in METHODS.values()} | set(reasons) == set(SCHEDULERS)
+
+
+ONE_STAGE = "one stage is first-order multistep, see test_singlestep.py"
+# class, what it integrates, order: no row of METHODS, because …
+UNMEASURED = {
+    ("DPMSolverSinglestepScheduler", "dpmsolver++", 1): ONE_STAGE,
+    ("DPMSolverSinglestepScheduler", "dpmsolver", 1): ONE_STAGE,
+    ("DPMSolverSinglestepScheduler", "sde-dpmsolver++", 1): ONE_STAGE,
+}
+
+
+def option(method: Method, name: str) -> Any:
+    return method.options.get(name, SCHEDULERS[method.scheduler]._defaults().get(name))
+
+
+def test_every_order_of_every_algorithm_is_measured() -> None:
+    integrands = {"algorithm_type": ALGORITHMS, "predict_x0": (True, False)}
+    exist, measured = set(), set()
+    for name, values in integrands.items():
+        having = [cls for cls in SCHEDULERS.values() if cls.has_option(name)]
+        for cls, value, p in product(having, values, (1, 2, 3)):
+            options = {name: value, "solver_order": p, "final_sigmas_type": "sigma_min"}
+            with suppress(InvalidArgument):  # there is no such solver
+                cls(**options, compat="exact")
+                exist.add((cls.__name__, value, p))
+        measured |= {
+            (m.scheduler, option(m, name), option(m, "solver_order")) for m in METHODS.values()
+        }
+    assert exist - measured == set(UNMEASURED)
+
+
+def test_every_way_to_be_random_is_measured() -> None:
+    weak = [m for m in METHODS.values() if m.weak]
+    kinds = {option(m, "variance_type") for m in weak if "DDPM" in m.scheduler}
+    assert kinds == {"fixed_small", "fixed_large"}  # "fixed_small_log" is another way to write it
+    churned = {m.scheduler for m in weak if "s_churn" in m.measure}
+    assert churned == {"EulerDiscreteScheduler", "EDMEulerScheduler"}  # flows refuse it
+    assert any(m.measure.get("eta") for m in weak)
+
+
+def test_a_flow_that_renoises_its_prediction_converges_to_nothing() -> None:
+    """`stochastic_sampling` keeps none of x: its error does not shrink, so it has no order."""
+    scheduler = SCHEDULERS["FlowMatchEulerDiscreteScheduler"](
+        stochastic_sampling=True, compat="exact"
+    )
+    assert order(lambda n: variance_error(scheduler, n), 240) == pytest.approx(0, abs=0.15)
 
 
 def third_order(**options: Any) -> Scheduler:

@@ -139,6 +139,7 @@ class Scheduler:
         options = {k: v for k, v in options.items() if k not in ("self", "__class__")}
         for name, value in options.items():
             option_rules.check(type(self).__name__, name, value, self.choices, self.unsupported)
+        option_rules.check_flow(options)
         config = Config(options, _class_name=type(self).__name__)
         if isinstance(config.get("trained_betas"), np.ndarray | Tensor):
             config["trained_betas"] = config["trained_betas"].tolist()
@@ -347,6 +348,7 @@ class Scheduler:
             trained_betas=c.trained_betas,
             rescale_zero_snr=c.get("rescale_betas_zero_snr", False),
             dtype=self.reading.dtype,
+            laplace=self.reading.laplace,
         )
 
     def _table(self) -> list[Level]:
