@@ -14,6 +14,7 @@ from minidiff.schedulers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     Scheduler,
 )
 
@@ -117,6 +118,36 @@ def test_the_config_of_a_published_pipeline_reads_as_in_diffusers(name: str, sto
     for scheduler in (mine, theirs):
         scheduler.set_timesteps(8)
     torch.testing.assert_close(mine.timesteps, theirs.timesteps, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_compatibles_are_those_of_diffusers_and_give_the_config_back(name: str) -> None:
+    mine, theirs = pair(name)
+    expected = {c.__name__ for c in theirs.compatibles} & SCHEDULERS.keys()
+    expected -= {"EDMEulerScheduler"} - {name}  # its network is preconditioned, no other's is
+    assert {cls.__name__ for cls in mine.compatibles} == expected
+    for other in mine.compatibles:
+        moved = other.from_config(mine.config)
+        assert type(moved) is other
+        assert dict(type(mine).from_config(moved.config).config) == dict(mine.config)
+
+
+def test_an_option_comes_back_after_a_class_that_lacks_it(tmp_path: Path) -> None:
+    pndm = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=True, steps_offset=1)
+    euler = EulerDiscreteScheduler.from_config(pndm.config)
+    assert "skip_prk_steps" not in euler.config
+    euler.save_pretrained(tmp_path)
+    for config in (euler.config, EulerDiscreteScheduler.from_pretrained(tmp_path).config):
+        back = PNDMScheduler.from_config(config)
+        assert back.config.skip_prk_steps
+        assert back.config.set_alpha_to_one
+    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path).config
+    assert theirs.skip_prk_steps
+
+
+def test_what_is_said_last_of_an_option_holds() -> None:
+    euler = EulerDiscreteScheduler.from_config(PNDMScheduler(skip_prk_steps=True).config)
+    assert not PNDMScheduler.from_config(euler.config, skip_prk_steps=False).config.skip_prk_steps
 
 
 # --- outputs ------------------------------------------------------------------------------------
