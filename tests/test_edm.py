@@ -36,6 +36,7 @@ from minidiff.prediction import edm_row, solve
 from minidiff.schedule import Level
 from minidiff.schedulers import (
     SCHEDULERS,
+    DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
@@ -221,9 +222,8 @@ def test_input_and_target_of_the_network_have_variance_1_at_every_level() -> Non
 
 
 def run(scheduler: Scheduler, **step_options: Any) -> list[Tensor]:
-    """x after every step on the mixture."""
-    begin = scheduler.levels[0]
-    x = begin.sigma * torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
+    """x/√(α² + σ²) after every step on the mixture: the same walk whatever the scaling of x."""
+    x = math.hypot(*scheduler.levels[0]) * torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
     states = []
     for i, t in enumerate(scheduler.grid):
         level = scheduler.levels[i]
@@ -231,7 +231,7 @@ def run(scheduler: Scheduler, **step_options: Any) -> list[Tensor]:
         x = scheduler.step(
             out, t, x, generator=torch.Generator().manual_seed(i), **step_options
         ).prev_sample
-        states.append(x)
+        states.append(x / math.hypot(*scheduler.levels[i + 1]))
     return states
 
 
@@ -261,6 +261,23 @@ def test_first_order_dpm_solver_is_euler() -> None:
         scheduler.set_timesteps(9)
         walks.append(run(scheduler))
     assert_same(*walks)
+
+
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_variance_preserving_and_exploding_levels_are_one_walk(
+    p: int, algorithm: str, solver_type: str
+) -> None:
+    """VP = VE: the multistep solver in both scalings, between the same two σ."""
+    options = {"solver_order": p, "algorithm_type": algorithm, "solver_type": solver_type}
+    options |= {"prediction_type": "v_prediction", "compat": "exact"}
+    preserving = DPMSolverMultistepScheduler(**options, use_karras_sigmas=True)
+    preserving.set_timesteps(16)
+    high, low = preserving.sigmas[[0, -2]].tolist()
+    exploding = EDMDPMSolverMultistepScheduler(**options, sigma_min=low, sigma_max=high)
+    exploding.set_timesteps(16)
+    assert_same(run(preserving), run(exploding))
 
 
 def test_sigmas_of_ones_own_are_walked_as_those_of_the_formula() -> None:
