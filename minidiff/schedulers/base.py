@@ -186,11 +186,11 @@ class Scheduler:
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Scheduler":
         """Build from another scheduler's config, minidiff's or diffusers', as diffusers does.
 
-        Options that this class lacks but another scheduler of the family has are carried along, for
-        the next class that is made from this one's config; a value that was only the other class's
-        default is left out; unknown names are refused. A value of
-        `solver_type` or `algorithm_type` that only the other class has becomes this class' own
-        default, as in diffusers (`translated`).
+        Options that this class lacks but another scheduler of the family has are carried along,
+        for the next class that is made from this one's config. A value that was only the other
+        class's default is left out; unknown names are refused. A value of `solver_type` or
+        `algorithm_type` that only the other class has becomes this class' own default, as in
+        diffusers (`translated`).
 
         Raises:
             InvalidArgument: an unknown option, or a value that this class does not support.

@@ -46,8 +46,8 @@ class UniPCMultistepScheduler(SolverSigmas):
     integrated. `disable_corrector` lists the steps, counted from 0, whose result is left
     uncorrected. `sigma_min` and `sigma_max` replace the ends of a formula's range; where σ is
     placed by a formula, `final_sigmas_type` "sigma_min" ends at the last σ of the grid, so that
-    the last step changes nothing. `use_flow_sigmas` may go with `use_karras_sigmas`, which are not
-    shifted. Where a formula places σ, `timestep_spacing` and `steps_offset` have no effect.
+    the last step changes nothing. `use_flow_sigmas` may go with `use_karras_sigmas`, whose σ are
+    not shifted. Where a formula places σ, `timestep_spacing` and `steps_offset` have no effect.
     `compat` is "diffusers" or "exact", see `quirks.py`.
     """
 
