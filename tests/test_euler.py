@@ -1,8 +1,8 @@
 """Euler, ancestral Euler and Heun beside diffusers' own, and beside what they must equal."""
 
-import itertools
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -142,7 +142,7 @@ def sigmas_of(case: Case) -> list[float]:
 
 def drop(case: Case) -> float:
     """σ/max(σ', 1) of the deepest step."""
-    return max(a / max(b, 1) for a, b in itertools.pairwise(sigmas_of(case)))
+    return max(a / max(b, 1) for a, b in pairwise(sigmas_of(case)))
 
 
 ROUNDINGS = [
@@ -163,7 +163,7 @@ ROUNDINGS = [
         "x0 from v with float32 weights: Heun's second slope divides what they lose by sigma', and "
         "its step multiplies it by sigma",
         lambda c: c.name == "HeunDiscrete" and c.options["prediction_type"] == "v_prediction",
-        lambda c: 2**-21 * max(a / b for a, b in itertools.pairwise(sigmas_of(c)) if b > 0),
+        lambda c: 2**-21 * max((a / b for a, b in pairwise(sigmas_of(c)) if b > 0), default=0),
         cap=1e-2,
     ),
 ]
@@ -183,7 +183,7 @@ def begins_twice(case: Case) -> bool:
 
 def leaps(case: Case) -> bool:
     """Whether some step of an ancestral trajectory divides σ by more than a thousand."""
-    return any(a > 1000 * b > 0 for a, b in itertools.pairwise(sigmas_of(case)))
+    return any(a > 1000 * b > 0 for a, b in pairwise(sigmas_of(case)))
 
 
 CORNERS = [
