@@ -155,7 +155,7 @@ ROUNDINGS = [
     Rounding(
         "x + (sigma' - sigma) d: where sigma' is thousands of times smaller, what float32 leaves "
         "of sigma is large beside x'",
-        lambda c: True,
+        lambda c: c.name != "HeunDiscrete" or c.dtype == torch.float32,
         lambda c: 2**-21 * drop(c),
         cap=1e-2,
     ),
