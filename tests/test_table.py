@@ -116,6 +116,20 @@ def test_lower_order_final_lowers_the_last_orders_of_fewer_than_15_steps(name: s
         assert (table.B[-3:] != 0).sum(dim=1).tolist() == orders
 
 
+@pytest.mark.parametrize("n", [6, 30])
+def test_lower_order_final_lowers_the_last_orders_of_unipc_whatever_their_number(n: int) -> None:
+    for lower, orders in ((True, [3, 2, 1]), (False, [3, 3, 3])):
+        scheduler = linear(
+            "UniPCMultistepScheduler",
+            prediction_type="sample",
+            solver_order=3,
+            lower_order_final=lower,
+            final_sigmas_type="sigma_min",
+            disable_corrector=list(range(n)),
+        )
+        assert (scheduler.coefficients(n).B[-3:] != 0).sum(dim=1).tolist() == orders
+
+
 def test_a_second_order_step_in_x0_looks_one_output_back() -> None:
     table = linear(SOLVER, prediction_type="sample").coefficients(10)
     assert table.B.shape == (10, 2)
