@@ -91,7 +91,7 @@ PROBES: dict[str, Probe | str] = {
         _EULER, {"use_karras_sigmas": True, "sigma_min": 0.001, "final_sigmas_type": "sigma_min"}
     ),
     "input_norm": "rounding alone",
-    "euler_ratio": Probe("HeunDiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}, 18),
+    "descent": Probe("HeunDiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}, 18),
     "churned_sample": Probe(_EULER, {}, weak=True, step={"s_churn": 5.0}),
     "ancestral_sigmas": Probe("EulerAncestralDiscreteScheduler", {}, 5, weak=True),
     "check_ancestral": "refused by name",

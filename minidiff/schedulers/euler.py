@@ -249,7 +249,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         return x_raised, higher
 
     def update(self, x, x0, eps, now, nxt, noise, *, churn) -> Tensor:
-        return euler_step(x, x0, self.reading.euler_ratio(now.sigma, nxt.sigma))
+        return euler_step(x, x0, now.sigma, self.reading.descent(now.sigma, nxt.sigma))
 
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
         x, now = read_at(x, now)
@@ -319,7 +319,7 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         down, up = self.reading.ancestral_sigmas(now.sigma, nxt.sigma)
-        lower = euler_step(x, x0, self.reading.euler_ratio(now.sigma, down))
+        lower = euler_step(x, x0, now.sigma, self.reading.descent(now.sigma, down))
         return torch.add(lower, noise(), alpha=up)
 
     def _check_levels(self, levels: list[Level]) -> None:
@@ -331,9 +331,11 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
             )
 
 
-def euler_step(x: Tensor, x0: Tensor, ratio: float) -> Tensor:
-    """x + (σ' − σ)·d with d = (x − x0)/σ and ratio = σ'/σ: algorithm 1, lines 4 and 5."""
-    return torch.add(x0, x - x0, alpha=ratio)
+def euler_step(x: Tensor, x0: Tensor, sigma: float, descent: float) -> Tensor:
+    """x + (σ' − σ)·d with d = (x − x0)/σ: Karras et al. 2022, algorithm 1, lines 4 and 5."""
+    if descent == -sigma:
+        return x0  # which the sum is but for rounding
+    return torch.add(x, x - x0, alpha=descent / sigma)
 
 
 class Churn(NamedTuple):

@@ -98,13 +98,12 @@ class HeunDiscreteScheduler(ExplodingSigmas):
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         if self._step_index % 2 == 0:
-            ratio = self.reading.euler_ratio(now.sigma, nxt.sigma)
-            return euler_step(x, x0, ratio)  # algorithm 1, lines 4 and 5
+            descent = self.reading.descent(now.sigma, nxt.sigma)
+            return euler_step(x, x0, now.sigma, descent)  # algorithm 1, lines 4 and 5
         first = self.past[-1]
-        sigma = first.level.sigma
-        half = (self.reading.euler_ratio(sigma, now.sigma) - 1) / 2  # (σ' − σ)/2σ
-        halfway = torch.add(first.x, first.x - first.x0, alpha=half)
-        return torch.add(halfway, x - x0, alpha=half * sigma / now.sigma)  # lines 7 and 8
+        half = self.reading.descent(first.level.sigma, now.sigma) / 2
+        halfway = torch.add(first.x, first.x - first.x0, alpha=half / first.level.sigma)
+        return torch.add(halfway, x - x0, alpha=half / now.sigma)  # lines 7 and 8
 
     def _place_sigmas(self, grid, sigmas, end, device=None, *, steps=None, dtype=None) -> None:
         twice = np.repeat(np.arange(len(grid)), 2)[1:]  # 0 1 1 2 2 …

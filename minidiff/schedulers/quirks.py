@@ -135,9 +135,9 @@ class Exact:
         """√(1 + σ²), by which x = x0 + σ·ε is divided for a variance-preserving network."""
         return math.hypot(1, sigma)
 
-    def euler_ratio(self, sigma: float, to: float) -> float:
-        """σ'/σ, to which a step of Euler shrinks what x has besides x̂0."""
-        return to / sigma
+    def descent(self, sigma: float, to: float) -> float:
+        """σ' − σ, the length of a step of Euler or Heun."""
+        return to - sigma
 
     def churned_sample(
         self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
@@ -464,11 +464,11 @@ class Diffusers(Exact):
         """In float32: x̂0 = x − σ·ε̂ makes of its rounding what σ does."""
         return _float32_norm(sigma)
 
-    def euler_ratio(self, sigma: float, to: float) -> float:
-        """σ' − σ is a float32: where a step divides σ by thousands, its rounding stays in x', and
-        Heun multiplies it by σ/σ' for the second slope.
+    def descent(self, sigma: float, to: float) -> float:
+        """In float32: where a step divides σ by thousands, its rounding stays in x', and Heun
+        multiplies it by σ/σ' for the second slope.
         """
-        return 1 + float(np.float32(to - sigma)) / sigma
+        return float(np.float32(to - sigma))
 
     def churned_sample(
         self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
