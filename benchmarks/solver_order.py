@@ -9,6 +9,7 @@ one evaluation of the network, but two for Heun.
 """
 
 import argparse
+from collections import Counter
 
 from matplotlib.figure import Figure
 
@@ -22,14 +23,16 @@ STEPS = (12, 24, 48, 96, 192, 384)
 
 def draw(errors: dict[str, list[float]], path: str) -> None:
     """Two panels: errors of the path, and errors of the variance."""
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure = Figure(figsize=(13, 8.8), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
     titles = ("probability flow of a mixture", "variance on Gaussian data")
     for weak, axes, title in zip((False, True), panels, titles, strict=True):
         names = [name for name in errors if METHODS[name].weak == weak]
-        for i, name in enumerate(names):
+        drawn = Counter()
+        for name in names:
             p = METHODS[name].order
-            colour, marker = COLOURS[p], MARKERS[i % len(MARKERS)]
+            colour, marker = COLOURS[p], MARKERS[drawn[p] % len(MARKERS)]
+            drawn[p] += 1
             axes.loglog(STEPS, errors[name], marker=marker, ms=5, lw=1, color=colour,
                         label=f"{name} ({p})")  # fmt: skip
             ends = (STEPS[-3], STEPS[-1])
@@ -39,7 +42,8 @@ def draw(errors: dict[str, list[float]], path: str) -> None:
         axes.set_xticks(STEPS, [str(n) for n in STEPS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, ncols=2 if len(names) > 10 else 1, title="solver (declared order)")
+        axes.legend(fontsize=7, ncols=3, title="solver (declared order)", loc="upper center",
+                    bbox_to_anchor=(0.5, -0.08))  # fmt: skip
     panels[0].set_ylabel("largest error")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

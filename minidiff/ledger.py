@@ -69,6 +69,7 @@ class Probe(NamedTuple):
 # A departure's probe, or why there is none.
 PROBES: dict[str, Probe | str] = {
     "dtype": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True),
+    "laplace": Probe("DDIMScheduler", _DDIM | _SPACED | {"beta_schedule": "laplace"}, 100),
     "timesteps": "refused, or one step from where there is nothing to do",
     "solver_timesteps": Probe(
         _MULTI,
@@ -89,6 +90,8 @@ PROBES: dict[str, Probe | str] = {
     "euler_end": Probe(
         _EULER, {"use_karras_sigmas": True, "sigma_min": 0.001, "final_sigmas_type": "sigma_min"}
     ),
+    "input_norm": "rounding alone",
+    "descent": Probe("HeunDiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}, 18),
     "churned_sample": Probe(_EULER, {}, weak=True, step={"s_churn": 5.0}),
     "ancestral_sigmas": Probe("EulerAncestralDiscreteScheduler", {}, 5, weak=True),
     "check_ancestral": "refused by name",

@@ -70,7 +70,8 @@ class Method(NamedTuple):
 
     def measured_order(self, compat: str = "exact") -> float:
         """The order that the errors with n and 2n steps show."""
-        return order(lambda n: self.error(n, compat), self.n)
+        scheduler = self.build(compat)
+        return order(lambda n: self.error_of(scheduler, n), self.n)
 
 
 _FINE = FINE | {"prediction_type": "sample"}
@@ -79,58 +80,60 @@ _NO_SHORT_END = _FINE | {"lower_order_final": False}
 _SDE = _NO_SHORT_END | {"algorithm_type": "sde-dpmsolver++"}
 _NOISE = _NO_SHORT_END | {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min",
                           "prediction_type": "epsilon"}  # fmt: skip
+_NOISE_SDE = _NOISE | {"algorithm_type": "sde-dpmsolver"}
 _EPSILON = {"prediction_type": "epsilon"}
 _NO_CORRECTOR = {"disable_corrector": list(range(100_000))}
+
+_CHURN = {"s_churn": 4.0}
+_MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+_EDM, _EDM_PART = "EDMDPMSolverMultistepScheduler", {"part": 0.6}
+_EDM_ODE = _EPSILON | {"lower_order_final": False}
+_EDM_SDE = _EDM_ODE | {"algorithm_type": "sde-dpmsolver++"}
+_PNDM = _FINE | _EPSILON | {"timestep_spacing": "linspace"}
+_UNIPC, _UNIPC_NOISE = "UniPCMultistepScheduler", {"predict_x0": False,
+                                                   "final_sigmas_type": "sigma_min"}  # fmt: skip
 
 METHODS: dict[str, Method] = {
     "DDIM": Method("DDIMScheduler", _UNCLIPPED, 1),
     "Euler": Method("EulerDiscreteScheduler", _FINE, 1),
-    "Euler, EDM": Method("EDMEulerScheduler", _EPSILON, 1, measure={"part": 0.6}),
+    "Euler, EDM": Method("EDMEulerScheduler", _EPSILON, 1, measure=_EDM_PART),
     "Euler, flow": Method("FlowMatchEulerDiscreteScheduler", {}, 1),
     "Heun": Method("HeunDiscreteScheduler", _FINE, 2, measure={"stride": 2}),
-    "PLMS": Method(
-        "PNDMScheduler",
-        _FINE | _EPSILON | {"skip_prk_steps": True, "timestep_spacing": "linspace"},
-        2,
-        n=480,
-    ),
-    "DPM-Solver-2M": Method("DPMSolverMultistepScheduler", _NOISE, 2),
-    "DPM-Solver-3M": Method(
-        "DPMSolverMultistepScheduler", _NOISE | {"solver_order": 3}, 3, measure={"exact_starts": 2}
-    ),
-    "DPM-Solver++ 1": Method("DPMSolverMultistepScheduler", _NO_SHORT_END | {"solver_order": 1}, 1),
-    "DPM-Solver++ 2M": Method("DPMSolverMultistepScheduler", _NO_SHORT_END, 2),
-    "DPM-Solver++ 2M, heun": Method(
-        "DPMSolverMultistepScheduler", _NO_SHORT_END | {"solver_type": "heun"}, 2
-    ),
+    "PNDM": Method("PNDMScheduler", _PNDM, 2, n=480),
+    "PLMS": Method("PNDMScheduler", _PNDM | {"skip_prk_steps": True}, 2, n=480),
+    "DPM-Solver-1": Method(_MULTI, _NOISE | {"solver_order": 1}, 1),
+    "DPM-Solver-2M": Method(_MULTI, _NOISE, 2),
+    "DPM-Solver-3M": Method(_MULTI, _NOISE | {"solver_order": 3}, 3, measure={"exact_starts": 2}),
+    "DPM-Solver-2S": Method(_SINGLE, _NOISE, 2, measure={"stride": 2}),
+    "DPM-Solver-3S": Method(_SINGLE, _NOISE | {"solver_order": 3}, 3, measure={"stride": 3}),
+    "DPM-Solver++ 1": Method(_MULTI, _NO_SHORT_END | {"solver_order": 1}, 1),
+    "DPM-Solver++ 2M": Method(_MULTI, _NO_SHORT_END, 2),
+    "DPM-Solver++ 2M, heun": Method(_MULTI, _NO_SHORT_END | {"solver_type": "heun"}, 2),
     "DPM-Solver++ 3M": Method(
-        "DPMSolverMultistepScheduler",
-        _NO_SHORT_END | {"solver_order": 3},
-        3,
-        measure={"exact_starts": 2},
+        _MULTI, _NO_SHORT_END | {"solver_order": 3}, 3, measure={"exact_starts": 2}
     ),
+    "DPM-Solver++ 2S": Method(_SINGLE, _FINE, 2, measure={"stride": 2}),
+    "DPM-Solver++ 3S": Method(_SINGLE, _FINE | {"solver_order": 3}, 3, measure={"stride": 3}),
+    "DPM-Solver++ 1, EDM": Method(_EDM, _EDM_ODE | {"solver_order": 1}, 1, measure=_EDM_PART),
+    "DPM-Solver++ 2M, EDM": Method(_EDM, _EDM_ODE, 2, measure=_EDM_PART),
     "DPM-Solver++ 3M, EDM": Method(
-        "EDMDPMSolverMultistepScheduler",
-        _EPSILON | {"solver_order": 3, "lower_order_final": False},
-        3,
-        measure={"part": 0.6, "exact_starts": 2},
-    ),
-    "DPM-Solver++ 2S": Method("DPMSolverSinglestepScheduler", _FINE, 2, measure={"stride": 2}),
-    "DPM-Solver++ 3S": Method(
-        "DPMSolverSinglestepScheduler", _FINE | {"solver_order": 3}, 3, measure={"stride": 3}
+        _EDM, _EDM_ODE | {"solver_order": 3}, 3, measure=_EDM_PART | {"exact_starts": 2}
     ),
     **{
         f"UniPC-{p}": Method(
-            "UniPCMultistepScheduler",
-            _FINE | {"solver_order": p},
-            p + 1,
-            measure={"exact_starts": p},
+            _UNIPC, _FINE | {"solver_order": p}, p + 1, measure={"exact_starts": p}
+        )
+        for p in (1, 2, 3)
+    },
+    **{
+        f"UniPC-{p}, noise": Method(
+            _UNIPC, _FINE | _UNIPC_NOISE | {"solver_order": p}, p + 1, measure={"exact_starts": p}
         )
         for p in (1, 2, 3)
     },
     **{
         f"UniP-{p}": Method(
-            "UniPCMultistepScheduler",
+            _UNIPC,
             _FINE | _NO_CORRECTOR | {"solver_order": p},
             p,
             measure={"exact_starts": p - 1},
@@ -138,18 +141,35 @@ METHODS: dict[str, Method] = {
         for p in (1, 2, 3)
     },
     "DDPM": Method("DDPMScheduler", _UNCLIPPED, 1, weak=True),
+    "DDPM, large variance": Method(
+        "DDPMScheduler", _UNCLIPPED | {"variance_type": "fixed_large"}, 1, weak=True
+    ),
     "DDIM, η = 1": Method("DDIMScheduler", _UNCLIPPED, 1, weak=True, measure={"eta": 1.0}),
     "Euler ancestral": Method("EulerAncestralDiscreteScheduler", _FINE | _EPSILON, 1, weak=True),
-    "SDE-DPM-Solver++ 1": Method(
-        "DPMSolverMultistepScheduler", _SDE | {"solver_order": 1}, 1, weak=True
+    "Euler, churned": Method("EulerDiscreteScheduler", _FINE, 1, weak=True, measure=_CHURN),
+    "Euler, EDM, churned": Method(
+        "EDMEulerScheduler", _EPSILON, 1, weak=True, measure=_EDM_PART | _CHURN
     ),
-    "SDE-DPM-Solver++ 2M": Method("DPMSolverMultistepScheduler", _SDE, 2, weak=True),
-    "SDE-DPM-Solver++ 2M, heun": Method(
-        "DPMSolverMultistepScheduler", _SDE | {"solver_type": "heun"}, 2, weak=True
+    "SDE-DPM-Solver 1": Method(_MULTI, _NOISE_SDE | {"solver_order": 1}, 1, weak=True),
+    "SDE-DPM-Solver 2M": Method(_MULTI, _NOISE_SDE, 2, weak=True, n=480),
+    "SDE-DPM-Solver++ 1": Method(_MULTI, _SDE | {"solver_order": 1}, 1, weak=True),
+    "SDE-DPM-Solver++ 2M": Method(_MULTI, _SDE, 2, weak=True),
+    "SDE-DPM-Solver++ 2M, heun": Method(_MULTI, _SDE | {"solver_type": "heun"}, 2, weak=True),
+    "SDE-DPM-Solver++ 3M": Method(_MULTI, _SDE | {"solver_order": 3}, 2, weak=True, n=960),
+    "SDE-DPM-Solver++ 2S": Method(_SINGLE, _SDE, 2, weak=True, measure={"stride": 2}),
+    "SDE-DPM-Solver++ 3S, heun": Method(
+        _SINGLE,
+        _SDE | {"solver_order": 3, "solver_type": "heun"},
+        2,
+        weak=True,
+        measure={"stride": 3},
     ),
-    "SDE-DPM-Solver++ 3M": Method(
-        "DPMSolverMultistepScheduler", _SDE | {"solver_order": 3}, 2, weak=True, n=960
-    ),
+    **{
+        f"SDE-DPM-Solver++ {name}, EDM": Method(
+            _EDM, _EDM_SDE | {"solver_order": p}, min(p, 2), True, _EDM_PART, n=480
+        )
+        for p, name in enumerate(("1", "2M", "3M"), 1)
+    },
 }
 
 

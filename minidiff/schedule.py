@@ -17,7 +17,7 @@ reading: the same code, rounded after every operation.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -121,6 +121,7 @@ class NoiseSchedule:
         trained_betas: Sequence[float] | None = None,
         rescale_zero_snr: bool = False,
         dtype: torch.dtype = torch.float64,
+        laplace: Callable[[float], float] | None = None,
     ) -> "NoiseSchedule":
         """Build a schedule by the name diffusers gives it.
 
@@ -128,17 +129,21 @@ class NoiseSchedule:
             name: "linear" (DDPM), "scaled_linear" (latent diffusion: linear in √β),
                 "squaredcos_cap_v2" (the cosine schedule of Nichol & Dhariwal 2021,
                 arXiv:2102.09672, eq. 17, β capped at 0.999), "sigmoid" (GeoDiff), "laplace"
-                (after Hang et al. 2024, arXiv:2407.03297) or "exp" (ᾱ falls as e^−12t/T).
+                (`laplace_alpha_bar`, β capped at 0.999) or "exp" (ᾱ falls as e^−12t/T).
             num_train_timesteps: T, the number of training steps.
             beta_start, beta_end: first and last β in (0, 1), for the first two and "sigmoid".
             trained_betas: T values of β that replace the named schedule.
             rescale_zero_snr: shift and scale √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023,
                 arXiv:2305.08891, algorithm 1).
             dtype: torch.float64, or torch.float32 for diffusers' rounding.
+            laplace: another reading of "laplace": ᾱ up to a factor at t/T in [0, 1].
         Raises:
             InvalidArgument: unknown name or a value outside its range.
         """
-        betas = _betas(name, num_train_timesteps, beta_start, beta_end, trained_betas, dtype)
+        alpha_bars = _ALPHA_BARS | {"laplace": laplace or laplace_alpha_bar}
+        betas = _betas(
+            name, num_train_timesteps, beta_start, beta_end, trained_betas, dtype, alpha_bars
+        )
         return cls(_zero_terminal_snr(betas) if rescale_zero_snr else betas)
 
     def ending_at(self, alpha_bar: float) -> "NoiseSchedule":
@@ -224,6 +229,7 @@ def _betas(
     end: float,
     trained: Sequence[float] | None,
     dtype: torch.dtype,
+    alpha_bars: Mapping[str, Callable[[float], float]],
 ) -> Tensor:
     steps = whole_number("num_train_timesteps", steps, 1, MAX_TRAIN_TIMESTEPS)
     if trained is not None:
@@ -241,21 +247,24 @@ def _betas(
         return torch.linspace(start**0.5, end**0.5, steps, dtype=dtype) ** 2
     if name == "sigmoid":
         return torch.sigmoid(torch.linspace(-6, 6, steps, dtype=dtype)) * (end - start) + start
-    f = _ALPHA_BARS[name]
+    f = alpha_bars[name]
     betas = [min(1 - f((t + 1) / steps) / f(t / steps), 0.999) for t in range(steps)]
     return torch.tensor(betas, dtype=dtype)
 
 
-def _laplace_alpha_bar(s: float) -> float:
-    # diffusers' reading: the root is one too many for ᾱ, the 1e-6 keeps both ends finite.
-    snr = math.exp(-0.5 * math.copysign(1, 0.5 - s) * math.log(1 - 2 * abs(0.5 - s) + 1e-6))
-    return math.sqrt(snr / (1 + snr))
+def laplace_alpha_bar(s: float) -> float:
+    """ᾱ at s = t/T in [0, 1] where 2λ, the log-SNR, of a uniform t has a Laplace distribution.
+
+    Its quantiles are 2λ = −½·sgn(½ − s)·ln(1 − 2|½ − s|) (Hang et al. 2024, arXiv:2407.03297,
+    table 1, with their μ = 0 and b = ½), and ᾱ = SNR/(1 + SNR): half of the variance at s = ½.
+    """
+    tail = math.sqrt(1 - 2 * abs(0.5 - s))  # the SNR below ½, its inverse above
+    return tail / (1 + tail) if s > 0.5 else 1 / (1 + tail)
 
 
 _ALPHA_BARS: dict[str, Callable[[float], float]] = {  # up to a factor, at s = t/T in [0, 1]
     "squaredcos_cap_v2": lambda s: math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2,  # N&D eq. 17
     "exp": lambda s: math.exp(s * -12.0),
-    "laplace": _laplace_alpha_bar,
 }
 
 

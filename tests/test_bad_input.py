@@ -18,10 +18,11 @@ from minidiff.schedulers import SCHEDULERS, Scheduler
 NAN, INF = math.nan, math.inf
 FLAG = (1, 0, "yes", None)
 POSITIVE = (0, -1.0, NAN, INF, "one", True)
+SHIFT = (*POSITIVE, 1e-308, 1e308)
 COUNT = (0, -1, 2.5, "ten", True, None, NAN)
 
 BAD_OPTIONS: dict[str, tuple] = {
-    "num_train_timesteps": COUNT,
+    "num_train_timesteps": (*COUNT, 10**30),
     "beta_start": (0, -0.1, 1.0, NAN, "low"),
     "beta_end": (0, 1.5, NAN, INF, "high"),
     "beta_schedule": ("quadratic", "", None, 3),
@@ -30,12 +31,12 @@ BAD_OPTIONS: dict[str, tuple] = {
     "prediction_type": ("noise", "x0", None, 1),
     "compat": ("paper", None, True),
     "clip_sample": FLAG,
-    "clip_sample_range": (-1, NAN, INF, "wide"),
+    "clip_sample_range": (-1, NAN, INF, 1e308, "wide"),
     "thresholding": FLAG,
     "dynamic_thresholding_ratio": (-0.1, 1.1, NAN, "most"),
-    "sample_max_value": (0, NAN, "big"),
+    "sample_max_value": (0, 1e-308, 1e308, NAN, "big"),
     "timestep_spacing": ("karras", "", None),
-    "steps_offset": (-1, 0.5, "one", True),
+    "steps_offset": (-1, 0.5, 10**30, "one", True),
     "set_alpha_to_one": FLAG,
     "final_sigmas_type": ("one", None, 0),
     "lambda_min_clipped": (NAN, INF, "low", None),
@@ -46,8 +47,8 @@ BAD_OPTIONS: dict[str, tuple] = {
     "use_beta_sigmas": FLAG,
     "use_lu_lambdas": FLAG,
     "use_flow_sigmas": FLAG,
-    "flow_shift": POSITIVE,
-    "shift": POSITIVE,
+    "flow_shift": SHIFT,
+    "shift": SHIFT,
     "shift_terminal": (0.0, 1.0, -0.5, NAN, "end"),
     "use_dynamic_shifting": FLAG,
     "time_shift_type": ("quadratic", None),
@@ -107,6 +108,95 @@ def test_formulas_for_sigma_exclude_each_other(name: str) -> None:
     for first, second in pairwise(own):
         with pytest.raises(InvalidArgument, match=f"{first} and {second}"):
             SCHEDULERS[name](**{first: True, second: True})
+
+
+# Two options that contradict each other, or one that has nothing to act on.
+AT_ODDS = [
+    ({"flow_shift": 3.0}, "flow_shift=3.0 needs use_flow_sigmas"),
+    ({"use_dynamic_shifting": True, "use_flow_sigmas": False}, "use_dynamic_shifting"),
+    ({"predict_x0": False, "thresholding": True, "final_sigmas_type": "sigma_min"}, "thresholding"),
+    ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+    ({"sigma_min": 0.1, "interpolation_type": "linear"}, "sigma_min=0.1 needs"),
+    ({"timestep_type": "continuous"}, "timestep_type 'continuous' needs"),
+    (
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "zero", "flow_shift": 1.0},
+        "final_sigmas_type",
+    ),
+    ({"sigma_min": 3.0, "sigma_max": 2.0, "rho": 7.0}, "sigma_min"),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), AT_ODDS, ids=str)
+def test_options_at_odds_with_each_other_are_refused_by_name(options: dict, named: str) -> None:
+    having = [name for name in SCHEDULERS if options.keys() <= set(options_of(name))]
+    assert having
+    for name in (n for n in having if "EDM" not in n or "flow" not in named):  # F is no flow
+        with pytest.raises(InvalidArgument, match=named):
+            SCHEDULERS[name](**options)
+
+
+LIMITS = {
+    "clip_sample_range": (0, 1e4),
+    "sample_max_value": (1e-4, 1e4),
+    "dynamic_thresholding_ratio": (0, 1),
+    "flow_shift": (1e-4, 1e4),
+    "shift": (1e-4, 1e4),
+    "lambda_min_clipped": (-1e308,),
+    "rho": (1, 100),
+    "sigma_data": (1e-10, 1e10),
+    "timestep_scaling": (0, 1e10),
+}
+SWITCH = {
+    "clip_sample_range": {"clip_sample": True},
+    "sample_max_value": {"thresholding": True},
+    "dynamic_thresholding_ratio": {"thresholding": True},
+    "flow_shift": {"use_flow_sigmas": True},
+}
+
+
+@pytest.mark.parametrize("compat", ["exact", "diffusers"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_is_accepted_samples_to_the_end_at_the_limits_of_its_range(
+    name: str, compat: str
+) -> None:
+    for option in LIMITS.keys() & set(options_of(name)):
+        for value in LIMITS[option]:
+            options = {option: value, **SWITCH.get(option, {}), "compat": compat}
+            scheduler = SCHEDULERS[name](**options)
+            scheduler.set_timesteps(5)
+            x = torch.linspace(-2, 2, 36).reshape(1, 1, 6, 6) * float(scheduler.init_noise_sigma)
+            for t in scheduler.timesteps:
+                out = torch.tanh(scheduler.scale_model_input(x, t))
+                x = scheduler.step(out, t, x).prev_sample
+            assert bool(x.isfinite().all()), options
+
+
+CHURNED = [n for n, c in SCHEDULERS.items() if "s_churn" in inspect.signature(c.step).parameters]
+
+
+@pytest.mark.parametrize(
+    ("churn", "named"),
+    [
+        ({"s_churn": 2.0, "s_tmin": 1.0, "s_tmax": 0.5}, "s_tmin must be at most s_tmax"),
+        ({"s_churn": 2.0, "s_noise": 1e308}, "s_noise"),
+        ({"s_churn": -1.0}, "s_churn"),
+        ({"s_churn": NAN}, "s_churn"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CHURNED)
+def test_churn_that_cannot_be_is_refused_by_name(name: str, churn: dict, named: str) -> None:
+    scheduler = ready(name)
+    with pytest.raises(InvalidArgument, match="s_churn" if "FlowMatch" in name else named):
+        scheduler.step(x_of(), scheduler.timesteps[0], x_of(), **churn)
+
+
+@pytest.mark.parametrize("mu", [NAN, INF, 10.0, "big", -10.0])
+def test_a_dynamic_shift_beyond_float32_is_refused_by_name(mu: Any) -> None:
+    for name in (n for n in SCHEDULERS if "use_dynamic_shifting" in options_of(n)):
+        flow = {} if "FlowMatch" in name else {"use_flow_sigmas": True}
+        with pytest.raises(InvalidArgument, match="mu"):
+            SCHEDULERS[name](use_dynamic_shifting=True, **flow).set_timesteps(5, mu=mu)
 
 
 # --- the grid -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from minidiff.schedulers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     Scheduler,
 )
 
@@ -79,6 +80,74 @@ def test_every_class_turns_into_every_other_as_in_diffusers(source: str, target:
     theirs = getattr(diffusers, target).from_config(theirs.config).config
     own = {k: v for k, v in mine.items() if not k.startswith("_") and k != "compat"}
     assert own == {k: theirs[k] for k in own}
+
+
+# scheduler_config.json of published pipelines, with the options that their class lets lie idle:
+# thresholding beside clip_sample, steps_offset beside trailing, skip_prk_steps outside PNDM.
+STOCK = {
+    "Stable Diffusion 1.5": {
+        "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
+        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+        "trained_betas": None,
+    },
+    "Stable Diffusion XL": {
+        "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_start": 0.00085,
+        "beta_schedule": "scaled_linear", "clip_sample": False, "interpolation_type": "linear",
+        "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0,
+        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+        "timestep_spacing": "trailing", "trained_betas": None, "use_karras_sigmas": False,
+    },
+    "DeepFloyd IF": {
+        "_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2",
+        "beta_start": 0.0001, "clip_sample": True, "clip_sample_range": 1.0,
+        "dynamic_thresholding_ratio": 0.95, "num_train_timesteps": 1000,
+        "prediction_type": "epsilon", "sample_max_value": 1.5, "thresholding": True,
+        "trained_betas": None, "variance_type": "learned_range",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stock", STOCK)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_config_of_a_published_pipeline_reads_as_in_diffusers(name: str, stock: str) -> None:
+    mine, theirs = SCHEDULERS[name], getattr(diffusers, name)
+    mine, theirs = mine.from_config(STOCK[stock]), theirs.from_config(STOCK[stock])
+    own = {k: v for k, v in mine.config.items() if not k.startswith("_") and k != "compat"}
+    assert own == {k: theirs.config[k] for k in own}
+    for scheduler in (mine, theirs):
+        scheduler.set_timesteps(8)
+    torch.testing.assert_close(mine.timesteps, theirs.timesteps, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_compatibles_are_those_of_diffusers_and_give_the_config_back(name: str) -> None:
+    mine, theirs = pair(name)
+    expected = {c.__name__ for c in theirs.compatibles} & SCHEDULERS.keys()
+    expected -= {"EDMEulerScheduler"} - {name}  # its network is preconditioned, no other's is
+    assert {cls.__name__ for cls in mine.compatibles} == expected
+    for other in mine.compatibles:
+        moved = other.from_config(mine.config)
+        assert type(moved) is other
+        assert dict(type(mine).from_config(moved.config).config) == dict(mine.config)
+
+
+def test_an_option_comes_back_after_a_class_that_lacks_it(tmp_path: Path) -> None:
+    pndm = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=True, steps_offset=1)
+    euler = EulerDiscreteScheduler.from_config(pndm.config)
+    assert "skip_prk_steps" not in euler.config
+    euler.save_pretrained(tmp_path)
+    for config in (euler.config, EulerDiscreteScheduler.from_pretrained(tmp_path).config):
+        back = PNDMScheduler.from_config(config)
+        assert back.config.skip_prk_steps
+        assert back.config.set_alpha_to_one
+    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path).config
+    assert theirs.skip_prk_steps
+
+
+def test_what_is_said_last_of_an_option_holds() -> None:
+    euler = EulerDiscreteScheduler.from_config(PNDMScheduler(skip_prk_steps=True).config)
+    assert not PNDMScheduler.from_config(euler.config, skip_prk_steps=False).config.skip_prk_steps
 
 
 # --- outputs ------------------------------------------------------------------------------------

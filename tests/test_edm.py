@@ -17,6 +17,7 @@ from parity import (
     QUICK,
     Case,
     Corner,
+    Rounding,
     compare,
     difference,
     diffusers,
@@ -25,7 +26,6 @@ from parity import (
     ours_of,
     theirs_of,
     thresholds,
-    tolerance_of_dtype,
     trajectory,
 )
 from torch import Tensor
@@ -36,6 +36,7 @@ from minidiff.prediction import edm_row, solve
 from minidiff.schedule import Level
 from minidiff.schedulers import (
     SCHEDULERS,
+    DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
@@ -92,16 +93,20 @@ def sigmas_of(case: Case) -> list[float]:
     return theirs.sigmas.tolist()
 
 
-def tolerance(case: Case) -> float:
-    """How far apart two correct trajectories may be, relative to max(1, |x|).
+def is_euler(case: Case) -> bool:
+    return case.name == "EDMEuler"
 
-    diffusers rounds Euler's samples to float32, so float64 agrees no better, and adds (σ' − σ)·d to
-    x: what float32 leaves of σ·2^-24 in x' is large where σ' is thousands of times smaller.
-    """
-    if case.name != "EDMEuler":
-        return tolerance_of_dtype(case)
-    drops = [a / max(b, 1) for a, b in itertools.pairwise(sigmas_of(case))]
-    return max(2e-5, 2**-22 * max(drops))
+
+ROUNDINGS = [
+    Rounding("every sample is cast to float32", is_euler, lambda c: 2e-5, cap=2e-5),
+    Rounding(
+        "x + (sigma' - sigma) d: where sigma' is thousands of times smaller, what float32 leaves "
+        "of sigma is large beside x'",
+        is_euler,
+        lambda c: 2**-21 * max(a / max(b, 1) for a, b in itertools.pairwise(sigmas_of(c))),
+        cap=1e-2,
+    ),
+]
 
 
 def last_step_is_empty(case: Case) -> bool:
@@ -121,7 +126,7 @@ CORNERS = [
 
 
 def compare_case(case: Case) -> None:
-    compare(case, CORNERS, tolerance)
+    compare(case, CORNERS, ROUNDINGS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,9 +222,8 @@ def test_input_and_target_of_the_network_have_variance_1_at_every_level() -> Non
 
 
 def run(scheduler: Scheduler, **step_options: Any) -> list[Tensor]:
-    """x after every step on the mixture."""
-    begin = scheduler.levels[0]
-    x = begin.sigma * torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
+    """x/√(α² + σ²) after every step on the mixture: the same walk whatever the scaling of x."""
+    x = math.hypot(*scheduler.levels[0]) * torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
     states = []
     for i, t in enumerate(scheduler.grid):
         level = scheduler.levels[i]
@@ -227,7 +231,7 @@ def run(scheduler: Scheduler, **step_options: Any) -> list[Tensor]:
         x = scheduler.step(
             out, t, x, generator=torch.Generator().manual_seed(i), **step_options
         ).prev_sample
-        states.append(x)
+        states.append(x / math.hypot(*scheduler.levels[i + 1]))
     return states
 
 
@@ -257,6 +261,23 @@ def test_first_order_dpm_solver_is_euler() -> None:
         scheduler.set_timesteps(9)
         walks.append(run(scheduler))
     assert_same(*walks)
+
+
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_variance_preserving_and_exploding_levels_are_one_walk(
+    p: int, algorithm: str, solver_type: str
+) -> None:
+    """VP = VE: the multistep solver in both scalings, between the same two σ."""
+    options = {"solver_order": p, "algorithm_type": algorithm, "solver_type": solver_type}
+    options |= {"prediction_type": "v_prediction", "compat": "exact"}
+    preserving = DPMSolverMultistepScheduler(**options, use_karras_sigmas=True)
+    preserving.set_timesteps(16)
+    high, low = preserving.sigmas[[0, -2]].tolist()
+    exploding = EDMDPMSolverMultistepScheduler(**options, sigma_min=low, sigma_max=high)
+    exploding.set_timesteps(16)
+    assert_same(run(preserving), run(exploding))
 
 
 def test_sigmas_of_ones_own_are_walked_as_those_of_the_formula() -> None:

@@ -5,6 +5,8 @@ Each method's error is measured on data whose network, flow and marginals are kn
 """
 
 import math
+from contextlib import suppress
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
-from minidiff.order import FINE, METHODS, MIXTURE, flow_error, order, variance_error
+from minidiff.order import FINE, METHODS, MIXTURE, Method, flow_error, order, variance_error
 from minidiff.prediction import PREDICTION_TYPES, target
 from minidiff.schedulers import (
     SCHEDULERS,
@@ -21,6 +23,8 @@ from minidiff.schedulers import (
     DPMSolverMultistepScheduler,
     Scheduler,
 )
+from minidiff.schedulers.dpm_solver import ALGORITHMS
+from minidiff.schedulers.euler import ExplodingSigmas
 from minidiff.schedulers.quirks import departing
 
 ALL = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
@@ -40,6 +44,52 @@ def test_every_scheduler_has_a_declared_order_or_a_reason_not_to() -> None:
         "LCMScheduler": "renoises the prediction of a distilled network: no path to converge to",
     }
     assert {m.scheduler for m in METHODS.values()} | set(reasons) == set(SCHEDULERS)
+
+
+ONE_STAGE = "one stage is first-order multistep, see test_singlestep.py"
+# class, what it integrates, order: no row of METHODS, because …
+UNMEASURED = {
+    ("DPMSolverSinglestepScheduler", "dpmsolver++", 1): ONE_STAGE,
+    ("DPMSolverSinglestepScheduler", "dpmsolver", 1): ONE_STAGE,
+    ("DPMSolverSinglestepScheduler", "sde-dpmsolver++", 1): ONE_STAGE,
+}
+
+
+def option(method: Method, name: str) -> Any:
+    return method.options.get(name, SCHEDULERS[method.scheduler]._defaults().get(name))
+
+
+def test_every_order_of_every_algorithm_is_measured() -> None:
+    integrands = {"algorithm_type": ALGORITHMS, "predict_x0": (True, False)}
+    exist, measured = set(), set()
+    for name, values in integrands.items():
+        having = [cls for cls in SCHEDULERS.values() if cls.has_option(name)]
+        for cls, value, p in product(having, values, (1, 2, 3)):
+            options = {name: value, "solver_order": p, "final_sigmas_type": "sigma_min"}
+            with suppress(InvalidArgument):  # there is no such solver
+                cls(**options, compat="exact")
+                exist.add((cls.__name__, value, p))
+        measured |= {
+            (m.scheduler, option(m, name), option(m, "solver_order")) for m in METHODS.values()
+        }
+    assert exist - measured == set(UNMEASURED)
+
+
+def test_every_way_to_be_random_is_measured() -> None:
+    weak = [m for m in METHODS.values() if m.weak]
+    kinds = {option(m, "variance_type") for m in weak if "DDPM" in m.scheduler}
+    assert kinds == {"fixed_small", "fixed_large"}  # "fixed_small_log" is another way to write it
+    churned = {m.scheduler for m in weak if "s_churn" in m.measure}
+    assert churned == {"EulerDiscreteScheduler", "EDMEulerScheduler"}  # flows refuse it
+    assert any(m.measure.get("eta") for m in weak)
+
+
+def test_a_flow_that_renoises_its_prediction_converges_to_nothing() -> None:
+    """`stochastic_sampling` keeps none of x: its error does not shrink, so it has no order."""
+    scheduler = SCHEDULERS["FlowMatchEulerDiscreteScheduler"](
+        stochastic_sampling=True, compat="exact"
+    )
+    assert order(lambda n: variance_error(scheduler, n), 240) == pytest.approx(0, abs=0.15)
 
 
 def third_order(**options: Any) -> Scheduler:
@@ -115,6 +165,19 @@ def test_ddim_is_first_order_dpm_solver(grid: dict, schedule: str) -> None:
     assert_same(run(one, "v_prediction", same_grid), run(two, "v_prediction", same_grid))
 
 
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_ddim_is_first_order_dpm_solver_in_the_noise_too(grid: dict, schedule: str) -> None:
+    """Ending at training step 0, since ε̂ says nothing of x at the data."""
+    options = {"beta_schedule": schedule, "prediction_type": "v_prediction", "compat": "exact"}
+    one = DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=False)
+    one.set_timesteps(**grid)
+    options |= {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    two = DPMSolverMultistepScheduler(**options, solver_order=1)
+    same_grid = {"timesteps": one.grid}
+    assert_same(run(one, "v_prediction", same_grid), run(two, "v_prediction", same_grid))
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(grid: dict) -> None:
     options = {"clip_sample": False, "prediction_type": "v_prediction", "compat": "exact"}
@@ -173,6 +236,52 @@ def test_the_last_step_lands_on_the_prediction_of_the_clean_sample(
 
 
 # --- grids --------------------------------------------------------------------------------------
+
+
+def placed(name: str, train_steps: int, **options: Any) -> Scheduler:
+    """A scheduler of T training steps whose every n in 1 … T is to be tried."""
+    if name == "LCMScheduler":
+        options["original_inference_steps"] = train_steps
+    if name == "PNDMScheduler":
+        options["skip_prk_steps"] = True  # of 1 to 3 steps none is left for Runge–Kutta
+    return SCHEDULERS[name](num_train_timesteps=train_steps, **options, compat="exact")
+
+
+SPACED = {
+    "UniPCMultistepScheduler": ("linspace", "leading", "trailing"),
+    "PNDMScheduler": ("linspace", "leading", "trailing"),
+    "DDIMInverseScheduler": ("leading", "trailing"),
+}
+HERE = {cls.__name__ for cls in ALL}
+OTHERS = [
+    (name, spacing)
+    for name in SCHEDULERS
+    if name not in HERE and not issubclass(SCHEDULERS[name], ExplodingSigmas)  # test_euler.py
+    for spacing in SPACED.get(name, (None,))
+]
+
+
+@pytest.mark.parametrize(("name", "spacing"), OTHERS)
+@pytest.mark.parametrize("train_steps", [1, 2, 37, 100])
+def test_every_number_of_steps_of_every_other_class_has_that_many_timesteps(
+    name: str, spacing: str | None, train_steps: int
+) -> None:
+    options = {} if spacing is None else {"timestep_spacing": spacing}
+    if SCHEDULERS[name].has_option("beta_end"):
+        options["beta_end"] = 0.001
+    scheduler = placed(name, train_steps, **options)
+    for n in range(1, train_steps + 1):
+        scheduler.set_timesteps(n)
+        grid = scheduler.grid[::-1] if "Inverse" in name else scheduler.grid
+        if name == "PNDMScheduler":
+            grid = grid[:1] + grid[2:] if n > 1 else grid[:1]  # the second step is asked twice
+        if "Inverse" in name:
+            grid = grid[:-1]  # the clean x and training step 0 are both asked at 0
+        assert len(grid) == n - ("Inverse" in name)
+        assert all(a > b for a, b in pairwise(grid))
+        if "EDM" not in name:  # c_noise is no training step
+            last = train_steps if "Flow" in name else train_steps - 1
+            assert all(0 <= t <= last for t in grid)
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])

@@ -166,6 +166,34 @@ def test_sampling_again_begins_anew() -> None:
     assert all(map(torch.equal, runs[0], runs[2]))
 
 
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("n", [4, 10])
+def test_a_loop_over_both_kinds_of_steps_is_that_of_diffusers(n: int, skip: bool) -> None:
+    """As diffusers' own tests drive it: all of step_prk's timesteps, then all of step_plms'."""
+    ends = []
+    for cls in (PNDMScheduler, diffusers.PNDMScheduler):
+        scheduler = cls(skip_prk_steps=skip)
+        assert scheduler.prk_timesteps is scheduler.plms_timesteps is None
+        scheduler.set_timesteps(n)
+        x = torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(SHAPE)
+        for t in scheduler.prk_timesteps:
+            x = scheduler.step_prk(torch.tanh(x + t / 999), t, x).prev_sample
+        for t in scheduler.plms_timesteps:
+            x = scheduler.step_plms(torch.tanh(x + t / 999), t, x).prev_sample
+        ends.append((x, scheduler.prk_timesteps.tolist(), scheduler.plms_timesteps.tolist()))
+    assert difference(ends[0][0], ends[1][0]) < 1e-6
+    assert ends[0][1:] == ends[1][1:]
+
+
+def test_a_step_of_the_other_kind_is_refused_by_name() -> None:
+    x = torch.zeros(SHAPE)
+    for skip, name in ((True, "step_prk"), (False, "step_plms")):
+        scheduler = PNDMScheduler(skip_prk_steps=skip)
+        scheduler.set_timesteps(6)
+        with pytest.raises(InvalidArgument, match=name):
+            getattr(scheduler, name)(x, scheduler.grid[0], x)
+
+
 @pytest.mark.parametrize("stop", [0, 5])
 def test_noising_does_not_depend_on_the_steps_taken(stop: int) -> None:
     mine, theirs = PNDMScheduler(), diffusers.PNDMScheduler()

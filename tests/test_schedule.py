@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from minidiff.errors import InvalidArgument
 from minidiff.schedule import BETA_SCHEDULES, CLEAN, Level, NoiseSchedule, add_noise
+from minidiff.schedulers import DDPMScheduler
+from minidiff.schedulers.quirks import READINGS
 
 T = 1000
 NAMED = [(name, zero) for name in BETA_SCHEDULES for zero in (False, True)]
@@ -23,10 +25,16 @@ def cosine_alpha_bar(t: float) -> float:
 
 
 def laplace_alpha_bar(t: float) -> float:
-    """√(snr/(1 + snr)), snr a power of the distance to the nearer end: what diffusers computes."""
+    """1/(1 + 1/snr), snr the quantile of Hang et al. 2024 with μ = 0, b = ½, one sign at a time."""
     s = t / T
-    snr = (2 * s + 1e-6) ** -0.5 if s <= 0.5 else (2 - 2 * s + 1e-6) ** 0.5
-    return (1 + 1 / snr) ** -0.5
+    log_snr = -0.5 * math.log(2 * s) if s < 0.5 else 0.5 * math.log(2 - 2 * s)
+    return 1 / (1 + math.exp(-log_snr))
+
+
+def laplace_beta(t: float) -> float:
+    if t in (0, T - 1):  # where the logarithm is infinite: all signal, and none, which β caps
+        return 1 - laplace_alpha_bar(1) if t == 0 else 0.999
+    return 1 - laplace_alpha_bar(t + 1) / laplace_alpha_bar(t)
 
 
 # The definitions, one t at a time in plain Python.
@@ -36,7 +44,7 @@ FORMULAS = {
     "squaredcos_cap_v2": lambda t: min(1 - cosine_alpha_bar(t + 1) / cosine_alpha_bar(t), 0.999),
     "sigmoid": lambda t: 1e-4 + (0.02 - 1e-4) / (1 + math.exp(6 - 12 * t / (T - 1))),
     "exp": lambda t: -math.expm1(-12 / T),  # the same at every step
-    "laplace": lambda t: 1 - laplace_alpha_bar(t + 1) / laplace_alpha_bar(t),
+    "laplace": laplace_beta,
 }
 
 
@@ -52,6 +60,23 @@ def test_the_uncapped_cosine_product_telescopes_to_its_closed_form() -> None:
     for t in (0, 10, 500, 990):
         expected = cosine_alpha_bar(t + 1)
         assert schedule[t].alpha ** 2 == pytest.approx(expected, rel=1e-10)
+
+
+def test_half_of_the_variance_of_laplace_is_signal_at_half_time_and_in_diffusers_0707() -> None:
+    """There the log-SNR is 0; diffusers has the root of ᾱ, over that of ᾱ = 0.999 at the start."""
+    for compat, expected in (("exact", 0.5), ("diffusers", math.sqrt(0.5 * 1.001))):
+        scheduler = DDPMScheduler(beta_schedule="laplace", compat=compat)
+        assert scheduler.alphas_cumprod[499].item() == pytest.approx(
+            expected, rel=1e-9 if compat == "exact" else 1e-5
+        )
+
+
+def test_the_log_snr_of_laplace_has_a_laplace_distribution_over_the_steps() -> None:
+    """Its distribution function is ½·e^{−2|2λ|} below 0 and one minus that above (b = ½)."""
+    lams = np.array([level.lam for level in NoiseSchedule.named("laplace").levels()[:-1]])
+    tail = 0.5 * np.exp(-2 * np.abs(2 * lams))
+    below = np.where(lams < 0, tail, 1 - tail)
+    np.testing.assert_allclose(below, 1 - np.arange(1, T) / T, atol=1e-10)
 
 
 @pytest.mark.parametrize(("name", "zero"), NAMED)
@@ -85,7 +110,8 @@ def test_the_float32_reading_is_the_table_of_diffusers_bit_for_bit(name: str, ze
         theirs = diffusers.HeunDiscreteScheduler(beta_schedule=name)
     else:
         theirs = diffusers.DDPMScheduler(beta_schedule=name, rescale_betas_zero_snr=zero)
-    ours = NoiseSchedule.named(name, rescale_zero_snr=zero, dtype=torch.float32)
+    laplace = READINGS["diffusers"].laplace
+    ours = NoiseSchedule.named(name, rescale_zero_snr=zero, dtype=torch.float32, laplace=laplace)
     assert torch.equal(ours.betas, theirs.betas)
     assert torch.equal(ours.alpha_bar, theirs.alphas_cumprod)
 

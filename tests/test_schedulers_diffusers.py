@@ -15,6 +15,7 @@ from parity import (
     QUICK,
     Case,
     Corner,
+    Rounding,
     compare,
     difference,
     diffusers,
@@ -26,11 +27,11 @@ from parity import (
     schedule_options,
     theirs_of,
     thresholds,
-    tolerance_of_dtype,
 )
 
 import minidiff.schedulers as ours
 from minidiff.errors import InvalidArgument
+from minidiff.schedule import Level
 from minidiff.schedulers import SCHEDULERS
 
 pytestmark = [
@@ -77,6 +78,9 @@ def cases(draw: st.DrawFn, name: str) -> Case:
         grid = {"timesteps": draw(falling_timesteps(train_steps))}
     else:
         grid = {"num_inference_steps": draw(number_of_steps(train_steps))}
+    if options.get("use_flow_sigmas") and draw(flag):
+        options["use_dynamic_shifting"] = True
+        grid |= draw(st.sampled_from([{}, {"mu": 0.5}, {"mu": 1.15}]))
     return Case(name, options, grid, step_options, draw(dtypes))
 
 
@@ -110,28 +114,47 @@ def solver_options(draw: st.DrawFn) -> dict[str, Any]:
     return options
 
 
-def tolerance(case: Case) -> float:
-    """How far apart two correct trajectories may be, relative to max(1, |x|).
+def multistep(case: Case) -> bool:
+    return case.name == "DPMSolverMultistep"
 
-    DPM-Solver casts every sample to float32, and three of its places lose more digits.
-    """
-    if case.name != "DPMSolverMultistep":
-        return tolerance_of_dtype(case)
-    allowed, order = 2e-5, case.options["solver_order"]
+
+def levels_of(case: Case) -> list[Level]:
     mine = ours_of(case)
     mine.set_timesteps(**case.grid)
-    if not case.options["algorithm_type"].endswith("++"):
-        # x' = (α'/α)·x − …·ε̂: from almost no signal two terms of that size cancel in float32
-        allowed += 2**-22 * max(b.alpha / a.alpha for a, b in pairwise(mine.levels))
-    if order == 3 and case.options["algorithm_type"] == "sde-dpmsolver++":
-        # (1 − e^{−2h} − 2h)/(2h)² in float32, the worse the smaller the steps
-        allowed = max(allowed, 2e-4 * max(1, (case.n or 0) / 200))
-    if order > 1 and case.timesteps is not None and len(case.timesteps) > 1:
-        # an uneven grid: a slope is extrapolated over many times the distance it was measured on
-        steps = [b.lam - a.lam for a, b in pairwise(mine.levels[:-1])]
-        stretch = max([b / a for a, b in pairwise(steps)], default=1)
-        allowed *= max(1, stretch / 10) ** (order - 1)
-    return allowed
+    return mine.levels
+
+
+def stretch(case: Case) -> float:
+    """How many times the step before it the longest step is."""
+    steps = [b.lam - a.lam for a, b in pairwise(levels_of(case)[:-1])]
+    return max([b / a for a, b in pairwise(steps)], default=1)
+
+
+ROUNDINGS = [
+    Rounding("every sample is cast to float32", multistep, lambda c: 2e-5, cap=2e-5),
+    Rounding(
+        "(alpha'/alpha) x - ... eps: from almost no signal two terms of that size cancel",
+        lambda c: multistep(c) and not c.options["algorithm_type"].endswith("++"),
+        lambda c: 2**-22 * max(b.alpha / a.alpha for a, b in pairwise(levels_of(c))),
+        cap=1e-2,
+    ),
+    Rounding(
+        "(1 - exp(-2h) - 2h)/(2h)^2 in float32, the worse the smaller the steps",
+        lambda c: (
+            multistep(c)
+            and c.options["solver_order"] == 3
+            and c.options["algorithm_type"] == "sde-dpmsolver++"
+        ),
+        lambda c: 2e-4 * max(1, (c.n or 0) / 200),
+        cap=1e-3,
+    ),
+    Rounding(
+        "an uneven grid: a slope is extrapolated over many times the distance it was measured on",
+        lambda c: multistep(c) and c.timesteps is not None and c.options["solver_order"] > 1,
+        lambda c: 2e-5 * (stretch(c) / 10) ** (c.options["solver_order"] - 1),
+        cap=1e-2,
+    ),
+]
 
 
 def first_alpha_bar(case: Case) -> float:
@@ -153,15 +176,26 @@ def last_step_is_empty(case: Case) -> bool:
     return to_sigma_min and int(theirs.timesteps[-1]) == 0
 
 
-def steps_back(case: Case) -> bool:
-    if case.name != "DPMSolverMultistep":
+def the_sde_steps_back(case: Case) -> bool:
+    """Whether some σ rises by more than rounding: the variance of what an SDE adds is below 0."""
+    if not case.options.get("algorithm_type", "").startswith("sde"):
         return False
     theirs = theirs_of(case)
     theirs.set_timesteps(**case.grid)
-    return bool(theirs.sigmas[0] < theirs.sigmas[1])
+    return bool((theirs.sigmas[1:] > theirs.sigmas[:-1] * (1 + 1e-5)).any())
 
 
 CORNERS = [
+    *(
+        Corner(
+            failure,
+            "cannot step back",
+            "a first step from alpha_bar = 2^-24, or a last one to a flow's sigma_min, goes back "
+            "towards noise: the variance of what it adds is < 0",
+            the_sde_steps_back,
+        )
+        for failure in ("divides by zero", "raises IndexError", "raises RuntimeError")
+    ),
     Corner(
         "raises RuntimeError",
         None,
@@ -217,12 +251,6 @@ CORNERS = [
         "the last step has h = 0, and order 3 and heun divide by it; ours returns x",
         last_step_is_empty,
     ),
-    Corner(
-        "divides by zero",
-        "cannot step back",
-        "alpha_bar = 2^-24 at T-1 exceeds the one before it: the variance of the first step is < 0",
-        lambda c: steps_back(c) and c.options["algorithm_type"] == "sde-dpmsolver++",
-    ),
 ]
 
 
@@ -230,7 +258,7 @@ NAMES = ["DDPM", "DDIM", "DPMSolverMultistep"]
 
 
 def compare_case(case: Case) -> None:
-    compare(case, CORNERS, tolerance)
+    compare(case, CORNERS, ROUNDINGS)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -34,6 +34,19 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     )
 }
 
+# Networks of their own, or another direction. Each of the others takes the config of any other, and
+# a pipeline of the one runs with the other.
+_ALONE = (
+    DDIMInverseScheduler,
+    EDMEulerScheduler,
+    EDMDPMSolverMultistepScheduler,
+    LCMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+for _cls in SCHEDULERS.values():
+    _others = [cls for cls in SCHEDULERS.values() if cls not in _ALONE]
+    _cls.compatibles = [_cls] if _cls in _ALONE else _others
+
 __all__ = [
     "SCHEDULERS",
     "DDIMInverseScheduler",

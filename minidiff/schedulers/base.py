@@ -85,6 +85,7 @@ class Scheduler:
     unsupported: Mapping[str, Any] = {}  # option -> the only value that can work
     choices: Mapping[str, Sequence] = {}  # option -> its values, where the family has others
     translated: Mapping[str, Mapping] = {}  # option -> another class' values and what they become
+    compatibles: Sequence[type["Scheduler"]] = ()  # classes that take its config, as in diffusers
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class Scheduler:
         options = {k: v for k, v in options.items() if k not in ("self", "__class__")}
         for name, value in options.items():
             option_rules.check(type(self).__name__, name, value, self.choices, self.unsupported)
+        option_rules.check_flow(options)
         config = Config(options, _class_name=type(self).__name__)
         if isinstance(config.get("trained_betas"), np.ndarray | Tensor):
             config["trained_betas"] = config["trained_betas"].tolist()
@@ -184,20 +186,18 @@ class Scheduler:
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> "Scheduler":
         """Build from another scheduler's config, minidiff's or diffusers', as diffusers does.
 
-        Options that this class lacks but another scheduler of the family has are left out, and so
-        is a value that was only the other class's default; unknown names are refused. A value of
-        `solver_type` or `algorithm_type` that only the other class has becomes this class' own
-        default, as in diffusers (`translated`).
+        Options that this class lacks but another scheduler of the family has are carried along,
+        for the next class that is made from this one's config. A value that was only the other
+        class's default is left out; unknown names are refused. A value of `solver_type` or
+        `algorithm_type` that only the other class has becomes this class' own default, as in
+        diffusers (`translated`).
 
         Raises:
             InvalidArgument: an unknown option, or a value that this class does not support.
         """
         implied = config.get("_use_default_values", ())
-        options = {
-            name: value
-            for name, value in config.items()
-            if not name.startswith("_") and name not in implied
-        } | overrides
+        given = {k: v for k, v in config.items() if not k.startswith("_") and k not in implied}
+        options = {**config.get("_carried", {}), **given, **overrides}
         own = cls._defaults()
         for name in sorted(options.keys() - own.keys() - option_rules.FAMILY):
             raise InvalidArgument(
@@ -206,7 +206,11 @@ class Scheduler:
         for name, values in cls.translated.items():
             if name in options and name not in overrides:
                 options[name] = values.get(options[name], options[name])
-        return cls(**{name: value for name, value in options.items() if name in own})
+        scheduler = cls(**{name: value for name, value in options.items() if name in own})
+        carried = {name: value for name, value in options.items() if name not in own}
+        if carried:
+            scheduler.config["_carried"] = carried
+        return scheduler
 
     @classmethod
     def load_config(cls, folder: str | Path, subfolder: str | None = None) -> dict[str, Any]:
@@ -231,7 +235,8 @@ class Scheduler:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `scheduler_config.json`, which diffusers reads as well. Raises CheckpointError."""
-        content = {k: v for k, v in self.config.items() if k != "_use_default_values"}
+        content = {**self.config.get("_carried", {}), **self.config}
+        content = {k: v for k, v in content.items() if k not in ("_carried", "_use_default_values")}
         if content["compat"] == "diffusers":
             del content["compat"]  # `load_config` puts it back
         checkpoint.write_json(Path(folder) / CONFIG_NAME, content)
@@ -347,6 +352,7 @@ class Scheduler:
             trained_betas=c.trained_betas,
             rescale_zero_snr=c.get("rescale_betas_zero_snr", False),
             dtype=self.reading.dtype,
+            laplace=self.reading.laplace,
         )
 
     def _table(self) -> list[Level]:

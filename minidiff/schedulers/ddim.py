@@ -23,7 +23,9 @@ class DDIMScheduler(Scheduler):
     """Deterministic (η = 0) or partly random sampling in tens of steps.
 
     Args are diffusers' (same names, same defaults). `set_alpha_to_one=False` ends at the level of
-    training step 0 instead of at the data. `compat` is "diffusers" or "exact", see `quirks.py`.
+    training step 0 instead of at the data. `thresholding` takes the place of `clip_sample` where a
+    config sets both. `steps_offset` moves "leading" timesteps alone. `compat` is "diffusers" or
+    "exact", see `quirks.py`.
     """
 
     def __init__(

@@ -24,7 +24,9 @@ class DDPMScheduler(Scheduler):
     reverse step: "fixed_small" is the posterior's β̃, "fixed_large" the forward step's β,
     "learned_range" an interpolation by the network's second half of the channels (Nichol &
     Dhariwal 2021, arXiv:2102.09672, eq. 15). diffusers' "fixed_large_log" and "learned" give NaN
-    there and are refused here. `compat` is "diffusers" or "exact", see `quirks.py`.
+    there and are refused here. `thresholding` takes the place of `clip_sample` where a config
+    sets both. `steps_offset` moves "leading" timesteps alone. `compat` is "diffusers" or
+    "exact", see `quirks.py`.
     """
 
     choices: ClassVar = {

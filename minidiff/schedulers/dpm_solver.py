@@ -172,8 +172,9 @@ class DPMSolverMultistepScheduler(DPMSolver):
     Args are diffusers' (same names, same defaults). `solver_type` picks how order 2 weighs the
     slope: "midpoint" φ₁/2, "heun" φ₂. `lambda_min_clipped` drops training steps whose λ is lower
     (the cosine schedule starts at λ ≈ −10). With `variance_type` "learned" or "learned_range" the
-    network has 2·C channels, and the half that is a variance is left unused. `compat` is
-    "diffusers" or "exact", see `quirks.py`.
+    network has 2·C channels, and the half that is a variance is left unused. Where a formula
+    places σ, `timestep_spacing` and `steps_offset` have no effect. `compat` is "diffusers" or
+    "exact", see `quirks.py`.
     """
 
     history = 2  # and the present one: order 3

@@ -52,7 +52,7 @@ class ExplodingSigmas(TrainedSigmas):
 
         Raises InvalidArgument: the first timestep is not on the grid.
         """
-        return sample / math.hypot(1, self.present_level(timestep).sigma)
+        return sample / self.reading.input_norm(self.present_level(timestep).sigma)
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -224,10 +224,13 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         """One step, see `Scheduler.step`.
 
         Args:
-            s_churn: how much noise to add and remove again over all steps, 0 for none; in steps
-                with σ in [s_tmin, s_tmax], scaled by s_noise.
+            s_churn: how much noise to add and remove again over all steps; 0 for none, and then
+                the three options after it have nothing to act on.
+            s_tmin, s_tmax: the σ at which it is added.
+            s_noise: the noise is scaled by this, in [0, 1e10].
         Raises:
-            InvalidArgument: one of them is negative, or as `Scheduler.step`.
+            InvalidArgument: one of them is out of range, s_tmin is above s_tmax, or as
+                `Scheduler.step`.
         """
         return self._step(
             model_output, timestep, sample, generator, variance_noise,
@@ -246,7 +249,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         return x_raised, higher
 
     def update(self, x, x0, eps, now, nxt, noise, *, churn) -> Tensor:
-        return euler_step(x, x0, now.sigma, nxt.sigma)
+        return euler_step(x, x0, now.sigma, self.reading.descent(now.sigma, nxt.sigma))
 
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
         x, now = read_at(x, now)
@@ -316,7 +319,8 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         down, up = self.reading.ancestral_sigmas(now.sigma, nxt.sigma)
-        return torch.add(euler_step(x, x0, now.sigma, down), noise(), alpha=up)
+        lower = euler_step(x, x0, now.sigma, self.reading.descent(now.sigma, down))
+        return torch.add(lower, noise(), alpha=up)
 
     def _check_levels(self, levels: list[Level]) -> None:
         super()._check_levels(levels)
@@ -327,9 +331,11 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
             )
 
 
-def euler_step(x: Tensor, x0: Tensor, sigma: float, to: float) -> Tensor:
+def euler_step(x: Tensor, x0: Tensor, sigma: float, descent: float) -> Tensor:
     """x + (σ' − σ)·d with d = (x − x0)/σ: Karras et al. 2022, algorithm 1, lines 4 and 5."""
-    return torch.add(x0, x - x0, alpha=to / sigma)
+    if descent == -sigma:
+        return x0  # which the sum is but for rounding
+    return torch.add(x, x - x0, alpha=descent / sigma)
 
 
 class Churn(NamedTuple):
@@ -353,9 +359,11 @@ def churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Churn
         return None
     real_number("s_churn", s_churn, 0)
     real_number("s_tmin", s_tmin, 0)
-    real_number("s_noise", s_noise, 0)
+    real_number("s_noise", s_noise, 0, 1e10)
     if s_tmax != math.inf:
         real_number("s_tmax", s_tmax, 0)
+    if s_tmin > s_tmax:
+        raise InvalidArgument(f"s_tmin must be at most s_tmax, got {s_tmin:g} above {s_tmax:g}")
     return Churn(s_churn, s_tmin, s_tmax, s_noise)
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, shifted_sigmas, stretched_sigmas
+from minidiff.schedulers import options as option_rules
 from minidiff.schedulers.base import SchedulerOutput
-from minidiff.schedulers.options import at_most_one
 from minidiff.schedulers.sigmas import FORMULAS, SigmaScheduler
 
 Tokens = tuple[Level, Level] | None  # of every token: now and next, tensors (B, N, 1)
@@ -73,7 +73,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
     def _prepare(self) -> None:
         c = self.config
         self._shift = c.shift
-        self._formula = at_most_one(c, *FORMULAS)
+        self._formula = option_rules.at_most_one(c, *FORMULAS)
         steps = np.arange(c.num_train_timesteps, 0, -1, dtype=self._numpy_dtype)
         sigmas = steps / c.num_train_timesteps
         if not c.use_dynamic_shifting:
@@ -95,9 +95,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
 
     def set_shift(self, shift: float) -> None:
         """Another fixed shift, from the next `set_timesteps` on. Raises InvalidArgument."""
-        if real_number("shift", shift, 0) == 0:
-            raise InvalidArgument("shift must be above 0, got 0")
-        self._shift = shift
+        self._shift = option_rules.shift("shift", shift)
 
     def mu_of(self, image_seq_len: int) -> float:
         """The mu of a picture of so many tokens, on the line through the two that options name.
@@ -167,11 +165,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
             return lambda sigmas: shifted_sigmas(sigmas, self._shift)
         if mu is None:
             raise InvalidArgument("mu must be given with use_dynamic_shifting=True")
-        factor = real_number("mu", mu, -80, 80)  # e^80 is what float32 can hold
-        if self.config.time_shift_type == "exponential":
-            factor = math.exp(factor)
-        elif factor <= 0:
-            raise InvalidArgument(f"mu must be above 0 with time_shift_type 'linear', got {mu:g}")
+        factor = option_rules.shift_of(mu, self.config.time_shift_type)
         return lambda sigmas: self.reading.dynamic_shift(sigmas, factor)
 
     def _falling(self, name: str, values: Sequence[float] | None, high: float) -> np.ndarray | None:

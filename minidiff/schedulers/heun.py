@@ -98,9 +98,10 @@ class HeunDiscreteScheduler(ExplodingSigmas):
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         if self._step_index % 2 == 0:
-            return euler_step(x, x0, now.sigma, nxt.sigma)  # algorithm 1, lines 4 and 5
+            descent = self.reading.descent(now.sigma, nxt.sigma)
+            return euler_step(x, x0, now.sigma, descent)  # algorithm 1, lines 4 and 5
         first = self.past[-1]
-        half = (now.sigma - first.level.sigma) / 2
+        half = self.reading.descent(first.level.sigma, now.sigma) / 2
         halfway = torch.add(first.x, first.x - first.x0, alpha=half / first.level.sigma)
         return torch.add(halfway, x - x0, alpha=half / now.sigma)  # lines 7 and 8
 

@@ -50,7 +50,8 @@ class LCMScheduler(IndexedScheduler):
     `timestep_scaling` is how fast c_skip falls with t. `timestep_spacing`, `steps_offset` and
     `set_alpha_to_one` have no effect, in diffusers neither: where the steps lie and that the end is
     clean is fixed. Every Stable Diffusion config has them, and an LCM made from one hands them on
-    to the class that is next made from its own. `compat` is "diffusers" or "exact", see
+    to the class that is next made from its own. `thresholding` takes the place of `clip_sample`
+    where a config sets both. `compat` is "diffusers" or "exact", see
     `quirks.py`.
     """
 

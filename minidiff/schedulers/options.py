@@ -13,8 +13,10 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 from minidiff.prediction import PREDICTION_TYPES
+from minidiff.schedule import MAX_TRAIN_TIMESTEPS
 from minidiff.schedulers.quirks import READINGS
 
+LARGEST_SAMPLE = 1e4  # half precision holds it
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
 
@@ -38,6 +40,18 @@ def _real(low: float, high: float = math.inf) -> Callable[[str, Any], None]:
 def _positive(name: str, value: Any) -> None:
     if real_number(name, value, 0) == 0:
         raise InvalidArgument(f"{name} must be above 0, got {value!r}")
+
+
+def shift(name: str, value: Any) -> float:
+    """The shift of a flow; beyond, float32 cannot tell its σ apart. Raises InvalidArgument."""
+    return real_number(name, value, 1e-4, 1e4)
+
+
+def shift_of(mu: float, time_shift_type: str) -> float:
+    """The dynamic shift that mu stands for: e^mu, or mu if "linear". Raises InvalidArgument."""
+    if time_shift_type == "linear":
+        return shift("mu", mu)
+    return math.exp(real_number("mu", mu, -9, 9))
 
 
 def _optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
@@ -66,7 +80,7 @@ def _nothing(name: str, value: Any) -> None:
 
 
 _CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "num_train_timesteps": _whole(1),
+    "num_train_timesteps": _whole(1, MAX_TRAIN_TIMESTEPS),
     "beta_start": _nothing,
     "beta_end": _nothing,
     "beta_schedule": _nothing,
@@ -76,13 +90,13 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "compat": _choice(*READINGS),
     # clipping of x0
     "clip_sample": _flag,
-    "clip_sample_range": _real(0),
+    "clip_sample_range": _real(0, LARGEST_SAMPLE),
     "thresholding": _flag,
     "dynamic_thresholding_ratio": _real(0, 1),
-    "sample_max_value": _positive,
+    "sample_max_value": _real(1e-4, LARGEST_SAMPLE),
     # the grid
     "timestep_spacing": _choice(*TIMESTEP_SPACINGS),
-    "steps_offset": _whole(0),
+    "steps_offset": _whole(0, MAX_TRAIN_TIMESTEPS),
     "set_alpha_to_one": _flag,
     "final_sigmas_type": _choice("zero", "sigma_min"),
     "lambda_min_clipped": _lambda_min,
@@ -93,8 +107,8 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "use_beta_sigmas": _flag,
     "use_lu_lambdas": _flag,
     "use_flow_sigmas": _flag,
-    "flow_shift": _positive,
-    "shift": _positive,
+    "flow_shift": shift,
+    "shift": shift,
     "shift_terminal": _optional(_share),
     "use_dynamic_shifting": _flag,
     "time_shift_type": _choice("exponential", "linear"),
@@ -152,6 +166,20 @@ def check(
         one_of(name, value, choices[name])
     elif name in _CHECKS:  # an option of a scheduler defined elsewhere is its own business
         _CHECKS[name](name, value)
+
+
+def check_flow(config: Mapping[str, Any]) -> None:
+    """Refuse what is said of a flow by a scheduler that walks none. Raises InvalidArgument."""
+    if config.get("use_flow_sigmas"):
+        return
+    if config.get("prediction_type") == "flow_prediction":
+        raise InvalidArgument(
+            "prediction_type 'flow_prediction' needs use_flow_sigmas=True: it is on flow levels "
+            "alone; on variance-preserving levels it is called 'flow'"
+        )
+    for name, idle in (("flow_shift", 1.0), ("use_dynamic_shifting", False)):
+        if "use_flow_sigmas" in config and config[name] != idle:
+            raise InvalidArgument(f"{name}={config[name]!r} needs use_flow_sigmas=True")
 
 
 def at_most_one(config: Mapping[str, Any], *names: str) -> str | None:

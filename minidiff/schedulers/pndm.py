@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,9 @@ class PNDMScheduler(IndexedScheduler):
     Heun's with two. So `timesteps` repeats entries and has more than `num_inference_steps`.
     `set_alpha_to_one=False` ends at the level of training step 0 instead of at the data. `compat`
     is "diffusers" or "exact", see `quirks.py`.
+
+    `step` is all that a loop needs; `step_prk` and `step_plms` are its two kinds, for loops over
+    `prk_timesteps` and then `plms_timesteps`.
 
     Attributes:
         past: up to four evaluations at which a step began.
@@ -179,6 +183,45 @@ class PNDMScheduler(IndexedScheduler):
         is where to ask next.
         """
         return self._step(model_output, timestep, sample, None, None, return_dict=return_dict)
+
+    def step_prk(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """`step` where a Runge–Kutta stage is due. Raises InvalidArgument where it is not."""
+        self._check_due("step_prk", runge_kutta=True)
+        return self.step(model_output, timestep, sample, return_dict)
+
+    def step_plms(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """`step` where a linear multistep is due. Raises InvalidArgument where it is not."""
+        self._check_due("step_plms", runge_kutta=False)
+        return self.step(model_output, timestep, sample, return_dict)
+
+    @property
+    def prk_timesteps(self) -> np.ndarray | None:
+        """The timesteps of Runge–Kutta stages; None before `set_timesteps`."""
+        placed = self.num_inference_steps is not None
+        return np.array(self.grid[: self._stages_first], dtype=np.int64) if placed else None
+
+    @property
+    def plms_timesteps(self) -> np.ndarray | None:
+        """The timesteps after those; None before `set_timesteps`."""
+        placed = self.num_inference_steps is not None
+        return np.array(self.grid[self._stages_first :], dtype=np.int64) if placed else None
+
+    @property
+    def _stages_first(self) -> int:
+        """How many entries of the grid are Runge–Kutta stages."""
+        return 0 if self.config.skip_prk_steps else 3 * len(RUNGE_KUTTA)
+
+    def _check_due(self, name: str, *, runge_kutta: bool) -> None:
+        i = (self._begin_index or 0) if self._step_index is None else self._step_index
+        if (i < self._stages_first) != runge_kutta:
+            raise InvalidArgument(
+                f"{name} is not for entry {i} of scheduler.timesteps, the first "
+                f"{self._stages_first} of which are Runge-Kutta's"
+            )
 
     def _levels_at(self, t: float) -> tuple[Level, Level]:
         if self.num_inference_steps is None:

@@ -22,6 +22,7 @@ from minidiff.schedule import (
     NoiseSchedule,
     exponential_sigmas,
     karras_sigmas,
+    laplace_alpha_bar,
     shifted_sigmas,
 )
 
@@ -30,6 +31,10 @@ class Exact:
     """The paper and the mathematics, in float64."""
 
     dtype = torch.float64
+
+    def laplace(self, s: float) -> float:
+        """ᾱ of beta_schedule "laplace" at s = t/T is SNR/(1 + SNR) (Hang et al. 2024)."""
+        return laplace_alpha_bar(s)
 
     def timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
         """n distinct training steps in [0, last), from the noisiest down to (near) 0.
@@ -125,6 +130,14 @@ class Exact:
     def euler_end(self, trained: float, last: float) -> float:
         """σ after an Euler grid that stops at "sigma_min": training step 0's, if it is lower."""
         return min(trained, last)
+
+    def input_norm(self, sigma: float) -> float:
+        """√(1 + σ²), by which x = x0 + σ·ε is divided for a variance-preserving network."""
+        return math.hypot(1, sigma)
+
+    def descent(self, sigma: float, to: float) -> float:
+        """σ' − σ, the length of a step of Euler or Heun."""
+        return to - sigma
 
     def churned_sample(
         self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
@@ -344,6 +357,14 @@ class Diffusers(Exact):
 
     dtype = torch.float32
 
+    def laplace(self, s: float) -> float:
+        """The paper's α, which is √ᾱ, is taken for ᾱ: 0.707 instead of 0.5 at T/2. A 1e-6 keeps the
+        logarithm finite at both ends.
+        """
+        log_snr = -0.5 * math.copysign(1, 0.5 - s) * math.log(1 - 2 * abs(0.5 - s) + 1e-6)
+        snr = math.exp(log_snr)
+        return math.sqrt(snr / (1 + snr))
+
     def timesteps(self, spacing: str, n: int, last: int, offset: int) -> np.ndarray:
         """ "trailing" strides in floating point: for 62 of the 1000 n at T = 1000 it yields n + 1
         entries, the last of them −1. "linspace" with n = 1 starts at step 0 instead of T − 1.
@@ -438,6 +459,16 @@ class Diffusers(Exact):
     def euler_end(self, trained: float, last: float) -> float:
         """Training step 0's always: a grid with a lower `sigma_min` rises in its last step."""
         return trained
+
+    def input_norm(self, sigma: float) -> float:
+        """In float32: x̂0 = x − σ·ε̂ makes of its rounding what σ does."""
+        return _float32_norm(sigma)
+
+    def descent(self, sigma: float, to: float) -> float:
+        """In float32: where a step divides σ by thousands, its rounding stays in x', and Heun
+        multiplies it by σ/σ' for the second slope.
+        """
+        return float(np.float32(to - sigma))
 
     def churned_sample(
         self, prediction_type: str, x: Tensor, now: Level, raised_x: Tensor, raised: Level
@@ -769,6 +800,11 @@ def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def _float32_exp(x: float) -> float:
     """torch's float32 e^x, whose last bit is neither numpy's nor that of the nearest float32."""
     return torch.exp(torch.tensor(x, dtype=torch.float32)).item()
+
+
+@functools.lru_cache(maxsize=4096)
+def _float32_norm(sigma: float) -> float:
+    return ((torch.tensor(sigma, dtype=torch.float32) ** 2 + 1) ** 0.5).item()
 
 
 def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:

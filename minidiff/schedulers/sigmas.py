@@ -29,7 +29,7 @@ from minidiff.schedule import (
     shifted_sigmas,
 )
 from minidiff.schedulers.base import IndexedScheduler
-from minidiff.schedulers.options import at_most_one
+from minidiff.schedulers.options import at_most_one, shift_of
 
 FORMULAS: dict[str, Callable[[float, float, int], np.ndarray]] = {
     "use_karras_sigmas": karras_sigmas,
@@ -103,12 +103,6 @@ class TrainedSigmas(SigmaScheduler):
 
     def _prepare(self) -> None:
         self._formula()
-        flow = self.config.prediction_type == "flow_prediction"
-        if flow and not self.config.get("use_flow_sigmas"):
-            raise InvalidArgument(
-                "prediction_type 'flow_prediction' needs use_flow_sigmas=True: it is "
-                "on flow levels alone; on variance-preserving levels it is called 'flow'"
-            )
         self.schedule = self._schedule()
         steps = np.arange(len(self.schedule))[::-1]
         every = np.append(self.schedule.sigma_of(steps), 0.0)
@@ -177,7 +171,7 @@ class SolverSigmas(TrainedSigmas):
             return c.get("flow_shift", 1.0)
         if not c.use_dynamic_shifting:
             raise InvalidArgument(f"mu={mu!r} needs use_dynamic_shifting=True")
-        return math.exp(real_number("mu", mu, -80, 80))
+        return shift_of(mu, c.time_shift_type)
 
     def _by_formula(self, formula: str, n: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
         steps = len(self.schedule)

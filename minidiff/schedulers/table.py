@@ -115,7 +115,8 @@ def coefficients(
             raise InvalidArgument(f"{name}=True makes a step nonlinear: it has no coefficients")
     if c.get("variance_type") in ("learned", "learned_range"):
         raise InvalidArgument(f"variance_type={c.variance_type!r} makes a step nonlinear")
-    probe = copy.deepcopy(scheduler)
+    probe = copy.copy(scheduler)
+    probe.past = copy.copy(scheduler.past)  # which a sampling under way still needs
     probe.set_timesteps(num_inference_steps)
     n = len(probe.grid)
     basis = torch.eye(3 * n, dtype=torch.float64)[:, :, None]

@@ -46,8 +46,9 @@ class UniPCMultistepScheduler(SolverSigmas):
     integrated. `disable_corrector` lists the steps, counted from 0, whose result is left
     uncorrected. `sigma_min` and `sigma_max` replace the ends of a formula's range; where σ is
     placed by a formula, `final_sigmas_type` "sigma_min" ends at the last σ of the grid, so that
-    the last step changes nothing. `use_flow_sigmas` may go with `use_karras_sigmas`. `compat` is
-    "diffusers" or "exact", see `quirks.py`.
+    the last step changes nothing. `use_flow_sigmas` may go with `use_karras_sigmas`, whose σ are
+    not shifted. Where a formula places σ, `timestep_spacing` and `steps_offset` have no effect.
+    `compat` is "diffusers" or "exact", see `quirks.py`.
     """
 
     history = 3  # of the corrector of order 3; the predictor needs one less
@@ -155,13 +156,8 @@ class UniPCMultistepScheduler(SolverSigmas):
         return formula or (flow if c.use_flow_sigmas else None)
 
     def _flow_shift(self, mu: float | None) -> float:
-        c = self.config
-        if c.use_dynamic_shifting and mu is None:
+        if self.config.use_dynamic_shifting and mu is None:
             raise InvalidArgument("mu must be given with use_dynamic_shifting=True")
-        if c.use_dynamic_shifting and c.time_shift_type == "linear":
-            if real_number("mu", mu, 0) == 0:
-                raise InvalidArgument("mu must be above 0 with time_shift_type 'linear', got 0")
-            return float(mu)
         return super()._flow_shift(mu)
 
     def _by_formula(self, formula: str, n: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
