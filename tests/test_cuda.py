@@ -1,0 +1,205 @@
+"""On a GPU: the same numbers as on the CPU, and a host that never waits inside the loop.
+
+pytest -m cuda
+"""
+
+import pytest
+import torch
+from networks import distance
+
+from minidiff import Pipeline
+from minidiff.data import load
+from minidiff.nn import AutoencoderKL, TextEncoder, UNet
+from minidiff.noise import image_generators, randn
+from minidiff.sample import trajectory
+from minidiff.schedulers import SCHEDULERS, DDIMScheduler
+from minidiff.train import TrainConfig, train
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+TEXT = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 2,
+    "sample_size": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_matrices():
+    """No TF32: the comparison is with the CPU's float32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def never_waiting():
+    """Any operation that makes the host wait for the device is an error."""
+
+    def start() -> None:
+        torch.cuda.set_sync_debug_mode("error")
+
+    yield start
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def options_of(name: str) -> dict:
+    """Options under which the class samples without clipping."""
+    return {"clip_sample": False} if SCHEDULERS[name].has_option("clip_sample") else {}
+
+
+@pytest.mark.parametrize("compat", ["exact", "diffusers"])
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"DDIMInverseScheduler"}))
+def test_a_sampling_loop_never_waits_and_gives_the_numbers_of_the_cpu(name, compat, never_waiting):
+    scheduler = SCHEDULERS[name](**options_of(name), compat=compat)
+    results = []
+    for device in ("cpu", "cuda"):
+        generators = image_generators(0, range(2))
+        scheduler.set_timesteps(8, device=device)
+        x = randn((2, 3, 8, 8), generators) * scheduler.init_noise_sigma
+        x, weight = x.to(device), torch.tensor(0.1, device=device)
+        noise = torch.Generator(device).manual_seed(1)
+        if device == "cuda":
+            torch.tanh(x * weight)
+            never_waiting()
+        *_, last = trajectory(lambda x, t, w=weight: torch.tanh(x * w), scheduler, x, noise)
+        torch.cuda.set_sync_debug_mode("default")
+        results.append(last.next_x.cpu())
+    assert torch.isfinite(results[1]).all()
+    if not draws_noise(name):
+        assert distance(results[1], results[0]) < 1e-4
+
+
+def draws_noise(name: str) -> bool:
+    """A generator of a GPU draws other numbers than one of the CPU."""
+    return name in ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
+
+
+def test_clipping_does_not_wait_either(never_waiting):
+    scheduler = DDIMScheduler(clip_sample=True)
+    scheduler.set_timesteps(8, device="cuda")
+    x = torch.randn(2, 3, 8, 8, device="cuda")
+    never_waiting()
+    for _ in trajectory(lambda x, t: torch.tanh(x), scheduler, x):
+        pass
+
+
+def test_an_image_s_noise_is_the_same_to_the_bit_on_every_device():
+    one, other = (
+        randn((3, 4, 8, 8), image_generators(7, range(3)), device) for device in ("cpu", "cuda")
+    )
+    assert torch.equal(one, other.cpu())
+
+
+def told(device: str, dtype: torch.dtype = torch.float32) -> tuple:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 4, 16, 16, generator=generator)
+    tokens = torch.randn(4, 7, 24, generator=generator)
+    mask = torch.ones(4, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    return x.to(device, dtype), 500, tokens.to(device, dtype), mask.to(device)
+
+
+def run(unet: UNet, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x, t, tokens, mask = told(device, dtype)
+    with torch.no_grad():
+        return unet(x, t, tokens, encoder_attention_mask=mask).float().cpu()
+
+
+def test_networks_give_the_numbers_of_the_cpu():
+    unet = UNet(**TEXT).eval()
+    expected = run(unet, "cpu")
+    assert distance(run(unet.cuda(), "cuda"), expected) < 1e-5
+    assert distance(run(unet.to(memory_format=torch.channels_last), "cuda"), expected) < 1e-5
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = UNet(**TEXT).eval().to("cuda", dtype, memory_format=torch.channels_last)
+        narrow.load_state_dict(unet.state_dict())
+        wide = UNet(**TEXT).eval()
+        wide.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})
+        assert distance(run(narrow, "cuda", dtype), run(wide, "cpu")) < 1.5e-2
+
+    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4,
+                        down_block_types=2 * ("DownEncoderBlock2D",),
+                        up_block_types=2 * ("UpDecoderBlock2D",)).eval()  # fmt: skip
+    z = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = vae.from_latents(z)
+        assert distance(vae.cuda().from_latents(z.cuda()).cpu(), expected) < 1e-5
+
+    text = TextEncoder(vocab_size=50, hidden_size=32, num_attention_heads=4, num_hidden_layers=2,
+                       intermediate_size=64, eos_token_id=49).eval()  # fmt: skip
+    ids = torch.randint(0, 50, (3, 9))
+    with torch.no_grad():
+        expected = text(ids)
+        on_gpu = text.cuda()(ids.cuda())
+    assert distance(on_gpu.last_hidden_state.cpu(), expected.last_hidden_state) < 1e-5
+    assert distance(on_gpu.pooled.cpu(), expected.pooled) < 1e-5
+
+
+def test_16_bit_networks_stay_finite_with_large_activations_on_every_attention_kernel():
+    for dtype in (torch.float16, torch.bfloat16):
+        unet = UNet(**TEXT).eval().to("cuda", dtype)
+        x, t, tokens, mask = told("cuda", dtype)
+        with torch.no_grad():
+            for parameter in unet.conv_in.parameters():
+                parameter *= 3e3
+            assert torch.isfinite(unet(x, t, tokens)).all()
+            assert torch.isfinite(unet(x, t, tokens, encoder_attention_mask=mask)).all()
+
+
+def test_gradients_are_those_of_the_cpu():
+    gradients = []
+    unet = UNet(**TEXT)
+    for device in ("cpu", "cuda"):
+        unet.to(device).zero_grad()
+        x, t, tokens, _ = told(device)
+        unet(x, t, tokens).square().mean().backward()
+        gradients.append({name: p.grad.cpu() for name, p in unet.named_parameters()})
+    largest = max(g.norm().item() for g in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() < 1e-4 * largest, name
+
+
+def test_a_network_does_not_wait(never_waiting):
+    unet = UNet(**TEXT, num_class_embeds=10).cuda()
+    x, _, tokens, mask = told("cuda")
+    labels = torch.zeros(4, dtype=torch.int64, device="cuda")
+    unet(x, 500, tokens, class_labels=labels)
+    never_waiting()
+    unet(x, 500, tokens, class_labels=labels, encoder_attention_mask=mask)
+
+
+def test_a_pipeline_draws_the_pictures_of_the_cpu_within_one_grey_level():
+    config = TrainConfig(steps=60, channels=(16, 24), batch_size=32, pictures=1)
+    pipe = train(config, load("digits"), device="cpu")
+    options = {"num_images": 10, "seed": 0, "num_inference_steps": 10, "output_type": "np"}
+    expected = pipe(**options).images.astype(int)
+    on_gpu = pipe.to("cuda")(**options).images.astype(int)
+    assert abs(on_gpu - expected).max() <= 1
+    folded = pipe.to(dtype=torch.bfloat16)(**options).images.astype(int)
+    assert abs(folded - expected).mean() < 8
+
+
+def test_training_learns_on_a_gpu(tmp_path):
+    data, losses = load("digits"), []
+    config = TrainConfig(steps=400, channels=(32, 48), batch_size=64, pictures=1)
+    pipe = train(config, data, device="cuda", report=lambda progress: losses.append(progress.loss))
+    assert losses[-1] < losses[0] / 2
+    pipe.save_pretrained(tmp_path / "model")
+    again = Pipeline.from_pretrained(tmp_path / "model")
+    assert next(again.unet.parameters()).device.type == "cpu"
+
+
+def test_a_compiled_network_gives_the_same_numbers():
+    unet = UNet(**TEXT).eval().cuda()
+    expected = run(unet, "cuda")
+    assert distance(run(torch.compile(unet, fullgraph=True), "cuda"), expected) < 1e-4
