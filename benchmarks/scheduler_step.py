@@ -3,7 +3,8 @@
     python benchmarks/scheduler_step.py [--steps N] [--rounds N]
 
 Each round walks N steps with one class of ours and of theirs in turn, so that a busy machine slows
-both; the network costs nothing. What is printed is the median time of a step in microseconds.
+both; the network costs nothing. Printed are the median time of a step in microseconds, the ratio of
+the two, and the quartiles that the rounds' own ratios lie between.
 """
 
 import argparse
@@ -60,17 +61,19 @@ def step_time(scheduler: Any, n: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=21, help="at least 2")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")
     print(f"diffusers {diffusers.__version__}, 1 thread, {SHAPE}, microseconds a step")
-    print(f"{'':20}{'ours':>8}{'theirs':>8}{'ratio':>8}")
+    print(f"{'':20}{'ours':>8}{'theirs':>8}{'ratio':>8}  quartiles")
     for name, (cls, arguments) in CASES.items():
         pair = SCHEDULERS[cls](**arguments), getattr(diffusers, cls)(**arguments)
         times = [[step_time(s, options.steps) for s in pair] for _ in range(options.rounds)]
         ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-        print(f"{name:20}{ours:8.1f}{theirs:8.1f}{theirs / ours:8.2f}", flush=True)
+        low, _, high = statistics.quantiles([b / a for a, b in times], n=4)
+        figures = f"{ours:8.1f}{theirs:8.1f}{theirs / ours:8.2f}  {low:.2f}-{high:.2f}"
+        print(f"{name:20}{figures}", flush=True)
 
 
 if __name__ == "__main__":

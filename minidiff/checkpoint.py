@@ -24,6 +24,11 @@ MAX_JSON_BYTES = 1 << 20  # a config is a page of text; anything larger is not a
 class Config(dict):
     """The options of a network or a scheduler: `config["dims"]` and `config.dims` are the same."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Config":
+        self = super().__new__(cls)
+        self.__dict__ = self  # a scheduler reads its options in every step: found at once
+        return self
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]

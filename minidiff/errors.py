@@ -34,16 +34,16 @@ def one_of(name: str, value: object, allowed: object) -> None:
 
 def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:
     """Refuse `value` unless it is an int in low..high (True and 3.0 are not ints here)."""
-    allowed = f"in {low}..{high}" if high is not None else f"at least {low}"
     try:
         number = None if isinstance(value, bool) else value.__index__()
     except (AttributeError, TypeError):  # arrays and tensors have the method, but not for this
         number = None
+    if number is not None and low <= number and (high is None or number <= high):
+        return number
+    allowed = f"in {low}..{high}" if high is not None else f"at least {low}"
     if number is None:
         raise InvalidArgument(f"{name} must be a whole number {allowed}, got {value!r}")
-    if number < low or (high is not None and number > high):
-        raise InvalidArgument(f"{name} must be {allowed}, got {number}")
-    return number
+    raise InvalidArgument(f"{name} must be {allowed}, got {number}")
 
 
 def real_number(name: str, value: object, low: float, high: float = float("inf")) -> float:

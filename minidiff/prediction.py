@@ -68,7 +68,7 @@ def target(x0: Tensor, eps: Tensor, level: Level, prediction_type: str) -> Tenso
         InvalidArgument: for another prediction type.
     """
     p, q = row(prediction_type, level)
-    return _combine(p, x0, q, eps)
+    return combine(p, x0, q, eps)
 
 
 def split(out: Tensor, x: Tensor, level: Level, prediction_type: str) -> tuple[Tensor, Tensor]:
@@ -99,36 +99,34 @@ def solve(out: Tensor, x: Tensor, level: Level, row: tuple) -> tuple[Tensor, Ten
     Raises:
         ZeroDivisionError: the two equations are one, for a row and a level of floats.
     """
-    p, q = row
-    determinant = q * level.alpha - p * level.sigma
+    (alpha, sigma), (p, q) = level, row
+    determinant = q * alpha - p * sigma
     if isinstance(determinant, float):
         if determinant == 0:
             raise ZeroDivisionError
-        if p == -level.sigma and q == level.alpha:
+        if p == -sigma and q == alpha:
             determinant = 1.0  # v at a variance-preserving level, where this is α² + σ²
-    is_x0, is_eps = _is(p, 1) and _is(q, 0), _is(p, 0) and _is(q, 1)
-    x0 = out if is_x0 else _over(_combine(q, x, -level.sigma, out), determinant)
-    eps = out if is_eps else _over(_combine(level.alpha, out, -p, x), determinant)
+    host = isinstance(p, float)
+    x0 = out if host and p == 1 and q == 0 else combine(q, x, -sigma, out, determinant)
+    eps = out if host and p == 0 and q == 1 else combine(alpha, out, -p, x, determinant)
     return x0, eps
 
 
-def _is(scalar: float | Tensor, value: float) -> bool:
-    """Whether a host-side scalar has this value; a tensor is never asked (that would sync)."""
-    return isinstance(scalar, float) and scalar == value
-
-
-def _combine(a: float | Tensor, u: Tensor, b: float | Tensor, v: Tensor) -> Tensor:
-    """a·u + b·v without the passes over memory that a host-side 0 or 1 would waste."""
-    if _is(b, 0):
-        return u if _is(a, 1) else a * u
-    if _is(a, 0):
-        return v if _is(b, 1) else b * v
-    # Not torch.add(…, alpha=b): fused, it rounds once less than diffusers, and 1/α shows it.
-    return (u if _is(a, 1) else a * u) + b * v
-
-
-def _over(numerator: Tensor, denominator: float | Tensor) -> Tensor:
-    return numerator if _is(denominator, 1) else numerator / denominator
+def combine(
+    a: float | Tensor, u: Tensor, b: float | Tensor, v: Tensor, over: float | Tensor = 1.0
+) -> Tensor:
+    """(a·u + b·v)/over, without the passes over memory that a host-side 0 or 1 would waste."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or isinstance(over, Tensor):
+        return (a * u + b * v) / over  # a tensor is not asked for a 0 or 1: that would sync
+    if a == 0 or b == 0:
+        factor, total = (b, v) if a == 0 else (a, u)
+        total = total if factor == 1 else factor * total
+    else:
+        total = u if a == 1 else a * u
+        if over == 1:
+            return torch.add(total, v, alpha=b)
+        total = total + b * v  # fused, it would round once less than diffusers, and 1/α shows it
+    return total if over == 1 else total / over
 
 
 def clip(x0: Tensor, limit: float) -> Tensor:

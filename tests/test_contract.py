@@ -250,3 +250,13 @@ def test_a_copy_made_on_the_way_ends_where_the_original_does(name: str) -> None:
     x = walk(scheduler, noise(2, 3, 4, 4) * float(scheduler.init_noise_sigma), slice(4))
     other = copy.deepcopy(scheduler)
     assert torch.equal(walk(scheduler, x, slice(4, None)), walk(other, x, slice(4, None)))
+
+
+@pytest.mark.parametrize("name", [name for name, cls in SCHEDULERS.items() if cls.history])
+def test_past_evaluations_are_let_go_with_the_last_step(name: str) -> None:
+    scheduler = SCHEDULERS[name]()
+    scheduler.set_timesteps(4)
+    x = walk(scheduler, noise(1, 1, 2, 2), slice(3))
+    assert scheduler.past
+    walk(scheduler, x, slice(3, None))
+    assert not scheduler.past

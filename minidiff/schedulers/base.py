@@ -58,8 +58,8 @@ class SchedulerOutput(NamedTuple):
     to_tuple = values
 
 
-class Past(NamedTuple):
-    """One earlier evaluation of the network, for methods of several steps or stages."""
+class Evaluation(NamedTuple):
+    """One call of the network: the sample x at a level, and what the output says of it."""
 
     level: Level
     x: Tensor
@@ -150,7 +150,7 @@ class Scheduler:
         self._internal_dict = config  # diffusers' pipelines assign to this name
         self.reading = READINGS[config.compat]
         self.num_inference_steps: int | None = None
-        self.past: deque[Past] = deque(maxlen=self.history)
+        self.past: deque[Evaluation] = deque(maxlen=self.history)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -435,13 +435,15 @@ class Scheduler:
         _check_tensors(model_output, sample, variance_noise, generator)
         now, nxt = self._levels_at(self._host_timestep(timestep))
         noise = self._noise(model_output, generator, variance_noise)
-        x, now = self.perturb(sample, now, noise, **options)
-        x0, eps = self._predict(model_output, x, now)
+        here = self._evaluate(model_output, sample, now, noise, **options)
+        now, x, x0, eps = here
         prev = self.update(x, x0, eps, now, nxt, noise, **options)
         if self.history:
-            self.past.append(Past(now, x, x0, eps))
+            self.past.append(here)
         if self._step_index is not None:
             self._step_index += 1
+            if self.history and self._step_index == len(self.grid):
+                self.past.clear()  # no step is left to look back
         if prev.dtype != model_output.dtype:
             prev = prev.to(model_output.dtype)
         output = SchedulerOutput(prev, x0)
@@ -450,23 +452,17 @@ class Scheduler:
     def _host_timestep(self, timestep: float | Tensor) -> float:
         """The timestep as a number, without waiting for a GPU where the step is counted anyway."""
         i = self._step_index
-        on_gpu = isinstance(timestep, Tensor) and not timestep.is_cpu
-        return (
-            self.grid[i]
-            if on_gpu and i is not None and i < len(self.grid)
-            else host_number(timestep)
-        )
+        counted = i is not None and i < len(self.grid)
+        if counted and isinstance(timestep, Tensor) and not timestep.is_cpu:
+            return self.grid[i]
+        return host_number(timestep)
 
-    def perturb(
-        self, x: Tensor, now: Level, noise: Callable[[], Tensor], **options: Any
-    ) -> tuple[Tensor, Level]:
-        """What happens to the sample before the output is read: nothing; EDM adds noise here."""
-        return x, now
-
-    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        """(x0, ε) as `update` sees them: x0 clipped, ε as the network said it."""
+    def _evaluate(
+        self, out: Tensor, x: Tensor, now: Level, noise: Callable[[], Tensor], **options: Any
+    ) -> Evaluation:
+        """What `update` sees: x as it is (churn adds noise), x0 clipped, ε as the network said."""
         x0, eps = self._split(out, x, now)
-        return self._clip(x0), eps
+        return Evaluation(now, x, self._clip(x0), eps)
 
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
         """(x0, ε) that the output implies."""
@@ -557,13 +553,12 @@ class IndexedScheduler(Scheduler):
 
     has_default_grid = False  # may step before `set_timesteps`, on the grid of all training steps
 
-    def _levels_at(self, t: float) -> tuple[Level, Level]:
-        return self.due_levels(t)
-
     def due_levels(self, t: float) -> tuple[Level, Level]:
         """The levels of the grid entry whose turn it is, and of the one after it."""
         i = self._advance_to(t)
         return self.levels[i], self.levels[i + 1]
+
+    _levels_at = due_levels
 
     def _advance_to(self, t: float) -> int:
         """The entry of the grid that this step is at; the first step looks its timestep up."""

@@ -10,11 +10,12 @@ Source: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models", arXiv:20
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number
 from minidiff.noise import Generators
-from minidiff.prediction import split
+from minidiff.prediction import combine, split
 from minidiff.schedule import Level
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
 
@@ -79,10 +80,11 @@ class DDIMScheduler(Scheduler):
         if eps_from_x0:
             _, eps = split(x0, x, now, "sample")
         if eta == 0:
-            return nxt.alpha * x0 + nxt.sigma * eps  # DDIM eq. 12 without noise
+            return combine(nxt.alpha, x0, nxt.sigma, eps)  # DDIM eq. 12 without noise
         std = eta * nxt.sigma / now.sigma * math.sqrt(now.variance_since(nxt))  # DDIM eq. 16
         direction = self.reading.ddim_direction(now, nxt, eta, std)
-        return nxt.alpha * x0 + direction * eps + std * noise()  # DDIM eq. 12
+        mean = combine(nxt.alpha, x0, direction, eps)  # DDIM eq. 12
+        return torch.add(mean, noise(), alpha=std)
 
     def _levels_at(self, t: float) -> tuple[Level, Level]:
         if self.num_inference_steps is None:

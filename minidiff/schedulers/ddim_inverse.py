@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
+from minidiff.prediction import combine
 from minidiff.schedule import Level
 from minidiff.schedulers.base import IndexedScheduler, SchedulerOutput
 
@@ -78,7 +79,7 @@ class DDIMInverseScheduler(IndexedScheduler):
         return self._step(model_output, timestep, sample, None, None, return_dict=return_dict)
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
-        return nxt.alpha * x0 + nxt.sigma * eps  # DDIM eq. 12 with σ = 0, upwards
+        return combine(nxt.alpha, x0, nxt.sigma, eps)  # DDIM eq. 12 with σ = 0, upwards
 
     def _levels_at(self, t: float) -> tuple[Level, Level]:
         if self.num_inference_steps is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minidiff.noise import Generators
+from minidiff.prediction import combine
 from minidiff.schedulers.base import Scheduler, SchedulerOutput, split_variance
 
 
@@ -78,7 +79,7 @@ class DDPMScheduler(Scheduler):
             now.alpha / nxt.alpha * nxt.sigma**2 / now.sigma**2,
         )  # DDPM eq. 7
         weight_x0, weight_x = self.reading.posterior(weights, now, nxt)
-        mean = weight_x0 * x0 + weight_x * x
+        mean = combine(weight_x0, x0, weight_x, x)
         if nxt.sigma == 0 and not self.reading.adds_noise_at_the_end(now, self.level(0)):
             return mean
         small = max(nxt.sigma**2 / now.sigma**2 * beta, 1e-20)  # DDPM eq. 7, β̃
@@ -87,4 +88,4 @@ class DDPMScheduler(Scheduler):
             log_variance = fraction * math.log(beta) + (1 - fraction) * math.log(small)
             return mean + torch.exp(0.5 * log_variance) * noise()  # Nichol & Dhariwal eq. 15
         variance = beta if self.config.variance_type == "fixed_large" else small
-        return mean + math.sqrt(variance) * noise()
+        return torch.add(mean, noise(), alpha=math.sqrt(variance))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minidiff.noise import Generators
 from minidiff.schedule import Level
-from minidiff.schedulers.base import Past, SchedulerOutput
+from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.dpm_solver import DPMSolver, Interval
 
 
@@ -112,10 +112,10 @@ class DPMSolverSinglestepScheduler(DPMSolver):
         return self._step(model_output, timestep, sample, generator, None, return_dict=return_dict)
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
-        c, points = self.config, [*self.past, Past(now, x, x0, eps)]
+        c, points = self.config, [*self.past, Evaluation(now, x, x0, eps)]
         order = min(self.order_list[self._step_index], len(points))
         start, *stages = points[-order:]  # of this cycle
-        step = Interval(c.algorithm_type, start.level, nxt, self.reading)
+        step = Interval.between(c.algorithm_type, start.level, nxt, self.reading)
         m, *others = [point.x0 if step.k > 0 else point.eps for point in (start, *stages)]
         r = [step.share(stage.level) for stage in stages]
         slopes = [(other - m) / ratio for other, ratio in zip(others, r, strict=True)]
@@ -124,7 +124,7 @@ class DPMSolverSinglestepScheduler(DPMSolver):
             return mean
         carried = x - self._mean if stages else 0.0
         self._mean = mean
-        last = Interval(c.algorithm_type, now, nxt, self.reading)
+        last = Interval.between(c.algorithm_type, now, nxt, self.reading)
         return mean + self.reading.stage_noise(step, last, carried, noise)
 
     def _correction(self, step: Interval, r: list[float], slopes: list[Tensor]) -> Tensor | None:

@@ -18,6 +18,7 @@ injects. In ε̂ ("sde-dpmsolver") it keeps k = −1 and doubles the drift.
 Sources: Lu et al. 2022, "DPM-Solver", arXiv:2206.00927, and "DPM-Solver++", arXiv:2211.01095.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -29,9 +30,9 @@ from torch import Tensor
 from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument
 from minidiff.noise import Generators
-from minidiff.prediction import split
+from minidiff.prediction import combine, split
 from minidiff.schedule import Level
-from minidiff.schedulers.base import SchedulerOutput, split_variance
+from minidiff.schedulers.base import Evaluation, SchedulerOutput, split_variance
 from minidiff.schedulers.quirks import Exact
 from minidiff.schedulers.sigmas import SolverSigmas
 
@@ -82,24 +83,34 @@ class Interval:
                 self.decay = scalar(self.decay * reading.exp(-h))
         self.gain = scalar(self.scale * self.phi1)
 
+    @classmethod
+    def between(cls, algorithm_type: str, s: Level, t: Level, *how: Any) -> "Interval":
+        """The same, made once for all trajectories on a grid."""
+        return cls._between(algorithm_type, s, t, *how, lams=(s.lam, t.lam))
+
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def _between(cls, *args: Any, lams: tuple[float, float]) -> "Interval":
+        return cls(*args)  # equal levels can have λ that were rounded apart
+
     def share(self, level: Level) -> float:
         """r, how far along in λ a level is: 0 at s, 1 at t, below 0 before s."""
         scalar = self.reading.scalar
         return scalar(scalar(level.lam - self.s.lam) / scalar(self.h))
 
-    @property
+    @functools.cached_property
     def injected(self) -> float:
         """Standard deviation of the noise that the SDE adds."""
         expm1, scalar = self.reading.expm1, self.reading.scalar
         variance = expm1(2 * self.h) if self.k < 0 else -expm1(-2 * self.h)
         return scalar(self.t.sigma * scalar(math.sqrt(variance)))
 
-    @property
+    @functools.cached_property
     def phi2(self) -> float:
         scalar = self.reading.scalar
         return scalar(1 - scalar(self.phi1 / scalar(self.k * self.h)))
 
-    @property
+    @functools.cached_property
     def phi3(self) -> float:
         return self.reading.phi3(self.k, self.h, self.phi2)
 
@@ -108,12 +119,12 @@ class Interval:
     ) -> Tensor:
         """x at t from x at s: m held constant, and a correction for what it is not."""
         new = self.mean(x, m, correction)
-        return new + self.injected * noise() if self.stochastic else new
+        return torch.add(new, noise(), alpha=self.injected) if self.stochastic else new
 
     def mean(self, x: Tensor, m: Tensor, correction: Tensor | None) -> Tensor:
         """`advance` without the noise that the SDE injects."""
-        new = self.decay * x + self.gain * m
-        return new if correction is None else new + self.scale * correction
+        new = combine(self.decay, x, self.gain, m)
+        return new if correction is None else torch.add(new, correction, alpha=self.scale)
 
     def moments(self, n: int) -> list[float]:
         """φ₂, φ₃, … (n of them), the weights of (u/h)ʲ: φ_{j+1} = 1 − j·φ_j/(k·h), by parts."""
@@ -158,12 +169,12 @@ class DPMSolver(SolverSigmas):
                 "algorithm, or compat='exact'"
             )
 
-    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, out, x, now, noise) -> Evaluation:
         if ALGORITHMS[self.config.algorithm_type].k > 0 or not self.config.thresholding:
-            return super()._predict(out, x, now)
+            return super()._evaluate(out, x, now, noise)
         _, eps = self._split(out, x, now)  # ε̂ is integrated: the one that its clipped x̂0 implies
         x0 = self._clip(split(eps, x, now, "epsilon")[0])
-        return split(x0, x, now, "sample")
+        return Evaluation(now, x, *split(x0, x, now, "sample"))
 
 
 class DPMSolverMultistepScheduler(DPMSolver):
@@ -234,7 +245,7 @@ class DPMSolverMultistepScheduler(DPMSolver):
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         c = self.config
-        step = Interval(c.algorithm_type, now, nxt, self.reading)
+        step = Interval.between(c.algorithm_type, now, nxt, self.reading)
         x = self.solver_sample(x)
         if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
             return x

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
-from minidiff.prediction import edm_row, split
+from minidiff.prediction import combine, edm_row
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
-from minidiff.schedulers.base import SchedulerOutput
+from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
-from minidiff.schedulers.euler import EulerDiscreteScheduler, churn, falling_numbers, read_at
+from minidiff.schedulers.euler import EulerDiscreteScheduler, churn, euler_step, falling_numbers
 from minidiff.schedulers.sigmas import SigmaScheduler
 
 
@@ -69,7 +69,7 @@ class EDMSigmas(SigmaScheduler):
         data = self.config.sigma_data
         c_skip = data**2 / (sigma**2 + data**2)  # table 1
         c_out = self._sign * sigma * data / (sigma**2 + data**2) ** 0.5  # table 1
-        return c_skip * sample + c_out * model_output
+        return combine(c_skip, sample, c_out, model_output)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """c_in·x, what the network is shown. Raises InvalidArgument for a timestep off the grid."""
@@ -128,7 +128,6 @@ class EDMEulerScheduler(EDMSigmas):
     has_default_grid = True
     output_type = "edm"  # no row of `prediction.PREDICTION_TYPES`
     more_at_first = 1
-    x0_is_given = False
 
     def __init__(
         self,
@@ -190,20 +189,21 @@ class EDMEulerScheduler(EDMSigmas):
         Args:
             pred_original_sample: x̂0, where it is known already; `model_output` is not read then.
         """
-        self.x0_is_given = pred_original_sample is not None
+        x0_is_given = pred_original_sample is not None
         return self._step(
-            pred_original_sample if self.x0_is_given else model_output,
-            timestep, sample, generator, variance_noise,
-            return_dict=return_dict, churn=churn(s_churn, s_tmin, s_tmax, s_noise),
+            pred_original_sample if x0_is_given else model_output,
+            timestep, sample, generator, variance_noise, return_dict=return_dict,
+            churn=churn(s_churn, s_tmin, s_tmax, s_noise), x0_is_given=x0_is_given,
         )  # fmt: skip
 
-    perturb = EulerDiscreteScheduler.perturb
-    update = EulerDiscreteScheduler.update
+    def _evaluate(self, out, x, now, noise, *, churn, x0_is_given) -> Evaluation:
+        here = EulerDiscreteScheduler._evaluate(self, out, x, now, noise, churn=churn)
+        if x0_is_given:
+            return here._replace(x0=out, eps=(here.x - out) / here.level.sigma)
+        return here
 
-    def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        if self.x0_is_given:
-            return split(out, x, now, "sample")
-        return super()._split(out, *read_at(x, now))
+    def update(self, x, x0, eps, now, nxt, noise, *, churn, x0_is_given) -> Tensor:
+        return euler_step(x, x0, eps, now.sigma, self.reading.descent(now.sigma, nxt.sigma))
 
 
 class EDMDPMSolverMultistepScheduler(EDMSigmas):

@@ -2,9 +2,9 @@
 
 Where x explodes instead of shrinking, the probability-flow ODE is a straight line for every x̂0,
 
-    dx/dσ = d,      d = (x − x̂0)/σ,
+    dx/dσ = d,      d = (x − x̂0)/σ = ε̂,
 
-so Euler's step is x' = x̂0 + (σ'/σ)·(x − x̂0): DDIM's, times √(1 + σ²). The ancestral step goes
+so Euler's step is x' = x + (σ' − σ)·ε̂: DDIM's, times √(1 + σ²). The ancestral step goes
 further down, to σ_down, and adds noise up to σ',
 
     σ_up² = σ'²·(σ² − σ'²)/σ²,      σ_down² = σ'² − σ_up² = (σ'²/σ)²,
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
-from minidiff.prediction import split, target
+from minidiff.prediction import target
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
-from minidiff.schedulers.base import SchedulerOutput
+from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.sigmas import FORMULAS, TrainedSigmas
 
 
@@ -237,23 +237,19 @@ class EulerDiscreteScheduler(ExplodingSigmas):
             return_dict=return_dict, churn=churn(s_churn, s_tmin, s_tmax, s_noise),
         )  # fmt: skip
 
-    def perturb(self, x, now, noise, *, churn) -> tuple[Tensor, Level]:
+    def _evaluate(self, out, x, now, noise, *, churn) -> Evaluation:
         x = self.reading.solver_sample(x)
-        raised = churn.raised(now.sigma, len(self.levels) - 1) if churn else now.sigma
-        if raised == now.sigma:
-            return x, now
-        std = churn.s_noise * math.sqrt(raised**2 - now.sigma**2)
-        higher = Raised(now.alpha, raised)
-        x_raised = x + std * noise()  # algorithm 2, line 6
-        higher.asked = self.reading.churned_sample(self.output_type, x, now, x_raised, higher)
-        return x_raised, higher
+        sigma = churn.raised(now.sigma, len(self.levels) - 1) if churn else now.sigma
+        if sigma == now.sigma:
+            return Evaluation(now, x, *self._split(out, x, now))
+        std = churn.s_noise * math.sqrt(sigma**2 - now.sigma**2)
+        raised, raised_x = Level(now.alpha, sigma), x + std * noise()  # algorithm 2, line 6
+        x, now = self.reading.churned_sample(self.output_type, x, now, raised_x, raised)
+        x0, _ = self._split(out, x, now)
+        return Evaluation(raised, raised_x, x0, (raised_x - x0) / sigma)
 
     def update(self, x, x0, eps, now, nxt, noise, *, churn) -> Tensor:
-        return euler_step(x, x0, now.sigma, self.reading.descent(now.sigma, nxt.sigma))
-
-    def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        x, now = read_at(x, now)
-        return split(out, x, now, self.output_type)
+        return euler_step(x, x0, eps, now.sigma, self.reading.descent(now.sigma, nxt.sigma))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = (ε − σ·x0)/√(1 + σ²) for entries of the grid, the target of "v_prediction"."""
@@ -314,13 +310,13 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
             model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
         )
 
-    def perturb(self, x, now, noise) -> tuple[Tensor, Level]:
-        return self.reading.solver_sample(x), now
+    def _evaluate(self, out, x, now, noise) -> Evaluation:
+        return super()._evaluate(out, self.reading.solver_sample(x), now, noise)
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         down, up = self.reading.ancestral_sigmas(now.sigma, nxt.sigma)
-        lower = euler_step(x, x0, now.sigma, self.reading.descent(now.sigma, down))
-        return torch.add(lower, noise(), alpha=up)
+        descent = self.reading.descent(now.sigma, down)
+        return torch.add(euler_step(x, x0, eps, now.sigma, descent), noise(), alpha=up)
 
     def _check_levels(self, levels: list[Level]) -> None:
         super()._check_levels(levels)
@@ -331,11 +327,11 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
             )
 
 
-def euler_step(x: Tensor, x0: Tensor, sigma: float, descent: float) -> Tensor:
-    """x + (σ' − σ)·d with d = (x − x0)/σ: Karras et al. 2022, algorithm 1, lines 4 and 5."""
+def euler_step(x: Tensor, x0: Tensor, eps: Tensor, sigma: float, descent: float) -> Tensor:
+    """x + (σ' − σ)·d with d = (x − x̂0)/σ = ε̂: Karras et al. 2022, algorithm 1, lines 4 and 5."""
     if descent == -sigma:
-        return x0  # which the sum is but for rounding
-    return torch.add(x, x - x0, alpha=descent / sigma)
+        return x0  # which x − σ·ε̂ is but for rounding
+    return torch.add(x, eps, alpha=descent)
 
 
 class Churn(NamedTuple):
@@ -365,17 +361,6 @@ def churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Churn
     if s_tmin > s_tmax:
         raise InvalidArgument(f"s_tmin must be at most s_tmax, got {s_tmin:g} above {s_tmax:g}")
     return Churn(s_churn, s_tmin, s_tmax, s_noise)
-
-
-class Raised(Level):
-    """A level that churn has raised; `asked` is the sample and the level to read the output at."""
-
-    asked: tuple[Tensor, Level]
-
-
-def read_at(x: Tensor, now: Level) -> tuple[Tensor, Level]:
-    """The sample and the level at which the network's output is read."""
-    return now.asked if isinstance(now, Raised) else (x, now)
 
 
 def falling_numbers(name: str, values: Sequence[float] | Tensor, high: float) -> np.ndarray:

@@ -23,7 +23,7 @@ from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, shifted_sigmas, stretched_sigmas
 from minidiff.schedulers import options as option_rules
-from minidiff.schedulers.base import SchedulerOutput
+from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.sigmas import FORMULAS, SigmaScheduler
 
 Tokens = tuple[Level, Level] | None  # of every token: now and next, tensors (B, N, 1)
@@ -266,8 +266,9 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
             model_output, timestep, sample, generator, None, return_dict=return_dict, tokens=tokens
         )
 
-    def perturb(self, x, now, noise, *, tokens: Tokens) -> tuple[Tensor, Level]:
-        return self.reading.solver_sample(x), tokens[0] if tokens else now
+    def _evaluate(self, out, x, now, noise, *, tokens: Tokens) -> Evaluation:
+        x, now = self.reading.solver_sample(x), tokens[0] if tokens else now
+        return Evaluation(now, x, *self._split(out, x, now))
 
     def update(self, x, x0, eps, now, nxt, noise, *, tokens: Tokens) -> Tensor:
         if tokens:
@@ -279,7 +280,10 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
         """As `prediction.solve` for this row; 1 − σ + σ = 1 leaves nothing to divide by."""
         slope = out if self._row == (-1.0, 1.0) else -out  # ε − x0
-        x0 = x - now.sigma * slope
+        if isinstance(now.sigma, Tensor):  # of every token
+            x0 = x - now.sigma * slope
+        else:
+            x0 = torch.sub(x, slope, alpha=now.sigma)
         return x0, x0 + slope
 
     def _token_levels(self, timesteps: Tensor, sample: Tensor) -> tuple[Level, Level]:

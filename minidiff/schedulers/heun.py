@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, whole_number
-from minidiff.schedulers.base import SchedulerOutput
+from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.euler import ExplodingSigmas, euler_step
 
 
@@ -96,14 +96,18 @@ class HeunDiscreteScheduler(ExplodingSigmas):
         """
         return self._step(model_output, timestep, sample, None, None, return_dict=return_dict)
 
+    def _evaluate(self, out, x, now, noise) -> Evaluation:
+        here = super()._evaluate(out, x, now, noise)
+        # d is that of the clipped x̂0; and its rounding, times σ/σ', is seen in the second stage.
+        return here._replace(eps=(x - here.x0) / now.sigma)
+
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         if self._step_index % 2 == 0:
             descent = self.reading.descent(now.sigma, nxt.sigma)
-            return euler_step(x, x0, now.sigma, descent)  # algorithm 1, lines 4 and 5
+            return euler_step(x, x0, eps, now.sigma, descent)  # algorithm 1, lines 4 and 5
         first = self.past[-1]
         half = self.reading.descent(first.level.sigma, now.sigma) / 2
-        halfway = torch.add(first.x, first.x - first.x0, alpha=half / first.level.sigma)
-        return torch.add(halfway, x - x0, alpha=half / now.sigma)  # lines 7 and 8
+        return torch.add(first.x, first.eps + eps, alpha=half)  # lines 7 and 8
 
     def _place_sigmas(self, grid, sigmas, end, device=None, *, steps=None, dtype=None) -> None:
         twice = np.repeat(np.arange(len(grid)), 2)[1:]  # 0 1 1 2 2 …

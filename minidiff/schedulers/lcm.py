@@ -21,8 +21,8 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
-from minidiff.schedule import Level
-from minidiff.schedulers.base import IndexedScheduler, SchedulerOutput
+from minidiff.prediction import combine
+from minidiff.schedulers.base import Evaluation, IndexedScheduler, SchedulerOutput
 
 SIGMA_DATA = 0.5  # of the data, as in EDM; diffusers has it fixed
 
@@ -130,16 +130,16 @@ class LCMScheduler(IndexedScheduler):
         falling = np.arange(reach, 0, -1) * (steps // original) - 1
         return falling[np.floor(np.linspace(0, reach, n, endpoint=False)).astype(int)].tolist()
 
-    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        x0, eps = super()._predict(out, x, now)
+    def _evaluate(self, out, x, now, noise) -> Evaluation:
+        here = super()._evaluate(out, x, now, noise)
         scaled = self.grid[self._step_index] * self.config.timestep_scaling
         c_skip, c_out = self.reading.consistency_weights(scaled, SIGMA_DATA)
-        return c_skip * x + c_out * x0, eps  # Consistency Models eq. 5
+        return here._replace(x0=combine(c_skip, x, c_out, here.x0))  # Consistency Models eq. 5
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         if nxt.sigma == 0:
             return x0
-        return nxt.alpha * x0 + nxt.sigma * noise()  # Consistency Models algorithm 1
+        return combine(nxt.alpha, x0, nxt.sigma, noise())  # Consistency Models algorithm 1
 
     def step(
         self,

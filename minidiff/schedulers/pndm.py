@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
+from minidiff.prediction import combine
 from minidiff.schedule import Level
 from minidiff.schedulers.base import IndexedScheduler, SchedulerOutput
 
@@ -30,7 +31,7 @@ from minidiff.schedulers.base import IndexedScheduler, SchedulerOutput
 ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-class Evaluation(NamedTuple):
+class Call(NamedTuple):
     """One call of the network: its level and input, the noise that it found, and what it said."""
 
     level: Level
@@ -51,13 +52,14 @@ class Stage(NamedTuple):
     weights: tuple[float, ...] | None
 
 
-# The classical Runge–Kutta method, and Heun's, which is how a multistep method without it begins.
+# Three steps of the classical Runge–Kutta method, and one of Heun's, which is how a multistep
+# method without them begins.
 RUNGE_KUTTA = (
     Stage(0, (1,)),
     Stage(1, (0, 1)),
     Stage(2, (0, 0, 1)),
     Stage(3, (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
-)
+) * 3
 MULTISTEP = Stage(0, None)
 HEUN = (MULTISTEP, Stage(1, (1 / 2, 1 / 2)))
 
@@ -97,7 +99,7 @@ class PNDMScheduler(IndexedScheduler):
 
     def _prepare(self) -> None:
         self.past = deque(maxlen=len(ADAMS))  # kept by `update`: not every call begins a step
-        self.stages: list[Evaluation] = []
+        self.stages: list[Call] = []
         super()._prepare()
 
     def set_timesteps(
@@ -140,7 +142,7 @@ class PNDMScheduler(IndexedScheduler):
         return visited
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
-        here, stage = Evaluation(now, x, eps, self._said), self._stage()
+        here, stage = Call(now, x, eps, self._said), self._stage()
         if stage.place == 0:
             self.stages = []
             self.past.append(here)
@@ -156,18 +158,18 @@ class PNDMScheduler(IndexedScheduler):
         average = self.reading.average_noise(evaluations, weights, start, kind)
         return self._transfer(start, nxt, average)
 
-    def _predict(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
+    def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
         self._said = out  # which diffusers averages, see `average_noise`
-        return super()._predict(out, x, now)
+        return super()._split(out, x, now)
 
-    def _transfer(self, start: Evaluation, nxt: Level, eps: Tensor) -> Tensor:
+    def _transfer(self, start: Call, nxt: Level, eps: Tensor) -> Tensor:
         """φ(x, ε) = a·x + b·ε: the step of DDIM, with x̂0 = (x − σ·ε)/α put in."""
         a, b = self.reading.transfer(start.level, nxt)
-        return a * start.x + b * eps  # DDIM eq. 12 at η = 0, PNDM's transfer part
+        return combine(a, start.x, b, eps)  # DDIM eq. 12 at η = 0, PNDM's transfer part
 
     def _stage(self) -> Stage:
         i = self._step_index
-        warm_up = HEUN if self.config.skip_prk_steps else RUNGE_KUTTA * 3
+        warm_up = HEUN if self.config.skip_prk_steps else RUNGE_KUTTA
         return warm_up[i] if i < len(warm_up) else MULTISTEP
 
     def step(

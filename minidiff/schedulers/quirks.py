@@ -483,9 +483,7 @@ class Diffusers(Exact):
         """σ_down is the root of a float32 difference: where a step is long σ_up nearly equals σ',
         and what rounding leaves of σ_down is off by up to 3e-4·σ' (below 0 it is NaN in diffusers).
         """
-        a, b = np.float32(sigma) ** 2, np.float32(to) ** 2
-        up = np.sqrt(b * (a - b) / a)
-        return float(np.sqrt(max(b - up**2, np.float32(0)))), float(up)
+        return _rounded_ancestral(sigma, to)
 
     def check_ancestral(self, prediction_type: str) -> None:
         """Ancestral Euler lacks one line for "sample", and raises in its first step."""
@@ -554,9 +552,7 @@ class Diffusers(Exact):
 
     def clean(self) -> Level:
         """The same level, with the float32 ᾱ and λ that its neighbours have."""
-        level = _rounded(torch.ones(1), torch.zeros(1))[0]
-        level.alpha_bar = 1.0
-        return level
+        return _ROUNDED_CLEAN
 
     def ddim_levels(self, scheduler, t: int) -> tuple[Level, Level]:
         """DDIM steps to t − T//n, which is the grid's next entry only for "leading" spacing, and
@@ -570,19 +566,13 @@ class Diffusers(Exact):
         """1 − ᾱ_s − s̃² is taken in float32: near zero SNR with η = 1 both terms are equal, and the
         root of what rounding leaves is 2.4e-4 or more.
         """
-        a, b = torch.tensor([now.alpha_bar, nxt.alpha_bar])
-        rounded = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
-        return (1 - b - rounded**2).clamp(min=0).sqrt().item()
+        return _rounded_direction(now.alpha_bar, nxt.alpha_bar, eta)
 
     def posterior(
         self, weights: tuple[float, float], now: Level, nxt: Level
     ) -> tuple[float, float]:
         """Every operation on ᾱ is rounded to float32, which a thousand steps add up to 1e-5."""
-        one, a, b = np.float32(1), np.float32(now.alpha_bar), np.float32(nxt.alpha_bar)
-        alpha = a / b
-        root = (torch.tensor(alpha) ** 0.5).item()  # torch's root is not always the nearest float32
-        weight_x0 = np.float32(nxt.alpha) * (one - alpha) / (one - a)
-        return float(weight_x0), float(np.float32(root) * (one - b) / (one - a))
+        return _rounded_posterior(now.alpha_bar, nxt.alpha_bar, nxt.alpha)
 
     def adds_noise_at_the_end(self, now: Level, first: Level) -> bool:
         """DDPM asks whether t > 0, not whether the step is the last: a grid that ends above step 0
@@ -770,6 +760,29 @@ def _trailing(n: int, last: int, steps: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4096)
+def _rounded_posterior(now: float, nxt: float, alpha: float) -> tuple[float, float]:
+    one, a, b = np.float32(1), np.float32(now), np.float32(nxt)
+    ratio = a / b
+    root = (torch.tensor(ratio) ** 0.5).item()  # torch's root is not always the nearest float32
+    weight_x0 = np.float32(alpha) * (one - ratio) / (one - a)
+    return float(weight_x0), float(np.float32(root) * (one - b) / (one - a))
+
+
+@functools.lru_cache(maxsize=4096)
+def _rounded_direction(now: float, nxt: float, eta: float) -> float:
+    a, b = torch.tensor([now, nxt])
+    rounded = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
+    return (1 - b - rounded**2).clamp(min=0).sqrt().item()
+
+
+@functools.lru_cache(maxsize=4096)
+def _rounded_ancestral(sigma: float, to: float) -> tuple[float, float]:
+    a, b = np.float32(sigma) ** 2, np.float32(to) ** 2
+    up = np.sqrt(b * (a - b) / a)
+    return float(np.sqrt(max(b - up**2, np.float32(0)))), float(up)
+
+
+@functools.lru_cache(maxsize=4096)
 def _rounded_transfer(now: float, nxt: float) -> tuple[float, float]:
     a, b = torch.tensor([now, nxt])  # not NumPy: the last bit of its float32 root is another
     denominator = a * (1 - b).sqrt() + (a * (1 - a) * b).sqrt()
@@ -813,6 +826,10 @@ def _rounded(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:
     for level, lam in zip(levels, lams, strict=True):
         level.lam = lam
     return levels
+
+
+_ROUNDED_CLEAN = _rounded(torch.ones(1), torch.zeros(1))[0]
+_ROUNDED_CLEAN.alpha_bar = 1.0
 
 
 def departing(*names: str) -> Exact:

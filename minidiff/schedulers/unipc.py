@@ -31,7 +31,7 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number
 from minidiff.noise import Generators
 from minidiff.schedule import Level, shifted_sigmas, stretched_sigmas
-from minidiff.schedulers.base import Past, SchedulerOutput
+from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.dpm_solver import Interval, check_noise_start
 from minidiff.schedulers.options import at_most_one
 from minidiff.schedulers.sigmas import FORMULAS, SolverSigmas
@@ -213,7 +213,7 @@ class UniPCMultistepScheduler(SolverSigmas):
         return self._step(model_output, timestep, sample, generator, None, return_dict=return_dict)
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
-        points = [Past(now, x, x0, eps), *reversed(self.past)]  # the newest first
+        points = [Evaluation(now, x, x0, eps), *reversed(self.past)]  # the newest first
         if self._corrects():
             order = self._order(self._step_index - 1, evaluations=len(self.past))
             x = self._advance(self._start, points[1], [*points[2 : order + 1], points[0]], now)
@@ -221,19 +221,27 @@ class UniPCMultistepScheduler(SolverSigmas):
         order = self._order(self._step_index, evaluations=len(points))
         return self._advance(x, points[0], points[1:order], nxt)
 
-    def _advance(self, x: Tensor, start: Past, others: list[Past], end: Level) -> Tensor:
+    def _advance(
+        self, x: Tensor, start: Evaluation, others: list[Evaluation], end: Level
+    ) -> Tensor:
         """x at the level `end` from x at `start`, by UniPC's formula at the head of this file."""
-        step = Interval(self._algorithm, start.level, end, self.reading, self.reading.unipc_expm1)
+        r = self.reading
+        step = Interval.between(self._algorithm, start.level, end, r, r.unipc_expm1)
         if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
             return x
         m0 = self._integrand(start)
         correction = None
         for weight, point in self._weights(step, others):
-            term = weight * (self._integrand(point) - m0)
-            correction = term if correction is None else correction + term
+            change = self._integrand(point) - m0
+            if correction is None:
+                correction = weight * change
+            else:
+                correction = torch.add(correction, change, alpha=weight)
         return step.mean(x, m0, correction)
 
-    def _weights(self, step: Interval, others: list[Past]) -> Iterator[tuple[float, Past]]:
+    def _weights(
+        self, step: Interval, others: list[Evaluation]
+    ) -> Iterator[tuple[float, Evaluation]]:
         """What each difference m_i − m₀ counts, B(h)·ρ_i/r_i, and its point."""
         r = [step.share(point.level) for point in others]
         near = [i for i, ratio in enumerate(r) if math.isfinite(ratio)]  # not λ = −∞, pure noise
@@ -262,7 +270,7 @@ class UniPCMultistepScheduler(SolverSigmas):
         left = len(self.grid) - index if c.lower_order_final else c.solver_order
         return min(c.solver_order, evaluations, left)
 
-    def _integrand(self, point: Past) -> Tensor:
+    def _integrand(self, point: Evaluation) -> Tensor:
         return point.x0 if self.predict_x0 else point.eps
 
 
