@@ -121,11 +121,10 @@ def combine(
     if a == 0 or b == 0:
         factor, total = (b, v) if a == 0 else (a, u)
         total = total if factor == 1 else factor * total
-    else:
-        total = u if a == 1 else a * u
-        if over == 1:
-            return torch.add(total, v, alpha=b)
-        total = total + b * v  # fused, it would round once less than diffusers, and 1/α shows it
+    elif a == 1 and over == 1:
+        return torch.add(u, v, alpha=b)
+    else:  # fused, it would round once less than diffusers: clipping, 1/α and cancelling show it
+        total = (u if a == 1 else a * u) + b * v
     return total if over == 1 else total / over
 
 

@@ -124,7 +124,7 @@ class Interval:
     def mean(self, x: Tensor, m: Tensor, correction: Tensor | None) -> Tensor:
         """`advance` without the noise that the SDE injects."""
         new = combine(self.decay, x, self.gain, m)
-        return new if correction is None else torch.add(new, correction, alpha=self.scale)
+        return new if correction is None else new + self.scale * correction
 
     def moments(self, n: int) -> list[float]:
         """φ₂, φ₃, … (n of them), the weights of (u/h)ʲ: φ_{j+1} = 1 − j·φ_j/(k·h), by parts."""

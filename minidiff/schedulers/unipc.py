@@ -232,11 +232,8 @@ class UniPCMultistepScheduler(SolverSigmas):
         m0 = self._integrand(start)
         correction = None
         for weight, point in self._weights(step, others):
-            change = self._integrand(point) - m0
-            if correction is None:
-                correction = weight * change
-            else:
-                correction = torch.add(correction, change, alpha=weight)
+            term = weight * (self._integrand(point) - m0)
+            correction = term if correction is None else correction + term
         return step.mean(x, m0, correction)
 
     def _weights(
