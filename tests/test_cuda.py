@@ -163,7 +163,7 @@ def test_gradients_are_those_of_the_cpu():
         unet.to(device).zero_grad()
         x, t, tokens, _ = told(device)
         unet(x, t, tokens).square().mean().backward()
-        gradients.append({name: p.grad.cpu() for name, p in unet.named_parameters()})
+        gradients.append({n: p.grad.cpu().clone() for n, p in unet.named_parameters()})
     largest = max(g.norm().item() for g in gradients[0].values())
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).norm() < 1e-4 * largest, name
