@@ -131,15 +131,17 @@ class LCMScheduler(IndexedScheduler):
         return falling[np.floor(np.linspace(0, reach, n, endpoint=False)).astype(int)].tolist()
 
     def _evaluate(self, out, x, now, noise) -> Evaluation:
-        here = super()._evaluate(out, x, now, noise)
+        _, _, x0, eps = super()._evaluate(out, x, now, noise)
         scaled = self.grid[self._step_index] * self.config.timestep_scaling
         c_skip, c_out = self.reading.consistency_weights(scaled, SIGMA_DATA)
-        return here._replace(x0=combine(c_skip, x, c_out, here.x0))  # Consistency Models eq. 5
+        jump = combine(c_skip, x, c_out, x0)  # Consistency Models eq. 5
+        return Evaluation(now, x, jump, eps)
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         if nxt.sigma == 0:
             return x0
-        return combine(nxt.alpha, x0, nxt.sigma, noise())  # Consistency Models algorithm 1
+        # Consistency Models algorithm 1
+        return torch.add(nxt.alpha * x0, noise(), alpha=nxt.sigma)
 
     def step(
         self,
