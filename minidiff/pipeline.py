@@ -106,7 +106,7 @@ class Pipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | int | Sequence[int] | Tensor | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
         num_images: int | None = None,
         *,
@@ -128,7 +128,8 @@ class Pipeline:
         """Generate pictures.
 
         Args:
-            prompt: one text, or one an image, for a network that looks at texts.
+            prompt: what to draw: one text, or one an image, for a network that looks at texts; for
+                one with classes the same as class_labels.
             class_labels: one class, or one an image; None for equal shares of all classes
                 (image i gets class i modulo their number).
             num_images: N; by default as many as there are prompts or labels, or 1.
@@ -344,7 +345,7 @@ class Pipeline:
 
     def _told(
         self,
-        prompt: str | Sequence[str] | None,
+        prompt: str | Sequence[str] | int | Sequence[int] | Tensor | None,
         class_labels: int | Sequence[int] | Tensor | None,
         num_images: int | None,
         first: int,
@@ -354,11 +355,15 @@ class Pipeline:
             whole_number("num_images", num_images, 1, MAX_IMAGES)
         whole_number("first_index", first, 0, MAX_SEED)
         for name, given, able in (
-            ("prompt", prompt, self.prompts is not None),
+            ("prompt", prompt, self.prompts is not None or bool(self.class_names)),
             ("class_labels", class_labels, bool(self.class_names)),
         ):
             if given is not None and not able:
                 raise InvalidArgument(f"{name} must be None: this model takes none, got {given!r}")
+        if self.class_names and prompt is not None:
+            if class_labels is not None:
+                raise InvalidArgument("give either prompt or class_labels, not both")
+            class_labels = prompt
         if self.prompts is not None:
             if prompt is None:
                 raise InvalidArgument("prompt must be given: this model draws what a text says")

@@ -33,7 +33,7 @@ def test_a_picture_depends_on_its_seed_and_index_alone(pipe, name):
 
 def test_a_list_of_generators_gives_what_the_seed_gives(pipe):
     options = {"num_inference_steps": STEPS, "output_type": "pt"}
-    by_seed = pipe(None, [0, 1, 2], seed=9, **options).images
+    by_seed = pipe([0, 1, 2], seed=9, **options).images
     by_list = pipe(
         class_labels=[0, 1, 2], generator=image_generators(9, range(3)), **options
     ).images
@@ -82,9 +82,9 @@ def test_the_callback_sees_every_step_and_the_last_one_is_the_picture(pipe):
 
 def test_output_types_agree(pipe):
     options = {"seed": 1, "num_inference_steps": 2}
-    array = pipe(None, [4, 5], output_type="np", **options).images
-    pil = pipe(None, [4, 5], output_type="pil", **options).images
-    floats = pipe(None, [4, 5], output_type="pt", **options).images
+    array = pipe([4, 5], output_type="np", **options).images
+    pil = pipe([4, 5], output_type="pil", **options).images
+    floats = pipe([4, 5], output_type="pt", **options).images
     assert array.shape == (2, 16, 16, 1)
     assert array.dtype == np.uint8
     assert all(np.array_equal(np.asarray(p), a[..., 0]) for p, a in zip(pil, array, strict=True))
@@ -181,6 +181,9 @@ def test_a_folder_that_holds_something_else_is_not_replaced(pipe, tmp_path):
         ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number"),
         ({"num_inference_steps": True}, "num_inference_steps"),
         ({"class_labels": 10}, "class_labels must be in 0..9, got 10"),
+        ({"prompt": "seven"}, "class_labels"),
+        ({"prompt": 7, "class_labels": 7}, "either prompt or class_labels"),
+        ({"negative_prompt": "seven"}, "negative_prompt must be None: this model takes no"),
         ({"class_labels": -1}, "class_labels"),
         ({"class_labels": [1, 2.5]}, "class_labels"),
         ({"class_labels": "7"}, "class_labels"),

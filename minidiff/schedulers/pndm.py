@@ -215,7 +215,7 @@ class PNDMScheduler(IndexedScheduler):
     @property
     def _stages_first(self) -> int:
         """How many entries of the grid are Runge–Kutta stages."""
-        return 0 if self.config.skip_prk_steps else 3 * len(RUNGE_KUTTA)
+        return 0 if self.config.skip_prk_steps else len(RUNGE_KUTTA)
 
     def _check_due(self, name: str, *, runge_kutta: bool) -> None:
         i = (self._begin_index or 0) if self._step_index is None else self._step_index
