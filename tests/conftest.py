@@ -1,13 +1,18 @@
 """One small trained pipeline, shared by the tests that need a model that has learnt something."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from minidiff import run
 from minidiff.data import load
 from minidiff.pipeline import Pipeline
 from minidiff.train import TrainConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 SMALL = {"channels": (24, 32), "batch_size": 64, "pictures": 1}
 
