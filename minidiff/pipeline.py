@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from minidiff import pipeline_folder
-from minidiff.data import to_uint8
 from minidiff.device import pick_device
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, real_number, whole_number
 from minidiff.guidance import (
@@ -26,7 +25,8 @@ from minidiff.guidance import (
     in_dtype,
 )
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
-from minidiff.noise import MAX_SEED, Generators, image_generators, randn
+from minidiff.noise import MAX_SEED, Generators
+from minidiff.pipeline_input import as_output, class_names_of, sources, starts, texts_of
 from minidiff.prompt import Prompts, PromptsXL
 from minidiff.sample import Step, trajectory
 from minidiff.schedulers import DDIMScheduler, Scheduler
@@ -77,7 +77,7 @@ class Pipeline:
         prompts: Prompts | PromptsXL | None = None,
     ) -> None:
         self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
-        self.class_names = tuple(_class_names(class_names, unet))
+        self.class_names = tuple(class_names_of(class_names, unet))
         self._check_parts()
         if guidance_scale is None:
             guidance_scale = 1.0 if prompts is None else prompts.guidance_scale
@@ -166,14 +166,15 @@ class Pipeline:
         self.scheduler.set_timesteps(steps)  # refuses a bad number before anything else happens
 
         # 2. start
-        source_of = _sources(n, seed, generator, first_index)
-        start_of = _starts(latents, (n, *shape), source_of, self.device)
+        source_of = sources(n, seed, generator, first_index)
+        start_of = starts(latents, (n, *shape), self.device)
         results = []
         with tqdm(total=n, unit="image", disable=not progress) as bar:
             for start in range(0, n, batch_size):
                 part = slice(start, min(start + batch_size, n))
                 self.scheduler.set_timesteps(steps, device=self.device)
-                x = start_of(part) * self.scheduler.init_noise_sigma
+                source = source_of(part)
+                x = start_of(part, source) * self.scheduler.init_noise_sigma
 
                 # 3. loop
                 denoise = self.denoiser(
@@ -182,7 +183,7 @@ class Pipeline:
                     negative=None if negative is None else negative[part],
                     size=self.image_size(shape),
                 )
-                for step in trajectory(denoise, self.scheduler, x, source_of(part), **options):
+                for step in trajectory(denoise, self.scheduler, x, source, **options):
                     if callback is not None:
                         callback(step)
 
@@ -190,7 +191,7 @@ class Pipeline:
                 results.append(self.decode(step.next_x))
                 bar.update(len(x))
         labels = told if isinstance(told, Tensor) else None
-        return PipelineOutput(_as_output(torch.cat(results), output_type), labels)
+        return PipelineOutput(as_output(torch.cat(results), output_type), labels)
 
     def denoiser(
         self,
@@ -209,11 +210,11 @@ class Pipeline:
             size: (height, width) of the pictures, which SDXL is told; by default the usual one.
         """
         size = size or self.image_size(self._latent_shape())
-        denoise = conditional(self.unet, self._on_network(self._condition(told, size)))
+        condition = self._on_network(self._condition(told, size))
+        denoise = conditional(self.unet, condition)
         if scale != 1:
             null = self._null(told, size) if negative is None else self._condition(negative, size)
-            pair = self._on_network(self._condition(told, size)), self._on_network(null)
-            denoise = classifier_free(self.unet, *pair, scale)
+            denoise = classifier_free(self.unet, condition, self._on_network(null), scale)
         weights = next(self.unet.parameters()).dtype
         if weights != torch.float32:
             return in_dtype(denoise, weights)
@@ -367,7 +368,7 @@ class Pipeline:
         if self.prompts is not None:
             if prompt is None:
                 raise InvalidArgument("prompt must be given: this model draws what a text says")
-            return _texts("prompt", prompt, num_images)
+            return texts_of("prompt", prompt, num_images)
         return self._labels(class_labels, num_images, first) if self.class_names else None
 
     def _labels(
@@ -396,7 +397,7 @@ class Pipeline:
         if self.prompts is None or scale == 1:
             why = "this model takes no prompts" if self.prompts is None else "guidance_scale is 1"
             raise InvalidArgument(f"negative_prompt must be None: {why}, got {given!r}")
-        return _texts("negative_prompt", given, n)
+        return texts_of("negative_prompt", given, n)
 
     def _scale(self, given: float) -> float:
         scale = real_number("guidance_scale", given, -math.inf)
@@ -432,81 +433,3 @@ class Pipeline:
                     raise InvalidArgument(f"{name} must be a multiple of {divisor}, got {pixels}")
                 sides[i] = pixels // divisor
         return (config.in_channels, *sides)
-
-
-def _class_names(names: Sequence[str], unet: UNet) -> Sequence[str]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise InvalidArgument(f"class_names must be a list of strings, got {names!r}")
-    embeds = unet.config.num_class_embeds or 0
-    if embeds not in (len(names), len(names) + 1) or bool(embeds) != bool(names):
-        raise InvalidArgument(
-            f"class_names must name the network's {embeds} classes (all, or all but the last, "
-            f"which then stands for no class); got {len(names)} names"
-        )
-    return names
-
-
-def _texts(name: str, given: str | Sequence[str], n: int | None) -> list[str]:
-    """One text for all images, or one an image."""
-    texts = [given] * (n or 1) if isinstance(given, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise InvalidArgument(f"{name} must be a text or a list of texts, got {given!r}")
-    if not texts or n not in (None, len(texts)):
-        raise InvalidArgument(
-            f"{name} must be one text, or {n or 'at least 1'} of them; got {len(texts)}"
-        )
-    return list(texts)
-
-
-def _starts(
-    latents: Tensor | None,
-    shape: tuple[int, ...],
-    source_of: Callable[[slice], Generators],
-    device: torch.device,
-) -> Callable[[slice], Tensor]:
-    """A function from a part of the images to the standard normal noise that they start from."""
-    if latents is None:
-        return lambda part: randn((part.stop - part.start, *shape[1:]), source_of(part), device)
-    if not isinstance(latents, Tensor) or latents.shape != shape:
-        got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        raise InvalidArgument(f"latents must be a tensor of shape {shape}, got {got}")
-    if not latents.is_floating_point():
-        raise InvalidArgument(f"latents must be floating point, got {latents.dtype}")
-    return lambda part: latents[part].to(device)
-
-
-def _sources(
-    n: int, seed: int | None, generator: Generators, first: int
-) -> Callable[[slice], Generators]:
-    """A function from a part of the n images to the source of its noise.
-
-    Generators are made a batch at a time: torch's takes 5 kB, which 10,000 images would feel.
-    """
-    if seed is not None and generator is not None:
-        raise InvalidArgument("give either seed or generator, not both")
-    if generator is not None:
-        if isinstance(generator, torch.Generator):
-            return lambda part: generator
-        listed = list(generator) if isinstance(generator, Sequence) else [generator]
-        if not all(isinstance(one, torch.Generator) for one in listed):
-            raise InvalidArgument(f"generator must be a torch.Generator or a list, got {generator}")
-        if len(listed) != n:
-            raise InvalidArgument(f"generator must list {n} generators, got {len(listed)}")
-        return lambda part: listed[part]
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
-    # Plain ints, also where NumPy's were given: those overflow in the seed's mixing.
-    seed = whole_number("seed", seed, 0, MAX_SEED)
-    first = whole_number("first_index", first, 0, MAX_SEED + 1 - n)
-    return lambda part: image_generators(seed, range(first + part.start, first + part.stop))
-
-
-def _as_output(images: Tensor, output_type: str) -> Any:
-    if output_type == "pt":
-        return images
-    array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-    if output_type == "np":
-        return array
-    from PIL import Image
-
-    return [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in array]

@@ -37,6 +37,7 @@ FLOORS = {
     "train_classifier": 3,
     "prompt": 3,
     "pipeline_folder": 3.5,
+    "pipeline_input": 3.5,
     "pipeline": 4,
     "train": 5,  # it returns a Pipeline
     "run": 6,

@@ -12,7 +12,8 @@ from diffusers import UNet2DModel
 from minidiff import DDIMScheduler, DDPMScheduler, Pipeline, UNet
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.nn import SpaceToDepth
-from minidiff.noise import image_generators
+from minidiff.noise import image_generators, randn
+from minidiff.sample import trajectory
 from minidiff.samplers import SAMPLERS, sampler
 
 STEPS = 4
@@ -66,6 +67,20 @@ def test_guidance_scale_1_is_the_conditional_network_alone(pipe):
     ).images
     assert sizes[-1] == 4
     assert not torch.equal(plain, guided)
+
+
+def test_the_start_and_every_step_draw_new_noise_from_one_source(pipe):
+    """An image's generator goes on where the start left it; begun anew, the first step would add
+    the start once more."""
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    options = {"num_inference_steps": 4, "guidance_scale": 1, "output_type": "pt"}
+    images = pipe([1, 2], seed=9, **options).images
+    source = image_generators(9, range(2))
+    pipe.scheduler.set_timesteps(4)
+    x = randn((2, *pipe._latent_shape()), source) * pipe.scheduler.init_noise_sigma
+    with torch.no_grad():
+        *_, last = trajectory(pipe.denoiser(torch.tensor([1, 2])), pipe.scheduler, x, source)
+    assert torch.equal(pipe.decode(last.next_x), images)
 
 
 def test_the_callback_sees_every_step_and_the_last_one_is_the_picture(pipe):
