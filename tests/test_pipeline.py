@@ -72,7 +72,7 @@ def test_guidance_scale_1_is_the_conditional_network_alone(pipe):
 def test_the_start_and_every_step_draw_new_noise_from_one_source(pipe):
     """An image's generator goes on where the start left it; begun anew, the first step would add
     the start once more."""
-    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.scheduler = sampler("ddpm", pipe.scheduler)
     options = {"num_inference_steps": 4, "guidance_scale": 1, "output_type": "pt"}
     images = pipe([1, 2], seed=9, **options).images
     source = image_generators(9, range(2))
