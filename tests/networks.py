@@ -18,14 +18,18 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 def same_weights(ours: type, theirs: type, config: dict, seed: int) -> tuple[Any, nn.Module]:
     """A network of each library with the same random weights, loaded strictly both ways."""
     torch.manual_seed(seed)
-    theirs = theirs(**config)
-    for name, parameter in theirs.named_parameters():
-        if "norm" in name:  # fresh norms are 1 and 0, which would hide a swap
-            nn.init.normal_(parameter, 1.0, 0.3)
-    ours = ours(**config)
+    theirs, ours = with_random_norms(theirs(**config)), ours(**config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs
+
+
+def with_random_norms(network: nn.Module) -> nn.Module:
+    """The network, whose norms are no longer 1 and 0, which would hide a swap."""
+    for name, parameter in network.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, 1.0, 0.3)
+    return network
 
 
 def assert_same_network(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from networks import distance, same_weights, with_random_norms
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,27 +55,8 @@ PUBLISHED = {
 }
 
 
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative to the larger of the two, so that equal zeros are equal."""
-    scale = max(ours.norm().item(), theirs.norm().item(), 1e-30)
-    return (ours - theirs).norm().item() / scale
-
-
 def pair(config: dict, seed: int = 0) -> tuple[AutoencoderKL, torch.nn.Module]:
-    """A network of each library with the same random weights, loaded strictly both ways."""
-    torch.manual_seed(seed)
-    theirs, ours = with_random_norms(diffusers.AutoencoderKL(**config)), AutoencoderKL(**config)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    return ours, theirs
-
-
-def with_random_norms(network: torch.nn.Module) -> torch.nn.Module:
-    """The network, whose norms are no longer 1 and 0, which would hide a swap."""
-    for name, parameter in network.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, 1.0, 0.3)
-    return network
+    return same_weights(AutoencoderKL, diffusers.AutoencoderKL, config, seed)
 
 
 @st.composite

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from networks import distance
 from safetensors.torch import load_file, save_file
 from tiny_text import END_ID, VOCAB_SIZE, tiny_text_config
 from torch import Tensor, nn
@@ -91,10 +92,6 @@ PARAMETERS = {
     "SDXL, first": 123_060_480,
     "SDXL, second": 694_659_840,
 }
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    return (ours - theirs).norm().item() / max(theirs.norm().item(), 1e-30)
 
 
 def published(model: nn.Module) -> dict[str, Tensor]:

@@ -30,12 +30,23 @@ class Context(NamedTuple):
     bias: Tensor | None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """Attention of several heads, the softmax in float32 or wider.
 
     Args:
         q: (B, N, heads · d); k, v: (B, L, heads · d).
-        bias: broadcasts to (B, heads, N, L), added to the logits.
+        bias: broadcasts to (B, heads, N, L): added to the logits, or True for what to look at.
+        causal: in place of a bias: a position looks at itself and at those before it.
+        dropout: probability with which a weight of the softmax is zeroed.
     Returns:
         (B, N, heads · d), of the dtype of q.
     """
@@ -43,8 +54,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = No
     # Autocast would narrow what was just widened; it has no say in the softmax.
     with torch.autocast(q.device.type, enabled=False):
         wide = [widened(x) for x in split]
-        bias = bias if bias is None else bias.to(wide[0].dtype)
-        out = F.scaled_dot_product_attention(*wide, attn_mask=bias)  # eq. 1
+        if bias is not None and bias.is_floating_point():
+            bias = bias.to(wide[0].dtype)
+        out = F.scaled_dot_product_attention(  # eq. 1
+            *wide, attn_mask=bias, is_causal=causal, dropout_p=dropout
+        )
     return out.to(q.dtype).transpose(1, 2).flatten(2)
 
 

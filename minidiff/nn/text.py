@@ -19,12 +19,12 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.checkpoint import Config
 from minidiff.errors import CheckpointError, InvalidArgument
-from minidiff.nn.layers import ACTIVATIONS, widened
+from minidiff.nn.attention import attend
+from minidiff.nn.layers import ACTIVATIONS
 from minidiff.nn.model import Model, options_of
 from minidiff.nn.text_config import MODEL_TYPE, PROJECTS, TextConfig, arguments_of
 from minidiff.weights import Stored, read_one
@@ -259,21 +259,10 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, visible: Tensor | None) -> Tensor:
         """Map x (B, length, width) to the same; `visible` as `_visible` makes it."""
-        q, k, v = (
-            project(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        # Autocast would narrow what was just widened; it has no say in the softmax.
-        with torch.autocast(x.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(
-                widened(q),
-                widened(k),
-                widened(v),
-                attn_mask=visible,
-                is_causal=visible is None,
-                dropout_p=self.dropout * self.training,
-            )
-        return self.out_proj(out.to(q.dtype).transpose(1, 2).flatten(2))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        dropout = self.dropout * self.training
+        out = attend(q, k, v, self.heads, visible, causal=visible is None, dropout=dropout)
+        return self.out_proj(out)
 
 
 class MLP(nn.Module):
