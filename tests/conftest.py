@@ -11,8 +11,9 @@ from minidiff.data import load
 from minidiff.pipeline import Pipeline
 from minidiff.train import TrainConfig
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do their children
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = {"channels": (24, 32), "batch_size": 64, "pictures": 1}
 
