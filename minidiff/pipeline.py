@@ -25,6 +25,7 @@ from minidiff.guidance import (
     in_dtype,
 )
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
+from minidiff.nn.embeddings import SinusoidalTime
 from minidiff.noise import MAX_SEED, Generators
 from minidiff.pipeline_input import as_output, class_names_of, sources, starts, texts_of
 from minidiff.prompt import Prompts, PromptsXL
@@ -95,6 +96,11 @@ class Pipeline:
             raise InvalidArgument(
                 f"prompts must give tokens of {wanted} channels, which the network looks at "
                 f"(None: it looks at none), got {given}"
+            )
+        if self.prompts is not None and self.class_names:
+            raise InvalidArgument(
+                "class_names must be empty beside prompts: a picture is of a text or of a class, "
+                f"got {list(self.class_names)}"
             )
         numbers = self.unet.config.get("addition_embed_type") is not None
         if self.prompts is not None and self.prompts.needs_numbers != numbers:
@@ -210,15 +216,28 @@ class Pipeline:
             size: (height, width) of the pictures, which SDXL is told; by default the usual one.
         """
         size = size or self.image_size(self._latent_shape())
-        condition = self._on_network(self._condition(told, size))
+        condition = self._condition(told, size)
+        if self.is_told_guidance:
+            condition = {**condition, "timestep_cond": self._guidance(scale, len(told))}
+        condition = self._on_network(condition)
         denoise = conditional(self.unet, condition)
-        if scale != 1:
+        if scale != 1 and not self.is_told_guidance:
             null = self._null(told, size) if negative is None else self._condition(negative, size)
             denoise = classifier_free(self.unet, condition, self._on_network(null), scale)
         weights = next(self.unet.parameters()).dtype
         if weights != torch.float32:
             return in_dtype(denoise, weights)
         return denoise if self.dtype == torch.float32 else autocast(denoise, self.dtype)
+
+    @property
+    def is_told_guidance(self) -> bool:
+        """Whether the network was distilled from a guided one: it is told w, not led by it."""
+        return self.unet.config.get("time_cond_proj_dim") is not None
+
+    def _guidance(self, scale: float, n: int) -> Tensor:
+        """Sinusoids of w − 1 (Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378)."""
+        sinusoids = SinusoidalTime(self.unet.config.time_cond_proj_dim, False, freq_shift=1)
+        return sinusoids(torch.full((n,), 1000 * (scale - 1)))
 
     def _condition(self, told: Tensor | Sequence[str] | None, size: tuple[int, int]) -> Condition:
         if told is None:
@@ -394,8 +413,14 @@ class Pipeline:
     ) -> list[str] | None:
         if given is None:
             return None
-        if self.prompts is None or scale == 1:
-            why = "this model takes no prompts" if self.prompts is None else "guidance_scale is 1"
+        why = None
+        if self.prompts is None:
+            why = "this model takes no prompts"
+        elif self.is_told_guidance:
+            why = "this model was distilled, nothing leads it away from a text"
+        elif scale == 1:
+            why = "guidance_scale is 1"
+        if why:
             raise InvalidArgument(f"negative_prompt must be None: {why}, got {given!r}")
         return texts_of("negative_prompt", given, n)
 

@@ -48,6 +48,7 @@ DDIM_V = (
         "steps_offset": 1,
     },
 )
+DDIM = ("DDIMScheduler", {**DDIM_V[1], "prediction_type": "epsilon"})
 EULER = {**SD_SCHEDULE, "steps_offset": 1, "timestep_spacing": "leading"}
 
 
@@ -131,7 +132,7 @@ def ours(pipe, negative, scale, latents, steps=4, **options) -> np.ndarray:
 
 GENERATIONS = {
     "1": lambda path: stable_diffusion(path),
-    "1, DDIM": lambda path: stable_diffusion(path, ("DDIMScheduler", DDIM_V[1])),
+    "1, DDIM": lambda path: stable_diffusion(path, DDIM),
     "2": lambda path: stable_diffusion(
         path,
         DDIM_V,
@@ -198,6 +199,20 @@ def test_another_scheduler_gives_the_same_pictures(tmp_path, name):
     latents = torch.randn(2, 4, 16, 16)
     expected = pictures(theirs, None, 4.0, latents, steps=6)
     np.testing.assert_allclose(ours(pipe, None, 4.0, latents, steps=6), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_a_distilled_network_is_told_the_guidance(tmp_path, scale):
+    """Latent consistency models: one evaluation a step, w among its arguments."""
+    distilled = stable_diffusion(tmp_path, DDIM, unet={"time_cond_proj_dim": 8})
+    distilled.save_pretrained(tmp_path / "sd")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
+    pipe = Pipeline.from_pretrained(tmp_path / "sd")
+    latents = torch.randn(2, 4, 16, 16)
+    expected = pictures(theirs, None, scale, latents)
+    np.testing.assert_allclose(ours(pipe, None, scale, latents), expected, atol=1e-4)
+    with pytest.raises(InvalidArgument, match="negative_prompt must be None"):
+        ours(pipe, AGAINST, scale, latents)
 
 
 def test_half_precision_variants_and_shards_are_read(tmp_path):
@@ -333,6 +348,9 @@ def test_bad_input_is_refused_by_name(small, arguments, message):
 def test_parts_that_do_not_fit_are_refused(small):
     with pytest.raises(InvalidArgument, match="prompts must give tokens of 16 channels"):
         Pipeline(small.unet, small.scheduler, small.vae)
+    with pytest.raises(InvalidArgument, match="class_names must be empty beside prompts"):
+        unet = type(small.unet)(**{**small.unet.config, "num_class_embeds": 2})
+        Pipeline(unet, small.scheduler, small.vae, ["a", "b"], prompts=small.prompts)
     with pytest.raises(InvalidArgument, match="as many in_channels as the vae latent_channels"):
         vae = type(small.vae)(**{**small.vae.config, "latent_channels": 3})
         Pipeline(small.unet, small.scheduler, vae, prompts=small.prompts)
