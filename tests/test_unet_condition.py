@@ -252,6 +252,13 @@ def test_folders_go_round_between_the_libraries_bit_for_bit(tmp_path):
     assert ours.config.sample_size == 8
 
 
+def test_options_at_the_value_that_means_without_are_read_as_json_may_have_them():
+    UNet(**SMALL, resnet_out_scale_factor=1, mid_block_only_cross_attention=False)
+    for value in (True, 0):
+        with pytest.raises(InvalidArgument, match="resnet_out_scale_factor"):
+            UNet(**SMALL, resnet_out_scale_factor=value)
+
+
 # A configuration without `_class_name`, as in `UNet(**config)`, is read in the vocabulary that
 # knows its names.
 def test_a_name_that_only_one_vocabulary_has_says_which_one_it_is():

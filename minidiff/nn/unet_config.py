@@ -246,7 +246,9 @@ class UNet2DConditionModelConfig(UNetConfig):
         one_of("mid_block_type", self.mid_block_type, kinds)
         for name, allowed in self.without.items():
             value = getattr(self, name)
-            if not any(value == one and type(value) is type(one) for one in allowed):
+            if not any(
+                value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
+            ):
                 raise InvalidArgument(
                     f"{name}={value!r} is not supported; leave it at {allowed[0]!r}"
                 )
