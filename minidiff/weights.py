@@ -104,7 +104,8 @@ def headers(files: list[Path]) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for path in files:
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 not a dict
+            names = file.keys()
+            for name in names:
                 if name in stored:
                     raise CheckpointError(f"{path}: {name} is also in {stored[name].file.name}")
                 tensor = file.get_slice(name)
@@ -121,16 +122,6 @@ def _opened(path: Path) -> Iterator[safe_open]:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file onto the CPU.
-
-    Raises:
-        CheckpointError: missing, truncated, or not safetensors.
-    """
-    with _opened(Path(path)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
 
 
 def read_one(entry: Stored) -> Tensor:

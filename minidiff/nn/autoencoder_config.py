@@ -15,6 +15,7 @@ from minidiff.errors import (
     whole_number,
 )
 from minidiff.nn.layers import ACTIVATIONS
+from minidiff.nn.levels import check_levels
 
 # What a block type says: is there attention behind every residual block?
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -53,7 +54,7 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         self._check_values()
-        self._check_levels()
+        check_levels(self, DOWN_BLOCKS, UP_BLOCKS)
         self._check_statistics()
 
     @property
@@ -87,20 +88,6 @@ class AutoencoderConfig:
         several = isinstance(self.sample_size, list | tuple)
         for side in listed("sample_size", self.sample_size, 2) if several else [self.sample_size]:
             whole_number("sample_size", side, 1, 1 << 14)
-
-    def _check_levels(self) -> None:
-        levels = len(listed("block_out_channels", self.block_out_channels))
-        whole_number("the number of block_out_channels", levels, 1, 8)
-        for name, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            for block_type in listed(name, getattr(self, name), levels):
-                one_of(name, block_type, known)
-        for channels in self.block_out_channels:
-            whole_number("block_out_channels", channels, 1, 16384)
-            if channels % self.norm_num_groups:
-                raise InvalidArgument(
-                    f"block_out_channels must be multiples of norm_num_groups "
-                    f"({self.norm_num_groups}), got {channels}"
-                )
 
     def _check_statistics(self) -> None:
         real_number("scaling_factor", self.scaling_factor, 1e-6, 1e6)

@@ -19,8 +19,7 @@ from minidiff.errors import (
     whole_number,
 )
 from minidiff.nn.layers import ACTIVATIONS, RESNET_BLOCKS
-
-MAX_CHANNELS = 16384
+from minidiff.nn.levels import check_levels
 
 
 class PictureAttention(NamedTuple):
@@ -233,21 +232,7 @@ class UNetConfig:
                 whole_number("sample_size", side, 1, 1 << 14)
 
     def _check_levels(self) -> None:
-        channels = listed("block_out_channels", self.block_out_channels)
-        levels = whole_number("the number of block_out_channels", len(channels), 1, 8)
-        for name, known in (
-            ("down_block_types", self.down_blocks),
-            ("up_block_types", self.up_blocks),
-        ):
-            for block_type in listed(name, getattr(self, name), levels):
-                one_of(name, block_type, known)
-        for width in channels:
-            whole_number("block_out_channels", width, 1, MAX_CHANNELS)
-            if width % self.norm_num_groups:
-                raise InvalidArgument(
-                    f"block_out_channels must be multiples of norm_num_groups "
-                    f"({self.norm_num_groups}), got {width}"
-                )
+        check_levels(self, self.down_blocks, self.up_blocks)
         for layers in self._listed("layers_per_block"):
             whole_number("layers_per_block", layers, 1, 16)
         for heads in self._listed("attention_head_dim"):
