@@ -12,11 +12,21 @@ from minidiff.data.images import ImageData, to_float, to_uint8
 from minidiff.data.stream import Stream, batches
 from minidiff.errors import DataError, InvalidArgument, one_of
 
-__all__ = ["NAMES", "SPLITS", "ImageData", "Stream", "batches", "load", "to_float", "to_uint8"]
+__all__ = [
+    "DATA_VARIABLE",
+    "NAMES",
+    "SPLITS",
+    "ImageData",
+    "Stream",
+    "batches",
+    "load",
+    "to_float",
+    "to_uint8",
+]
 
 NAMES = ("digits", "mnist")
 SPLITS = ("train", "test")
-_ENVIRONMENT = "MINIDIFF_DATA"
+DATA_VARIABLE = "MINIDIFF_DATA"
 
 
 def load(
@@ -68,11 +78,11 @@ def load(
 
 def _mnist_folder(data_dir: str | Path | None) -> Path:
     """The folder to look in: `data_dir` or MINIDIFF_DATA, or the `mnist` folder inside it."""
-    given = data_dir or os.environ.get(_ENVIRONMENT)
+    given = data_dir or os.environ.get(DATA_VARIABLE)
     if not given:
         raise InvalidArgument(
             "mnist is read from its published IDX files: pass --data-dir / data_dir= with the "
-            f"folder that holds them, or set {_ENVIRONMENT}"
+            f"folder that holds them, or set {DATA_VARIABLE}"
         )
     folder = Path(given)
     if not folder.is_dir():
