@@ -5,7 +5,7 @@ that trains it knows neither.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -49,6 +49,15 @@ class Learner(nn.Module):
     def __init__(self, unet: UNet, condition: nn.Module) -> None:
         super().__init__()
         self.unet, self.condition = unet, condition
+        for name, layer in unet.named_modules():
+            if name.endswith("to_k") and layer.bias is not None:
+                # It adds the same to all scores of a query, which softmax does not see. Its
+                # gradient is rounding, and Adam would make whole steps of that.
+                layer.bias.requires_grad_(False)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def forward(self, x: Tensor, t: Tensor, told: Tensor | None) -> Tensor:
         return self.unet(x, t, **self.condition(told))
@@ -134,9 +143,15 @@ def _network(config: TrainConfig, data: ImageData) -> UNet:
         down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
         attention_head_dim=math.gcd(config.channels[-1], 32),
-        norm_num_groups=math.gcd(*config.channels, 8),
+        norm_num_groups=_groups(config.channels),
         num_class_embeds=data.num_classes + _hides_labels(config, data) or None,
     )
+
+
+def _groups(channels: Sequence[int]) -> int:
+    """Groups of the normalisations: eight, but none of one channel, whose mean it would hide."""
+    groups = math.gcd(*channels, 8)
+    return groups // 2 if groups == min(channels) and groups > 1 else groups
 
 
 def _hides_labels(config: TrainConfig, data: ImageData) -> bool:
