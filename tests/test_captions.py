@@ -150,6 +150,28 @@ def test_all_values_of_every_attribute_are_equally_frequent():
         assert (count - expected).abs().max() < 5 * expected.sqrt(), name
 
 
+def test_the_answers_do_not_depend_on_which_digit_is_named_first(shown):
+    read = scenes.answers(shown)
+    assert read.shape == (len(SOME), len(scenes.QUESTIONS))
+    for row, answer in enumerate(read.tolist()):
+        asked = dict(zip(scenes.QUESTIONS, answer, strict=True))
+        relation = int(shown.relation[row])
+        first, other = zip(*(part[row].tolist() for part in shown[:3]), strict=True)
+        if relation == NONE:
+            arrangement = "one digit"
+        elif RELATIONS[relation] in ("left of", "right of"):
+            arrangement = "side by side"
+        else:
+            arrangement = "one above the other"
+        if relation != NONE and RELATIONS[relation] in ("right of", "below"):
+            first, other = other, first
+        assert scenes.ARRANGEMENTS[asked["arrangement"]] == arrangement
+        assert (asked["digit"], asked["colour"], asked["size"]) == first
+        assert (asked["other digit"], asked["other colour"], asked["other size"]) == other
+        assert (asked["position"] == NONE) == (arrangement != "one digit")
+        assert asked["background"] == shown.background[row]
+
+
 def test_backgrounds_set_off_every_digit(shown):
     for i in (0, 1):
         there = shown.colour[:, i] != NONE
