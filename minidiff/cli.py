@@ -14,7 +14,14 @@ import torch
 
 from minidiff import __version__, checkpoint, run
 from minidiff.data import load
-from minidiff.device import DEVICES, DTYPES, describe, pick_device, pick_dtype
+from minidiff.device import (
+    DEVICES,
+    DTYPES,
+    describe,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+)
 from minidiff.errors import InvalidArgument, MinidiffError, whole_number
 from minidiff.noise import MAX_SEED
 from minidiff.pipeline import Pipeline
@@ -38,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that has no "‰" shows "?", not a traceback
             stream.reconfigure(errors="replace")
+    keep_freed_memory()
     options = parser().parse_args(arguments)
     try:
         options.command(options)
