@@ -8,10 +8,11 @@ load("path/to/folder")              any folder of images
 import os
 from pathlib import Path
 
-from minidiff.data.images import ImageData, batches, to_float, to_uint8
+from minidiff.data.images import ImageData, to_float, to_uint8
+from minidiff.data.stream import Stream, batches
 from minidiff.errors import DataError, InvalidArgument, one_of
 
-__all__ = ["NAMES", "SPLITS", "ImageData", "batches", "load", "to_float", "to_uint8"]
+__all__ = ["NAMES", "SPLITS", "ImageData", "Stream", "batches", "load", "to_float", "to_uint8"]
 
 NAMES = ("digits", "mnist")
 SPLITS = ("train", "test")
