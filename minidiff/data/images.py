@@ -64,16 +64,23 @@ class ImageData:
         """How many classes the labels speak of; 0 without labels."""
         return len(self.class_names)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image: (C, H, W)."""
+        return tuple(self.images.shape[1:])
+
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with its tensors on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return ImageData(self.name, self.images.to(device), labels, self.class_names)
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """The images at `index`, as a network sees them.
 
         Args:
             index: int64 (B,), on any device.
+            position: of the first of them in the stream, see `minidiff.data.protocol.Data`; an
+                image is the same at every pass.
 
         Returns:
             x float32 (B, C, H, W) in [−1, 1] and the labels int64 (B,) or None, both on the
