@@ -6,24 +6,30 @@ the traceback.
 
 import argparse
 import sys
+import textwrap
+from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, replace
 from typing import Any, NoReturn
 
 import torch
 
 from minidiff import __version__, checkpoint, run
 from minidiff.data import load
-from minidiff.device import DEVICES, DTYPES, describe, pick_device, pick_dtype
+from minidiff.device import (
+    DEVICES,
+    DTYPES,
+    describe,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+)
 from minidiff.errors import InvalidArgument, MinidiffError, whole_number
 from minidiff.noise import MAX_SEED
 from minidiff.pipeline import Pipeline
-from minidiff.prediction import PREDICTION_TYPES
+from minidiff.presets import PRESETS, Preset
 from minidiff.samplers import SAMPLERS, sampler
-from minidiff.schedule import BETA_SCHEDULES
-from minidiff.train import TrainConfig
-
-DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+from minidiff.train_config import OPTIONS, merged, options_of, read_options
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that has no "‰" shows "?", not a traceback
             stream.reconfigure(errors="replace")
+    keep_freed_memory()
     options = parser().parse_args(arguments)
     try:
         options.command(options)
@@ -78,7 +85,19 @@ def parser() -> Parser:
     return root
 
 
-def _command(commands: Any, name: str, function: Any, help: str, description: str) -> Parser:
+class _Verbatim(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the table of presets."""
+
+
+def _command(
+    commands: Any,
+    name: str,
+    function: Any,
+    help: str,
+    description: str,
+    seed: Any = 0,
+    dtype: Any = "auto",
+) -> Parser:
     command = commands.add_parser(
         name,
         help=help,
@@ -87,13 +106,13 @@ def _command(commands: Any, name: str, function: Any, help: str, description: st
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(command=function)
-    command.add_argument("--seed", type=int, default=0, help=f"0 to {MAX_SEED}")
+    command.add_argument("--seed", type=int, default=seed, help=f"0 to {MAX_SEED}")
     command.add_argument(
         "--device", default="auto", help=f"{', '.join(DEVICES)}; auto takes a GPU if there is one"
     )
     command.add_argument(
         "--dtype",
-        default="auto",
+        default=dtype,
         help=f"of the network: auto, {', '.join(DTYPES)}; auto is bfloat16 where the hardware has "
         "it (sample: float32)",
     )
@@ -121,29 +140,50 @@ def _train_parser(commands: Any) -> None:
         train,
         "train a model on digits, MNIST or a folder of images",
         "Trains a model within a budget of minutes or steps, which decides the whole "
-        "learning-rate schedule, and writes a run folder that sample and evaluate read.",
+        "learning-rate schedule, and writes a run folder that sample and evaluate read. A file "
+        "given with --config overrides the preset, flags override both.",
+        seed=argparse.SUPPRESS,
+        dtype=argparse.SUPPRESS,
     )
+    command.formatter_class = _Verbatim
+    command.description = textwrap.fill(command.description, 92)
+    command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
     add = command.add_argument
-    add("--data", required=True, help="digits, mnist, or a folder of images (sub-folders: classes)")
+    add("--data", help="digits, mnist, or a folder of images (sub-folders: classes); default: the "
+        "preset's")  # fmt: skip
     add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
     add("--out", required=True, help="folder of the run; must be new or empty")
-    add("--minutes", type=float, help="budget in minutes of wall-clock time")
-    add("--steps", type=int, help="budget in optimizer steps, instead of minutes")
-    add("--batch-size", type=int, help="images a step")
-    add("--learning-rate", type=float, help="of AdamW, at its peak")
-    add("--label-dropout", type=float, help="share of images whose class is hidden")
-    add("--prediction-type", help=", ".join(PREDICTION_TYPES))
-    add("--beta-schedule", help=", ".join(BETA_SCHEDULES))
-    add("--block", type=int, help="side of the pixel blocks that become channels; 1 for none")
-    add("--channels", type=_channels, help="channels of each level, such as 48,96")
-    add("--layers", type=int, help="residual blocks a level")
-    add("--guidance", type=float, dest="guidance_scale", help="stored with the model")
-    add("--sampling-steps", type=int, dest="num_inference_steps", help="stored with the model")
-    add("--pictures", type=int, help="how many grids of samples to save along the way")
-    for action in command._actions:
-        if action.dest in DEFAULTS and action.dest not in ("minutes", "steps", "seed", "dtype"):
-            action.default = DEFAULTS[action.dest]
+    add("--preset", choices=list(PRESETS), help="a recipe, see below")
+    add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
+        "TrainConfig; or a run's config.json")  # fmt: skip
+    for name, option in OPTIONS.items():
+        if option.metadata["flag"] != "":
+            _add_option(command, name, option)
+
+
+def _add_option(command: Parser, name: str, option: Field) -> None:
+    """A flag for a field of TrainConfig; absent from the result unless given."""
+    kind, default = option.metadata["type"], option.default
+    help = option.metadata["help"]
+    if default is not None and kind is not bool:
+        shown = ",".join(map(str, default)) if kind is tuple else default
+        help += f" (default: {shown})"
+    how = (
+        {"action": "store_true"} if kind is bool else {"type": _channels if kind is tuple else kind}
+    )
+    flag = option.metadata["flag"] or name.replace("_", "-")
+    command.add_argument(
+        f"--{flag}", dest=name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how
+    )
+
+
+def _described(preset: tuple[str, Preset]) -> str:
+    """A preset as lines of --help."""
+    name, recipe = preset
+    options = ", ".join(f"{k} {v}" for k, v in options_of(recipe.train).items())
+    text = f"{recipe.why}. Data {recipe.data}; {options}"
+    return textwrap.fill(text, 92, initial_indent=f"  {name:<9} ", subsequent_indent=" " * 12)
 
 
 def _sample_parser(commands: Any) -> None:
@@ -210,13 +250,11 @@ def demo(options: argparse.Namespace) -> None:
     from minidiff.demo import demo as run_demo
 
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    config = TrainConfig(
+    config = replace(
+        PRESETS["digits"].train,
         minutes=options.minutes,
         seed=options.seed,
-        dtype=str(dtype).removeprefix("torch."),
-        channels=(32, 64),  # a small network learns sooner; a minute is short
-        guidance_scale=2.0,
+        dtype=_dtype_name(options.dtype, device),
         pictures=0,
     )
     run_demo(options.out, config, device)
@@ -233,13 +271,25 @@ def demo(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """minidiff train"""
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    chosen = {name: value for name, value in vars(options).items() if name in DEFAULTS}
-    config = TrainConfig(**chosen | {"dtype": str(dtype).removeprefix("torch.")})
-    data = load(options.data, data_dir=options.data_dir, image_size=options.image_size)
-    print(f"device: {describe(device, dtype)}; data: {len(data)} images of {data.name}")
+    preset = PRESETS.get(options.preset)
+    layers = [{} if preset is None else options_of(preset.train)]
+    layers.append(read_options(options.config) if options.config else {})
+    layers.append({name: value for name, value in vars(options).items() if name in OPTIONS})
+    layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
+    config = merged(*layers)
+    name = options.data or (preset and preset.data)
+    if name is None:
+        raise InvalidArgument("give --data or --preset")
+    data = load(name, data_dir=options.data_dir, image_size=options.image_size)
+    print(
+        f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
+    )
     run.train_into(options.out, config, data, device)
     print(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
+
+
+def _dtype_name(name: str, device: torch.device) -> str:
+    return str(pick_dtype(name, device)).removeprefix("torch.")
 
 
 def sample(options: argparse.Namespace) -> None:

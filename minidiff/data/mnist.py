@@ -61,6 +61,11 @@ def load(folder: str | Path, split: str = "train") -> ImageData:
     return ImageData("mnist", images.unsqueeze(1), labels.long(), names)
 
 
+def is_in(folder: Path) -> bool:
+    """Whether the folder holds a file that is called like one of the four."""
+    return any(folder.glob("*-ubyte*"))
+
+
 def find(folder: Path, stem: str, dimensions: int) -> Path:
     """The file that holds `stem` under one of its four known names. Raises DataError."""
     kind = f"idx{dimensions}-ubyte"
@@ -68,7 +73,10 @@ def find(folder: Path, stem: str, dimensions: int) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"{folder}: no MNIST file {names[0]}[.gz] or {names[2]}[.gz] in this folder")
+    raise DataError(
+        f"{folder}: no MNIST file {names[0]}[.gz] or {names[2]}[.gz] in this folder; "
+        "--download / download=True fetches it"
+    )
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
@@ -77,7 +85,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     Raises:
         DataError: the magic number, a size, or the length is not as declared.
     """
-    with _open(path) as file:
+    with open_idx(path) as file:
         try:
             header = file.read(4 * (1 + dimensions))
             if len(header) < 4 * (1 + dimensions):
@@ -100,8 +108,11 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open for reading. The first two bytes tell gzip from plain: names are often wrong."""
+def open_idx(path: Path) -> BinaryIO:
+    """Open what is in a file, zipped or not. Raises DataError.
+
+    The first two bytes tell gzip from plain: names are often wrong.
+    """
     try:
         with path.open("rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
