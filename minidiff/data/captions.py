@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minidiff.data import digits, scenes
-from minidiff.data.grammar import CHOICES, grammar, say, tokenizer
+from minidiff.data.grammar import CHOICES, PHRASES, grammar, say, tokenizer
 from minidiff.data.images import to_float
 from minidiff.data.scenes import NONE, Scenes
 from minidiff.errors import InvalidArgument, one_of, whole_number
@@ -92,7 +92,7 @@ class CaptionedDigits:
         """
         u = self._random(index)
         shown = scenes.draw(u[:, _SCENE], self._rules)
-        return to_float(self._pictures(u, shown)), say(u[:, _CAPTION], shown, self._grammar)
+        return to_float(self._pictures(u, shown)), say(u[:, _CAPTION], shown, self._grammar).ids
 
     def scenes(self, index: Tensor) -> Scenes:
         """What the pictures at `index` show; see `batch`."""
@@ -107,7 +107,32 @@ class CaptionedDigits:
         """The captions of the pictures at `index`; see `batch`."""
         u = self._random(index)
         shown = scenes.draw(u[:, _SCENE], self._rules)
-        return tokenizer().decode(say(u[:, _CAPTION], shown, self._grammar))
+        return tokenizer().decode(say(u[:, _CAPTION], shown, self._grammar).ids)
+
+    def wanted(self, index: Tensor) -> Tensor:
+        """What a picture of each caption must show, int64 (B, 9).
+
+        The answers to `minidiff.data.scenes.QUESTIONS`; NONE where the caption leaves it open.
+        Two digits of which it is not said how they stand to each other are left open.
+        """
+        u = self._random(index)
+        shown = scenes.draw(u[:, _SCENE], self._rules)
+        said = say(u[:, _CAPTION], shown, self._grammar).said
+        named = dict(zip(PHRASES, said.T, strict=True))
+        told = {
+            name: torch.where(
+                torch.stack([named[name], named[f"other {name}"]], dim=1), label, NONE
+            )
+            for name, label in zip(("digit", "colour", "size"), shown[:3], strict=True)
+        }
+        for name in ("background", "position"):
+            told[name] = torch.where(named[name], getattr(shown, name), NONE)
+        wanted = scenes.answers(Scenes(**told, relation=shown.relation))
+        two = shown.relation != NONE
+        unclear = torch.where(two, ~named["relation"], ~named["digit"])
+        wanted[:, 0].masked_fill_(unclear, NONE)
+        wanted[:, 1:-1].masked_fill_((unclear & two)[:, None], NONE)
+        return wanted
 
     def _random(self, index: Tensor) -> Tensor:
         """Random numbers of the pictures at `index`, float32 (B, _DRAWS) in [0, 1)."""
