@@ -4,6 +4,7 @@ load("digits")                      the digits embedded in the package: no downl
 load("mnist", data_dir="…")         the four published IDX files
 load("cifar10", data_dir="…")       the published binary version
 load("moons")                       points on a plane, see `minidiff.data.toys`
+load("captions")                    coloured digits with captions, made as they are asked for
 load("path/to/folder")              any folder of images
 """
 
@@ -11,13 +12,14 @@ import os
 from pathlib import Path
 
 from minidiff.data.images import ImageData, to_float, to_uint8
+from minidiff.data.protocol import Data
 from minidiff.data.stream import Stream, batches
 from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
 
 __all__ = ["NAMES", "SPLITS", "ImageData", "Stream", "batches", "load", "to_float", "to_uint8"]
 
 _PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
-NAMES = ("digits", *_PUBLISHED)
+NAMES = ("digits", *_PUBLISHED, "captions")
 SPLITS = ("train", "test")
 _ENVIRONMENT = "MINIDIFF_DATA"
 
@@ -28,12 +30,13 @@ def load(
     data_dir: str | Path | None = None,
     image_size: int | None = None,
     download: bool = False,
-) -> ImageData:
+) -> Data:
     """Load a data set.
 
     Args:
-        name: "digits" (16×16 grey, embedded), "mnist" (28×28 grey), "cifar10" (32×32 RGB), or an
-            existing folder of images.
+        name: "digits" (16×16 grey, embedded), "mnist" (28×28 grey), "cifar10" (32×32 RGB),
+            "captions" (32×32 RGB, endless, with texts in place of labels), or an existing folder
+            of images.
         split: "train" or "test". A folder has no test split of its own: every tenth image of
             its sorted order is held out for it, see `minidiff.data.folder`.
         data_dir: for mnist and cifar10, the folder that holds the published files, or whose
@@ -64,6 +67,10 @@ def load(
         from minidiff.data import digits
 
         return digits.load(split)
+    if name == "captions":
+        from minidiff.data import captions
+
+        return captions.CaptionedDigits(split)
     if name in _PUBLISHED:
         return _load_published(name, split, data_dir, download)
     if not (isinstance(name, str | Path) and name and Path(name).is_dir()):  # Path("") is "."
