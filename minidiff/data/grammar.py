@@ -27,6 +27,7 @@ ONE_DIGIT = {
     "the digit {digit} in {colour} on a {background} background": 2,
     "a {background} background with a {size} {colour} {digit} {position}": 2,
     "a {size} {colour} {digit} {position}": 2,
+    "a {size} {digit} on a {background} background": 1,
     "{colour}": 1,
     "{digit}": 1,
     "{background} background": 1,
