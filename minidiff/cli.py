@@ -5,17 +5,19 @@ the traceback.
 """
 
 import argparse
+import os
 import sys
 import textwrap
 from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import Field, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from minidiff import __version__, checkpoint, run
-from minidiff.data import load
+from minidiff.data import DATA_VARIABLE, NAMES, load
 from minidiff.device import (
     DEVICES,
     DTYPES,
@@ -24,7 +26,14 @@ from minidiff.device import (
     pick_device,
     pick_dtype,
 )
-from minidiff.errors import InvalidArgument, MinidiffError, whole_number
+from minidiff.errors import (
+    CheckpointError,
+    InvalidArgument,
+    MinidiffError,
+    Stopped,
+    whole_number,
+)
+from minidiff.keeper import Saving
 from minidiff.noise import MAX_SEED
 from minidiff.pipeline import Pipeline
 from minidiff.presets import PRESETS, Preset
@@ -48,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.command(options)
+    except Stopped as stopped:
+        print(f"minidiff: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\nminidiff: interrupted", file=sys.stderr)
         return 130
@@ -153,7 +165,13 @@ def _train_parser(commands: Any) -> None:
         "preset's")  # fmt: skip
     add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
-    add("--out", required=True, help="folder of the run; must be new or empty")
+    add("--out", help="folder of the run; must be new or empty")
+    add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
+        "newest snapshot that is whole; everything else is in its config.json")  # fmt: skip
+    add("--save-every", type=int, metavar="N", help="steps between snapshots; default: every five "
+        "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
+    add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
+        "beside the one of the lowest running loss; default: 2")  # fmt: skip
     add("--preset", choices=list(PRESETS), help="a recipe, see below")
     add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
         "TrainConfig; or a run's config.json")  # fmt: skip
@@ -270,6 +288,10 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """minidiff train"""
+    if options.resume is not None:
+        return _resume(options)
+    if options.out is None:
+        raise InvalidArgument("give --out FOLDER, or --resume RUN")
     device = pick_device(options.device)
     preset = PRESETS.get(options.preset)
     layers = [{} if preset is None else options_of(preset.train)]
@@ -277,15 +299,48 @@ def train(options: argparse.Namespace) -> None:
     layers.append({name: value for name, value in vars(options).items() if name in OPTIONS})
     layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
     config = merged(*layers)
-    name = options.data or (preset and preset.data)
-    if name is None:
-        raise InvalidArgument("give --data or --preset")
-    data = load(name, data_dir=options.data_dir, image_size=options.image_size)
+    saving = Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
+    source = _source(options, preset)
+    data = load(**source)
     print(
         f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
     )
-    run.train_into(options.out, config, data, device)
+    run.train_into(options.out, config, data, device, saving=saving, load=source)
     print(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
+
+
+def _resume(options: argparse.Namespace) -> None:
+    """minidiff train --resume"""
+    own = ("out", "data", "data_dir", "image_size", "preset", "config", "save_every", "keep_last")
+    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) is not None]
+    if given:
+        raise InvalidArgument(
+            f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "
+            f"--{given[0].replace('_', '-')}"
+        )
+    settings = run.read_settings(options.resume)
+    if not settings.data:
+        raise CheckpointError(
+            f"{options.resume}: was trained from Python on data that only its program knows; use "
+            "minidiff.run.resume"
+        )
+    device = None if options.device == "auto" else options.device
+    run.resume(options.resume, load(**settings.data), device)
+    print(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+
+
+def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any]:
+    """The arguments of `load`, the same whatever the working directory and the environment."""
+    name = options.data or (preset and preset.data)
+    if name is None:
+        raise InvalidArgument("give --data or --preset")
+    folder = options.data_dir
+    if name in NAMES and name != "digits":
+        folder = folder or os.environ.get(DATA_VARIABLE)
+    elif Path(name).is_dir():
+        name = str(Path(name).absolute())
+    place = folder and str(Path(folder).absolute())
+    return {"name": name, "data_dir": place, "image_size": options.image_size}
 
 
 def _dtype_name(name: str, device: torch.device) -> str:

@@ -1,16 +1,21 @@
 """A run is a folder.
 
 RUN/config.json     the data and every option of the training
-RUN/log.jsonl       one row about every second: step, seconds, images, loss, learning_rate
+RUN/log.jsonl       a row a second, or a hundredth of the steps: step, seconds, images, loss, …
 RUN/samples-N.png   pictures along the way, N the step
+RUN/checkpoints/    snapshots that the run can go on from, see `minidiff.snapshot`
 RUN/model/          the pipeline with the averaged weights, replaced as a whole
+
+A run that is continued equals one that was never interrupted, bit for bit on the CPU with as many
+threads, in everything but the column "seconds" of its log.
 """
 
-import json
-from collections.abc import Callable
+import shutil
+import signal
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import device as Device
@@ -18,54 +23,161 @@ from tqdm.auto import tqdm
 
 from minidiff import checkpoint, plot
 from minidiff.data import ImageData
-from minidiff.errors import CheckpointError, TrainingError
+from minidiff.device import pick_device
+from minidiff.errors import CheckpointError, Stopped
+from minidiff.keeper import Keeper, Log, Saving, Signals
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline_folder import INDEX
-from minidiff.train import Progress, TrainConfig, check, train
+from minidiff.train import Progress, TrainConfig, Training, check, resolve, train
+from minidiff.train_config import merged
 
 MODEL = "model"
 CONFIG = "config.json"
 LOG = "log.jsonl"
 
 
-def create(out: str | Path, config: TrainConfig, data: ImageData) -> Path:
+class Settings(NamedTuple):
+    """What `config.json` says of a run.
+
+    Attributes:
+        data: the arguments of `minidiff.data.load`; empty where the run was not told them.
+        about: name, number and shape of the images.
+    """
+
+    config: TrainConfig
+    data: dict[str, Any]
+    about: dict[str, Any]
+    device: str
+    saving: Saving
+
+
+def create(out: str | Path, config: TrainConfig, data: ImageData, **others: Any) -> Path:
     """Make the run's folder and write its `config.json`, before any work starts.
 
     Raises:
         CheckpointError: the folder is not empty or cannot be written.
     """
     out = Path(out)
+    if out.is_dir():
+        _clear_leftovers(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty folder; choose another --out")
-    write_config(out, config, data)
+    write_config(out, config, data, **others)
     return out
 
 
-def write_config(out: Path, config: TrainConfig, data: ImageData) -> None:
+def _clear_leftovers(out: Path) -> None:
+    """Delete what a kill in the middle of a write left under temporary names."""
+    for stem in (CONFIG, MODEL, "samples"):
+        for entry in out.glob(f".{stem}*"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def write_config(out: Path, config: TrainConfig, data: ImageData, **others: Any) -> None:
     """Write `config.json`. Raises CheckpointError where that cannot be done."""
+    content = {"data": _about(data), "train": asdict(config), **others}
+    checkpoint.write_json(out / CONFIG, content)
+
+
+def _about(data: ImageData) -> dict[str, Any]:
     shape = dict(zip(("channels", "height", "width"), data.images.shape[1:], strict=True))
-    about = {"name": data.name, "images": len(data), **shape}
-    checkpoint.write_json(out / CONFIG, {"data": about, "train": asdict(config)})
+    return {"name": data.name, "images": len(data), **shape}
+
+
+def read_settings(out: str | Path) -> Settings:
+    """What a run was told. Raises CheckpointError for a folder that is no run."""
+    path = Path(out) / CONFIG
+    content = checkpoint.read_json(path)
+    try:
+        train, load = dict(content["train"]), dict(content["load"])
+        saving = Saving(**content["saving"])
+        return Settings(merged(train), load, content["data"], str(content["device"]), saving)
+    except (KeyError, TypeError, ValueError) as error:  # InvalidArgument among them
+        raise CheckpointError(f"{path}: not the config of a run ({error})") from error
 
 
 def train_into(
-    out: str | Path, config: TrainConfig, data: ImageData, device: Device | str = "cpu"
+    out: str | Path,
+    config: TrainConfig,
+    data: ImageData,
+    device: Device | str = "cpu",
+    *,
+    saving: Saving | None = None,
+    load: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """Train with a progress bar and keep everything in the folder `out`, see the module.
 
+    Args:
+        load: the arguments of `minidiff.data.load` that gave the data, so that the run can be
+            continued without being told them again.
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
         TrainingError: the loss is not finite. The log and the last pictures stay.
+        Stopped: by SIGINT or SIGTERM, after the step under way, with everything saved.
     """
+    device, saving = pick_device(device), saving or Saving()
     check(config, data)
-    out = create(out, config, data)
+    config = resolve(config, data)
+    out = create(
+        out, config, data, load=dict(load or {}), device=str(device), saving=asdict(saving)
+    )
+    return _run(out, config, data, device, saving)
 
+
+def resume(
+    out: str | Path,
+    data: ImageData,
+    device: Device | str | None = None,
+    *,
+    say: Callable[[str], None] = print,
+) -> Pipeline:
+    """Go on with a run from its newest snapshot that verifies, or from its beginning.
+
+    Args:
+        out: the run's folder.
+        data: what it was trained on.
+        device: where to train; by default where the run was.
+        say: told which snapshots were passed over, and where the run goes on.
+    Raises:
+        CheckpointError: the folder is no run, none of its snapshots verifies, or the data are not
+            those of the run; otherwise as `train_into`.
+    """
+    settings = read_settings(out)
+    if (now := _about(data)) != settings.about:
+        raise CheckpointError(f"{out}: was trained on {settings.about}, the data are {now}")
+    device = pick_device(settings.device if device is None else device)
+    return _run(Path(out), settings.config, data, device, settings.saving, say)
+
+
+def _run(
+    out: Path,
+    config: TrainConfig,
+    data: ImageData,
+    device: Device,
+    saving: Saving,
+    say: Callable[[str], None] = print,
+) -> Pipeline:
     def picture(pipe: Pipeline, step: int) -> None:
         write_samples(pipe, out / f"samples-{step:06d}.png")
 
-    with (out / LOG).open("w", encoding="utf-8") as log:
-        pipe = train_with_bar(config, data, device, lambda row: _append(log, row), picture)
+    _clear_leftovers(out)
+    log, signals = Log(out / LOG), Signals()
+    keeper = Keeper(out, saving, log, signals, say)
+    try:
+        with signals.watch():
+            pipe = train_with_bar(
+                config, data, device, log.append, picture, keeper.begin, keeper.after
+            )
+    finally:
+        log.close()
+    if keeper.stopped_at is not None:
+        name = signal.Signals(signals.caught).name
+        raise Stopped(
+            f"stopped by {name} and saved at step {keeper.stopped_at}; go on with: "
+            f"minidiff train --resume {out}",
+            signals.caught,
+        )
     pipe.save_pretrained(out / MODEL)
     if config.pictures:
         write_samples(pipe, out / "samples.png")
@@ -78,6 +190,8 @@ def train_with_bar(
     device: Device | str = "cpu",
     report: Callable[[Progress], None] = lambda row: None,
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
+    begin: Callable[[Training], None] = lambda training: None,
+    after: Callable[[Training], bool] = lambda training: False,
 ) -> Pipeline:
     """`minidiff.train.train` with a progress bar of its budget, the loss and the time left."""
     in_steps = config.steps is not None
@@ -93,15 +207,7 @@ def train_with_bar(
         bar.set_postfix_str(f"step {row.step}, loss {row.loss:.4f}")
 
     with bar:
-        return train(config, data, device, report_and_show, picture)
-
-
-def _append(log: IO[str], row: Progress) -> None:
-    try:
-        log.write(json.dumps(row._asdict()) + "\n")
-        log.flush()
-    except OSError as error:
-        raise TrainingError(f"{log.name}: cannot be written ({error.strerror})") from error
+        return train(config, data, device, report_and_show, picture, begin=begin, after=after)
 
 
 def write_samples(pipe: Pipeline, path: Path, rows: int = 10, seed: int = 0) -> np.ndarray:

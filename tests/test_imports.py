@@ -46,7 +46,12 @@ FLOORS = {
     "inpaint": 3.2,
     "pipeline_input": 3.5,
     "pipeline": 4,
-    "train": 5,  # it returns a Pipeline
+    "learner": 4.5,  # it builds a Pipeline
+    "batches": 4.7,
+    "progress": 4.7,
+    "train": 5,
+    "snapshot": 5.3,
+    "keeper": 5.6,
     "run": 6,
     "demo": 7,
     "cli": 8,

@@ -16,12 +16,22 @@ from minidiff.data.protocol import Data
 from minidiff.data.stream import Stream, batches
 from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
 
-__all__ = ["NAMES", "SPLITS", "ImageData", "Stream", "batches", "load", "to_float", "to_uint8"]
+__all__ = [
+    "DATA_VARIABLE",
+    "NAMES",
+    "SPLITS",
+    "ImageData",
+    "Stream",
+    "batches",
+    "load",
+    "to_float",
+    "to_uint8",
+]
 
 _PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
 NAMES = ("digits", *_PUBLISHED, "captions")
 SPLITS = ("train", "test")
-_ENVIRONMENT = "MINIDIFF_DATA"
+DATA_VARIABLE = "MINIDIFF_DATA"
 
 
 def load(
@@ -90,11 +100,11 @@ def _load_published(
     from minidiff.data import cifar10, mnist
     from minidiff.data.download import download as fetch
 
-    given = data_dir or os.environ.get(_ENVIRONMENT)
+    given = data_dir or os.environ.get(DATA_VARIABLE)
     if not given:
         raise InvalidArgument(
             f"{name} is read from its published {_PUBLISHED[name]}: pass --data-dir / data_dir= "
-            f"with the folder that holds them, or set {_ENVIRONMENT}"
+            f"with the folder that holds them, or set {DATA_VARIABLE}"
         )
     folder, module = Path(given), {"mnist": mnist, "cifar10": cifar10}[name]
     if not folder.is_dir() and not download:
