@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from minidiff import __version__, checkpoint, run
-from minidiff.data import DATA_VARIABLE, NAMES, load
+from minidiff.data import DATA_VARIABLE, PUBLISHED, load
 from minidiff.device import (
     DEVICES,
     DTYPES,
@@ -161,8 +161,8 @@ def _train_parser(commands: Any) -> None:
     command.description = textwrap.fill(command.description, 92)
     command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
     add = command.add_argument
-    add("--data", help="digits, mnist, or a folder of images (sub-folders: classes); default: the "
-        "preset's")  # fmt: skip
+    add("--data", help="digits, mnist, captions, or a folder of images (sub-folders: classes); "
+        "default: the preset's")  # fmt: skip
     add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
     add("--out", help="folder of the run; must be new or empty")
@@ -216,6 +216,8 @@ def _sample_parser(commands: Any) -> None:
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
+    add("prompt", nargs="?", help="what to draw, for a model that was trained on captions")
+    add("--negative", metavar="TEXT", help="what not to draw")
     add("--num", type=int, default=100, help="how many pictures")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
     add("--png", help="write a grid of the pictures to this file")
@@ -236,7 +238,7 @@ def _evaluate_parser(commands: Any) -> None:
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
     add("--num", type=int, help="how many samples; default: as many as there are test images")
-    add("--data", help="digits or mnist; default: what the run was trained on")
+    add("--data", help="digits, mnist or captions; default: what the run was trained on")
     add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
     add("--png", help="write a grid of the first hundred samples to this file")
     _add_sampling(command)
@@ -335,7 +337,7 @@ def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any
     if name is None:
         raise InvalidArgument("give --data or --preset")
     folder = options.data_dir
-    if name in NAMES and name != "digits":
+    if name in PUBLISHED:
         folder = folder or os.environ.get(DATA_VARIABLE)
     elif Path(name).is_dir():
         name = str(Path(name).absolute())
@@ -358,7 +360,10 @@ def sample(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    images, labels = _draw(pipe, options, options.num, options.label)
+    told = {"class_labels": options.label}
+    if options.prompt is not None or pipe.prompts is not None:
+        told |= {"prompt": options.prompt or "", "negative_prompt": options.negative}
+    images, labels = _draw(pipe, options, options.num, told)
     if options.png:
         columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
@@ -377,6 +382,8 @@ def evaluate(options: argparse.Namespace) -> None:
         checkpoint.ensure_writable(options.png)
     pipe = _pipeline(options)
     name = options.data or run.data_of(options.run)
+    if name == "captions":
+        return _evaluate_captions(pipe, options)
     evaluator = Evaluator(name, options.data_dir, pick_device(options.device))
     n = options.num if options.num is not None else evaluator.test_images
     whole_number("num", n, evaluator.least)
@@ -385,7 +392,7 @@ def evaluate(options: argparse.Namespace) -> None:
             f"data {name} has images of shape {evaluator.image_shape}, the model makes "
             f"{pipe.image_shape}"
         )
-    images, labels = _draw(pipe, options, n, None)
+    images, labels = _draw(pipe, options, n, {})
     if options.png:
         plot.save(plot.grid(images[:100], 10), options.png)
     scores = evaluator.score(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels))
@@ -407,9 +414,31 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     return pipe
 
 
-def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, label: int | None) -> tuple:
+def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
+    """minidiff evaluate, for a model that draws what a text says"""
+    from minidiff import plot
+    from minidiff.metrics import SceneEvaluator
+
+    evaluator = SceneEvaluator(pick_device(options.device))
+    n = 1000 if options.num is None else whole_number("num", options.num, 1)
+    shown = []
+
+    def draw(prompts: list[str]) -> torch.Tensor:
+        images, _ = _draw(pipe, options, len(prompts), {"prompt": prompts})
+        shown.append(images)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    print(f"seed {options.seed}, {_setting(pipe, options)}")
+    for line in evaluator.table(draw, n):
+        print(line, flush=True)
+    if options.png:
+        plot.save(plot.grid(shown[0][:100], 10), options.png)
+
+
+def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, told: dict[str, Any]) -> tuple:
+    """n pictures and their labels; `told` are the pipeline's arguments that say what to draw."""
     result = pipe(
-        class_labels=label,
+        **told,
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,

@@ -12,17 +12,19 @@ threads, in everything but the column "seconds" of its log.
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import device as Device
 from tqdm.auto import tqdm
 
 from minidiff import checkpoint, plot
 from minidiff.data import ImageData
+from minidiff.data.captions import CaptionedDigits
 from minidiff.device import pick_device
 from minidiff.errors import CheckpointError, Stopped
 from minidiff.keeper import Keeper, Log, Saving, Signals
@@ -80,7 +82,7 @@ def write_config(out: Path, config: TrainConfig, data: ImageData, **others: Any)
 
 
 def _about(data: ImageData) -> dict[str, Any]:
-    shape = dict(zip(("channels", "height", "width"), data.images.shape[1:], strict=True))
+    shape = dict(zip(("channels", "height", "width"), data.shape, strict=True))
     return {"name": data.name, "images": len(data), **shape}
 
 
@@ -158,8 +160,10 @@ def _run(
     saving: Saving,
     say: Callable[[str], None] = print,
 ) -> Pipeline:
+    prompts = data.captions(torch.arange(100)) if isinstance(data, CaptionedDigits) else None
+
     def picture(pipe: Pipeline, step: int) -> None:
-        write_samples(pipe, out / f"samples-{step:06d}.png")
+        write_samples(pipe, out / f"samples-{step:06d}.png", prompts=prompts)
 
     _clear_leftovers(out)
     log, signals = Log(out / LOG), Signals()
@@ -180,7 +184,7 @@ def _run(
         )
     pipe.save_pretrained(out / MODEL)
     if config.pictures:
-        write_samples(pipe, out / "samples.png")
+        write_samples(pipe, out / "samples.png", prompts=prompts)
     return pipe
 
 
@@ -210,10 +214,20 @@ def train_with_bar(
         return train(config, data, device, report_and_show, picture, begin=begin, after=after)
 
 
-def write_samples(pipe: Pipeline, path: Path, rows: int = 10, seed: int = 0) -> np.ndarray:
-    """Write a grid of `rows` rows, one column a class (ten without classes); return the images."""
+def write_samples(
+    pipe: Pipeline,
+    path: Path,
+    rows: int = 10,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Write a grid of `rows` rows, one column a class (ten without classes); return the images.
+
+    Args:
+        prompts: one an image, for a pipeline that draws what a text says.
+    """
     columns = len(pipe.class_names) or 10
-    images = pipe(num_images=rows * columns, seed=seed, output_type="np").images
+    images = pipe(prompts, num_images=rows * columns, seed=seed, output_type="np").images
     plot.save(plot.grid(images, columns), path)
     return images
 

@@ -5,7 +5,6 @@ which images and how long, the config's. What is sampled from later is a running
 weights. The budget, minutes or steps, decides the whole learning-rate schedule.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from minidiff.average import EMA
 from minidiff.batches import DROPOUT, Batches
 from minidiff.data import ImageData
 from minidiff.device import DTYPES, pick_device
-from minidiff.learner import ClassLabels, Learner, build, check, resolve
+from minidiff.learner import Learner, build, check, resolve
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
 from minidiff.pipeline import Pipeline
@@ -64,9 +63,9 @@ class Training:
     ) -> None:
         self.config, self.device = config, device
         pipe, self.objective = build(config, data), config.objective()
-        self.learner = Learner(pipe.unet, ClassLabels(data.num_classes)).to(device).train()
+        self.learner = Learner.of(pipe).to(device).train()
         self.average = EMA(self.learner, config.ema_half_life)
-        self.result = _with_unet(pipe, self.average.model.unet).to(dtype=DTYPES[config.dtype])
+        self.result = self.average.model.pipeline(pipe).to(dtype=DTYPES[config.dtype])
         self.optimizer = (make_optimizer or _adamw(config))(self.learner.parameters())
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         encode = (lambda x0: x0) if pipe.vae is None else pipe.vae.to_latents
@@ -179,12 +178,6 @@ def _adamw(config: TrainConfig) -> MakeOptimizer:
         weight_decay=config.weight_decay,
         fused=True,
     )
-
-
-def _with_unet(pipe: Pipeline, unet: nn.Module) -> Pipeline:
-    other = copy.copy(pipe)
-    other.unet = unet
-    return other
 
 
 @contextmanager

@@ -91,8 +91,8 @@ class TrainConfig:
     )  # fmt: skip
     num_train_timesteps: int = _option(1000, "steps of the noise schedule")
     label_dropout: float = _option(
-        0.1, "share of images whose class is hidden, so that guidance is possible; with 0 the "
-        "network has no label for 'no class', and no guidance is stored"
+        0.1, "share of images whose class or caption is hidden, so that guidance is possible; with "
+        "0 the network has no label for 'no class', and no guidance is stored"
     )  # fmt: skip
 
     # The network
@@ -100,6 +100,8 @@ class TrainConfig:
     channels: tuple[int, ...] = _option((48, 96), "of each level; half the size at each level")
     layers: int = _option(1, "residual blocks a level")
     dropout: float = _option(0.0, "in the residual blocks")
+    text_width: int = _option(64, "channels of a token, for data with captions")
+    text_layers: int = _option(2, "of the text encoder, for data with captions")
 
     # What is stored for sampling, and seen on the way
     guidance_scale: float = _option(1.5, "stored with the model", flag="guidance")
@@ -146,7 +148,7 @@ class TrainConfig:
             one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
 
     def _check_network(self) -> None:
-        for name in ("block", "layers"):
+        for name in ("block", "layers", "text_width", "text_layers"):
             whole_number(name, getattr(self, name), 1)
         if not listed("channels", self.channels):
             raise InvalidArgument("channels must list at least one level, got none")

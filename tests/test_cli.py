@@ -272,3 +272,9 @@ def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
             "learning_rate", "guidance_scale")}  # fmt: skip
     assert said == {"minutes": None, "steps": 2, "batch_size": 4, "seed": 9,
                     "learning_rate": 0.001, "guidance_scale": 2.0}  # fmt: skip
+
+
+def test_a_prompt_for_a_model_of_classes_is_refused(run_folder, tmp_path, capsys):
+    arguments = ["sample", str(run_folder), "a red 7", "--png", str(tmp_path / "x.png")]
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

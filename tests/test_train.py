@@ -9,8 +9,9 @@ from torch import nn
 
 from minidiff.data import ImageData, Stream, load
 from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
+from minidiff.learner import ClassLabels, Learner
 from minidiff.presets import PRESETS
-from minidiff.train import Batches, ClassLabels, Learner, TrainConfig, batch_size, train
+from minidiff.train import Batches, TrainConfig, batch_size, train
 from minidiff.train_config import merged, options_of, read_options
 
 TINY = {"channels": (8, 8), "batch_size": 8, "pictures": 0}

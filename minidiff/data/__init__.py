@@ -19,6 +19,7 @@ from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
 __all__ = [
     "DATA_VARIABLE",
     "NAMES",
+    "PUBLISHED",
     "SPLITS",
     "ImageData",
     "Stream",
@@ -28,8 +29,8 @@ __all__ = [
     "to_uint8",
 ]
 
-_PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
-NAMES = ("digits", *_PUBLISHED, "captions")
+PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
+NAMES = ("digits", *PUBLISHED, "captions")
 SPLITS = ("train", "test")
 DATA_VARIABLE = "MINIDIFF_DATA"
 
@@ -66,11 +67,11 @@ def load(
     true_or_false("download", download)
     if name in NAMES and image_size is not None:
         raise InvalidArgument(f"image_size is for folders of images, {name} has its own")
-    if name not in _PUBLISHED:
+    if name not in PUBLISHED:
         for argument, given in (("data_dir", data_dir is not None), ("download", download)):
             if given:
                 raise InvalidArgument(
-                    f"{argument} is for {' and '.join(_PUBLISHED)}; {name} does not read it"
+                    f"{argument} is for {' and '.join(PUBLISHED)}; {name} does not read it"
                 )
     # Imported here: neither Pillow nor the embedded file costs anything until asked for.
     if name == "digits":
@@ -81,7 +82,7 @@ def load(
         from minidiff.data import captions
 
         return captions.CaptionedDigits(split)
-    if name in _PUBLISHED:
+    if name in PUBLISHED:
         return _load_published(name, split, data_dir, download)
     if not (isinstance(name, str | Path) and name and Path(name).is_dir()):  # Path("") is "."
         raise InvalidArgument(
@@ -103,14 +104,12 @@ def _load_published(
     given = data_dir or os.environ.get(DATA_VARIABLE)
     if not given:
         raise InvalidArgument(
-            f"{name} is read from its published {_PUBLISHED[name]}: pass --data-dir / data_dir= "
+            f"{name} is read from its published {PUBLISHED[name]}: pass --data-dir / data_dir= "
             f"with the folder that holds them, or set {DATA_VARIABLE}"
         )
     folder, module = Path(given), {"mnist": mnist, "cifar10": cifar10}[name]
     if not folder.is_dir() and not download:
-        raise DataError(
-            f"{folder}: no such folder, expected the {_PUBLISHED[name]} of {name} in it"
-        )
+        raise DataError(f"{folder}: no such folder, expected the {PUBLISHED[name]} of {name} in it")
     inside = folder / name
     if not module.is_in(folder) and (download or inside.is_dir()):
         folder = inside
