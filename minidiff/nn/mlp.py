@@ -5,8 +5,8 @@
     out = linear_out(norm(h))
 
 The waves, k = 0 … num_waves − 1, let so small a network say where a narrow mode ends (Tancik et al.
-2020, "Fourier Features Let Networks Learn High Frequency Functions", arXiv:2006.10739). It is called
-as the U-Net is and saved as the U-Net is, so that schedulers, guidance and the sampling loop take
+2020, "Fourier Features Let Networks Learn High Frequency Functions", arXiv:2006.10739). It is
+called and saved as the U-Net is, so that schedulers, guidance and the sampling loop take
 either. Two dimensions are learnt in seconds on one core.
 """
 
