@@ -29,6 +29,7 @@ FLOORS = {
     "data": 1,
     "schedulers": 2,
     "metrics": 2,
+    "likelihood": 3,
     "plot": 2,
     "sample": 3,
     "order": 3,
