@@ -30,6 +30,7 @@ FLOORS = {
     "data": 1,
     "schedulers": 2,
     "metrics": 2,
+    "likelihood": 3,
     "plot": 2,
     "sample": 2.5,
     "order": 3,
