@@ -4,7 +4,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny_pipelines import DDIM, stable_diffusion
 
 from minidiff import Pipeline
@@ -13,9 +12,7 @@ from minidiff.schedulers import SCHEDULERS
 SIDE = 32
 PROMPTS = ["a cat on a dog", "dog"]
 # Whatever diffusers' StableDiffusionImg2ImgPipeline runs with.
-TAKEN = [
-    name for name in SCHEDULERS if not name.startswith(("FlowMatch", "DDIMInverse"))
-]
+TAKEN = [name for name in SCHEDULERS if not name.startswith(("FlowMatch", "DDIMInverse"))]
 OPTIONS = {
     "DPMSolverMultistepScheduler, SDE": {"algorithm_type": "sde-dpmsolver++"},
     "EulerDiscreteScheduler, Karras": {"use_karras_sigmas": True},
@@ -129,9 +126,7 @@ def test_inpainting_gives_the_pictures_of_diffusers_and_keeps_the_rest(
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
-def test_a_network_that_is_shown_the_mask_gives_the_pictures_of_diffusers(
-    tmp_path, name, strength
-):
+def test_a_network_that_is_shown_the_mask_gives_the_pictures_of_diffusers(tmp_path, name, strength):
     unet = {"in_channels": 9}
     stable_diffusion(tmp_path, DDIM, unet=unet).save_pretrained(tmp_path / "sd")
     options = {"image": image(), "mask_image": mask(), "strength": strength}

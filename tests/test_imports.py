@@ -38,7 +38,9 @@ FLOORS = {
     "prompt": 3,
     "pipeline_folder": 3.5,
     "pictures": 3,
+    "space": 3,
     "inpaint": 3.2,
+    "start": 3.3,
     "pipeline_input": 3.5,
     "pipeline": 4,
     "train": 5,  # it returns a Pipeline
