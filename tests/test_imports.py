@@ -44,7 +44,9 @@ FLOORS = {
     "presets": 4,
     "pipeline_folder": 3.5,
     "pictures": 3,
+    "space": 3,
     "inpaint": 3.2,
+    "start": 3.3,
     "pipeline_input": 3.5,
     "pipeline": 4,
     "learner": 4.5,  # it builds a Pipeline

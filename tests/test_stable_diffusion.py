@@ -15,6 +15,7 @@ from minidiff.schedulers import SCHEDULERS
 
 PROMPTS, AGAINST = ["a cat on a dog", "dog"], ["cat", ""]
 
+
 def pictures(pipe, negative, scale, latents, steps=4, **options) -> np.ndarray:
     """diffusers' pictures, (N, H, W, C) in [0, 1]."""
     pipe.set_progress_bar_config(disable=True)
