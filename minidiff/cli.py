@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from minidiff import __version__, checkpoint, run
-from minidiff.data import DATA_VARIABLE, NAMES, load
+from minidiff.data import DATA_VARIABLE, PUBLISHED, load
 from minidiff.device import (
     DEVICES,
     DTYPES,
@@ -335,7 +335,7 @@ def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any
     if name is None:
         raise InvalidArgument("give --data or --preset")
     folder = options.data_dir
-    if name in NAMES and name != "digits":
+    if name in PUBLISHED:
         folder = folder or os.environ.get(DATA_VARIABLE)
     elif Path(name).is_dir():
         name = str(Path(name).absolute())

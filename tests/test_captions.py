@@ -150,6 +150,57 @@ def test_all_values_of_every_attribute_are_equally_frequent():
         assert (count - expected).abs().max() < 5 * expected.sqrt(), name
 
 
+def test_the_answers_do_not_depend_on_which_digit_is_named_first(shown):
+    read = scenes.answers(shown)
+    assert read.shape == (len(SOME), len(scenes.QUESTIONS))
+    for row, answer in enumerate(read.tolist()):
+        asked = dict(zip(scenes.QUESTIONS, answer, strict=True))
+        relation = int(shown.relation[row])
+        first, other = zip(*(part[row].tolist() for part in shown[:3]), strict=True)
+        if relation == NONE:
+            arrangement = "one digit"
+        elif RELATIONS[relation] in ("left of", "right of"):
+            arrangement = "side by side"
+        else:
+            arrangement = "one above the other"
+        if relation != NONE and RELATIONS[relation] in ("right of", "below"):
+            first, other = other, first
+        assert scenes.ARRANGEMENTS[asked["arrangement"]] == arrangement
+        assert (asked["digit"], asked["colour"], asked["size"]) == first
+        assert (asked["other digit"], asked["other colour"], asked["other size"]) == other
+        assert (asked["position"] == NONE) == (arrangement != "one digit")
+        assert asked["background"] == shown.background[row]
+
+
+def test_what_is_wanted_of_a_picture_is_what_its_caption_says(data, shown):
+    every, wanted = scenes.answers(shown), data.wanted(SOME)
+    open_ = wanted == NONE
+    assert torch.equal(wanted.masked_fill(open_, 0), every.masked_fill(open_, 0))
+    names = list(COLOURS)
+    for row, (text, answer) in enumerate(zip(data.captions(SOME), wanted.tolist(), strict=True)):
+        asked = dict(zip(scenes.QUESTIONS, answer, strict=True))
+        words = text.split()
+        if " and " in text:
+            assert {name for name, label in asked.items() if label != NONE} == {"background"}
+            continue
+        digits = [word for word in words if word.isdigit() or word in NUMERALS]
+        said = [_digit_of(word) for word in digits]
+        two = int(shown.relation[row] != NONE)
+        assert (asked["arrangement"] != NONE) == bool(digits), text
+        assert sorted(said) == sorted(
+            asked[name] for name in ("digit", "other digit") if asked[name] != NONE
+        )
+        colours = [asked[name] for name in ("colour", "other colour", "background")]
+        colours = sorted(names[colour] for colour in colours if colour != NONE)
+        assert colours == sorted(word for word in words if word in names), text
+        sizes = [word for word in words if word in ("small", "little", "big", "large")]
+        assert len(sizes) == sum(asked[name] != NONE for name in ("size", "other size"))
+        places = ("corner", "at", "middle", "center", "centre")
+        assert (asked["position"] != NONE) == (
+            (not two and any(word in words for word in places)) or "on the " in text
+        ), text
+
+
 def test_backgrounds_set_off_every_digit(shown):
     for i in (0, 1):
         there = shown.colour[:, i] != NONE

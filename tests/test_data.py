@@ -311,8 +311,8 @@ def test_folders_without_a_data_set_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "cats"}, "digits, mnist, cifar10, or the path"),
-        ({"name": ""}, "digits, mnist, cifar10, or the path"),
+        ({"name": "cats"}, "digits, mnist, cifar10, captions, or the path"),
+        ({"name": ""}, "digits, mnist, cifar10, captions, or the path"),
         ({"name": "digits", "split": "valid"}, "split must be one of train, test"),
         ({"name": "digits", "image_size": 32}, "image_size"),
         ({"name": "digits", "data_dir": "x"}, "data_dir"),

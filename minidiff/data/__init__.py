@@ -4,6 +4,7 @@ load("digits")                      the digits embedded in the package: no downl
 load("mnist", data_dir="…")         the four published IDX files
 load("cifar10", data_dir="…")       the published binary version
 load("moons")                       points on a plane, see `minidiff.data.toys`
+load("captions")                    coloured digits with captions, made as they are asked for
 load("path/to/folder")              any folder of images
 """
 
@@ -20,6 +21,7 @@ from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
 __all__ = [
     "DATA_VARIABLE",
     "NAMES",
+    "PUBLISHED",
     "SPLITS",
     "TOYS",
     "Data",
@@ -32,8 +34,8 @@ __all__ = [
     "to_uint8",
 ]
 
-_PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
-NAMES = ("digits", *_PUBLISHED)
+PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
+NAMES = ("digits", *PUBLISHED, "captions")
 TOYS = toys.NAMES
 SPLITS = ("train", "test")
 DATA_VARIABLE = "MINIDIFF_DATA"
@@ -45,12 +47,13 @@ def load(
     data_dir: str | Path | None = None,
     image_size: int | None = None,
     download: bool = False,
-) -> ImageData | PointData:
+) -> Data:
     """Load a data set.
 
     Args:
-        name: "digits" (16×16 grey, embedded), "mnist" (28×28 grey), "cifar10" (32×32 RGB), one of
-            `TOYS` for points on a plane, or an existing folder of images.
+        name: "digits" (16×16 grey, embedded), "mnist" (28×28 grey), "cifar10" (32×32 RGB),
+            "captions" (32×32 RGB, endless, with texts in place of labels), one of `TOYS` for
+            points on a plane, or an existing folder of images.
         split: "train" or "test". A folder has no test split of its own: every tenth image of
             its sorted order is held out for it, see `minidiff.data.folder`.
         data_dir: for mnist and cifar10, the folder that holds the published files, or whose
@@ -70,11 +73,11 @@ def load(
     true_or_false("download", download)
     if name in (*NAMES, *TOYS) and image_size is not None:
         raise InvalidArgument(f"image_size is for folders of images, {name} has its own")
-    if name not in _PUBLISHED:
+    if name not in PUBLISHED:
         for argument, given in (("data_dir", data_dir is not None), ("download", download)):
             if given:
                 raise InvalidArgument(
-                    f"{argument} is for {' and '.join(_PUBLISHED)}; {name} does not read it"
+                    f"{argument} is for {' and '.join(PUBLISHED)}; {name} does not read it"
                 )
     if name in TOYS:
         return toys.load(name, split)
@@ -83,7 +86,11 @@ def load(
         from minidiff.data import digits
 
         return digits.load(split)
-    if name in _PUBLISHED:
+    if name == "captions":
+        from minidiff.data import captions
+
+        return captions.CaptionedDigits(split)
+    if name in PUBLISHED:
         return _load_published(name, split, data_dir, download)
     if not (isinstance(name, str | Path) and name and Path(name).is_dir()):  # Path("") is "."
         raise InvalidArgument(
@@ -105,14 +112,12 @@ def _load_published(
     given = data_dir or os.environ.get(DATA_VARIABLE)
     if not given:
         raise InvalidArgument(
-            f"{name} is read from its published {_PUBLISHED[name]}: pass --data-dir / data_dir= "
+            f"{name} is read from its published {PUBLISHED[name]}: pass --data-dir / data_dir= "
             f"with the folder that holds them, or set {DATA_VARIABLE}"
         )
     folder, module = Path(given), {"mnist": mnist, "cifar10": cifar10}[name]
     if not folder.is_dir() and not download:
-        raise DataError(
-            f"{folder}: no such folder, expected the {_PUBLISHED[name]} of {name} in it"
-        )
+        raise DataError(f"{folder}: no such folder, expected the {PUBLISHED[name]} of {name} in it")
     inside = folder / name
     if not module.is_in(folder) and (download or inside.is_dir()):
         folder = inside

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minidiff.data import digits, scenes
-from minidiff.data.grammar import CHOICES, grammar, say, tokenizer
+from minidiff.data.grammar import CHOICES, PHRASES, grammar, say, tokenizer
 from minidiff.data.images import to_float
 from minidiff.data.scenes import NONE, Scenes
 from minidiff.errors import InvalidArgument, one_of, whole_number
@@ -43,12 +43,14 @@ class CaptionedDigits:
         pairs: which pairs of digit and colour occur: "seen" in training, "held out" of it
             (`minidiff.data.scenes.HELD_OUT`), or "all".
         seed: of the stream.
-        length: how many pictures make an epoch; there are more behind it.
+        length: how many pictures are called an epoch; the next epoch has others.
     Raises:
         InvalidArgument: a value that is not allowed.
     """
 
     name = "captions"
+    class_names = ()
+    num_classes = 0
     shape = (3, scenes.SIDE, scenes.SIDE)
 
     def __init__(
@@ -79,20 +81,22 @@ class CaptionedDigits:
             setattr(moved, name, type(tables)(*(table.to(device) for table in tables)))
         return moved
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor]:
         """The pictures at `index`, as a network sees them, and their captions.
 
         Args:
             index: int64 (B,) in 0..MAX_INDEX, beyond the length too.
+            position: of the first of them in the stream, see `minidiff.data.protocol.Data`. In
+                every epoch other pictures have these numbers: those of length pictures later.
         Returns:
             x0 float32 (B, 3, 32, 32) in [−1, 1], and token numbers int64 (B, MAX_LENGTH), both on
             the device of the data.
         Raises:
             InvalidArgument: a number outside that range.
         """
-        u = self._random(index)
+        u = self._random(self._number(index, position))
         shown = scenes.draw(u[:, _SCENE], self._rules)
-        return to_float(self._pictures(u, shown)), say(u[:, _CAPTION], shown, self._grammar)
+        return to_float(self._pictures(u, shown)), say(u[:, _CAPTION], shown, self._grammar).ids
 
     def scenes(self, index: Tensor) -> Scenes:
         """What the pictures at `index` show; see `batch`."""
@@ -107,7 +111,37 @@ class CaptionedDigits:
         """The captions of the pictures at `index`; see `batch`."""
         u = self._random(index)
         shown = scenes.draw(u[:, _SCENE], self._rules)
-        return tokenizer().decode(say(u[:, _CAPTION], shown, self._grammar))
+        return tokenizer().decode(say(u[:, _CAPTION], shown, self._grammar).ids)
+
+    def wanted(self, index: Tensor) -> Tensor:
+        """What a picture of each caption must show, int64 (B, 9).
+
+        The answers to `minidiff.data.scenes.QUESTIONS`; NONE where the caption leaves it open.
+        Two digits of which it is not said how they stand to each other are left open.
+        """
+        u = self._random(index)
+        shown = scenes.draw(u[:, _SCENE], self._rules)
+        said = say(u[:, _CAPTION], shown, self._grammar).said
+        named = dict(zip(PHRASES, said.T, strict=True))
+        told = {
+            name: torch.where(
+                torch.stack([named[name], named[f"other {name}"]], dim=1), label, NONE
+            )
+            for name, label in zip(("digit", "colour", "size"), shown[:3], strict=True)
+        }
+        for name in ("background", "position"):
+            told[name] = torch.where(named[name], getattr(shown, name), NONE)
+        wanted = scenes.answers(Scenes(**told, relation=shown.relation))
+        two = shown.relation != NONE
+        unclear = torch.where(two, ~named["relation"], ~named["digit"])
+        wanted[:, 0].masked_fill_(unclear, NONE)
+        wanted[:, 1:-1].masked_fill_((unclear & two)[:, None], NONE)
+        return wanted
+
+    def _number(self, index: Tensor, position: int) -> Tensor:
+        """The numbers of pictures in the endless stream."""
+        epoch = (position + torch.arange(len(index))) // self.length
+        return index.cpu() + epoch * self.length
 
     def _random(self, index: Tensor) -> Tensor:
         """Random numbers of the pictures at `index`, float32 (B, _DRAWS) in [0, 1)."""
@@ -136,6 +170,49 @@ class CaptionedDigits:
         colours = (colours + tint).clamp_(0, 255)
         picture = scenes.paint(ink, centre, places, colours[:, :2], colours[:, 2])
         return picture.round_().to(torch.uint8)
+
+
+class Questions:
+    """The same pictures with the answers to `minidiff.data.scenes.QUESTIONS` in place of captions.
+
+    Args:
+        split, pairs, length: see `CaptionedDigits`.
+    Attributes:
+        images, labels: of the first epoch, uint8 (length, 3, 32, 32) and int64 (length, 9); made
+            when they are asked for.
+    """
+
+    name, shape = CaptionedDigits.name, CaptionedDigits.shape
+    class_names = tuple(str(answer) for answer in range(max(scenes.DIGITS, len(scenes.COLOURS))))
+    num_classes, questions = len(class_names), len(scenes.QUESTIONS)
+
+    def __init__(self, split: str = "train", pairs: str = "all", length: int = EPOCH) -> None:
+        self._digits = CaptionedDigits(split, pairs, length=length)
+
+    def __len__(self) -> int:
+        return len(self._digits)
+
+    def to(self, device: torch.device | str) -> "Questions":
+        """The same data, made on another device."""
+        moved = copy.copy(self)
+        moved._digits = self._digits.to(device)
+        return moved
+
+    def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor]:
+        """The pictures at `index` and their labels int64 (B, 9); see `CaptionedDigits.batch`."""
+        number = self._digits._number(index, position)
+        return to_float(self._digits.images(number)), scenes.answers(self._digits.scenes(number))
+
+    @property
+    def images(self) -> Tensor:
+        return torch.cat([self._digits.images(part) for part in self._parts()])
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.cat([scenes.answers(self._digits.scenes(part)) for part in self._parts()])
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return torch.arange(len(self)).split(1000)  # a picture is 4 kB, and 100 on the way
 
 
 def _split_mix(key: np.uint64, number: np.ndarray) -> np.ndarray:

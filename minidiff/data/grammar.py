@@ -27,6 +27,7 @@ ONE_DIGIT = {
     "the digit {digit} in {colour} on a {background} background": 2,
     "a {background} background with a {size} {colour} {digit} {position}": 2,
     "a {size} {colour} {digit} {position}": 2,
+    "a {size} {digit} on a {background} background": 1,
     "{colour}": 1,
     "{digit}": 1,
     "{background} background": 1,
@@ -138,12 +139,20 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     return table
 
 
-def say(u: Tensor, scenes: Scenes, grammar: Grammar) -> Tensor:
-    """Captions of B scenes as token numbers, int64 (B, MAX_LENGTH).
+class Captions(NamedTuple):
+    """What is said of B scenes.
 
-    Args:
-        u: (B, CHOICES) random numbers in [0, 1).
+    Attributes:
+        ids: token numbers, int64 (B, MAX_LENGTH).
+        said: bool (B, slots), which of PHRASES a caption says.
     """
+
+    ids: Tensor
+    said: Tensor
+
+
+def say(u: Tensor, scenes: Scenes, grammar: Grammar) -> Captions:
+    """Captions of B scenes, by random numbers u (B, CHOICES) in [0, 1)."""
     two = scenes.relation != NONE
     one = torch.bucketize(u[:, 0] * grammar.one[-1], grammar.one, right=True)
     other = torch.bucketize(u[:, 0] * grammar.two[-1], grammar.two, right=True)
@@ -156,12 +165,13 @@ def say(u: Tensor, scenes: Scenes, grammar: Grammar) -> Tensor:
         dim=1,
     ).clamp(min=0)  # (B, slots)
     every = torch.arange(len(PHRASES), device=u.device)
-    said = grammar.phrases[every, value, whole(u[:, 1:], grammar.phrases.shape[2])]
+    phrases = grammar.phrases[every, value, whole(u[:, 1:], grammar.phrases.shape[2])]
     words, slots = grammar.words[template], grammar.slots[template]  # (B, W)
-    ids = said.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, said.shape[2]))
+    ids = phrases.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, phrases.shape[2]))
     ids = ids.masked_fill(slots[..., None] == _GAP, _GAP)
     ids[..., 0] = torch.where(slots == _GAP, words, ids[..., 0])
-    return _closed_up(ids.flatten(1), grammar.takes_an)
+    said = (slots[..., None] == every).any(dim=1) & (phrases[..., 0] != _GAP)
+    return Captions(_closed_up(ids.flatten(1), grammar.takes_an), said)
 
 
 def _closed_up(ids: Tensor, takes_an: Tensor) -> Tensor:

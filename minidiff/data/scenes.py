@@ -39,7 +39,7 @@ SIZES = ("small", "big")
 POSITIONS = ("top left", "top", "top right", "left", "middle", "right")
 POSITIONS += ("bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")  # of the first digit to the second
-NONE = -1  # the label of what a scene does not have
+NONE = -100  # the label of what a scene does not have; torch's cross-entropy passes over it
 # One pair a digit and one a colour.
 HELD_OUT = tuple((digit, (3 * digit + 2) % len(COLOURS)) for digit in range(DIGITS))
 
@@ -135,6 +135,24 @@ def draw(u: Tensor, rules: Rules) -> Scenes:
     position.masked_fill_(two, NONE)
     relation.masked_fill_(~two, NONE)
     return Scenes(digit, colour, size, background, position, relation)
+
+
+# What can be asked of a picture. The digit is the only one, or the one on the left or above;
+# asked like this, it does not matter which of two is named first.
+ARRANGEMENTS = ("one digit", "side by side", "one above the other")
+QUESTIONS = ("arrangement", "position", "digit", "colour", "size")
+QUESTIONS += ("other digit", "other colour", "other size", "background")
+
+
+def answers(scenes: Scenes) -> Tensor:
+    """The labels of the QUESTIONS, int64 (B, 9); NONE for those that do not arise."""
+    two = scenes.relation != NONE
+    arrangement = torch.where(two, 1 + scenes.relation // 2, 0)
+    named = torch.stack([scenes.digit, scenes.colour, scenes.size], dim=2)  # (B, 2, 3)
+    turned = (two & (scenes.relation % 2 == 1))[:, None, None]  # right of, below
+    placed = torch.where(turned, named.flip(1), named)
+    first = torch.stack([arrangement, scenes.position], dim=1)
+    return torch.cat([first, placed.flatten(1), scenes.background[:, None]], dim=1)
 
 
 def whole(u: Tensor, n: int) -> Tensor:
