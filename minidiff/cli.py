@@ -360,9 +360,9 @@ def sample(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    told = {"class_labels": options.label}
+    told = {"class_labels": options.label, "negative_prompt": options.negative}
     if options.prompt is not None or pipe.prompts is not None:
-        told |= {"prompt": options.prompt or "", "negative_prompt": options.negative}
+        told["prompt"] = options.prompt or ""
     images, labels = _draw(pipe, options, options.num, told)
     if options.png:
         columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.data import to_float, to_uint8
 from minidiff.errors import InvalidArgument
-from minidiff.nn import AutoencoderKL, SpaceToDepth
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 MODES = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # PIL's, by the number of channels
@@ -197,20 +195,6 @@ def _within(name: str, x: Tensor, low: float) -> Tensor:
 
 def _shape(given: Any) -> tuple[int, ...]:
     return tuple(given.shape) if hasattr(given, "shape") else (given.height, given.width)
-
-
-def shrunk(mask: Tensor, vae: SpaceToDepth | AutoencoderKL | None, channels: int) -> Tensor:
-    """A mask (B, 1, H, W) in the space of a network: a number for each channel of (B, C, h, w)
-    where these are pixels, and otherwise the nearest pixel's, as in diffusers.
-
-    Args:
-        channels: of a picture.
-    """
-    if vae is None:
-        return mask
-    if isinstance(vae, SpaceToDepth):
-        return vae.to_latents(mask.expand(-1, channels, -1, -1))
-    return F.interpolate(mask, size=[side // vae.divisor for side in mask.shape[-2:]])
 
 
 def blended(kept: Tensor, made: Tensor, mask: Tensor) -> Tensor:

@@ -4,11 +4,8 @@
 Text-to-image, image-to-image and inpainting are its arguments.
 """
 
-import math
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +15,7 @@ from tqdm.auto import tqdm
 
 from minidiff import pipeline_folder
 from minidiff.device import pick_device
-from minidiff.errors import CheckpointError, InvalidArgument, one_of, real_number, whole_number
+from minidiff.errors import CheckpointError, InvalidArgument, one_of, whole_number
 from minidiff.guidance import (
     Condition,
     Denoiser,
@@ -32,38 +29,38 @@ from minidiff.guidance import (
     in_dtype,
     within,
 )
-from minidiff.inpaint import keeping, length, repaint
+from minidiff.inpaint import length, repaint
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.nn.embeddings import SinusoidalTime
-from minidiff.noise import MAX_SEED, Generators, randn
-from minidiff.pictures import OUTPUT_TYPES, Original, as_output, original_of, shrunk
+from minidiff.noise import Generators
+from minidiff.pictures import OUTPUT_TYPES, as_output, original_of
 from minidiff.pipeline_input import (
     EXTRAPOLATED,
     Guidance,
     Guide,
     StepEnd,
+    against_of,
     check_parts,
     class_names_of,
     entry_of,
     guidance_of,
-    labels_of,
     number_of,
     parts_of,
+    scale_of,
     sides_of,
     sources,
     starts,
     step_options,
-    texts_of,
+    told_of,
     walks_of,
     with_callback,
 )
 from minidiff.prompt import Prompts, PromptsXL
-from minidiff.sample import Change, Step, meaning_of
-from minidiff.schedule import add_noise
+from minidiff.sample import Step, meaning_of
 from minidiff.schedulers import Scheduler
+from minidiff.space import Space
+from minidiff.start import start_of
 from minidiff.weights import DTYPES
-
-MAX_SIDE = 1 << 14
 
 
 class PipelineOutput(NamedTuple):
@@ -77,22 +74,6 @@ class PipelineOutput(NamedTuple):
 
     images: Any
     labels: Tensor | None
-
-
-class Start(NamedTuple):
-    """How a batch begins, what is done to it after every step, and at the end.
-
-    Attributes:
-        x: the sample to begin with, (B, C, h, w).
-        after: of `trajectory`.
-        finish: what becomes of the decoded pictures.
-        shown: what the network is shown beside x, (B, C', h, w), or None.
-    """
-
-    x: Tensor
-    after: Change = attrgetter("next_x")
-    finish: Callable[[Tensor], Tensor] = lambda made: made
-    shown: Tensor | None = None
 
 
 class Pipeline:
@@ -123,10 +104,10 @@ class Pipeline:
     ) -> None:
         self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
         self.class_names = tuple(class_names_of(class_names, unet))
-        check_parts(unet, vae, prompts, self.class_names, self.latent_channels)
+        check_parts(unet, vae, prompts, self.class_names, self.space.channels)
         if guidance_scale is None:
             guidance_scale = 1.0 if prompts is None else prompts.guidance_scale
-        self.guidance_scale = self._scale(guidance_scale)
+        self.guidance_scale = scale_of(guidance_scale, self.is_guidable)
         self.num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
         self.dtype = torch.float32
 
@@ -209,15 +190,25 @@ class Pipeline:
         """
         # 1. condition
         one_of("output_type", output_type, OUTPUT_TYPES)
-        original = original_of(image, mask_image, self.image_channels)
-        told, n = self._told(
-            prompt, class_labels, num_images, num_images_per_prompt, first_index, original
+        space = self.space
+        original = original_of(image, mask_image, space.image_channels)
+        told, n = told_of(
+            prompt, class_labels, number_of(num_images, num_images_per_prompt, original),
+            num_images_per_prompt, first_index, self.prompts, self.class_names,
+        )  # fmt: skip
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        scale = scale_of(scale, self.is_guidable)
+        against = against_of(
+            negative_prompt, n, num_images_per_prompt, scale, self.prompts, self.is_told_guidance
         )
-        scale = self._scale(self.guidance_scale if guidance_scale is None else guidance_scale)
-        against = self._against(negative_prompt, n, num_images_per_prompt, scale)
-        guidance = guidance_of(guidance_rescale, guidance_interval, guide, self.is_led)
+        guidance = guidance_of(
+            guidance_rescale,
+            guidance_interval,
+            guide,
+            self.is_guidable and not self.is_told_guidance,
+        )
         options = step_options(self.scheduler, eta)
-        shape = self._latent_shape(*sides_of(height, width, original))
+        shape = space.shape(*sides_of(height, width, original))
 
         # 2. start
         steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -236,9 +227,10 @@ class Pipeline:
             for part in parts:
                 source = source_of(part)
                 restart(begin)
-                start = self._start(
+                start = start_of(
                     None if original is None else original.part(part, self.device),
-                    begin, resamples, partial(noise_of, part, source), source,
+                    space, self.scheduler, begin, partial(noise_of, part, source), source,
+                    fresh=resamples > 1,
                 )  # fmt: skip
 
                 # 3. loop
@@ -246,7 +238,7 @@ class Pipeline:
                     None if told is None else told[part],
                     scale,
                     negative=None if against is None else against[part],
-                    size=self.image_size(shape),
+                    size=space.image_size(shape),
                     guidance=guidance,
                     shown=start.shown,
                 )
@@ -267,38 +259,6 @@ class Pipeline:
         self.scheduler.set_timesteps(steps, device=self.device)
         if begin:
             self.scheduler.set_begin_index(begin)
-
-    def _start(
-        self,
-        original: Original | None,
-        begin: int,
-        resamples: int,
-        noise: Callable[[], Tensor],
-        source: Generators,
-    ) -> Start:
-        """From noise, from an original at the level of grid entry `begin`, or from both."""
-        spread, level = self.scheduler.init_noise_sigma, self.scheduler.levels[begin]
-        if original is None:
-            return Start(noise() * spread)
-        from_noise = original.mask is not None and begin == 0
-        if from_noise and self.is_told_mask:  # which needs nothing put back
-            return self._told_mask(noise() * spread, original, source)
-        z, eps = self.encode(original.pixels, source), noise()
-        x = eps * spread if from_noise else add_noise(z, eps, level)
-        if original.mask is None:
-            return Start(x)
-        if self.is_told_mask:
-            return self._told_mask(x, original, source)
-        mask = shrunk(original.mask, self.vae, self.image_channels)
-        again = partial(randn, z.shape, source, z.device) if resamples > 1 else lambda: eps
-        return Start(x, keeping(z, mask, again, self.scheduler), original.put_back)
-
-    def _told_mask(self, x: Tensor, original: Original, source: Generators) -> Start:
-        """For a network that is shown the mask, and what is left of the picture beside it."""
-        hole = (original.mask >= 0.5).to(x.dtype)
-        left = self.encode(original.pixels * (1 - hole), source)
-        return Start(x, shown=torch.cat([shrunk(hole, self.vae, 1), left], dim=1),
-                     finish=original.put_back)  # fmt: skip
 
     def _output(
         self, parts: list[Tensor], told: Tensor | list[str] | None, output_type: str
@@ -326,7 +286,7 @@ class Pipeline:
             guidance: in which way; by default extrapolation at every level.
             shown: channels that the network is shown beside x, (B, C', h, w).
         """
-        size = size or self.image_size(self._latent_shape())
+        size = size or self.space.image_size(self.space.shape())
         condition = self._condition(told, size)
         if self.is_told_guidance:
             condition = {**condition, "timestep_cond": self._guidance(scale, len(told))}
@@ -391,52 +351,22 @@ class Pipeline:
         return next(self.unet.parameters()).device
 
     @property
-    def is_told_mask(self) -> bool:
-        """Whether the network was trained for inpainting: it is shown the mask and what is left."""
-        config = self.unet.config
-        return config.in_channels == 2 * config.out_channels + 1
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of what is denoised."""
-        config = self.unet.config
-        return config.out_channels if self.is_told_mask else config.in_channels
-
-    @property
-    def image_channels(self) -> int:
-        """Channels of the pictures."""
-        shape = (self.latent_channels, 1, 1)
-        return shape[0] if self.vae is None else self.vae.image_shape(shape)[0]
+    def space(self) -> Space:
+        """Where the network works, and the way there and back."""
+        return Space(self.unet.config, self.vae)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the pictures that the network was trained for."""
-        return (self.image_channels, *self.image_size(self._latent_shape()))
-
-    def image_size(self, latent_shape: Sequence[int]) -> tuple[int, int]:
-        """(height, width) in pixels of what (C, h, w) in the network's space decodes to."""
-        shape = latent_shape if self.vae is None else self.vae.image_shape(latent_shape)
-        return tuple(shape[-2:])
+        return (self.space.image_channels, *self.space.image_size(self.space.shape()))
 
     def encode(self, pixels: Tensor, generator: Generators = None) -> Tensor:
-        """From pictures (B, C, H, W) in [−1, 1] to the network's space.
-
-        Args:
-            generator: of a sample from what an autoencoder says, see `minidiff.noise.randn`.
-        """
-        if not isinstance(self.vae, AutoencoderKL):
-            return pixels if self.vae is None else self.vae.to_latents(pixels)
-        posterior = self.vae.encode(pixels.to(next(self.vae.parameters()).dtype))
-        mean = posterior.mean
-        noise = randn(mean.shape, generator, mean.device, mean.dtype)
-        return self.vae.scaled(posterior.at(noise)).to(pixels.dtype)
+        """From pictures (B, C, H, W) in [−1, 1] to the network's space, see `Space.encode`."""
+        return self.space.encode(pixels, generator)
 
     def decode(self, z: Tensor) -> Tensor:
         """From the network's space to pictures (B, C, H, W), nominally in [−1, 1]."""
-        if self.vae is None:
-            return z
-        weights = next(self.vae.parameters(), z)  # a permutation has none
-        return self.vae.from_latents(z.to(weights.dtype)).to(z.dtype)
+        return self.space.decode(z)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -466,9 +396,10 @@ class Pipeline:
         return bool(self.class_names) and self.unet.config.num_class_embeds > len(self.class_names)
 
     @property
-    def is_led(self) -> bool:
-        """Whether guidance can lead the network away from something."""
-        return (self.has_null_class or bool(self.prompts)) and not self.is_told_guidance
+    def is_guidable(self) -> bool:
+        """Whether the network knows the absence of what it is told, so that guidance is possible;
+        for a distilled network, whether it can be told a scale."""
+        return self.has_null_class or self.prompts is not None
 
     # --- folders ---------------------------------------------------------------------------
 
@@ -516,82 +447,3 @@ class Pipeline:
             if torch_dtype not in DTYPES:
                 raise
             raise CheckpointError(f"{Path(folder) / pipeline_folder.INDEX}: {error}") from error
-
-    # --- arguments, checked ----------------------------------------------------------------
-
-    def _told(
-        self,
-        prompt: str | Sequence[str] | int | Sequence[int] | Tensor | None,
-        class_labels: int | Sequence[int] | Tensor | None,
-        num_images: int | None,
-        copies: int,
-        first: int,
-        original: Original | None,
-    ) -> tuple[Tensor | list[str] | None, int]:
-        """What every image is of, labels (N,), N prompts, or None; and N."""
-        n = number_of(num_images, copies, original)
-        whole_number("first_index", first, 0, MAX_SEED)
-        for name, given, able in (
-            ("prompt", prompt, self.prompts is not None or bool(self.class_names)),
-            ("class_labels", class_labels, bool(self.class_names)),
-        ):
-            if given is not None and not able:
-                raise InvalidArgument(f"{name} must be None: this model takes none, got {given!r}")
-        if self.prompts is not None:
-            if prompt is None:
-                raise InvalidArgument("prompt must be given: this model draws what a text says")
-            texts = texts_of("prompt", prompt, n)
-            return [text for text in texts for _ in range(copies)], len(texts) * copies
-        if not self.class_names:
-            return None, (n or 1) * copies
-        if None not in (prompt, class_labels):
-            raise InvalidArgument("give either prompt or class_labels, not both")
-        given = class_labels if prompt is None else prompt
-        labels = labels_of(given, n, first, len(self.class_names)).repeat_interleave(copies)
-        return labels, len(labels)
-
-    def _against(
-        self, given: str | Sequence[str] | None, n: int, copies: int, scale: float
-    ) -> list[str] | None:
-        """What guidance leads away from, a text for every image, or None."""
-        if given is None:
-            return None
-        if self.prompts is None or self.is_told_guidance:
-            why = "takes no prompts" if self.prompts is None else "was distilled, nothing leads it"
-            raise InvalidArgument(f"negative_prompt must be None: this model {why}, got {given!r}")
-        texts = texts_of("negative_prompt", given, n // copies)
-        if scale == 1:
-            warnings.warn(
-                "negative_prompt has no effect: guidance_scale is 1, so nothing is led away from "
-                f"{given!r}",
-                stacklevel=3,
-            )
-            return None
-        return [text for text in texts for _ in range(copies)]
-
-    def _scale(self, given: float) -> float:
-        scale = real_number("guidance_scale", given, -math.inf)
-        if scale != 1 and not (self.has_null_class or self.prompts):
-            raise InvalidArgument(
-                f"guidance_scale must be 1 for a model that takes no prompt and knows no label "
-                f"for 'no class', got {scale:g}"
-            )
-        return scale
-
-    def _latent_shape(
-        self, height: int | None = None, width: int | None = None
-    ) -> tuple[int, int, int]:
-        """(C, h, w) in the network's space, of pictures of this size or of the usual one."""
-        usual = self.unet.config.sample_size
-        divisor = 1 if self.vae is None else self.vae.divisor
-        if usual is None and None in (height, width):
-            raise InvalidArgument(
-                "height and width must be given: the network's config names no sample_size"
-            )
-        sides = list(usual) if isinstance(usual, list | tuple) else [usual, usual]
-        for i, (name, pixels) in enumerate((("height", height), ("width", width))):
-            if pixels is not None:
-                if whole_number(name, pixels, 1, MAX_SIDE) % divisor:
-                    raise InvalidArgument(f"{name} must be a multiple of {divisor}, got {pixels}")
-                sides[i] = pixels // divisor
-        return (self.latent_channels, *sides)

@@ -1,6 +1,7 @@
 """What goes into a pipeline and its call, checked: parts, names, texts, numbers, noise."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -125,6 +126,84 @@ def labels_of(
             f"class_labels must name one class, or {n or 'at least 1'} of them; got {len(labels)}"
         )
     return torch.tensor(labels)
+
+
+def told_of(
+    prompt: Any,
+    class_labels: Any,
+    number: int | None,
+    copies: int,
+    first: int,
+    prompts: Prompts | PromptsXL | None,
+    class_names: Sequence[str],
+) -> tuple[Tensor | list[str] | None, int]:
+    """What every image is of, labels (N,), N prompts, or None; and N.
+
+    Args:
+        number: see `number_of`.
+        copies: how many images of each prompt or label.
+        first: number of the first image.
+    Raises:
+        InvalidArgument: a prompt or label is missing, of the wrong kind, or for another model.
+    """
+    whole_number("first_index", first, 0, MAX_SEED)
+    for name, given, able in (
+        ("prompt", prompt, prompts is not None or bool(class_names)),
+        ("class_labels", class_labels, bool(class_names)),
+    ):
+        if given is not None and not able:
+            raise InvalidArgument(f"{name} must be None: this model takes none, got {given!r}")
+    if prompts is not None:
+        if prompt is None:
+            raise InvalidArgument("prompt must be given: this model draws what a text says")
+        texts = texts_of("prompt", prompt, number)
+        return [text for text in texts for _ in range(copies)], len(texts) * copies
+    if not class_names:
+        return None, (number or 1) * copies
+    if None not in (prompt, class_labels):
+        raise InvalidArgument("give either prompt or class_labels, not both")
+    given = class_labels if prompt is None else prompt
+    labels = labels_of(given, number, first, len(class_names)).repeat_interleave(copies)
+    return labels, len(labels)
+
+
+def scale_of(given: float, is_guidable: bool) -> float:
+    """The scale of guidance. Raises InvalidArgument: not finite, or nothing can be guided."""
+    scale = real_number("guidance_scale", given, -math.inf)
+    if scale != 1 and not is_guidable:
+        raise InvalidArgument(
+            f"guidance_scale must be 1 for a model that takes no prompt and knows no label for "
+            f"'no class', got {scale:g}"
+        )
+    return scale
+
+
+def against_of(
+    given: str | Sequence[str] | None,
+    n: int,
+    copies: int,
+    scale: float,
+    prompts: Prompts | PromptsXL | None,
+    is_told_guidance: bool,
+) -> list[str] | None:
+    """What guidance leads away from, a text for each of n images; None for no text.
+
+    Without guidance, at scale 1, there is nothing to lead away, of which a warning tells.
+
+    Raises InvalidArgument: no texts, another number of them, or a model that can have none.
+    """
+    if given is None:
+        return None
+    if prompts is None or is_told_guidance:
+        why = "takes no prompts" if prompts is None else "was distilled, nothing leads it"
+        raise InvalidArgument(f"negative_prompt must be None: this model {why}, got {given!r}")
+    texts = texts_of("negative_prompt", given, n // copies)
+    if scale == 1:
+        warnings.warn(
+            f"negative_prompt has no effect: guidance_scale is 1, got {given!r}", stacklevel=4
+        )
+        return None
+    return [text for text in texts for _ in range(copies)]
 
 
 def number_of(num_images: int | None, copies: int, original: Original | None) -> int | None:

@@ -26,10 +26,11 @@ FLOORS = {
     "words": 0.7,
     "nn": 1,
     "guidance": 1.5,
-    "exact": 1,
+    "exact": 0.5,  # data draws toys from it
     "data": 1,
     "schedulers": 2,
     "metrics": 2,
+    "likelihood": 3,
     "plot": 2,
     "sample": 2.5,
     "order": 3,
@@ -43,7 +44,9 @@ FLOORS = {
     "presets": 4,
     "pipeline_folder": 3.5,
     "pictures": 3,
+    "space": 3,
     "inpaint": 3.2,
+    "start": 3.3,
     "pipeline_input": 3.5,
     "pipeline": 4,
     "learner": 4.5,  # it builds a Pipeline

@@ -11,9 +11,11 @@ load("path/to/folder")              any folder of images
 import os
 from pathlib import Path
 
+from minidiff.data import toys
 from minidiff.data.images import ImageData, to_float, to_uint8
 from minidiff.data.protocol import Data
 from minidiff.data.stream import Stream, batches
+from minidiff.data.toys import PointData
 from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
 
 __all__ = [
@@ -21,7 +23,10 @@ __all__ = [
     "NAMES",
     "PUBLISHED",
     "SPLITS",
+    "TOYS",
+    "Data",
     "ImageData",
+    "PointData",
     "Stream",
     "batches",
     "load",
@@ -31,6 +36,7 @@ __all__ = [
 
 PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
 NAMES = ("digits", *PUBLISHED, "captions")
+TOYS = toys.NAMES
 SPLITS = ("train", "test")
 DATA_VARIABLE = "MINIDIFF_DATA"
 
@@ -46,8 +52,8 @@ def load(
 
     Args:
         name: "digits" (16×16 grey, embedded), "mnist" (28×28 grey), "cifar10" (32×32 RGB),
-            "captions" (32×32 RGB, endless, with texts in place of labels), or an existing folder
-            of images.
+            "captions" (32×32 RGB, endless, with texts in place of labels), one of `TOYS` for
+            points on a plane, or an existing folder of images.
         split: "train" or "test". A folder has no test split of its own: every tenth image of
             its sorted order is held out for it, see `minidiff.data.folder`.
         data_dir: for mnist and cifar10, the folder that holds the published files, or whose
@@ -65,7 +71,7 @@ def load(
     """
     one_of("split", split, SPLITS)
     true_or_false("download", download)
-    if name in NAMES and image_size is not None:
+    if name in (*NAMES, *TOYS) and image_size is not None:
         raise InvalidArgument(f"image_size is for folders of images, {name} has its own")
     if name not in PUBLISHED:
         for argument, given in (("data_dir", data_dir is not None), ("download", download)):
@@ -73,6 +79,8 @@ def load(
                 raise InvalidArgument(
                     f"{argument} is for {' and '.join(PUBLISHED)}; {name} does not read it"
                 )
+    if name in TOYS:
+        return toys.load(name, split)
     # Imported here: neither Pillow nor the embedded file costs anything until asked for.
     if name == "digits":
         from minidiff.data import digits
@@ -87,7 +95,7 @@ def load(
     if not (isinstance(name, str | Path) and name and Path(name).is_dir()):  # Path("") is "."
         raise InvalidArgument(
             f"data must be one of {', '.join(NAMES)}, or the path of an existing folder of "
-            f"images; got {str(name)!r}"
+            f"images (or a toy: {', '.join(TOYS)}); got {str(name)!r}"
         )
     from minidiff.data import folder
 

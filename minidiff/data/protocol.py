@@ -7,11 +7,14 @@ position sees what an uninterrupted one sees, and so do several processes that s
 telling the position at which its part begins.
 """
 
+from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from minidiff.errors import InvalidArgument
 
 
 class Data(Protocol):
@@ -49,7 +52,37 @@ class Data(Protocol):
         """
 
 
-def random_words(seed: int, purpose: int, position: int, count: int) -> np.ndarray:
+def check_labels(labels: Tensor | None, count: int, class_names: tuple[str, ...]) -> None:
+    """Refuse labels that are not int64 (count,) in 0..len(class_names) − 1, or None without names.
+
+    Raises:
+        InvalidArgument: says which.
+    """
+    if labels is None:
+        if class_names:
+            raise InvalidArgument(f"class_names must be () without labels: {class_names}")
+        return
+    if labels.dtype != torch.int64 or labels.shape != (count,):
+        raise InvalidArgument(
+            f"labels must be int64 ({count},), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if count and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
+        raise InvalidArgument(
+            f"labels must be in 0..{len(class_names) - 1}, "
+            f"got {int(labels.min())}..{int(labels.max())}"
+        )
+
+
+class Purpose(IntEnum):
+    """What random numbers are for: each purpose sees numbers of its own."""
+
+    AUGMENTATION = 1
+    ITEM = 2
+    TOY_TRAIN = 3
+    TOY_TEST = 4
+
+
+def random_words(seed: int, purpose: Purpose, position: int, count: int) -> np.ndarray:
     """Four random 64-bit words for each of `count` positions, uint64 (count, 4).
 
     They come from a counter-based generator, Philox4x64 (Salmon et al. 2011, "Parallel random
@@ -58,7 +91,7 @@ def random_words(seed: int, purpose: int, position: int, count: int) -> np.ndarr
 
     Args:
         seed: 0 … 2⁶⁴−1.
-        purpose: what the numbers are for; other purposes see other numbers.
+        purpose: other purposes see other numbers.
         position, count: whole numbers from 0.
     """
     key = np.array([seed, purpose], dtype=np.uint64)
