@@ -331,3 +331,14 @@ def test_importing_data_imports_no_image_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert printed.stdout.strip() == "[]"
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path):
+    header = struct.pack(">4I", 0x0803, 250_000, 28, 28 * 4096)
+    bomb = gzip.compress(header + bytes(1 << 24), 1)
+    folder = _mnist(tmp_path, bomb, _idx(LABELS))
+    with pytest.raises(DataError, match=r"train-images.*expected 0\.\.300000 × 28 × 28"):
+        data.load("mnist", data_dir=folder)
+    (folder / "train-images-idx3-ubyte").write_bytes(gzip.compress(GOOD + bytes(1 << 24)))
+    with pytest.raises(DataError, match="but more follow"):
+        data.load("mnist", data_dir=folder)
