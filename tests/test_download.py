@@ -8,6 +8,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -392,6 +393,20 @@ def test_mnist_is_downloaded_once_and_then_read(tmp_path, server, published):
     assert names(tmp_path / "new" / "mnist") == sorted(published)
     assert len(data.load("mnist", data_dir=tmp_path / "new", download=True)) == 2
     assert len(data.load("mnist", data_dir=tmp_path / "new")) == 2
+    assert len(server.requests) == 4
+
+
+def test_processes_that_share_a_folder_download_once(tmp_path, server, published):
+    def slowly(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.05)
+        send(handler, 200, {}, published[handler.path[1:]])
+
+    server.acts = [slowly]
+    with ThreadPoolExecutor(4) as pool:  # each opens the folder and locks it for itself
+        calls = [
+            pool.submit(data.load, "mnist", data_dir=tmp_path, download=True) for _ in range(4)
+        ]
+        assert [len(call.result()) for call in calls] == [2] * 4
     assert len(server.requests) == 4
 
 
