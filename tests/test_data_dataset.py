@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset, random_split
@@ -100,6 +100,7 @@ def test_workers_are_at_the_next_batch_already_also_where_processes_share_one():
     assert guesses[1][0] == (tuple(halves[2].tolist()), 20)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, N - 1), min_size=1, max_size=9), st.integers(0, 10**9))
 def test_an_item_depends_on_its_position_and_the_callers_generators_stay(numbers, position):
     held = noisy(0)
