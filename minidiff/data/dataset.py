@@ -99,22 +99,22 @@ class Items:
 
     def _image(self, number: int, image: Any) -> np.ndarray:
         """An image as uint8 or float32 (C, H, W)."""
-        if isinstance(image, Tensor):
-            array = image.detach().numpy(force=True)
-        elif isinstance(image, np.ndarray):
-            array = image.transpose(2, 0, 1) if image.ndim == 3 else image
-        elif hasattr(image, "getbands"):  # Pillow's
-            if image.mode not in ("L", "RGB"):
-                self._refuse(number, f"is a PIL image of mode {image.mode}, expected L or RGB")
-            array = np.asarray(image)
-            array = array.transpose(2, 0, 1) if array.ndim == 3 else array
-        else:
+        pillow = hasattr(image, "getbands")
+        if not (pillow or isinstance(image, Tensor | np.ndarray)):
             self._refuse(number, f"is {type(image).__name__}, expected a tensor (C, H, W), an "
                                  "array (H, W, C) or a PIL image")  # fmt: skip
+        if pillow and image.mode not in ("L", "RGB"):
+            self._refuse(number, f"is a PIL image of mode {image.mode}, expected L or RGB")
+        try:
+            array = _as_array(image)
+        except Exception as error:  # Pillow decodes now; some types of torch have no array
+            self._refuse(number, f"cannot be read as an array: {error}", error)
+        if array.ndim == 3 and not isinstance(image, Tensor):
+            array = array.transpose(2, 0, 1)
         array = array[None] if array.ndim == 2 else array
         if array.ndim != 3 or array.shape[0] not in (1, 3) or array.size == 0:
-            self._refuse(number, f"is an image of shape {tuple(image.shape)}, expected (C, H, W) "
-                                 "as a tensor or (H, W, C) as an array, C = 1 or 3")  # fmt: skip
+            self._refuse(number, f"is an image of shape {array.shape}, expected (C, H, W) with "
+                                 "C = 1 or 3; of an array (H, W, C)")  # fmt: skip
         return (
             self._bytes(number, array) if self.value_range is None else self._floats(number, array)
         )
@@ -142,6 +142,13 @@ class Items:
             return whole_number("label", label, 0, self.num_classes - 1)
         except InvalidArgument as error:
             self._refuse(number, f": {error}", error)
+
+
+def _as_array(image: Any) -> np.ndarray:
+    if not isinstance(image, Tensor):
+        return np.asarray(image)
+    tensor = image.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def from_dataset(
