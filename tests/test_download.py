@@ -281,6 +281,13 @@ def test_a_folder_that_cannot_be_written_is_no_mirrors_fault(tmp_path, server):
 # --- archives ----------------------------------------------------------------------------------
 
 
+def sparse(name: str, size: int) -> tuple[tarfile.TarInfo, bytes]:
+    """A file of one byte and a hole."""
+    info = tarfile.TarInfo(name)
+    info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(size)}
+    return info, b"x"
+
+
 def packed(path: Path, *entries: tuple[tarfile.TarInfo | str, bytes]) -> Path:
     """A .tar.gz of these members, their names unchecked."""
     with tarfile.open(path, "w:gz") as tar:
@@ -323,6 +330,7 @@ ATTACKS = {
     "hard link": special("top/link", tarfile.LNKTYPE, "top/first"),
     "device": special("top/null", tarfile.CHRTYPE),
     "pipe": special("top/pipe", tarfile.FIFOTYPE),
+    "sparse": sparse("top/sparse", 10**7),
     "the same again": ("top/first", b"x"),
     "the same, spelt otherwise": ("top/./first", b"x"),
     "over a file": ("top/first/under", b"x"),
