@@ -43,6 +43,8 @@ FLOORS = {
     "start": 3.3,
     "pipeline_input": 3.5,
     "pipeline": 4,
+    "edit": 5,
+    "windows": 5,
     "train": 5,  # it returns a Pipeline
     "run": 6,
     "demo": 7,
