@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from minidiff import pipeline_folder
 from minidiff.device import pick_device
-from minidiff.errors import CheckpointError, InvalidArgument, one_of, whole_number
+from minidiff.errors import CheckpointError, InvalidArgument, one_of, true_or_false, whole_number
 from minidiff.guidance import (
     Condition,
     Denoiser,
@@ -45,6 +45,7 @@ from minidiff.pipeline_input import (
     entry_of,
     guidance_of,
     number_of,
+    optional_function,
     parts_of,
     scale_of,
     sides_of,
@@ -190,6 +191,9 @@ class Pipeline:
         """
         # 1. condition
         one_of("output_type", output_type, OUTPUT_TYPES)
+        true_or_false("progress", progress)
+        optional_function("callback", callback)
+        optional_function("callback_on_step_end", callback_on_step_end)
         space = self.space
         original = original_of(image, mask_image, space.image_channels)
         told, n = told_of(

@@ -103,6 +103,12 @@ def texts_of(name: str, given: str | Sequence[str], n: int | None) -> list[str]:
     return list(texts)
 
 
+def optional_function(name: str, given: Any) -> None:
+    """Refuse what is neither a function nor None. Raises InvalidArgument."""
+    if given is not None and not callable(given):
+        raise InvalidArgument(f"{name} must be a function, or None; got {given!r}")
+
+
 def labels_of(
     given: int | Sequence[int] | Tensor | None, n: int | None, first: int, classes: int
 ) -> Tensor:
@@ -245,12 +251,11 @@ def guidance_of(
         if low >= high:
             raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
         interval = low, high
+    optional_function("guide", guide)
     if guide is None:
         guide = partial(rescaled, share=rescale) if rescale else extrapolated
     elif rescale:
         raise InvalidArgument("give either guide or guidance_rescale, not both")
-    elif not callable(guide):
-        raise InvalidArgument(f"guide must be a function of a pair and a scale, got {guide!r}")
     return Guidance(guide, interval)
 
 

@@ -55,6 +55,8 @@ FLOORS = {
     "train": 5,
     "snapshot": 5.3,
     "keeper": 5.6,
+    "edit": 5,
+    "windows": 5,
     "run": 6,
     "demo": 7,
     "cli": 8,
