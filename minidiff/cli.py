@@ -26,11 +26,13 @@ from minidiff.device import (
     pick_device,
     pick_dtype,
 )
+from minidiff.distributed import rank
 from minidiff.errors import (
     CheckpointError,
     InvalidArgument,
     MinidiffError,
     Stopped,
+    TrainingError,
     whole_number,
 )
 from minidiff.keeper import Saving
@@ -58,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except Stopped as stopped:
-        print(f"minidiff: {stopped}", file=sys.stderr)
+        if not rank():
+            print(f"minidiff: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\nminidiff: interrupted", file=sys.stderr)
@@ -66,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MinidiffError, OSError) as error:
         if options.debug:
             raise
+        if rank() and not isinstance(error, TrainingError):
+            return 1  # the process of rank 0 says it
         print(f"minidiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgument) else 1
     except (MemoryError, RuntimeError) as error:
@@ -304,11 +309,12 @@ def train(options: argparse.Namespace) -> None:
     saving = Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
     source = _source(options, preset)
     data = load(**source)
-    print(
+    say = _nothing if rank() else print
+    say(
         f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
     )
     run.train_into(options.out, config, data, device, saving=saving, load=source)
-    print(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
+    say(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -327,8 +333,13 @@ def _resume(options: argparse.Namespace) -> None:
             "minidiff.run.resume"
         )
     device = None if options.device == "auto" else options.device
+    say = _nothing if rank() else print
     run.resume(options.resume, load(**settings.data), device)
-    print(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+    say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+
+
+def _nothing(text: str) -> None:
+    """What a process that does not lead prints."""
 
 
 def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ that trains it knows neither.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,15 @@ class Learner(nn.Module):
     def __init__(self, unet: UNet, condition: ClassLabels | Texts) -> None:
         super().__init__()
         self.unet, self.condition = unet, condition
+        for name, layer in unet.named_modules():
+            if name.endswith("to_k") and layer.bias is not None:
+                # It adds the same to all scores of a query, which softmax does not see. Its
+                # gradient is rounding, and Adam would make whole steps of that.
+                layer.bias.requires_grad_(False)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @classmethod
     def of(cls, pipe: Pipeline) -> "Learner":
@@ -199,7 +208,11 @@ def _attention(config: TrainConfig, data: Data) -> dict[str, Any]:
     }
 
 
-def _groups(channels: tuple[int, ...]) -> int:
-    """Groups of 16 channels and multiples of it, which a CPU's vectors hold; else at most 8."""
+def _groups(channels: Sequence[int]) -> int:
+    """Groups of the norms: of 16 channels or multiples, which a CPU's vectors hold; else eight.
+
+    But none of one channel, whose mean it would hide.
+    """
     common = math.gcd(*channels)
-    return common // 16 if common % 16 == 0 else math.gcd(common, 8)
+    groups = common // 16 if common % 16 == 0 else math.gcd(common, 8)
+    return groups // 2 if groups == min(channels) and groups > 1 else groups

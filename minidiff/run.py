@@ -13,6 +13,7 @@ threads, in everything but the column "seconds" of its log.
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from minidiff import checkpoint, plot
 from minidiff.data import ImageData
 from minidiff.data.captions import CaptionedDigits
 from minidiff.device import pick_device
+from minidiff.distributed import World, own_device, rank, world
 from minidiff.errors import CheckpointError, Stopped
 from minidiff.keeper import Keeper, Log, Saving, Signals
 from minidiff.pipeline import Pipeline
@@ -118,13 +120,12 @@ def train_into(
         TrainingError: the loss is not finite. The log and the last pictures stay.
         Stopped: by SIGINT or SIGTERM, after the step under way, with everything saved.
     """
-    device, saving = pick_device(device), saving or Saving()
+    device, saving = own_device(pick_device(device)), saving or Saving()
     check(config, data)
     config = resolve(config, data)
-    out = create(
-        out, config, data, load=dict(load or {}), device=str(device), saving=asdict(saving)
-    )
-    return _run(out, config, data, device, saving)
+    if rank() == 0:
+        create(out, config, data, load=dict(load or {}), device=device.type, saving=asdict(saving))
+    return _run(Path(out), config, data, device, saving)
 
 
 def resume(
@@ -148,7 +149,7 @@ def resume(
     settings = read_settings(out)
     if (now := _about(data)) != settings.about:
         raise CheckpointError(f"{out}: was trained on {settings.about}, the data are {now}")
-    device = pick_device(settings.device if device is None else device)
+    device = own_device(pick_device(settings.device if device is None else device))
     return _run(Path(out), settings.config, data, device, settings.saving, say)
 
 
@@ -160,32 +161,41 @@ def _run(
     saving: Saving,
     say: Callable[[str], None] = print,
 ) -> Pipeline:
+    """Train on this process, and the others that torchrun started; that of rank 0 writes."""
+    leads = rank() == 0
+    if leads:
+        _clear_leftovers(out)
+    log, signals = Log(out / LOG) if leads else None, Signals()
+    keeper = Keeper(out, saving, log, signals, say if leads else _nothing)
+
     prompts = data.captions(torch.arange(100)) if isinstance(data, CaptionedDigits) else None
 
     def picture(pipe: Pipeline, step: int) -> None:
-        write_samples(pipe, out / f"samples-{step:06d}.png", prompts=prompts)
+        if leads:
+            write_samples(pipe, out / f"samples-{step:06d}.png", prompts=prompts)
 
-    _clear_leftovers(out)
-    log, signals = Log(out / LOG), Signals()
-    keeper = Keeper(out, saving, log, signals, say)
-    try:
+    with closing(log) if leads else nullcontext(), world(device) as processes:
         with signals.watch():
             pipe = train_with_bar(
-                config, data, device, log.append, picture, keeper.begin, keeper.after
+                config, data, device, log.append if leads else _nothing, picture,
+                begin=keeper.begin, after=keeper.after, world=processes,
+            )  # fmt: skip
+        if keeper.stopped is not None:
+            step, number = keeper.stopped
+            raise Stopped(
+                f"stopped by {signal.Signals(number).name} and saved at step {step}; go on with: "
+                f"minidiff train --resume {out}",
+                number,
             )
-    finally:
-        log.close()
-    if keeper.stopped_at is not None:
-        name = signal.Signals(signals.caught).name
-        raise Stopped(
-            f"stopped by {name} and saved at step {keeper.stopped_at}; go on with: "
-            f"minidiff train --resume {out}",
-            signals.caught,
-        )
-    pipe.save_pretrained(out / MODEL)
-    if config.pictures:
-        write_samples(pipe, out / "samples.png", prompts=prompts)
+        if leads:
+            pipe.save_pretrained(out / MODEL)
+            if config.pictures:
+                write_samples(pipe, out / "samples.png", prompts=prompts)
     return pipe
+
+
+def _nothing(_: object) -> None:
+    """What a process that does not lead says and writes."""
 
 
 def train_with_bar(
@@ -196,12 +206,14 @@ def train_with_bar(
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
     begin: Callable[[Training], None] = lambda training: None,
     after: Callable[[Training], bool] = lambda training: False,
+    world: World | None = None,
 ) -> Pipeline:
     """`minidiff.train.train` with a progress bar of its budget, the loss and the time left."""
     in_steps = config.steps is not None
     bar = tqdm(
         total=config.steps if in_steps else max(1, round(60 * config.minutes)),
         desc="training",
+        disable=rank() != 0,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
     )
 
@@ -211,7 +223,8 @@ def train_with_bar(
         bar.set_postfix_str(f"step {row.step}, loss {row.loss:.4f}")
 
     with bar:
-        return train(config, data, device, report_and_show, picture, begin=begin, after=after)
+        return train(config, data, device, report_and_show, picture, begin=begin, after=after,
+                     world=world)  # fmt: skip
 
 
 def write_samples(

@@ -7,15 +7,17 @@ weights. The budget, minutes or steps, decides the whole learning-rate schedule.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from minidiff.average import EMA
-from minidiff.batches import DROPOUT, Batches
+from minidiff.batches import DROPOUT, Batch, Batches
 from minidiff.data import ImageData
 from minidiff.device import DTYPES, pick_device
+from minidiff.distributed import World
+from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
@@ -47,10 +49,13 @@ class Training:
         data: the images, moved to `device` whole.
         device: where to train.
         make_optimizer: see `train`.
+        world: the processes that train together.
     Attributes:
         learner: all that is trained, with the raw weights.
         average: of its weights.
-        optimizer, budget, batches, meter: what else a checkpoint keeps.
+        optimizer, budget, batches, meter: what else a snapshot keeps.
+        asks: says which signal asks this process to stop, 0 for none.
+        asked: the same, as all processes agree on it at the end of a step.
         result: a pipeline of the averaged weights.
     """
 
@@ -60,18 +65,23 @@ class Training:
         data: ImageData,
         device: torch.device,
         make_optimizer: MakeOptimizer | None = None,
+        world: World | None = None,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.world = config, device, world or World()
+        _check_parts(config, self.world)
         pipe, self.objective = build(config, data), config.objective()
         self.learner = Learner.of(pipe).to(device).train()
         self.average = EMA(self.learner, config.ema_half_life)
         self.result = self.average.model.pipeline(pipe).to(dtype=DTYPES[config.dtype])
-        self.optimizer = (make_optimizer or _adamw(config))(self.learner.parameters())
+        self.optimizer = (make_optimizer or _adamw(config))(self.learner.trained())
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         encode = (lambda x0: x0) if pipe.vae is None else pipe.vae.to_latents
         self.batches = Batches(
-            config, data.to(device), self.learner, self.objective, encode, device
+            config, data.to(device), self.learner, self.objective, encode, self.world.part, device
         )
+        self.synced = self.world.wrap(self.learner)
+        self.asks: Callable[[], int] = lambda: 0
+        self.asked = 0
         self.budget, self.guard = Budget(config), Guard(config, device)
         self.meter = Meter(config, self.guard)
 
@@ -81,12 +91,13 @@ class Training:
         batch = self.batches.take(self.budget.step, batch_size(config, progress))
         self._seed_dropout()
         total = torch.zeros((), device=self.device)
-        for z, told, eps, levels in batch.parts(config.accumulate):
-            loss = self.objective.loss(self._network(told), z, eps, levels.on(z))
-            loss = loss.sum() / len(batch.z)
-            loss.backward()
+        for last, part in _marking_the_last(batch.parts(config.accumulate)):
+            with nullcontext() if last else self.world.without_sync(self.synced):
+                loss = self._loss(part)
+                (loss * self.world.size).backward()  # gradients are averaged over processes
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip or math.inf)
+        total = self.world.total(total)
+        norm = self.world.clip(self.learner.trained(), config.clip or math.inf)
         if self.guard.passes(self.budget.step, total, norm):
             share = learning_rate(config, progress) / (config.learning_rate or 1)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -95,7 +106,15 @@ class Training:
             self.average.update(self.learner)
             self.meter.add(total)
         self.optimizer.zero_grad(set_to_none=True)
-        self.budget.tick()
+        now, asked = self.world.largest(self.budget.now(), self.asks())
+        self.budget.tick(now)
+        self.asked = int(asked)
+
+    def _loss(self, part: Batch) -> Tensor:
+        """What a part of the batch adds to the mean loss of all of it."""
+        _, z, told, eps, levels = part
+        losses = self.objective.loss(self._network(told), z, eps, levels.on(z))
+        return losses.sum() / part.size
 
     def _network(self, told: Tensor | None) -> Network:
         """The network under what it is told, its matrix work in the config's dtype."""
@@ -103,14 +122,15 @@ class Training:
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                return self.learner(x, t, told)
+                return self.synced(x, t, told)
 
         return network
 
     def _seed_dropout(self) -> None:
         """Nothing but dropout reads torch's global generators."""
         if self.config.dropout:
-            seed = stream_seed(self.config.seed, DROPOUT, self.budget.step)
+            stream = DROPOUT + self.world.rank
+            seed = stream_seed(self.config.seed, stream, self.budget.step)
             torch.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
@@ -133,6 +153,7 @@ def train(
     optimizer: MakeOptimizer | None = None,
     begin: Callable[[Training], None] = lambda training: None,
     after: Callable[[Training], bool] = lambda training: False,
+    world: World | None = None,
 ) -> Pipeline:
     """Train a pipeline until the budget is spent; returns it with the averaged weights.
 
@@ -148,12 +169,14 @@ def train(
             then rises and falls as the config's would.
         begin: called before the first step; may put the training where another one was.
         after: called after every step; True ends the run.
+        world: the processes that train together, each of which calls this; report, picture and
+            after are called on all of them.
     Raises:
         InvalidArgument: config and data do not fit together, or the device is not there.
-        TrainingError: the loss or the gradient is not finite.
+        TrainingError: the loss or the gradient is not finite, or a process is lost.
     """
     device = pick_device(device)
-    training = Training(resolve(config, data), data, device, optimizer)
+    training = Training(resolve(config, data), data, device, optimizer, world)
     begin(training)
     stopped, pictures = False, training.pictures()
     training.budget.start()
@@ -168,6 +191,20 @@ def train(
                 picture(training.result, training.budget.step)
             stopped = after(training)
     return training.result
+
+
+def _check_parts(config: TrainConfig, world: World) -> None:
+    if config.batch_size < (least := world.size * config.accumulate):
+        raise InvalidArgument(
+            f"batch_size must be at least {least}, an image for each of {config.accumulate} parts "
+            f"on each of {world.size} processes; got {config.batch_size}"
+        )
+
+
+def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:
+    *others, last = parts
+    yield from ((False, part) for part in others)
+    yield True, last
 
 
 def _adamw(config: TrainConfig) -> MakeOptimizer:

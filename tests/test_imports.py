@@ -50,6 +50,7 @@ FLOORS = {
     "pipeline_input": 3.5,
     "pipeline": 4,
     "learner": 4.5,  # it builds a Pipeline
+    "distributed": 4,
     "batches": 4.7,
     "progress": 4.7,
     "train": 5,

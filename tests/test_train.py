@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minidiff.data import ImageData, Stream, load
+from minidiff.distributed import World
 from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
 from minidiff.learner import ClassLabels, Learner
 from minidiff.presets import PRESETS
@@ -50,7 +51,8 @@ TEN = tuple("0123456789")
 def batches_of(config, data):
     learner = Learner(torch.nn.Identity(), ClassLabels(data.num_classes))
     objective = config.objective()
-    return Batches(config, data, learner, objective, lambda x0: x0, torch.device("cpu"))
+    part = World().part
+    return Batches(config, data, learner, objective, lambda x0: x0, part, torch.device("cpu"))
 
 
 def test_hidden_labels_have_the_share_that_was_asked_for():
