@@ -166,9 +166,11 @@ def _train_parser(commands: Any) -> None:
     command.description = textwrap.fill(command.description, 92)
     command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
     add = command.add_argument
-    add("--data", help="digits, mnist, captions, or a folder of images (sub-folders: classes); "
-        "default: the preset's")  # fmt: skip
-    add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
+    add("--data", help="digits, mnist, cifar10, captions, or a folder of images (sub-folders: "
+        "classes); default: the preset's")  # fmt: skip
+    add("--data-dir", help="where the files of MNIST or CIFAR-10 are (or set MINIDIFF_DATA)")
+    add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
+        "where its files are not there; checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
     add("--out", help="folder of the run; must be new or empty")
     add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
@@ -319,8 +321,18 @@ def train(options: argparse.Namespace) -> None:
 
 def _resume(options: argparse.Namespace) -> None:
     """minidiff train --resume"""
-    own = ("out", "data", "data_dir", "image_size", "preset", "config", "save_every", "keep_last")
-    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) is not None]
+    own = (
+        "out",
+        "data",
+        "data_dir",
+        "download",
+        "image_size",
+        "preset",
+        "config",
+        "save_every",
+        "keep_last",
+    )
+    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) not in (None, False)]
     if given:
         raise InvalidArgument(
             f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.data.augment import augmented
 from minidiff.data.captions import CaptionedDigits
 from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument
@@ -155,6 +156,12 @@ def check(config: TrainConfig, data: Data) -> None:
     with torch.device("meta"):
         _network(config, data)
         _prompts(config, data)
+    seen(config, data)
+
+
+def seen(config: TrainConfig, data: Data) -> Data:
+    """The data as training sees them, augmented. Raises InvalidArgument, see `augmented`."""
+    return augmented(data, shift=config.shift, flip=config.flip, seed=config.seed)
 
 
 def _prompts(config: TrainConfig, data: Data) -> WordPrompts | None:
@@ -167,6 +174,8 @@ def _prompts(config: TrainConfig, data: Data) -> WordPrompts | None:
 def _network(config: TrainConfig, data: Data) -> UNet:
     if not len(data):
         raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
+    if len(data.shape) != 3:
+        raise InvalidArgument(f"data must be images, {data.name} has items of shape {data.shape}")
     channels, height, width = data.shape
     if height % config.block or width % config.block:
         raise InvalidArgument(

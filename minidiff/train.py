@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from minidiff.average import EMA
 from minidiff.batches import DROPOUT, Batch, Batches
-from minidiff.data import ImageData
+from minidiff.data import Data
 from minidiff.device import DTYPES, pick_device
 from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
-from minidiff.learner import Learner, build, check, resolve
+from minidiff.learner import Learner, build, check, resolve, seen
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
 from minidiff.pipeline import Pipeline
@@ -62,7 +62,7 @@ class Training:
     def __init__(
         self,
         config: TrainConfig,
-        data: ImageData,
+        data: Data,
         device: torch.device,
         make_optimizer: MakeOptimizer | None = None,
         world: World | None = None,
@@ -77,7 +77,13 @@ class Training:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         encode = (lambda x0: x0) if pipe.vae is None else pipe.vae.to_latents
         self.batches = Batches(
-            config, data.to(device), self.learner, self.objective, encode, self.world.part, device
+            config,
+            seen(config, data).to(device),
+            self.learner,
+            self.objective,
+            encode,
+            self.world.part,
+            device,
         )
         self.synced = self.world.wrap(self.learner)
         self.asks: Callable[[], int] = lambda: 0
@@ -146,7 +152,7 @@ class Training:
 
 def train(
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: torch.device | str = "cpu",
     report: Callable[[Progress], None] = lambda row: None,
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,

@@ -90,6 +90,8 @@ class TrainConfig:
         "squaredcos_cap_v2", str,
     )  # fmt: skip
     num_train_timesteps: int = _option(1000, "steps of the noise schedule")
+    shift: int = _option(0, "move every image at random, by up to so many pixels along each axis")
+    flip: bool = _option(False, "mirror every second image; of photographs, never of digits")
     label_dropout: float = _option(
         0.1, "share of images whose class or caption is hidden, so that guidance is possible; with "
         "0 the network has no label for 'no class', and no guidance is stored"
@@ -141,6 +143,8 @@ class TrainConfig:
 
     def _check_objective(self) -> None:
         whole_number("num_train_timesteps", self.num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
+        whole_number("shift", self.shift, 0)
+        true_or_false("flip", self.flip)
         true_or_false("learn_variance", self.learn_variance)
         real_number("label_dropout", self.label_dropout, 0, 0.99)
         objective.check(**{name: getattr(self, name) for name in _OBJECTIVE})
