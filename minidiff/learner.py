@@ -116,14 +116,16 @@ def build(config: TrainConfig, data: Data) -> Pipeline:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
         unet, prompts = _network(config, data), _prompts(config, data)
+    guidable = config.label_dropout and (prompts or data.num_classes)
     return Pipeline(
         unet.to(memory_format=torch.channels_last),
         config.objective().scheduler,
         SpaceToDepth(config.block) if config.block > 1 else None,
         data.class_names,
-        config.guidance_scale if config.label_dropout and (prompts or data.num_classes) else 1.0,
+        config.guidance_scale if guidable else 1.0,
         config.num_inference_steps,
         prompts,
+        config.guidance_interval if guidable else None,
     )
 
 

@@ -244,19 +244,25 @@ def guidance_of(
     if any(asked.values()) and not possible:
         (name, *_) = (name for name, given in asked.items() if given)
         raise InvalidArgument(f"{name} needs guidance, which this model cannot have")
-    if interval is not None:
-        low, high = listed("guidance_interval", interval, 2)
-        low = real_number("guidance_interval", low, 0)
-        high = high if high == math.inf else real_number("guidance_interval", high, 0)
-        if low >= high:
-            raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
-        interval = low, high
+    interval = interval_of(interval)
     optional_function("guide", guide)
     if guide is None:
         guide = partial(rescaled, share=rescale) if rescale else extrapolated
     elif rescale:
         raise InvalidArgument("give either guide or guidance_rescale, not both")
     return Guidance(guide, interval)
+
+
+def interval_of(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """Two σ/α, the second of which may be infinite. Raises InvalidArgument."""
+    if interval is None:
+        return None
+    low, high = listed("guidance_interval", interval, 2)
+    low = real_number("guidance_interval", low, 0)
+    high = high if high == math.inf else real_number("guidance_interval", high, 0)
+    if low >= high:
+        raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
+    return low, high
 
 
 def step_options(scheduler: Scheduler, eta: float | None) -> dict[str, float]:

@@ -25,6 +25,7 @@ from minidiff.errors import (
 )
 from minidiff.noise import MAX_SEED
 from minidiff.objective import LOSS_WEIGHTS, NOISE_LEVELS, PREDICTION_TYPES, Objective
+from minidiff.pipeline_input import interval_of
 from minidiff.schedule import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
 
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
@@ -107,6 +108,9 @@ class TrainConfig:
 
     # What is stored for sampling, and seen on the way
     guidance_scale: float = _option(1.5, "stored with the model", flag="guidance")
+    guidance_interval: tuple[float, float] | None = _option(
+        None, "σ/α between which guidance leads, stored with the model", tuple, flag=""
+    )  # fmt: skip
     num_inference_steps: int = _option(10, "stored with the model", flag="sampling-steps")
     pictures: int = _option(4, "how many grids of samples to save along the way, the end included")
 
@@ -122,6 +126,7 @@ class TrainConfig:
         self._check_objective()
         self._check_network()
         real_number("guidance_scale", self.guidance_scale, -math.inf)
+        interval_of(self.guidance_interval)
         whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
         whole_number("pictures", self.pictures, 0)
 
@@ -202,8 +207,9 @@ def merged(*layers: Mapping[str, Any]) -> TrainConfig:
         result |= layer
     for name in result:
         one_of("option", name, OPTIONS)
-    if isinstance(result.get("channels"), list):
-        result["channels"] = tuple(result["channels"])  # JSON and TOML have lists
+    for name in ("channels", "guidance_interval"):
+        if isinstance(result.get(name), list):
+            result[name] = tuple(result[name])  # JSON and TOML have lists
     return TrainConfig(**result)
 
 

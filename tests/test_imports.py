@@ -40,7 +40,7 @@ FLOORS = {
     "prompt": 3,
     "objective": 3,
     "average": 3,
-    "train_config": 3.5,
+    "train_config": 3.6,
     "presets": 4,
     "pipeline_folder": 3.5,
     "pictures": 3,
