@@ -40,6 +40,7 @@ FLOORS = {
     "pipeline_folder": 3.5,
     "pipeline_input": 3.5,
     "pipeline": 4,
+    "evaluation": 5,
     "train": 5,  # it returns a Pipeline
     "run": 6,
     "demo": 7,
