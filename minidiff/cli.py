@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from minidiff import __version__, checkpoint, run
-from minidiff.data import DATA_VARIABLE, PUBLISHED, load
+from minidiff import __version__, checkpoint, evaluation, metrics, run
+from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, ImageData, load
 from minidiff.device import (
     DEVICES,
     DTYPES,
@@ -36,6 +36,7 @@ from minidiff.errors import (
     whole_number,
 )
 from minidiff.keeper import Saving
+from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED
 from minidiff.pipeline import Pipeline
 from minidiff.presets import PRESETS, Preset
@@ -238,15 +239,22 @@ def _evaluate_parser(commands: Any) -> None:
         "evaluate",
         evaluate,
         "measure how good a trained model is",
-        "Samples the model, classes in equal shares, and prints accuracy, Fréchet distance (‰ of "
-        "the real spread, on minidiff's own features; not FID) and coverage, with what real "
-        "images score beside them.",
+        "Prints one table by the protocol of minidiff/EVALUATION.md: accuracy, Fréchet distance "
+        "(‰ of the real spread, on minidiff's own features; not FID), kernel distance, density, "
+        "coverage, what a classifier learns from samples, how near they are to training images, "
+        "and bits per dimension, each with its spread over seeds and beside what real images "
+        "score.",
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
-    add("--num", type=int, help="how many samples; default: as many as there are test images")
-    add("--data", help="digits, mnist or captions; default: what the run was trained on")
-    add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
+    add("--quick", action="store_true", help="10,000 samples a seed, and less of the rest")
+    add("--num", type=int, help="samples a seed; default: 50,000, or as many as there are images")
+    add("--seeds", type=int, default=3, help="how many seeds, from --seed on")
+    add("--parts", type=_words, help=f"some of {','.join(evaluation.PARTS)}; default: all")
+    add("--data", help="a name or a folder; default: what the run was trained on")
+    add("--data-dir", help="where the published files of the data are (or set MINIDIFF_DATA)")
+    add("--classifier", help="a file of minidiff.train_classifier, for data without a shipped one")
+    add("--json", help="write every figure, seed and setting to this file")
     add("--png", help="write a grid of the first hundred samples to this file")
     _add_sampling(command)
 
@@ -258,6 +266,10 @@ def _add_sampling(command: Parser) -> None:
     add("--guidance", type=float, help="scale of guidance, 1 for none; default: the model's own")
     add("--eta", type=float, help="randomness of ddim, 0 to 1")
     add("--batch-size", type=int, default=250, help="pictures in memory at once")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _channels(text: str) -> tuple[int, ...]:
@@ -399,30 +411,56 @@ def sample(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """minidiff evaluate"""
     from minidiff import plot
-    from minidiff.metrics import Evaluator
 
-    if options.png:
-        checkpoint.ensure_writable(options.png)
+    if options.png is not None and options.png == options.json:
+        raise InvalidArgument(f"--png and --json must be two files, got {options.png} twice")
+    for path in filter(None, (options.png, options.json)):
+        checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    name = options.data or run.data_of(options.run)
-    if name == "captions":
+    if (options.data or run.data_of(options.run)) == "captions":
         return _evaluate_captions(pipe, options)
-    evaluator = Evaluator(name, options.data_dir, pick_device(options.device))
-    n = options.num if options.num is not None else evaluator.test_images
-    whole_number("num", n, evaluator.least)
-    if pipe.image_shape != evaluator.image_shape:
-        raise InvalidArgument(
-            f"data {name} has images of shape {evaluator.image_shape}, the model makes "
-            f"{pipe.image_shape}"
-        )
-    images, labels = _draw(pipe, options, n, {})
-    if options.png:
-        plot.save(plot.grid(images[:100], 10), options.png)
-    scores = evaluator.score(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels))
-    print(f"{n} samples, seed {options.seed}, {_setting(pipe, options)}")
-    print(f"model            {scores}")
-    print(f"real, held out   {evaluator.ceiling(min(n, evaluator.test_images))}")
-    print(f"real, training   {evaluator.floor(n)}")
+    train_images, test_images = _splits(options, pipe)
+    plan = evaluation.plan_for(
+        train_images, options.num, quick=options.quick, seed=options.seed, seeds=options.seeds
+    )
+    plan = replace(
+        plan,
+        parts=options.parts or evaluation.PARTS,
+        **{name: getattr(options, name) for name in ("steps", "guidance", "eta", "batch_size")},
+    )
+    samples: list[torch.Tensor] = []
+    report = evaluation.evaluate(
+        pipe, train_images, test_images, _classifier(options, train_images, pipe.device), plan,
+        first_samples=samples, progress=True,
+    )  # fmt: skip
+    if options.png and samples:
+        plot.save(plot.grid(samples[0].permute(0, 2, 3, 1).numpy(), 10), options.png)
+    if options.json:
+        checkpoint.write_json(options.json, report.as_json())
+    seeds = ", ".join(map(str, plan.seeds))
+    print(f"{plan.samples} samples a seed, seeds {seeds}, {_setting(pipe, options)}")
+    print(report)
+
+
+def _splits(options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
+    """Training and held-out images of what the model was trained on, in its size."""
+    name = options.data or run.data_of(options.run)
+    if options.data is None and name not in NAMES and not Path(name).is_dir():
+        raise InvalidArgument(f"the model was trained on {name}: say where it is, --data FOLDER")
+    _, height, width = pipe.image_shape
+    size = height if name not in NAMES and height == width else None
+    return tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+
+
+def _classifier(
+    options: argparse.Namespace, data: ImageData, device: torch.device
+) -> Classifier | None:
+    """The classifier that was named, the shipped one, or None where there is none."""
+    if options.classifier:
+        return metrics.read_classifier(options.classifier).to(device)
+    if data.name in metrics.shipped():
+        return metrics.load_classifier(data.name).to(device)
+    return None
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:

@@ -47,18 +47,6 @@ def test_the_same_seed_gives_the_same_file_whatever_the_batch_size(run_folder, t
     assert np.abs(arrays[0] - arrays[1]).max() <= 1
 
 
-def test_evaluate_prints_the_model_beside_the_ceiling_and_the_floor(run_folder, capsys):
-    call = ["evaluate", str(run_folder), "--num", "200", "--steps", "4", "--sampler", "ddim"]
-    assert main(call) == 0
-    out = capsys.readouterr().out
-    assert "200 samples, seed 0, ddim, 4 steps, guidance 1.5" in out
-    assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
-        "model",
-        "real, held out",
-        "real, training",
-    ]
-
-
 def test_train_writes_a_run_that_says_everything_about_itself(run_folder, tmp_path):
     config = json.loads((run_folder / "config.json").read_text())
     assert config["data"] == {
@@ -165,7 +153,11 @@ def bad_mnist(folder, damage):
         ("evaluate RUN --num 5", 2, "192"),
         ("evaluate RUN/model --num 192", 1, "--data"),
         ("sample RUN --png OUT/x.png --device cuda:99", 2, "device cuda:99 is not available"),
-        ("evaluate RUN --data cats", 2, "digits and mnist"),
+        ("evaluate RUN --data cats", 2, "data must be one of digits, mnist"),
+        ("evaluate RUN --parts fid", 2, "samples, classifier, copying, likelihood"),
+        ("evaluate RUN --seeds 0", 2, "seeds must be in 1..100"),
+        ("evaluate RUN --png OUT/x --json OUT/x", 2, "two files"),
+        ("evaluate RUN --classifier NONE", 1, "no such file"),
         ("demo --minutes nan --out OUT", 2, "minutes must be"),
         ("demo --out FILE/x", 1, "cannot be written"),
     ],

@@ -58,6 +58,7 @@ FLOORS = {
     "keeper": 5.6,
     "edit": 5,
     "windows": 5,
+    "evaluation": 5,
     "run": 6,
     "demo": 7,
     "cli": 8,
