@@ -17,6 +17,7 @@ from minidiff.data import load
 from minidiff.device import DEVICES, DTYPES, describe, pick_device, pick_dtype
 from minidiff.errors import InvalidArgument, MinidiffError, whole_number
 from minidiff.noise import MAX_SEED
+from minidiff.pictures import MODES, read_picture
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import PREDICTION_TYPES
 from minidiff.samplers import SAMPLERS, sampler
@@ -152,14 +153,26 @@ def _sample_parser(commands: Any) -> None:
         "sample",
         sample,
         "make pictures with a trained model",
-        "Makes pictures with a run or a model folder. Without --sampler, --steps and --guidance "
-        "the model's own setting is used, fixed when it was trained. Image i of a seed is the "
-        "same picture whatever the batch size.",
+        "Makes pictures with a run or a model folder, or changes one with --image and --mask. "
+        "Without --sampler, --steps and --guidance the model's own setting is used, fixed when it "
+        "was trained. Image i of a seed is the same picture whatever the batch size.",
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
+    add("text", nargs="?", help="what to draw, for a model of texts; the same as --prompt")
+    add("--prompt", help="what to draw, for a model of texts")
+    add("--negative", help="a text to lead away from")
     add("--num", type=int, default=100, help="how many pictures")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
+    add("--image", help="a picture to start from, of the size to be made; read in the model's "
+        "colours")  # fmt: skip
+    add("--strength", type=float, help="how far to go from --image, 0 to 1; default: 0.8, or 1 "
+        "with --mask")  # fmt: skip
+    add("--mask", help="a picture, white where --image is to be replaced, grey where blended")
+    add("--guidance-rescale", type=float, default=0.0, help="0 to 1: keep the spread of what is "
+        "guided")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide between "
+        "these two σ/α alone")  # fmt: skip
     add("--png", help="write a grid of the pictures to this file")
     add("--npz", help="write images (uint8, N×H×W×C) and labels to this file")
     _add_sampling(command)
@@ -252,8 +265,21 @@ def sample(options: argparse.Namespace) -> None:
         raise InvalidArgument(f"--png and --npz must be two files, got {options.png} twice")
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
+    if None not in (options.text, options.prompt):
+        raise InvalidArgument(f"give one text, got {options.text!r} and {options.prompt!r}")
     pipe = _pipeline(options)
-    images, labels = _draw(pipe, options, options.num, options.label)
+    mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
+    images, labels = _draw(
+        pipe, options, options.num,
+        prompt=options.text if options.prompt is None else options.prompt,
+        negative_prompt=options.negative,
+        class_labels=options.label,
+        image=None if options.image is None else read_picture(options.image, mode),
+        mask_image=None if options.mask is None else read_picture(options.mask, "L"),
+        strength=options.strength,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval,
+    )  # fmt: skip
     if options.png:
         columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
@@ -280,7 +306,7 @@ def evaluate(options: argparse.Namespace) -> None:
             f"data {name} has images of shape {evaluator.image_shape}, the model makes "
             f"{pipe.image_shape}"
         )
-    images, labels = _draw(pipe, options, n, None)
+    images, labels = _draw(pipe, options, n)
     if options.png:
         plot.save(plot.grid(images[:100], 10), options.png)
     scores = evaluator.score(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels))
@@ -302,9 +328,9 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     return pipe
 
 
-def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, label: int | None) -> tuple:
+def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tuple:
     result = pipe(
-        class_labels=label,
+        **more,
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
