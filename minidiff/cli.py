@@ -38,6 +38,7 @@ from minidiff.errors import (
 from minidiff.keeper import Saving
 from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED
+from minidiff.pictures import MODES, read_picture
 from minidiff.pipeline import Pipeline
 from minidiff.presets import PRESETS, Preset
 from minidiff.samplers import SAMPLERS, sampler
@@ -218,16 +219,25 @@ def _sample_parser(commands: Any) -> None:
         "sample",
         sample,
         "make pictures with a trained model",
-        "Makes pictures with a run or a model folder. Without --sampler, --steps and --guidance "
-        "the model's own setting is used, fixed when it was trained. Image i of a seed is the "
-        "same picture whatever the batch size.",
+        "Makes pictures with a run or a model folder, or changes one with --image and --mask. "
+        "Without --sampler, --steps and --guidance the model's own setting is used, fixed when it "
+        "was trained. Image i of a seed is the same picture whatever the batch size.",
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
-    add("prompt", nargs="?", help="what to draw, for a model that was trained on captions")
+    add("text", nargs="?", help="what to draw, for a model that was trained on captions")
     add("--negative", metavar="TEXT", help="what not to draw")
     add("--num", type=int, default=100, help="how many pictures")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
+    add("--image", help="a picture to start from, of the size to be made; read in the model's "
+        "colours")  # fmt: skip
+    add("--strength", type=float, help="how far to go from --image, 0 to 1; default: 0.8, or 1 "
+        "with --mask")  # fmt: skip
+    add("--mask", help="a picture, white where --image is to be replaced, grey where blended")
+    add("--guidance-rescale", type=float, default=0.0, help="0 to 1: keep the spread of what is "
+        "guided")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide between "
+        "these two σ/α alone")  # fmt: skip
     add("--png", help="write a grid of the pictures to this file")
     add("--npz", help="write images (uint8, N×H×W×C) and labels to this file")
     _add_sampling(command)
@@ -395,10 +405,19 @@ def sample(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    told = {"class_labels": options.label, "negative_prompt": options.negative}
-    if options.prompt is not None or pipe.prompts is not None:
-        told["prompt"] = options.prompt or ""
-    images, labels = _draw(pipe, options, options.num, told)
+    mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
+    text = "" if options.text is None and pipe.prompts is not None else options.text
+    images, labels = _draw(
+        pipe, options, options.num,
+        prompt=text,
+        negative_prompt=options.negative,
+        class_labels=options.label,
+        image=None if options.image is None else read_picture(options.image, mode),
+        mask_image=None if options.mask is None else read_picture(options.mask, "L"),
+        strength=options.strength,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval,
+    )  # fmt: skip
     if options.png:
         columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
@@ -485,7 +504,7 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
     shown = []
 
     def draw(prompts: list[str]) -> torch.Tensor:
-        images, _ = _draw(pipe, options, len(prompts), {"prompt": prompts})
+        images, _ = _draw(pipe, options, len(prompts), prompt=prompts)
         shown.append(images)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
@@ -496,10 +515,10 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
         plot.save(plot.grid(shown[0][:100], 10), options.png)
 
 
-def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, told: dict[str, Any]) -> tuple:
-    """n pictures and their labels; `told` are the pipeline's arguments that say what to draw."""
+def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tuple:
+    """n pictures and their labels; `more` are further arguments of the pipeline."""
     result = pipe(
-        **told,
+        **more,
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,

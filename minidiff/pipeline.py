@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from minidiff import pipeline_folder
 from minidiff.device import pick_device
-from minidiff.errors import CheckpointError, InvalidArgument, one_of, true_or_false, whole_number
+from minidiff.errors import CheckpointError, InvalidArgument, true_or_false, whole_number
 from minidiff.guidance import (
     Condition,
     Denoiser,
@@ -33,7 +33,7 @@ from minidiff.inpaint import length, repaint
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.nn.embeddings import SinusoidalTime
 from minidiff.noise import Generators
-from minidiff.pictures import OUTPUT_TYPES, as_output, original_of
+from minidiff.pictures import as_output, check_output, original_of
 from minidiff.pipeline_input import (
     EXTRAPOLATED,
     Guidance,
@@ -194,12 +194,14 @@ class Pipeline:
             InvalidArgument: names the argument, before a network runs.
         """
         # 1. condition
-        one_of("output_type", output_type, OUTPUT_TYPES)
+        space = self.space
+        check_output(output_type, space.image_channels)
         true_or_false("progress", progress)
         optional_function("callback", callback)
         optional_function("callback_on_step_end", callback_on_step_end)
-        space = self.space
-        original = original_of(image, mask_image, space.image_channels)
+        original = original_of(
+            image, mask_image, space.image_channels, needs_mask=space.is_told_mask
+        )
         told, n = told_of(
             prompt, class_labels, number_of(num_images, num_images_per_prompt, original),
             num_images_per_prompt, first_index, self.prompts, self.class_names,

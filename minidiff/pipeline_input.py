@@ -321,12 +321,12 @@ def walks_of(
     Raises InvalidArgument: RePaint's numbers are out of range, or it is asked for without a mask,
     or for a sampler that asks the network more than once a step.
     """
-    whole_number("resamples", resamples, 1, 1000)
-    whole_number("jump_length", jump_length, 1, max(1, len(scheduler.grid) - begin - 1))
     end = len(scheduler.grid)
-    if resamples == 1:
-        if jump_length != 1:
-            raise InvalidArgument(f"jump_length needs resamples above 1, got {jump_length}")
+    whole_number("resamples", resamples, 1, 1000)
+    whole_number("jump_length", jump_length, 1, max(1, end - begin - 1))
+    if resamples == 1 and jump_length != 1:
+        raise InvalidArgument(f"jump_length needs resamples above 1, got {jump_length}")
+    if resamples == 1 or begin == end:
         return [Stretch(begin, end)] if begin < end else []
     if original is None or original.mask is None:
         raise InvalidArgument(f"resamples needs a mask_image to fit in, got {resamples}")
