@@ -79,8 +79,8 @@ class Batches:
         """
         self.host.manual_seed(stream_seed(self.config.seed, LEVELS, step))
         self.noise.manual_seed(stream_seed(self.config.seed, NOISE, step))
-        own = self.part(size)
-        images, told = self.data.batch(self.stream.take(size)[own])
+        own, position = self.part(size), self.stream.position
+        images, told = self.data.batch(self.stream.take(size)[own], position + own.start)
         z = self.encode(images).to(memory_format=torch.channels_last)
         hidden = torch.rand(size, generator=self.host) < self.config.label_dropout
         levels = self.objective.levels(quantiles(size, self.host)[own])

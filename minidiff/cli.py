@@ -16,9 +16,16 @@ from typing import Any, NoReturn
 
 import torch
 
-from minidiff import __version__, checkpoint, run
-from minidiff.data import DATA_VARIABLE, NAMES, load
-from minidiff.device import DEVICES, DTYPES, describe, pick_device, pick_dtype
+from minidiff import __version__, checkpoint, evaluation, metrics, run
+from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, ImageData, load
+from minidiff.device import (
+    DEVICES,
+    DTYPES,
+    describe,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+)
 from minidiff.distributed import rank
 from minidiff.errors import (
     CheckpointError,
@@ -29,7 +36,9 @@ from minidiff.errors import (
     whole_number,
 )
 from minidiff.keeper import Saving
+from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED
+from minidiff.pictures import MODES, read_picture
 from minidiff.pipeline import Pipeline
 from minidiff.presets import PRESETS, Preset
 from minidiff.samplers import SAMPLERS, sampler
@@ -48,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that has no "‰" shows "?", not a traceback
             stream.reconfigure(errors="replace")
+    keep_freed_memory()
     options = parser().parse_args(arguments)
     try:
         options.command(options)
@@ -158,9 +168,11 @@ def _train_parser(commands: Any) -> None:
     command.description = textwrap.fill(command.description, 92)
     command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
     add = command.add_argument
-    add("--data", help="digits, mnist, or a folder of images (sub-folders: classes); default: the "
-        "preset's")  # fmt: skip
-    add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
+    add("--data", help="digits, mnist, cifar10, captions, or a folder of images (sub-folders: "
+        "classes); default: the preset's")  # fmt: skip
+    add("--data-dir", help="where the files of MNIST or CIFAR-10 are (or set MINIDIFF_DATA)")
+    add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
+        "where its files are not there; checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
     add("--out", help="folder of the run; must be new or empty")
     add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
@@ -209,14 +221,25 @@ def _sample_parser(commands: Any) -> None:
         "sample",
         sample,
         "make pictures with a trained model",
-        "Makes pictures with a run or a model folder. Without --sampler, --steps and --guidance "
-        "the model's own setting is used, fixed when it was trained. Image i of a seed is the "
-        "same picture whatever the batch size.",
+        "Makes pictures with a run or a model folder, or changes one with --image and --mask. "
+        "Without --sampler, --steps and --guidance the model's own setting is used, fixed when it "
+        "was trained. Image i of a seed is the same picture whatever the batch size.",
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
+    add("text", nargs="?", help="what to draw, for a model that was trained on captions")
+    add("--negative", metavar="TEXT", help="what not to draw")
     add("--num", type=int, default=100, help="how many pictures")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
+    add("--image", help="a picture to start from, of the size to be made; read in the model's "
+        "colours")  # fmt: skip
+    add("--strength", type=float, help="how far to go from --image, 0 to 1; default: 0.8, or 1 "
+        "with --mask")  # fmt: skip
+    add("--mask", help="a picture, white where --image is to be replaced, grey where blended")
+    add("--guidance-rescale", type=float, default=0.0, help="0 to 1: keep the spread of what is "
+        "guided")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide between "
+        "these two σ/α alone")  # fmt: skip
     add("--png", help="write a grid of the pictures to this file")
     add("--npz", help="write images (uint8, N×H×W×C) and labels to this file")
     _add_sampling(command)
@@ -228,15 +251,22 @@ def _evaluate_parser(commands: Any) -> None:
         "evaluate",
         evaluate,
         "measure how good a trained model is",
-        "Samples the model, classes in equal shares, and prints accuracy, Fréchet distance (‰ of "
-        "the real spread, on minidiff's own features; not FID) and coverage, with what real "
-        "images score beside them.",
+        "Prints one table by the protocol of minidiff/EVALUATION.md: accuracy, Fréchet distance "
+        "(‰ of the real spread, on minidiff's own features; not FID), kernel distance, density, "
+        "coverage, what a classifier learns from samples, how near they are to training images, "
+        "and bits per dimension, each with its spread over seeds and beside what real images "
+        "score.",
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
-    add("--num", type=int, help="how many samples; default: as many as there are test images")
-    add("--data", help="digits or mnist; default: what the run was trained on")
-    add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
+    add("--quick", action="store_true", help="10,000 samples a seed, and less of the rest")
+    add("--num", type=int, help="samples a seed; default: 50,000, or as many as there are images")
+    add("--seeds", type=int, default=3, help="how many seeds, from --seed on")
+    add("--parts", type=_words, help=f"some of {','.join(evaluation.PARTS)}; default: all")
+    add("--data", help="a name or a folder; default: what the run was trained on")
+    add("--data-dir", help="where the published files of the data are (or set MINIDIFF_DATA)")
+    add("--classifier", help="a file of minidiff.train_classifier, for data without a shipped one")
+    add("--json", help="write every figure, seed and setting to this file")
     add("--png", help="write a grid of the first hundred samples to this file")
     _add_sampling(command)
 
@@ -248,6 +278,10 @@ def _add_sampling(command: Parser) -> None:
     add("--guidance", type=float, help="scale of guidance, 1 for none; default: the model's own")
     add("--eta", type=float, help="randomness of ddim, 0 to 1")
     add("--batch-size", type=int, default=250, help="pictures in memory at once")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _channels(text: str) -> tuple[int, ...]:
@@ -313,9 +347,19 @@ def train(options: argparse.Namespace) -> None:
 
 def _resume(options: argparse.Namespace) -> None:
     """minidiff train --resume"""
-    own = ("out", "data", "data_dir", "image_size", "preset", "config", "save_every", "keep_last")
-    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) is not None]
-    given += ["shard"] if options.shard else []
+    own = (
+        "out",
+        "data",
+        "data_dir",
+        "download",
+        "image_size",
+        "preset",
+        "config",
+        "save_every",
+        "keep_last",
+        "shard",
+    )
+    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) not in (None, False)]
     if given:
         raise InvalidArgument(
             f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "
@@ -343,7 +387,7 @@ def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any
     if name is None:
         raise InvalidArgument("give --data or --preset")
     folder = options.data_dir
-    if name in NAMES and name != "digits":
+    if name in PUBLISHED:
         folder = folder or os.environ.get(DATA_VARIABLE)
     elif Path(name).is_dir():
         name = str(Path(name).absolute())
@@ -366,7 +410,19 @@ def sample(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    images, labels = _draw(pipe, options, options.num, options.label)
+    mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
+    text = "" if options.text is None and pipe.prompts is not None else options.text
+    images, labels = _draw(
+        pipe, options, options.num,
+        prompt=text,
+        negative_prompt=options.negative,
+        class_labels=options.label,
+        image=None if options.image is None else read_picture(options.image, mode),
+        mask_image=None if options.mask is None else read_picture(options.mask, "L"),
+        strength=options.strength,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval,
+    )  # fmt: skip
     if options.png:
         columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
@@ -379,28 +435,56 @@ def sample(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """minidiff evaluate"""
     from minidiff import plot
-    from minidiff.metrics import Evaluator
 
-    if options.png:
-        checkpoint.ensure_writable(options.png)
+    if options.png is not None and options.png == options.json:
+        raise InvalidArgument(f"--png and --json must be two files, got {options.png} twice")
+    for path in filter(None, (options.png, options.json)):
+        checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
+    if (options.data or run.data_of(options.run)) == "captions":
+        return _evaluate_captions(pipe, options)
+    train_images, test_images = _splits(options, pipe)
+    plan = evaluation.plan_for(
+        train_images, options.num, quick=options.quick, seed=options.seed, seeds=options.seeds
+    )
+    plan = replace(
+        plan,
+        parts=options.parts or evaluation.PARTS,
+        **{name: getattr(options, name) for name in ("steps", "guidance", "eta", "batch_size")},
+    )
+    samples: list[torch.Tensor] = []
+    report = evaluation.evaluate(
+        pipe, train_images, test_images, _classifier(options, train_images, pipe.device), plan,
+        first_samples=samples, progress=True,
+    )  # fmt: skip
+    if options.png and samples:
+        plot.save(plot.grid(samples[0].permute(0, 2, 3, 1).numpy(), 10), options.png)
+    if options.json:
+        checkpoint.write_json(options.json, report.as_json())
+    seeds = ", ".join(map(str, plan.seeds))
+    print(f"{plan.samples} samples a seed, seeds {seeds}, {_setting(pipe, options)}")
+    print(report)
+
+
+def _splits(options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
+    """Training and held-out images of what the model was trained on, in its size."""
     name = options.data or run.data_of(options.run)
-    evaluator = Evaluator(name, options.data_dir, pick_device(options.device))
-    n = options.num if options.num is not None else evaluator.test_images
-    whole_number("num", n, evaluator.least)
-    if pipe.image_shape != evaluator.image_shape:
-        raise InvalidArgument(
-            f"data {name} has images of shape {evaluator.image_shape}, the model makes "
-            f"{pipe.image_shape}"
-        )
-    images, labels = _draw(pipe, options, n, None)
-    if options.png:
-        plot.save(plot.grid(images[:100], 10), options.png)
-    scores = evaluator.score(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels))
-    print(f"{n} samples, seed {options.seed}, {_setting(pipe, options)}")
-    print(f"model            {scores}")
-    print(f"real, held out   {evaluator.ceiling(min(n, evaluator.test_images))}")
-    print(f"real, training   {evaluator.floor(n)}")
+    if options.data is None and name not in NAMES and not Path(name).is_dir():
+        raise InvalidArgument(f"the model was trained on {name}: say where it is, --data FOLDER")
+    _, height, width = pipe.image_shape
+    size = height if name not in NAMES and height == width else None
+    return tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+
+
+def _classifier(
+    options: argparse.Namespace, data: ImageData, device: torch.device
+) -> Classifier | None:
+    """The classifier that was named, the shipped one, or None where there is none."""
+    if options.classifier:
+        return metrics.read_classifier(options.classifier).to(device)
+    if data.name in metrics.shipped():
+        return metrics.load_classifier(data.name).to(device)
+    return None
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
@@ -415,9 +499,31 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     return pipe
 
 
-def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, label: int | None) -> tuple:
+def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
+    """minidiff evaluate, for a model that draws what a text says"""
+    from minidiff import plot
+    from minidiff.metrics import SceneEvaluator
+
+    evaluator = SceneEvaluator(pick_device(options.device))
+    n = 1000 if options.num is None else whole_number("num", options.num, 1)
+    shown = []
+
+    def draw(prompts: list[str]) -> torch.Tensor:
+        images, _ = _draw(pipe, options, len(prompts), prompt=prompts)
+        shown.append(images)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    print(f"seed {options.seed}, {_setting(pipe, options)}")
+    for line in evaluator.table(draw, n):
+        print(line, flush=True)
+    if options.png:
+        plot.save(plot.grid(shown[0][:100], 10), options.png)
+
+
+def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tuple:
+    """n pictures and their labels; `more` are further arguments of the pipeline."""
     result = pipe(
-        class_labels=label,
+        **more,
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,

@@ -12,18 +12,20 @@ threads, in everything but the column "seconds" of its log.
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import device as Device
 from tqdm.auto import tqdm
 
 from minidiff import checkpoint, plot
 from minidiff.data import ImageData
+from minidiff.data.captions import CaptionedDigits
 from minidiff.device import pick_device
 from minidiff.distributed import World, launched, own_device, rank, world
 from minidiff.errors import CheckpointError, InvalidArgument, Stopped, true_or_false
@@ -83,7 +85,7 @@ def write_config(out: Path, config: TrainConfig, data: ImageData, **others: Any)
 
 
 def _about(data: ImageData) -> dict[str, Any]:
-    shape = dict(zip(("channels", "height", "width"), data.images.shape[1:], strict=True))
+    shape = dict(zip(("channels", "height", "width"), data.shape, strict=True))
     return {"name": data.name, "images": len(data), **shape}
 
 
@@ -176,9 +178,11 @@ def _run(
     log, signals = Log(out / LOG) if leads else None, Signals()
     keeper = Keeper(out, saving, log, signals, say if leads else _nothing)
 
+    prompts = data.captions(torch.arange(100)) if isinstance(data, CaptionedDigits) else None
+
     def picture(pipe: Pipeline, step: int) -> None:
         if leads:
-            write_samples(pipe, out / f"samples-{step:06d}.png")
+            write_samples(pipe, out / f"samples-{step:06d}.png", prompts=prompts)
 
     with closing(log) if leads else nullcontext(), world(device, shard) as processes:
         with signals.watch():
@@ -196,7 +200,7 @@ def _run(
         if leads:
             pipe.save_pretrained(out / MODEL)
             if config.pictures:
-                write_samples(pipe, out / "samples.png")
+                write_samples(pipe, out / "samples.png", prompts=prompts)
     return pipe
 
 
@@ -233,10 +237,20 @@ def train_with_bar(
                      world=world)  # fmt: skip
 
 
-def write_samples(pipe: Pipeline, path: Path, rows: int = 10, seed: int = 0) -> np.ndarray:
-    """Write a grid of `rows` rows, one column a class (ten without classes); return the images."""
+def write_samples(
+    pipe: Pipeline,
+    path: Path,
+    rows: int = 10,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Write a grid of `rows` rows, one column a class (ten without classes); return the images.
+
+    Args:
+        prompts: one an image, for a pipeline that draws what a text says.
+    """
     columns = len(pipe.class_names) or 10
-    images = pipe(num_images=rows * columns, seed=seed, output_type="np").images
+    images = pipe(prompts, num_images=rows * columns, seed=seed, output_type="np").images
     plot.save(plot.grid(images, columns), path)
     return images
 

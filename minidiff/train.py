@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from minidiff.average import EMA
 from minidiff.batches import DROPOUT, Batch, Batches
-from minidiff.data import ImageData
+from minidiff.data import Data
 from minidiff.device import DTYPES, pick_device
 from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
-from minidiff.learner import ClassLabels, Learner, build, check, resolve
+from minidiff.learner import Learner, build, check, resolve, seen
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
 from minidiff.pipeline import Pipeline
@@ -62,7 +62,7 @@ class Training:
     def __init__(
         self,
         config: TrainConfig,
-        data: ImageData,
+        data: Data,
         device: torch.device,
         make_optimizer: MakeOptimizer | None = None,
         world: World | None = None,
@@ -70,18 +70,24 @@ class Training:
         self.config, self.device, self.world = config, device, world or World()
         _check_parts(config, self.world)
         pipe, self.objective = build(config, data), config.objective()
-        self.learner = Learner(pipe.unet, ClassLabels(data.num_classes)).to(device).train()
+        self.learner = Learner.of(pipe).to(device).train()
         self.average = EMA(self.learner, config.ema_half_life)
         splits = self.world.splits
         self._whole = copy.deepcopy(self.average.model) if splits else self.average.model
-        self._result = _with_unet(pipe, self._whole.unet).to(dtype=DTYPES[config.dtype])
+        self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
         for module in (self.learner, self.average.model):
             self.world.share(module)
         self.optimizer = (make_optimizer or _adamw(config))(self.learner.trained())
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         encode = (lambda x0: x0) if pipe.vae is None else pipe.vae.to_latents
         self.batches = Batches(
-            config, data.to(device), self.learner, self.objective, encode, self.world.part, device
+            config,
+            seen(config, data).to(device),
+            self.learner,
+            self.objective,
+            encode,
+            self.world.part,
+            device,
         )
         self.synced = self.world.wrap(self.learner)
         self.asks: Callable[[], int] = lambda: 0
@@ -157,7 +163,7 @@ class Training:
 
 def train(
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: torch.device | str = "cpu",
     report: Callable[[Progress], None] = lambda row: None,
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
@@ -226,12 +232,6 @@ def _adamw(config: TrainConfig) -> MakeOptimizer:
         weight_decay=config.weight_decay,
         fused=True,
     )
-
-
-def _with_unet(pipe: Pipeline, unet: nn.Module) -> Pipeline:
-    other = copy.copy(pipe)
-    other.unet = unet
-    return other
 
 
 @contextmanager

@@ -124,6 +124,12 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that were written beside the tensors of a file. Raises CheckpointError."""
+    with _opened(Path(path)) as file:
+        return file.metadata() or {}
+
+
 def read_one(entry: Stored) -> Tensor:
     """Read one tensor onto the CPU. Raises CheckpointError."""
     with _opened(entry.file) as file:

@@ -1,5 +1,7 @@
 """Metrics: closed forms, brute force, the shipped classifiers, and what each figure notices."""
 
+import dataclasses
+import json
 import math
 import os
 import shutil
@@ -10,8 +12,19 @@ from PIL import Image
 
 from minidiff import data, metrics, train_classifier
 from minidiff.errors import CheckpointError, InvalidArgument
-from minidiff.metrics import Evaluator, Moments, coverage, frechet_distance, moments
+from minidiff.metrics import (
+    Evaluator,
+    Moments,
+    copying,
+    coverage,
+    density_and_coverage,
+    frechet_distance,
+    kernel_distance,
+    moments,
+    neighbours,
+)
 from minidiff.nn.classifier import FeatureNet
+from minidiff.weights import write_tensors
 
 
 def _normal(*shape, seed=0):
@@ -76,19 +89,108 @@ def test_coverage_of_points_on_a_line_is_what_one_counts_by_hand():
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_coverage_in_chunks_is_brute_force(k, monkeypatch):
-    monkeypatch.setattr(metrics, "_MAX_DISTANCES", 130 * 50)  # chunks of 50, 50 and 30 rows
+def test_density_and_coverage_in_chunks_are_brute_force(k, monkeypatch):
+    monkeypatch.setattr(neighbours, "_MAX_DISTANCES", 130 * 50)  # chunks of 50, 50 and 30 rows
     real, fake = _normal(130, 4), _normal(70, 4, seed=1) + 0.5
-    covered = 0
+    inside, covered = 0, 0
     for i in range(len(real)):
         others = sorted((real[i] - real[j]).norm().item() for j in range(len(real)) if j != i)
-        covered += min((real[i] - y).norm().item() for y in fake) <= others[k - 1]
+        hits = sum((real[i] - y).norm().item() <= others[k - 1] for y in fake)
+        inside, covered = inside + hits, covered + (hits > 0)
+    expected = (inside / (k * len(fake)), covered / len(real))
+    assert density_and_coverage(real, fake, k) == pytest.approx(expected, rel=1e-12)
     assert coverage(real, fake, k) == covered / len(real)
 
 
 def test_coverage_of_equal_distributions_is_the_expected_one():
     shares = [coverage(_normal(1000, 3, seed=s), _normal(1000, 3, seed=s + 50)) for s in range(4)]
     assert sum(shares) / 4 == pytest.approx(1 - 2**-5, abs=0.01)
+
+
+def test_density_is_about_one_and_loses_the_share_of_samples_that_are_far_from_all_real_ones():
+    real = _normal(1000, 3)
+    densities = [density_and_coverage(real, _normal(1000, 3, seed=s))[0] for s in range(1, 5)]
+    assert sum(densities) / 4 == pytest.approx(1, abs=0.03)
+    fake = _normal(1000, 3, seed=1)
+    fake[:400] += 100
+    assert density_and_coverage(real, fake)[0] == pytest.approx(0.6, abs=0.05)
+
+
+def test_kernel_distance_is_the_double_sum_over_pairs():
+    x, y = _normal(40, 3), 1.2 * _normal(40, 3, seed=1) + 0.4
+    found, error = kernel_distance(x, y, block=20)
+    scale = (x - x.mean(0)).square().sum().div(39 * 3).sqrt()
+    x, y = (x - x.mean(0)) / scale, (y - x.mean(0)) / scale
+
+    def k(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    squared, spread = [], []
+    for part in (slice(0, 20), slice(20, 40)):
+        a, b = x[part], y[part]
+        pairs = [(i, j) for i in range(20) for j in range(20) if i != j]
+        inside = sum(k(a[i], a[j]) + k(b[i], b[j]) for i, j in pairs) / 380
+        across = sum(k(u, v) for u in a for v in b) / 400
+        squared.append((inside - 2 * across).item())
+        spread.append(
+            (sum(k(u, u) for u in a) / 20 - sum(k(a[i], a[j]) for i, j in pairs) / 380).item()
+        )
+    both = [1000 * s / (sum(spread) / 2) for s in squared]
+    assert found == pytest.approx(sum(both) / 2, rel=1e-9)
+    assert error == pytest.approx(abs(both[0] - both[1]) / 2, rel=1e-9)  # s/√2 of two values
+
+
+def test_kernel_distance_of_equal_distributions_is_zero_within_its_error():
+    found, error = kernel_distance(_normal(20_000, 4), _normal(20_000, 4, seed=1), block=500)
+    assert abs(found) < 3 * error
+    assert error < 1
+    shifted, _ = kernel_distance(_normal(20_000, 4), _normal(20_000, 4, seed=1) + 0.2, block=500)
+    assert shifted > 10 * error
+
+
+def test_kernel_distance_does_not_change_under_a_rotation_a_shift_and_a_common_scale():
+    x, y = _normal(300, 5), _normal(300, 5, seed=1) * 1.5
+    turned = _rotation(5)
+    found, _ = kernel_distance(7 * x @ turned + 3, 7 * y @ turned + 3)
+    assert found == pytest.approx(kernel_distance(x, y)[0], rel=1e-9)
+
+
+def test_kernel_distance_sees_what_the_frechet_distance_cannot():
+    skewed = _normal(20_000, 2, seed=1).square() - 1  # mean 0, variance 2, as the Gaussian below
+    gaussian = math.sqrt(2) * _normal(20_000, 2)
+    assert frechet_distance(gaussian, skewed) < 1
+    found, error = kernel_distance(gaussian, skewed)
+    assert found > 10 * error
+
+
+def test_nearest_distance_is_brute_force_and_exactly_zero_for_a_copy(monkeypatch):
+    monkeypatch.setattr(neighbours, "_IMAGES", 16)
+    monkeypatch.setattr(neighbours, "_MAX_DISTANCES", 16 * 7)  # several chunks on either side
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (50, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    samples = torch.randint(256, (20, 1, 6, 6), generator=generator, dtype=torch.uint8)
+    samples[3] = images[41]
+    found = neighbours.nearest_distance(samples, images)
+    expected = torch.cdist(samples.flatten(1).double(), images.flatten(1).double()).amin(dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-4)  # cdist is no 0 at a copy
+    assert found[3] == 0
+
+
+def test_copying_is_zero_for_copies_and_that_of_real_images_for_others():
+    train, test = data.load("digits").images, data.load("digits", "test").images
+    held_out, others = test[:1000], test[1000:]
+    real = copying(others, train, held_out)
+    assert 0.5 < real < 1  # there are ten times as many training images
+    assert copying(train[:500], train, held_out) == 0
+    noisy = (train[:500].int() + torch.randint(-4, 5, train[:500].shape)).clamp(0, 255)
+    assert copying(noisy.to(torch.uint8), train, held_out) < 0.5 * real
+
+
+def test_copying_refuses_images_that_cannot_be_compared():
+    images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    for wrong in (images.float(), images[:, :, 1:], images[:0]):
+        with pytest.raises(InvalidArgument, match="held_out must be at least one uint8 image"):
+            copying(images, images, wrong)
 
 
 @pytest.mark.parametrize("k", [0, 3])
@@ -112,7 +214,7 @@ def test_features_do_not_depend_on_the_batch_size():
     assert rows.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", data.NAMES)
+@pytest.mark.parametrize("name", ["digits", "mnist"])
 def test_shipped_weights_are_small(name):
     path = metrics.WEIGHTS / f"{name}.safetensors"
     assert path.stat().st_size < 1_000_000
@@ -236,6 +338,69 @@ def test_warped_images_keep_black_outside_and_are_not_flipped():
     assert (warped[..., :8].mean(dim=(1, 2, 3)) > warped[..., 8:].mean(dim=(1, 2, 3))).all()
 
 
+def test_photographs_are_mirrored_and_shifted_by_an_eighth_at_most():
+    column = torch.arange(16.0).expand(200, 1, 16, 16)  # every pixel says which column it is from
+    row = column.transpose(2, 3)
+    moved = train_classifier.flip_and_shift(
+        torch.cat([column, row], dim=1), torch.Generator().manual_seed(0)
+    )
+    assert moved.shape == (200, 2, 16, 16)
+    assert torch.equal(moved[:, 1, :, 0], moved[:, 1, :, 15])  # no rotation
+    slope = moved[:, 0, 8, 9] - moved[:, 0, 8, 8]
+    assert set(slope.tolist()) == {-1.0, 1.0}
+    assert 60 < (slope < 0).sum() < 140
+    shifts = moved[:, 1, 8, 0] - 8
+    assert set(shifts.tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+    unmirrored = moved[slope > 0][:, 0, 8, 8] - 8
+    assert set(unmirrored.tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+
+
+def test_the_classifier_of_photographs_learns_and_is_stored_in_less_than_a_megabyte(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(80) % 4
+    colours = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [160, 160, 30]])
+    noise = torch.randint(-30, 31, (80, 3, 16, 16), generator=generator)
+    images = (colours[labels][:, :, None, None] + noise).to(torch.uint8)
+    photos = data.ImageData("photos", images, labels, tuple("abcd"))
+    recipe = dataclasses.replace(
+        train_classifier.RECIPES["cifar10"], epochs=6, batch_size=20, learning_rate=0.05
+    )
+    losses = []
+    net = train_classifier.train(photos, recipe, lambda epoch, loss, _: losses.append(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    path = tmp_path / "photos.safetensors"
+    architecture = json.dumps(train_classifier.architecture(photos, recipe.network))
+    train_classifier.write_classifier(path, net, recipe.stored, {"architecture": architecture})
+    assert path.stat().st_size < 1_000_000
+    again = metrics.read_classifier(path)
+    assert metrics.read_digests(tmp_path / metrics.SUMS) == {path.name: metrics.sha256(path)}
+    for name, tensor in net.state_dict().items():  # it was rounded before, so nothing is lost
+        assert torch.equal(again.state_dict()[name], tensor), name
+    x = data.to_float(images[:4])
+    torch.testing.assert_close(again(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (None, "says of no classifier"),
+        ("[]", "must be a mapping"),
+        ("{", "says of no classifier"),
+        ('{"network": "transformer"}', "one of plain, residual"),
+        ('{"channels": 1, "depth": 3}', "takes no such arguments"),
+        ('{"channels": 1, "num_classes": 10, "widths": [32, 64, 1e9]}', "widths must be a whole"),
+        ('{"channels": 1, "num_classes": 10, "widths": [32, 64, 4096]}', "has shape"),
+        ('{"network": "residual", "channels": 1, "num_classes": 10}', "missing"),
+    ],
+)
+def test_a_file_that_is_no_classifier_is_refused(tmp_path, architecture, message):
+    path = tmp_path / "net.safetensors"
+    metadata = {} if architecture is None else {"architecture": architecture}
+    write_tensors(path, metrics.load_classifier("digits").state_dict(), metadata)
+    with pytest.raises(CheckpointError, match=message):
+        metrics.read_classifier(path)
+
+
 def test_training_learns_and_writes_weights_that_load(tmp_path):
     embedded = data.load("digits")
     for i in range(600):
@@ -248,7 +413,7 @@ def test_training_learns_and_writes_weights_that_load(tmp_path):
     metadata = metrics.read_metadata(out)
     assert metadata["data"] == "folder images"
     assert float(metadata["test_accuracy"]) > 0.5
-    net, test = metrics.load_classifier("digits", tmp_path), data.load("digits", "test")
+    net, test = metrics.read_classifier(out), data.load("digits", "test")
     predicted, _ = metrics.features(net, test.images[:500])
     assert metrics.accuracy(predicted, test.labels[:500]) > 0.5
 
@@ -264,6 +429,9 @@ def test_a_recipe_out_of_range_is_refused_in_one_line(tmp_path, option):
     [
         (lambda r, f: frechet_distance(r * math.nan, f), "finite"),
         (lambda r, f: frechet_distance(r * 0, f), "copies of one"),
+        (lambda r, f: kernel_distance(r * 0, f), "copies of one"),
+        (lambda r, f: kernel_distance(r, f[:1]), "number of samples must be at least 2"),
+        (lambda r, f: kernel_distance(r, f, block=1), "block must be at least 2"),
         (lambda r, f: coverage(r, f[:, :3]), r"\(M, D\)"),
         (lambda r, f: coverage(r, f * math.inf), "fake must be finite"),
     ],

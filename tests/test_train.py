@@ -10,8 +10,9 @@ from torch import nn
 from minidiff.data import ImageData, Stream, load
 from minidiff.distributed import World
 from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
+from minidiff.learner import ClassLabels, Learner
 from minidiff.presets import PRESETS
-from minidiff.train import Batches, ClassLabels, Learner, TrainConfig, batch_size, train
+from minidiff.train import Batches, TrainConfig, batch_size, train
 from minidiff.train_config import merged, options_of, read_options
 
 TINY = {"channels": (8, 8), "batch_size": 8, "pictures": 0}
@@ -222,7 +223,7 @@ def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
         def to(self, device):
             return self
 
-        def batch(self, index):
+        def batch(self, index, position=0):
             images, labels = super().batch(index)
             Broken.calls += 1
             return (images * float("nan") if Broken.calls in (2, 4) else images), labels

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minidiff.data.protocol import check_labels
 from minidiff.errors import InvalidArgument
 
 
@@ -36,25 +37,13 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
+        images = self.images
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise InvalidArgument(
                 "images must be uint8 (N, C, H, W) with C = 1 or 3, "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        if labels is None:
-            if self.class_names:
-                raise InvalidArgument(f"class_names must be () without labels: {self.class_names}")
-            return
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise InvalidArgument(
-                f"labels must be int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"
-            )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise InvalidArgument(
-                f"labels must be in 0..{self.num_classes - 1}, "
-                f"got {int(labels.min())}..{int(labels.max())}"
-            )
+        check_labels(self.labels, len(images), self.class_names)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,16 +53,23 @@ class ImageData:
         """How many classes the labels speak of; 0 without labels."""
         return len(self.class_names)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image: (C, H, W)."""
+        return tuple(self.images.shape[1:])
+
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with its tensors on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return ImageData(self.name, self.images.to(device), labels, self.class_names)
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """The images at `index`, as a network sees them.
 
         Args:
             index: int64 (B,), on any device.
+            position: of the first of them in the stream, see `minidiff.data.protocol.Data`; an
+                image is the same at every pass.
 
         Returns:
             x float32 (B, C, H, W) in [−1, 1] and the labels int64 (B,) or None, both on the

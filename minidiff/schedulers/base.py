@@ -396,6 +396,10 @@ class Scheduler:
         """The network's input for a sample; variance-preserving schedulers change nothing."""
         return sample
 
+    def shown(self, sample: Tensor, level: Level) -> Tensor:
+        """The same for a sample at any level."""
+        return sample
+
     def step(
         self,
         model_output: Tensor,
@@ -468,8 +472,18 @@ class Scheduler:
         """(x0, ε) that the output implies."""
         return split(out, x, now, self.config.prediction_type)
 
+    def split(self, model_output: Tensor, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """The clean sample and the noise, (x0, ε), that the output for x at a level implies.
+
+        Nothing is clipped. Of an output that also holds a learned variance only the prediction
+        is read.
+        """
+        if self.config.get("variance_type") in ("learned", "learned_range"):
+            model_output, _ = split_variance(model_output, x)
+        return self._split(model_output, x, level)
+
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
-        """What the network of this scheduler should say of α·x0 + σ·ε: the inverse of `_split`."""
+        """What the network of this scheduler should say of α·x0 + σ·ε: the inverse of `split`."""
         return target(x0, eps, level, self.config.prediction_type)
 
     def _levels_at(self, t: float) -> tuple[Level, Level]:

@@ -1,0 +1,119 @@
+"""The classifiers whose features samples are measured on: shipped, or read from a file.
+
+`minidiff.train_classifier` writes them, on real images only. A shipped file must be the published
+one, byte for byte: figures measured with other weights cannot be compared.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minidiff import data
+from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.nn.classifier import Classifier, build_classifier
+from minidiff.weights import headers, load_weights, read_metadata
+
+WEIGHTS = Path(__file__).parent.with_name("weights")
+SUMS = "SHA256SUMS"
+
+
+def shipped() -> list[str]:
+    """The names of the data sets that a classifier is shipped for. Raises CheckpointError."""
+    return [Path(file).stem for file in read_digests(WEIGHTS / SUMS)]
+
+
+def load_classifier(name: str, folder: str | Path = WEIGHTS) -> Classifier:
+    """The shipped classifier of a data set, on the CPU and in eval mode.
+
+    Raises:
+        InvalidArgument: for a data set without one.
+        CheckpointError: the weights are missing or not the published ones, by SHA-256.
+    """
+    if name not in (names := shipped()):
+        raise InvalidArgument(
+            f"a classifier is shipped for {' and '.join(names)}, not for {str(name)!r}, and "
+            "these metrics need one of that data: python -m minidiff.train_classifier trains it"
+        )
+    path = Path(folder) / f"{name}.safetensors"
+    expected = read_digests(path.with_name(SUMS)).get(path.name)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if expected is None:
+        raise CheckpointError(f"{path.with_name(SUMS)}: has no entry for {path.name}")
+    if (found := sha256(path)) != expected:
+        raise CheckpointError(
+            f"{path}: SHA-256 is {found[:12]}…, expected {expected[:12]}…; figures measured with "
+            "other weights cannot be compared"
+        )
+    return read_classifier(path)
+
+
+def read_classifier(path: str | Path) -> Classifier:
+    """A classifier from the file that `minidiff.train_classifier` wrote; in eval mode.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not one of those.
+    """
+    path = Path(path)
+    try:
+        architecture = json.loads(read_metadata(path)["architecture"])
+        with torch.device("meta"):  # no memory for what the file only claims to hold
+            net = build_classifier(architecture)
+    except (KeyError, ValueError) as error:  # an InvalidArgument is a ValueError
+        raise CheckpointError(
+            f"{path}: says of no classifier how it is built ({error}); "
+            "python -m minidiff.train_classifier writes such files"
+        ) from error
+    load_weights(net, headers([path]))
+    return net.to(memory_format=torch.channels_last).eval()
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_digests(path: Path) -> dict[str, str]:
+    """File name → SHA-256, from a file as `sha256sum` writes it. Raises CheckpointError."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a readable list of SHA-256 sums ({error})") from error
+    pairs = [line.split() for line in lines if line.strip()]
+    if any(len(pair) != 2 or len(pair[0]) != 64 for pair in pairs):
+        raise CheckpointError(f"{path}: every line must be a SHA-256 sum and a file name")
+    return {name: digest for digest, name in pairs}
+
+
+@torch.inference_mode()
+def features(net: Classifier, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """What the classifier makes of images.
+
+    Args:
+        net: in eval mode; the work is done on its device.
+        images: uint8 (N, C, H, W), on any device.
+        batch_size: bounds the memory; in eval mode the result does not depend on it.
+
+    Returns:
+        Predicted labels int64 (N,) and features float64 (N, D), both on the device of the net.
+    """
+    device = next(net.parameters()).device
+    labels, rows = [], []
+    for chunk in images.split(batch_size):
+        logits, feature = net(data.to_float(chunk.to(device)))
+        labels.append(logits.argmax(dim=1))
+        rows.append(feature.double())
+    return torch.cat(labels), torch.cat(rows)
+
+
+def accuracy(predicted: Tensor, intended: Tensor) -> float:
+    """The share of samples, in 0..1, whose predicted label (N,) is the intended one (N,)."""
+    if predicted.shape != intended.shape:
+        raise InvalidArgument(
+            f"predicted and intended labels must have one shape, got {tuple(predicted.shape)} "
+            f"and {tuple(intended.shape)}"
+        )
+    return (predicted == intended.to(predicted.device)).double().mean().item()
