@@ -101,6 +101,7 @@ def parser() -> Parser:
     _train_parser(commands)
     _sample_parser(commands)
     _evaluate_parser(commands)
+    _check_parser(commands)
     return root
 
 
@@ -271,6 +272,20 @@ def _evaluate_parser(commands: Any) -> None:
     _add_sampling(command)
 
 
+def _check_parser(commands: Any) -> None:
+    command = _command(
+        commands,
+        "check",
+        check,
+        "find out why samples of a run are noise",
+        "Looks at everything between the data and a sample: the range of the data, what the "
+        "network predicts and the scheduler reads, where sampling starts, the average, the loss "
+        "at every noise level, one batch learnt by heart, the sampler with a perfect network. "
+        "What is wrong comes with its likely cause and a remedy, and exit code 1.",
+    )
+    command.add_argument("run", help="a run folder")
+
+
 def _add_sampling(command: Parser) -> None:
     add = command.add_argument
     add("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own")
@@ -365,16 +380,21 @@ def _resume(options: argparse.Namespace) -> None:
             f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "
             f"--{given[0].replace('_', '-')}"
         )
-    settings = run.read_settings(options.resume)
-    if not settings.data:
-        raise CheckpointError(
-            f"{options.resume}: was trained from Python on data that only its program knows; use "
-            "minidiff.run.resume"
-        )
     device = None if options.device == "auto" else options.device
     say = _nothing if rank() else print
-    run.resume(options.resume, load(**settings.data), device)
+    run.resume(options.resume, load(**_told(options.resume, "resume")), device)
     say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+
+
+def _told(folder: str, function: str = "check") -> dict[str, Any]:
+    """The arguments of `load` that a run was told. Raises CheckpointError."""
+    settings = run.read_settings(folder)
+    if not settings.data:
+        raise CheckpointError(
+            f"{folder}: was trained from Python on data that only its program knows; use "
+            + {"resume": "minidiff.run.resume", "check": "minidiff.check.examine"}[function]
+        )
+    return settings.data
 
 
 def _nothing(text: str) -> None:
@@ -464,6 +484,20 @@ def evaluate(options: argparse.Namespace) -> None:
     seeds = ", ".join(map(str, plan.seeds))
     print(f"{plan.samples} samples a seed, seeds {seeds}, {_setting(pipe, options)}")
     print(report)
+
+
+def check(options: argparse.Namespace) -> None:
+    """minidiff check"""
+    from minidiff.check import examine
+
+    data = load(**_told(options.run))
+    bad = []
+    for finding in examine(options.run, data, pick_device(options.device)):
+        print(finding, flush=True)
+        if finding.good is False:
+            bad.append(finding.name)
+    if bad:
+        raise TrainingError(f"{options.run}: {', '.join(bad)} not as it should be, see above")
 
 
 def _splits(options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:

@@ -60,6 +60,7 @@ FLOORS = {
     "windows": 5,
     "evaluation": 5,
     "run": 6,
+    "check": 6.5,
     "demo": 7,
     "cli": 8,
     "__main__": 9,
