@@ -199,6 +199,8 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
     how = (
         {"action": "store_true"} if kind is bool else {"type": _channels if kind is tuple else kind}
     )
+    if values := option.metadata["values"]:
+        how |= {"nargs": len(values), "metavar": values}
     flag = option.metadata["flag"] or name.replace("_", "-")
     command.add_argument(
         f"--{flag}", dest=name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how

@@ -32,14 +32,19 @@ MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
 MAX_CONFIG_BYTES = 1 << 20
 
 
-def _option(default: Any, help: str, kind: type | None = None, flag: str | None = None) -> Any:
+def _option(
+    default: Any,
+    help: str,
+    kind: type | None = None,
+    flag: str | None = None,
+    values: tuple[str, ...] | None = None,
+) -> Any:
     """A field: its default, its sentence, the type of its values and its flag where not its name.
 
-    The flag "" is none: the command line has its own.
+    The flag "" is none: the command line has its own. `values` names those of a flag with several.
     """
-    return field(
-        default=default, metadata={"help": help, "type": kind or type(default), "flag": flag}
-    )
+    about = {"help": help, "type": kind or type(default), "flag": flag, "values": values}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ class TrainConfig:
     # What is stored for sampling, and seen on the way
     guidance_scale: float = _option(1.5, "stored with the model", flag="guidance")
     guidance_interval: tuple[float, float] | None = _option(
-        None, "σ/α between which guidance leads, stored with the model", tuple, flag=""
+        None, "σ/α between which guidance leads, stored with the model; default: everywhere", float,
+        values=("LOW", "HIGH"),
     )  # fmt: skip
     num_inference_steps: int = _option(10, "stored with the model", flag="sampling-steps")
     pictures: int = _option(4, "how many grids of samples to save along the way, the end included")
