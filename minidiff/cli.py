@@ -181,6 +181,8 @@ def _train_parser(commands: Any) -> None:
         "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
     add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
         "beside the one of the lowest running loss; default: 2")  # fmt: skip
+    add("--shard", action="store_true", help="under torchrun: the processes share the weights "
+        "(FSDP2), for a model that outgrows one GPU")  # fmt: skip
     add("--preset", choices=list(PRESETS), help="a recipe, see below")
     add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
         "TrainConfig; or a run's config.json")  # fmt: skip
@@ -339,7 +341,9 @@ def train(options: argparse.Namespace) -> None:
     say(
         f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
     )
-    run.train_into(options.out, config, data, device, saving=saving, load=source)
+    run.train_into(
+        options.out, config, data, device, saving=saving, load=source, shard=options.shard
+    )
     say(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
 
 
@@ -355,6 +359,7 @@ def _resume(options: argparse.Namespace) -> None:
         "config",
         "save_every",
         "keep_last",
+        "shard",
     )
     given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) not in (None, False)]
     if given:

@@ -69,8 +69,8 @@ class Learner(nn.Module):
     def __init__(self, unet: UNet, condition: ClassLabels | Texts) -> None:
         super().__init__()
         self.unet, self.condition = unet, condition
-        for name, layer in unet.named_modules():
-            if name.endswith("to_k") and layer.bias is not None:
+        for name, layer in self.named_modules():
+            if name.endswith((".to_k", ".k_proj")) and layer.bias is not None:
                 # It adds the same to all scores of a query, which softmax does not see. Its
                 # gradient is rounding, and Adam would make whole steps of that.
                 layer.bias.requires_grad_(False)

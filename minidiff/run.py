@@ -27,8 +27,8 @@ from minidiff import checkpoint, plot
 from minidiff.data import ImageData
 from minidiff.data.captions import CaptionedDigits
 from minidiff.device import pick_device
-from minidiff.distributed import World, own_device, rank, world
-from minidiff.errors import CheckpointError, Stopped
+from minidiff.distributed import World, launched, own_device, rank, world
+from minidiff.errors import CheckpointError, InvalidArgument, Stopped, true_or_false
 from minidiff.keeper import Keeper, Log, Saving, Signals
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline_folder import INDEX
@@ -53,6 +53,7 @@ class Settings(NamedTuple):
     about: dict[str, Any]
     device: str
     saving: Saving
+    shard: bool
 
 
 def create(out: str | Path, config: TrainConfig, data: ImageData, **others: Any) -> Path:
@@ -95,7 +96,10 @@ def read_settings(out: str | Path) -> Settings:
     try:
         train, load = dict(content["train"]), dict(content["load"])
         saving = Saving(**content["saving"])
-        return Settings(merged(train), load, content["data"], str(content["device"]), saving)
+        return Settings(
+            merged(train), load, content["data"], str(content["device"]), saving,
+            true_or_false("shard", content["shard"]),
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:  # InvalidArgument among them
         raise CheckpointError(f"{path}: not the config of a run ({error})") from error
 
@@ -108,12 +112,14 @@ def train_into(
     *,
     saving: Saving | None = None,
     load: Mapping[str, Any] | None = None,
+    shard: bool = False,
 ) -> Pipeline:
     """Train with a progress bar and keep everything in the folder `out`, see the module.
 
     Args:
         load: the arguments of `minidiff.data.load` that gave the data, so that the run can be
             continued without being told them again.
+        shard: whether the processes that torchrun started share the weights among them (FSDP2).
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
@@ -121,11 +127,14 @@ def train_into(
         Stopped: by SIGINT or SIGTERM, after the step under way, with everything saved.
     """
     device, saving = own_device(pick_device(device)), saving or Saving()
+    if true_or_false("shard", shard) and not launched():
+        raise InvalidArgument("shard is for several processes: torchrun --nproc_per_node K …")
     check(config, data)
     config = resolve(config, data)
     if rank() == 0:
-        create(out, config, data, load=dict(load or {}), device=device.type, saving=asdict(saving))
-    return _run(Path(out), config, data, device, saving)
+        others = {"device": device.type, "saving": asdict(saving), "shard": shard}
+        create(out, config, data, load=dict(load or {}), **others)
+    return _run(Path(out), config, data, device, saving, shard)
 
 
 def resume(
@@ -150,7 +159,7 @@ def resume(
     if (now := _about(data)) != settings.about:
         raise CheckpointError(f"{out}: was trained on {settings.about}, the data are {now}")
     device = own_device(pick_device(settings.device if device is None else device))
-    return _run(Path(out), settings.config, data, device, settings.saving, say)
+    return _run(Path(out), settings.config, data, device, settings.saving, settings.shard, say)
 
 
 def _run(
@@ -159,6 +168,7 @@ def _run(
     data: ImageData,
     device: Device,
     saving: Saving,
+    shard: bool,
     say: Callable[[str], None] = print,
 ) -> Pipeline:
     """Train on this process, and the others that torchrun started; that of rank 0 writes."""
@@ -174,7 +184,7 @@ def _run(
         if leads:
             write_samples(pipe, out / f"samples-{step:06d}.png", prompts=prompts)
 
-    with closing(log) if leads else nullcontext(), world(device) as processes:
+    with closing(log) if leads else nullcontext(), world(device, shard) as processes:
         with signals.watch():
             pipe = train_with_bar(
                 config, data, device, log.append if leads else _nothing, picture,

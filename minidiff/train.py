@@ -5,6 +5,7 @@ which images and how long, the config's. What is sampled from later is a running
 weights. The budget, minutes or steps, decides the whole learning-rate schedule.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -56,7 +57,6 @@ class Training:
         optimizer, budget, batches, meter: what else a snapshot keeps.
         asks: says which signal asks this process to stop, 0 for none.
         asked: the same, as all processes agree on it at the end of a step.
-        result: a pipeline of the averaged weights.
     """
 
     def __init__(
@@ -72,7 +72,11 @@ class Training:
         pipe, self.objective = build(config, data), config.objective()
         self.learner = Learner.of(pipe).to(device).train()
         self.average = EMA(self.learner, config.ema_half_life)
-        self.result = self.average.model.pipeline(pipe).to(dtype=DTYPES[config.dtype])
+        splits = self.world.splits
+        self._whole = copy.deepcopy(self.average.model) if splits else self.average.model
+        self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
+        for module in (self.learner, self.average.model):
+            self.world.share(module)
         self.optimizer = (make_optimizer or _adamw(config))(self.learner.trained())
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         encode = (lambda x0: x0) if pipe.vae is None else pipe.vae.to_latents
@@ -140,6 +144,13 @@ class Training:
             torch.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
+
+    @property
+    def result(self) -> Pipeline:
+        """A pipeline of the averaged weights; where they are shared out, all processes ask."""
+        if self.world.splits:
+            self._whole.load_state_dict(self.world.whole(self.average.model.state_dict()))
+        return self._result
 
     def row(self, last: bool = False) -> Progress | None:
         """A row for the log, where one is due."""

@@ -39,7 +39,7 @@ FLOORS = {
     "train_classifier": 3,
     "prompt": 3,
     "objective": 3,
-    "average": 3,
+    "average": 4.5,
     "train_config": 3.6,
     "presets": 4,
     "pipeline_folder": 3.5,
