@@ -20,6 +20,7 @@ import torch
 from import_time import cpu_name
 from torch import nn
 
+from minidiff.device import keep_freed_memory
 from minidiff.nn import UNet
 
 
@@ -153,6 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # for both of them
     diffusers.logging.set_verbosity_error()
     where = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     print(f"{where}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")

@@ -5,27 +5,43 @@ the traceback.
 """
 
 import argparse
+import os
 import sys
+import textwrap
+from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from minidiff import __version__, checkpoint, evaluation, metrics, run
-from minidiff.data import NAMES, SPLITS, ImageData, load
-from minidiff.device import DEVICES, DTYPES, describe, pick_device, pick_dtype
-from minidiff.errors import InvalidArgument, MinidiffError
+from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, TOYS, ImageData, load
+from minidiff.device import (
+    DEVICES,
+    DTYPES,
+    describe,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+)
+from minidiff.distributed import rank
+from minidiff.errors import (
+    CheckpointError,
+    InvalidArgument,
+    MinidiffError,
+    Stopped,
+    TrainingError,
+    whole_number,
+)
+from minidiff.keeper import Saving
 from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED
 from minidiff.pipeline import Pipeline
-from minidiff.prediction import PREDICTION_TYPES
+from minidiff.presets import PRESETS, Preset
 from minidiff.samplers import SAMPLERS, sampler
-from minidiff.schedule import BETA_SCHEDULES
-from minidiff.train import TrainConfig
-
-DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+from minidiff.train_config import OPTIONS, merged, options_of, read_options
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,15 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that has no "‰" shows "?", not a traceback
             stream.reconfigure(errors="replace")
+    keep_freed_memory()
     options = parser().parse_args(arguments)
     try:
         options.command(options)
+    except Stopped as stopped:
+        if not rank():
+            print(f"minidiff: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\nminidiff: interrupted", file=sys.stderr)
         return 130
     except (MinidiffError, OSError) as error:
         if options.debug:
             raise
+        if rank() and not isinstance(error, TrainingError):
+            return 1  # the process of rank 0 says it
         print(f"minidiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgument) else 1
     except (MemoryError, RuntimeError) as error:
@@ -80,7 +103,19 @@ def parser() -> Parser:
     return root
 
 
-def _command(commands: Any, name: str, function: Any, help: str, description: str) -> Parser:
+class _Verbatim(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the table of presets."""
+
+
+def _command(
+    commands: Any,
+    name: str,
+    function: Any,
+    help: str,
+    description: str,
+    seed: Any = 0,
+    dtype: Any = "auto",
+) -> Parser:
     command = commands.add_parser(
         name,
         help=help,
@@ -89,13 +124,13 @@ def _command(commands: Any, name: str, function: Any, help: str, description: st
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(command=function)
-    command.add_argument("--seed", type=int, default=0, help=f"0 to {MAX_SEED}")
+    command.add_argument("--seed", type=int, default=seed, help=f"0 to {MAX_SEED}")
     command.add_argument(
         "--device", default="auto", help=f"{', '.join(DEVICES)}; auto takes a GPU if there is one"
     )
     command.add_argument(
         "--dtype",
-        default="auto",
+        default=dtype,
         help=f"of the network: auto, {', '.join(DTYPES)}; auto is bfloat16 where the hardware has "
         "it (sample: float32)",
     )
@@ -123,29 +158,58 @@ def _train_parser(commands: Any) -> None:
         train,
         "train a model on digits, MNIST or a folder of images",
         "Trains a model within a budget of minutes or steps, which decides the whole "
-        "learning-rate schedule, and writes a run folder that sample and evaluate read.",
+        "learning-rate schedule, and writes a run folder that sample and evaluate read. A file "
+        "given with --config overrides the preset, flags override both.",
+        seed=argparse.SUPPRESS,
+        dtype=argparse.SUPPRESS,
     )
+    command.formatter_class = _Verbatim
+    command.description = textwrap.fill(command.description, 92)
+    command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
     add = command.add_argument
-    add("--data", required=True, help="digits, mnist, or a folder of images (sub-folders: classes)")
-    add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
+    add("--data", help="digits, mnist, cifar10, captions, or a folder of images (sub-folders: "
+        "classes); default: the preset's")  # fmt: skip
+    add("--data-dir", help="where the files of MNIST or CIFAR-10 are (or set MINIDIFF_DATA)")
+    add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
+        "where its files are not there; checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
-    add("--out", required=True, help="folder of the run; must be new or empty")
-    add("--minutes", type=float, help="budget in minutes of wall-clock time")
-    add("--steps", type=int, help="budget in optimizer steps, instead of minutes")
-    add("--batch-size", type=int, help="images a step")
-    add("--learning-rate", type=float, help="of AdamW, at its peak")
-    add("--label-dropout", type=float, help="share of images whose class is hidden")
-    add("--prediction-type", help=", ".join(PREDICTION_TYPES))
-    add("--beta-schedule", help=", ".join(BETA_SCHEDULES))
-    add("--block", type=int, help="side of the pixel blocks that become channels; 1 for none")
-    add("--channels", type=_channels, help="channels of each level, such as 48,96")
-    add("--layers", type=int, help="residual blocks a level")
-    add("--guidance", type=float, dest="guidance_scale", help="stored with the model")
-    add("--sampling-steps", type=int, dest="num_inference_steps", help="stored with the model")
-    add("--pictures", type=int, help="how many grids of samples to save along the way")
-    for action in command._actions:
-        if action.dest in DEFAULTS and action.dest not in ("minutes", "steps", "seed", "dtype"):
-            action.default = DEFAULTS[action.dest]
+    add("--out", help="folder of the run; must be new or empty")
+    add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
+        "newest snapshot that is whole; everything else is in its config.json")  # fmt: skip
+    add("--save-every", type=int, metavar="N", help="steps between snapshots; default: every five "
+        "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
+    add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
+        "beside the one of the lowest running loss; default: 2")  # fmt: skip
+    add("--preset", choices=list(PRESETS), help="a recipe, see below")
+    add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
+        "TrainConfig; or a run's config.json")  # fmt: skip
+    for name, option in OPTIONS.items():
+        if option.metadata["flag"] != "":
+            _add_option(command, name, option)
+
+
+def _add_option(command: Parser, name: str, option: Field) -> None:
+    """A flag for a field of TrainConfig; absent from the result unless given."""
+    kind, default = option.metadata["type"], option.default
+    help = option.metadata["help"]
+    if default is not None and kind is not bool:
+        shown = ",".join(map(str, default)) if kind is tuple else default
+        help += f" (default: {shown})"
+    how = (
+        {"action": "store_true"} if kind is bool else {"type": _channels if kind is tuple else kind}
+    )
+    flag = option.metadata["flag"] or name.replace("_", "-")
+    command.add_argument(
+        f"--{flag}", dest=name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how
+    )
+
+
+def _described(preset: tuple[str, Preset]) -> str:
+    """A preset as lines of --help."""
+    name, recipe = preset
+    options = ", ".join(f"{k} {v}" for k, v in options_of(recipe.train).items())
+    text = f"{recipe.why}. Data {recipe.data}; {options}"
+    return textwrap.fill(text, 92, initial_indent=f"  {name:<9} ", subsequent_indent=" " * 12)
 
 
 def _sample_parser(commands: Any) -> None:
@@ -160,6 +224,8 @@ def _sample_parser(commands: Any) -> None:
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
+    add("prompt", nargs="?", help="what to draw, for a model that was trained on captions")
+    add("--negative", metavar="TEXT", help="what not to draw")
     add("--num", type=int, default=100, help="how many pictures")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
     add("--png", help="write a grid of the pictures to this file")
@@ -183,10 +249,10 @@ def _evaluate_parser(commands: Any) -> None:
     add("run", help="a run folder, or the model folder in it")
     add("--quick", action="store_true", help="10,000 samples a seed, and less of the rest")
     add("--num", type=int, help="samples a seed; default: 50,000, or as many as there are images")
-    add("--seeds", type=int, default=3, help="how many seeds, from --seed on")
+    add("--seeds", type=int, default=3, help="how many seeds, from --seed on; captions: one")
     add("--parts", type=_words, help=f"some of {','.join(evaluation.PARTS)}; default: all")
     add("--data", help="a name or a folder; default: what the run was trained on")
-    add("--data-dir", help="where the published files of the data are (or set MINIDIFF_DATA)")
+    add("--data-dir", help=f"where the published files of the data are (or set {DATA_VARIABLE})")
     add("--classifier", help="a file of minidiff.train_classifier, for data without a shipped one")
     add("--json", help="write every figure, seed and setting to this file")
     add("--png", help="write a grid of the first hundred samples to this file")
@@ -223,13 +289,11 @@ def demo(options: argparse.Namespace) -> None:
     from minidiff.demo import demo as run_demo
 
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    config = TrainConfig(
+    config = replace(
+        PRESETS["digits"].train,
         minutes=options.minutes,
         seed=options.seed,
-        dtype=str(dtype).removeprefix("torch."),
-        channels=(32, 64),  # a small network learns sooner; a minute is short
-        guidance_scale=2.0,
+        dtype=_dtype_name(options.dtype, device),
         pictures=0,
     )
     run_demo(options.out, config, device)
@@ -245,14 +309,79 @@ def demo(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """minidiff train"""
+    if options.resume is not None:
+        return _resume(options)
+    if options.out is None:
+        raise InvalidArgument("give --out FOLDER, or --resume RUN")
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    chosen = {name: value for name, value in vars(options).items() if name in DEFAULTS}
-    config = TrainConfig(**chosen | {"dtype": str(dtype).removeprefix("torch.")})
-    data = load(options.data, data_dir=options.data_dir, image_size=options.image_size)
-    print(f"device: {describe(device, dtype)}; data: {len(data)} images of {data.name}")
-    run.train_into(options.out, config, data, device)
-    print(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
+    preset = PRESETS.get(options.preset)
+    layers = [{} if preset is None else options_of(preset.train)]
+    layers.append(read_options(options.config) if options.config else {})
+    layers.append({name: value for name, value in vars(options).items() if name in OPTIONS})
+    layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
+    config = merged(*layers)
+    saving = Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
+    source = _source(options, preset)
+    data = load(**source)
+    say = _nothing if rank() else print
+    say(
+        f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
+    )
+    run.train_into(options.out, config, data, device, saving=saving, load=source)
+    say(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
+
+
+def _resume(options: argparse.Namespace) -> None:
+    """minidiff train --resume"""
+    own = (
+        "out",
+        "data",
+        "data_dir",
+        "download",
+        "image_size",
+        "preset",
+        "config",
+        "save_every",
+        "keep_last",
+    )
+    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) not in (None, False)]
+    if given:
+        raise InvalidArgument(
+            f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "
+            f"--{given[0].replace('_', '-')}"
+        )
+    settings = run.read_settings(options.resume)
+    if not settings.data:
+        raise CheckpointError(
+            f"{options.resume}: was trained from Python on data that only its program knows; use "
+            "minidiff.run.resume"
+        )
+    device = None if options.device == "auto" else options.device
+    say = _nothing if rank() else print
+    run.resume(options.resume, load(**settings.data), device)
+    say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+
+
+def _nothing(text: str) -> None:
+    """What a process that does not lead prints."""
+
+
+def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any]:
+    """The arguments of `load`, the same whatever the working directory and the environment."""
+    name = options.data or (preset and preset.data)
+    if name is None:
+        raise InvalidArgument("give --data or --preset")
+    folder = options.data_dir
+    if name in PUBLISHED:
+        folder = folder or os.environ.get(DATA_VARIABLE)
+    elif Path(name).is_dir():
+        name = str(Path(name).absolute())
+    place = folder and str(Path(folder).absolute())
+    return {"name": name, "data_dir": place, "image_size": options.image_size}
+
+
+def _dtype_name(name: str, device: torch.device) -> str:
+    return str(pick_dtype(name, device)).removeprefix("torch.")
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -266,7 +395,10 @@ def sample(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    images, labels = _draw(pipe, options, options.num, options.label)
+    told = {"class_labels": options.label, "negative_prompt": options.negative}
+    if options.prompt is not None or pipe.prompts is not None:
+        told["prompt"] = options.prompt or ""
+    images, labels = _draw(pipe, options, options.num, told)
     if options.png:
         columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
@@ -285,7 +417,10 @@ def evaluate(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.json)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    train_images, test_images = _splits(options, pipe)
+    name = options.data or run.data_of(options.run)
+    if name == "captions":
+        return _evaluate_captions(pipe, options)
+    train_images, test_images = _splits(name, options, pipe)
     plan = evaluation.plan_for(
         train_images, options.num, quick=options.quick, seed=options.seed, seeds=options.seeds
     )
@@ -308,14 +443,16 @@ def evaluate(options: argparse.Namespace) -> None:
     print(report)
 
 
-def _splits(options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
+def _splits(name: str, options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
     """Training and held-out images of what the model was trained on, in its size."""
-    name = options.data or run.data_of(options.run)
-    if options.data is None and name not in NAMES and not Path(name).is_dir():
+    if options.data is None and name not in (*NAMES, *TOYS) and not Path(name).is_dir():
         raise InvalidArgument(f"the model was trained on {name}: say where it is, --data FOLDER")
     _, height, width = pipe.image_shape
-    size = height if name not in NAMES and height == width else None
-    return tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+    size = height if name not in (*NAMES, *TOYS) and height == width else None
+    splits = tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+    if not all(isinstance(split, ImageData) for split in splits):
+        raise InvalidArgument(f"data must be images to be measured by, {name} has none")
+    return splits
 
 
 def _classifier(
@@ -341,9 +478,36 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     return pipe
 
 
-def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, label: int | None) -> tuple:
+def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
+    """minidiff evaluate, for a model that draws what a text says"""
+    from minidiff import plot
+    from minidiff.metrics import SceneEvaluator
+
+    for name in ("quick", "parts", "classifier", "json"):
+        if getattr(options, name):
+            raise InvalidArgument(
+                f"--{name} is for pictures of classes or of nothing, not of texts"
+            )
+    evaluator = SceneEvaluator(pick_device(options.device))
+    n = 1000 if options.num is None else whole_number("num", options.num, 1)
+    shown = []
+
+    def draw(prompts: list[str]) -> torch.Tensor:
+        images, _ = _draw(pipe, options, len(prompts), {"prompt": prompts})
+        shown.append(images)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    print(f"seed {options.seed}, {_setting(pipe, options)}")
+    for line in evaluator.table(draw, n):
+        print(line, flush=True)
+    if options.png:
+        plot.save(plot.grid(shown[0][:100], 10), options.png)
+
+
+def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, told: dict[str, Any]) -> tuple:
+    """n pictures and their labels; `told` are the pipeline's arguments that say what to draw."""
     result = pipe(
-        class_labels=label,
+        **told,
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,

@@ -25,6 +25,18 @@ class TrainingError(MinidiffError):
     """Training cannot go on: the loss or a gradient is not finite."""
 
 
+class Stopped(MinidiffError):
+    """Training was asked to stop and did, with everything saved.
+
+    Attributes:
+        signal: the number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def one_of(name: str, value: object, allowed: object) -> None:
     """Refuse `value` unless it is one of `allowed`; the message lists them all."""
     if not isinstance(value, str | int | None) or value not in tuple(allowed):

@@ -30,6 +30,15 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
     return [torch.Generator().manual_seed(_mix(seed, number)) for number in numbers]
 
 
+def stream_seed(seed: int, stream: int, step: int) -> int:
+    """The seed of one of several streams of random numbers at a training step.
+
+    A step's numbers then depend on (seed, stream, step) alone: there is no state to keep between
+    steps, and none to lose. Steps of one stream never share a seed.
+    """
+    return _mix(_mix(seed, stream), step)
+
+
 def _mix(seed: int, index: int) -> int:
     """A 32-bit seed from (seed, index), different for all indices of one seed.
 

@@ -1,10 +1,11 @@
 """One pipeline: a network, a scheduler, and the whole way from a seed to pictures.
 
 `Pipeline.__call__` reads like the method: prepare the condition, prepare the start, loop, decode.
+Text-to-image, image-to-image and inpainting are its arguments.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,28 +15,53 @@ from tqdm.auto import tqdm
 
 from minidiff import pipeline_folder
 from minidiff.device import pick_device
-from minidiff.errors import CheckpointError, InvalidArgument, one_of, real_number, whole_number
+from minidiff.errors import CheckpointError, InvalidArgument, one_of, true_or_false, whole_number
 from minidiff.guidance import (
     Condition,
     Denoiser,
+    Network,
     autocast,
-    classifier_free,
+    beside,
+    both,
     conditional,
     each_tensor,
+    extrapolated,
     in_dtype,
+    within,
 )
+from minidiff.inpaint import length, repaint
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.nn.embeddings import SinusoidalTime
-from minidiff.noise import MAX_SEED, Generators
-from minidiff.pipeline_input import as_output, class_names_of, sources, starts, texts_of
+from minidiff.noise import Generators
+from minidiff.pictures import OUTPUT_TYPES, as_output, original_of
+from minidiff.pipeline_input import (
+    EXTRAPOLATED,
+    Guidance,
+    Guide,
+    StepEnd,
+    against_of,
+    check_parts,
+    class_names_of,
+    entry_of,
+    guidance_of,
+    number_of,
+    optional_function,
+    parts_of,
+    scale_of,
+    sides_of,
+    sources,
+    starts,
+    step_options,
+    told_of,
+    walks_of,
+    with_callback,
+)
 from minidiff.prompt import Prompts, PromptsXL
-from minidiff.sample import Step, trajectory
-from minidiff.schedulers import DDIMScheduler, Scheduler
+from minidiff.sample import Step, meaning_of
+from minidiff.schedulers import Scheduler
+from minidiff.space import Space
+from minidiff.start import start_of
 from minidiff.weights import DTYPES
-
-OUTPUT_TYPES = ("pil", "np", "pt")
-MAX_SIDE = 1 << 14
-MAX_IMAGES = 1_000_000  # they are held in memory; more than this is a typing error
 
 
 class PipelineOutput(NamedTuple):
@@ -79,35 +105,12 @@ class Pipeline:
     ) -> None:
         self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
         self.class_names = tuple(class_names_of(class_names, unet))
-        self._check_parts()
+        check_parts(unet, vae, prompts, self.class_names, self.space.channels)
         if guidance_scale is None:
             guidance_scale = 1.0 if prompts is None else prompts.guidance_scale
-        self.guidance_scale = self._scale(guidance_scale)
+        self.guidance_scale = scale_of(guidance_scale, self.is_guidable)
         self.num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
         self.dtype = torch.float32
-
-    def _check_parts(self) -> None:
-        channels = self.unet.config.in_channels
-        if self.vae is not None:
-            self.vae.check_channels(channels)
-        wanted = self.unet.text_channels
-        given = None if self.prompts is None else self.prompts.width
-        if wanted != given:
-            raise InvalidArgument(
-                f"prompts must give tokens of {wanted} channels, which the network looks at "
-                f"(None: it looks at none), got {given}"
-            )
-        if self.prompts is not None and self.class_names:
-            raise InvalidArgument(
-                "class_names must be empty beside prompts: a picture is of a text or of a class, "
-                f"got {list(self.class_names)}"
-            )
-        numbers = self.unet.config.get("addition_embed_type") is not None
-        if self.prompts is not None and self.prompts.needs_numbers != numbers:
-            raise InvalidArgument(
-                f"prompts must be {'PromptsXL' if numbers else 'Prompts'} for a network with "
-                f"addition_embed_type={self.unet.config.addition_embed_type!r}"
-            )
 
     @torch.no_grad()
     def __call__(
@@ -117,10 +120,19 @@ class Pipeline:
         num_images: int | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        resamples: int = 1,
+        jump_length: int = 1,
+        num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: Guide | None = None,
         eta: float | None = None,
         seed: int | None = None,
         generator: Generators = None,
@@ -129,22 +141,38 @@ class Pipeline:
         batch_size: int = 256,
         output_type: str = "pil",
         callback: Callable[[Step], None] | None = None,
+        callback_on_step_end: StepEnd | None = None,
         progress: bool = False,
     ) -> PipelineOutput:
-        """Generate pictures.
+        """Generate pictures, or change those that are given.
 
         Args:
-            prompt: what to draw: one text, or one an image, for a network that looks at texts; for
-                one with classes the same as class_labels.
+            prompt: what to draw: one text, or one an image, for a network that looks at texts,
+                where "" is no text at all; for one with classes the same as class_labels.
             class_labels: one class, or one an image; None for equal shares of all classes
                 (image i gets class i modulo their number).
-            num_images: N; by default as many as there are prompts or labels, or 1.
+            num_images: N; by default as many as there are prompts, labels or given images, or 1.
             negative_prompt: what guidance leads away from, one text or one an image; None for no
-                text. It needs a guidance_scale other than 1.
-            height, width: of the pictures in pixels; by default those that the network was
-                trained for.
+                text. Without guidance it has no effect, of which a warning tells.
+            image: image-to-image: where to start from, one picture or one each, in any form of
+                `pictures.pixels_of`.
+            strength: how much of the way to noise and back is gone, in [0, 1]: the last
+                ⌊strength · steps⌋ steps are taken. 0 returns the image as it is. By default 0.8, or
+                1 with a mask, which then starts from noise alone.
+            mask_image: inpainting: white (1) where the image is to be replaced, black where every
+                bit of it stays, grey where the two are blended; see `pictures.mask_of`.
+            resamples: how often every step is taken with RePaint, 1 for once; see `inpaint.py`.
+            jump_length: how many steps RePaint goes back at a time (the paper: 10 of 250 steps,
+                each taken 10 times).
+            num_images_per_prompt: how many of each prompt, label or image, one after another.
+            height, width: of the pictures in pixels; by default those of the image, or that the
+                network was trained for.
             num_inference_steps: steps of the scheduler.
             guidance_scale: w of classifier-free guidance, 1 for none.
+            guidance_rescale: φ of `guidance.rescaled`, in [0, 1].
+            guidance_interval: two σ/α; guidance between them alone, see `guidance.within`.
+            guide: another way of guidance, (pair, w) → denoiser, such as
+                `lambda pair, w: projected(pair, w, meaning_of(pipe.scheduler))`.
             eta: DDIM's η; only for schedulers whose step has it.
             seed: image i draws its noise from (seed, first_index + i) alone, whatever the batch
                 size or the device. By default a seed from torch's global random state.
@@ -155,49 +183,92 @@ class Pipeline:
             batch_size: images in the network at once; memory, not pictures, depends on it.
             output_type: "pil", "np" or "pt".
             callback: called with every `Step` of every batch.
+            callback_on_step_end: as in diffusers, called as (pipe, step, timestep,
+                {"latents": x}) after every step; a tensor "latents" that it returns replaces x.
             progress: show a progress bar.
         Raises:
-            InvalidArgument: names the argument, before the network runs.
+            InvalidArgument: names the argument, before a network runs.
         """
         # 1. condition
         one_of("output_type", output_type, OUTPUT_TYPES)
-        told = self._told(prompt, class_labels, num_images, first_index)
-        n = (num_images or 1) if told is None else len(told)
-        scale = self._scale(self.guidance_scale if guidance_scale is None else guidance_scale)
-        negative = self._negative(negative_prompt, n, scale)
-        options = self._step_options(eta)
-        whole_number("batch_size", batch_size, 1)
-        shape = self._latent_shape(height, width)
-        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        self.scheduler.set_timesteps(steps)  # refuses a bad number before anything else happens
+        true_or_false("progress", progress)
+        optional_function("callback", callback)
+        optional_function("callback_on_step_end", callback_on_step_end)
+        space = self.space
+        original = original_of(image, mask_image, space.image_channels)
+        told, n = told_of(
+            prompt, class_labels, number_of(num_images, num_images_per_prompt, original),
+            num_images_per_prompt, first_index, self.prompts, self.class_names,
+        )  # fmt: skip
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        scale = scale_of(scale, self.is_guidable)
+        against = against_of(
+            negative_prompt, n, num_images_per_prompt, scale, self.prompts, self.is_told_guidance
+        )
+        guidance = guidance_of(
+            guidance_rescale,
+            guidance_interval,
+            guide,
+            self.is_guidable and not self.is_told_guidance,
+        )
+        options = step_options(self.scheduler, eta)
+        shape = space.shape(*sides_of(height, width, original))
 
         # 2. start
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        restart = partial(self._restart, steps)
+        restart(0)  # refuses a bad number before anything else happens
+        begin = entry_of(self.scheduler, strength, original)
+        walks = walks_of(self.scheduler, begin, resamples, jump_length, original)
+        parts = parts_of(n, batch_size)
         source_of = sources(n, seed, generator, first_index)
-        start_of = starts(latents, (n, *shape), self.device)
+        noise_of = starts(latents, (n, *shape), self.device)
+        original = None if original is None else original.times(n)
+        if not walks:
+            return self._output([original.pixels], told, output_type)
         results = []
-        with tqdm(total=n, unit="image", disable=not progress) as bar:
-            for start in range(0, n, batch_size):
-                part = slice(start, min(start + batch_size, n))
-                self.scheduler.set_timesteps(steps, device=self.device)
+        with tqdm(total=len(parts) * length(walks), unit="step", disable=not progress) as bar:
+            for part in parts:
                 source = source_of(part)
-                x = start_of(part, source) * self.scheduler.init_noise_sigma
+                restart(begin)
+                start = start_of(
+                    None if original is None else original.part(part, self.device),
+                    space, self.scheduler, begin, partial(noise_of, part, source), source,
+                    fresh=resamples > 1,
+                )  # fmt: skip
 
                 # 3. loop
                 denoise = self.denoiser(
                     None if told is None else told[part],
                     scale,
-                    negative=None if negative is None else negative[part],
-                    size=self.image_size(shape),
+                    negative=None if against is None else against[part],
+                    size=space.image_size(shape),
+                    guidance=guidance,
+                    shown=start.shown,
                 )
-                for step in trajectory(denoise, self.scheduler, x, source, **options):
+                after = with_callback(start.after, callback_on_step_end, self)
+                for step in repaint(
+                    denoise, self.scheduler, start.x, source, walks, restart, after, **options
+                ):
                     if callback is not None:
                         callback(step)
+                    bar.update()
 
                 # 4. decode
-                results.append(self.decode(step.next_x))
-                bar.update(len(x))
+                results.append(start.finish(self.decode(step.next_x)))
+        return self._output(results, told, output_type)
+
+    def _restart(self, steps: int, begin: int = 0) -> None:
+        """Forget any sampling under way; begin at this entry of a grid of so many steps."""
+        self.scheduler.set_timesteps(steps, device=self.device)
+        if begin:
+            self.scheduler.set_begin_index(begin)
+
+    def _output(
+        self, parts: list[Tensor], told: Tensor | list[str] | None, output_type: str
+    ) -> PipelineOutput:
         labels = told if isinstance(told, Tensor) else None
-        return PipelineOutput(as_output(torch.cat(results), output_type), labels)
+        return PipelineOutput(as_output(torch.cat(parts), output_type), labels)
 
     def denoiser(
         self,
@@ -206,28 +277,42 @@ class Pipeline:
         *,
         negative: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
+        guidance: Guidance = EXTRAPOLATED,
+        shown: Tensor | None = None,
     ) -> Denoiser:
         """The network under a condition and guidance, as a function (x_t, t) → output.
 
         Args:
             told: labels (B,) or B prompts; None for a network that is told nothing.
-            scale: w of classifier-free guidance.
+            scale: w of guidance.
             negative: B prompts to lead away from; None leads away from no text.
             size: (height, width) of the pictures, which SDXL is told; by default the usual one.
+            guidance: in which way; by default extrapolation at every level.
+            shown: channels that the network is shown beside x, (B, C', h, w).
         """
-        size = size or self.image_size(self._latent_shape())
+        size = size or self.space.image_size(self.space.shape())
         condition = self._condition(told, size)
         if self.is_told_guidance:
             condition = {**condition, "timestep_cond": self._guidance(scale, len(told))}
-        condition = self._on_network(condition)
-        denoise = conditional(self.unet, condition)
-        if scale != 1 and not self.is_told_guidance:
-            null = self._null(told, size) if negative is None else self._condition(negative, size)
-            denoise = classifier_free(self.unet, condition, self._on_network(null), scale)
-        weights = next(self.unet.parameters()).dtype
+        condition, network = self._on_network(condition), self._network(shown)
+        plain = conditional(network, condition)
+        if self.is_told_guidance or (scale == 1 and guidance.guide is extrapolated):
+            return plain
+        null = self._null(told, size) if negative is None else self._condition(negative, size)
+        guided = guidance.guide(both(network, condition, self._on_network(null)), scale)
+        if guidance.interval is None:
+            return guided
+        return within(guided, plain, meaning_of(self.scheduler), *guidance.interval)
+
+    def _network(self, shown: Tensor | None) -> Network:
+        """The U-Net in its number type, float32 outside."""
+        network = self.unet
+        weights = next(network.parameters()).dtype
         if weights != torch.float32:
-            return in_dtype(denoise, weights)
-        return denoise if self.dtype == torch.float32 else autocast(denoise, self.dtype)
+            network = in_dtype(network, weights)
+        elif self.dtype != torch.float32:
+            network = autocast(network, self.dtype)
+        return network if shown is None else beside(network, shown)
 
     @property
     def is_told_guidance(self) -> bool:
@@ -270,22 +355,22 @@ class Pipeline:
         return next(self.unet.parameters()).device
 
     @property
+    def space(self) -> Space:
+        """Where the network works, and the way there and back."""
+        return Space(self.unet.config, self.vae)
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the pictures that the network was trained for."""
-        shape = self._latent_shape()
-        return shape if self.vae is None else self.vae.image_shape(shape)
+        return (self.space.image_channels, *self.space.image_size(self.space.shape()))
 
-    def image_size(self, latent_shape: Sequence[int]) -> tuple[int, int]:
-        """(height, width) in pixels of what (C, h, w) in the network's space decodes to."""
-        shape = latent_shape if self.vae is None else self.vae.image_shape(latent_shape)
-        return tuple(shape[-2:])
+    def encode(self, pixels: Tensor, generator: Generators = None) -> Tensor:
+        """From pictures (B, C, H, W) in [−1, 1] to the network's space, see `Space.encode`."""
+        return self.space.encode(pixels, generator)
 
     def decode(self, z: Tensor) -> Tensor:
         """From the network's space to pictures (B, C, H, W), nominally in [−1, 1]."""
-        if self.vae is None:
-            return z
-        weights = next(self.vae.parameters(), z)  # a permutation has none
-        return self.vae.from_latents(z.to(weights.dtype)).to(z.dtype)
+        return self.space.decode(z)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -313,6 +398,12 @@ class Pipeline:
     def has_null_class(self) -> bool:
         """Whether the network knows a label for "no class", so that guidance is possible."""
         return bool(self.class_names) and self.unet.config.num_class_embeds > len(self.class_names)
+
+    @property
+    def is_guidable(self) -> bool:
+        """Whether the network knows the absence of what it is told, so that guidance is possible;
+        for a distilled network, whether it can be told a scale."""
+        return self.has_null_class or self.prompts is not None
 
     # --- folders ---------------------------------------------------------------------------
 
@@ -360,101 +451,3 @@ class Pipeline:
             if torch_dtype not in DTYPES:
                 raise
             raise CheckpointError(f"{Path(folder) / pipeline_folder.INDEX}: {error}") from error
-
-    # --- arguments, checked ----------------------------------------------------------------
-
-    def _told(
-        self,
-        prompt: str | Sequence[str] | int | Sequence[int] | Tensor | None,
-        class_labels: int | Sequence[int] | Tensor | None,
-        num_images: int | None,
-        first: int,
-    ) -> Tensor | list[str] | None:
-        """What every image is of: labels (N,), N prompts, or None."""
-        if num_images is not None:
-            whole_number("num_images", num_images, 1, MAX_IMAGES)
-        whole_number("first_index", first, 0, MAX_SEED)
-        for name, given, able in (
-            ("prompt", prompt, self.prompts is not None or bool(self.class_names)),
-            ("class_labels", class_labels, bool(self.class_names)),
-        ):
-            if given is not None and not able:
-                raise InvalidArgument(f"{name} must be None: this model takes none, got {given!r}")
-        if self.class_names and prompt is not None:
-            if class_labels is not None:
-                raise InvalidArgument("give either prompt or class_labels, not both")
-            class_labels = prompt
-        if self.prompts is not None:
-            if prompt is None:
-                raise InvalidArgument("prompt must be given: this model draws what a text says")
-            return texts_of("prompt", prompt, num_images)
-        return self._labels(class_labels, num_images, first) if self.class_names else None
-
-    def _labels(
-        self, given: int | Sequence[int] | Tensor | None, num_images: int | None, first: int
-    ) -> Tensor:
-        classes = len(self.class_names)
-        if given is None:
-            return (torch.arange(num_images or 1) + first) % classes
-        if isinstance(given, Tensor):
-            given = given.tolist()
-        if not isinstance(given, Sequence) or isinstance(given, str):
-            given = [given] * (num_images or 1)
-        labels = [whole_number("class_labels", label, 0, classes - 1) for label in given]
-        if not labels or num_images not in (None, len(labels)):
-            raise InvalidArgument(
-                f"class_labels must name one class, or {num_images or 'at least 1'} of them; "
-                f"got {len(labels)}"
-            )
-        return torch.tensor(labels)
-
-    def _negative(
-        self, given: str | Sequence[str] | None, n: int, scale: float
-    ) -> list[str] | None:
-        if given is None:
-            return None
-        why = None
-        if self.prompts is None:
-            why = "this model takes no prompts"
-        elif self.is_told_guidance:
-            why = "this model was distilled, nothing leads it away from a text"
-        elif scale == 1:
-            why = "guidance_scale is 1"
-        if why:
-            raise InvalidArgument(f"negative_prompt must be None: {why}, got {given!r}")
-        return texts_of("negative_prompt", given, n)
-
-    def _scale(self, given: float) -> float:
-        scale = real_number("guidance_scale", given, -math.inf)
-        if scale != 1 and not (self.has_null_class or self.prompts):
-            raise InvalidArgument(
-                f"guidance_scale must be 1 for a model that takes no prompt and knows no label "
-                f"for 'no class', got {scale:g}"
-            )
-        return scale
-
-    def _step_options(self, eta: float | None) -> dict[str, float]:
-        if eta is None:
-            return {}
-        if not isinstance(self.scheduler, DDIMScheduler):
-            raise InvalidArgument(f"eta is DDIM's; {type(self.scheduler).__name__} has none")
-        return {"eta": real_number("eta", eta, 0, 1)}
-
-    def _latent_shape(
-        self, height: int | None = None, width: int | None = None
-    ) -> tuple[int, int, int]:
-        """(C, h, w) in the network's space, of pictures of this size or of the usual one."""
-        config = self.unet.config
-        usual = config.sample_size
-        divisor = 1 if self.vae is None else self.vae.divisor
-        if usual is None and None in (height, width):
-            raise InvalidArgument(
-                "height and width must be given: the network's config names no sample_size"
-            )
-        sides = list(usual) if isinstance(usual, list | tuple) else [usual, usual]
-        for i, (name, pixels) in enumerate((("height", height), ("width", width))):
-            if pixels is not None:
-                if whole_number(name, pixels, 1, MAX_SIDE) % divisor:
-                    raise InvalidArgument(f"{name} must be a multiple of {divisor}, got {pixels}")
-                sides[i] = pixels // divisor
-        return (config.in_channels, *sides)

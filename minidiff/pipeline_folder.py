@@ -1,9 +1,9 @@
 """A pipeline on disk: `model_index.json`, and a folder a part.
 
 The index names the kind of pipeline, and library and class of every part. Kinds that are read are
-minidiff's own "Pipeline", and of diffusers Stable Diffusion 1.x, 2.x and XL and the pipelines
-without a condition; all are written so that diffusers reads their parts, and those with prompts so
-that it reads the whole.
+minidiff's own "Pipeline", which may have a text encoder and a tokenizer of whole words, and of
+diffusers Stable Diffusion 1.x, 2.x and XL and the pipelines without a condition; all are written so
+that diffusers reads their parts, and those with CLIP's tokenizer so that it reads the whole.
 """
 
 import warnings
@@ -16,10 +16,11 @@ import torch
 from minidiff import checkpoint
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
 from minidiff.nn import AutoencoderKL, SpaceToDepth, TextEncoder, UNet
-from minidiff.prompt import Prompts, PromptsXL
+from minidiff.prompt import Prompts, PromptsXL, WordPrompts
 from minidiff.schedulers import SCHEDULERS, Scheduler
 from minidiff.schedulers.base import CONFIG_NAME
 from minidiff.tokenizer import load_tokenizer
+from minidiff.words import WordTokenizer
 
 INDEX = "model_index.json"
 OWN = "Pipeline"
@@ -37,6 +38,7 @@ CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder": TextEncoder.class_names,
 }
+_OWN_CLASSES = {"tokenizer": (WordTokenizer.__name__,)}
 # Parts that pictures do not depend on, and options of the index.
 UNUSED = ("feature_extractor", "image_encoder")
 OPTIONS = ("class_names", "guidance_scale", "num_inference_steps")
@@ -56,8 +58,7 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
     folder = Path(folder)
     index = checkpoint.read_json(folder / INDEX)
     _check_index(folder / INDEX, index)
-    kind = index["_class_name"]
-    own = kind == OWN
+    own, parts = index["_class_name"] == OWN, _parts(index)
     if own and (missing := sorted(set(OPTIONS) - index.keys())):
         raise CheckpointError(f"{folder / INDEX}: has no {missing[0]}")
     if index.get("safety_checker", [None])[0] is not None:
@@ -74,15 +75,16 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
     }
     if "vae" in index:
         arguments["vae"] = _vae(folder / "vae", index["vae"][1], torch_dtype, variant)
-    texts = [part for part in (*TEXT, *SECOND) if part in KINDS[kind]]
+    texts = [part for part in (*TEXT, *SECOND) if part in parts]
     if texts:
-        parts = {
-            part: network(part, TextEncoder) if "encoder" in part else load_tokenizer(folder / part)
+        load = WordTokenizer.from_pretrained if own else load_tokenizer
+        loaded = {
+            part: network(part, TextEncoder) if "encoder" in part else load(folder / part)
             for part in texts
         }
         chosen = {name: index[name] for name in XL_OPTIONS if name in index}
-        cls = PromptsXL if SECOND[0] in texts else Prompts
-        arguments["prompts"] = cls(**parts, **(chosen if cls is PromptsXL else {}))
+        cls = PromptsXL if SECOND[0] in texts else WordPrompts if own else Prompts
+        arguments["prompts"] = cls(**loaded, **(chosen if cls is PromptsXL else {}))
     return arguments | {name: index[name] for name in OPTIONS if name in index}
 
 
@@ -100,7 +102,8 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
         one_of("_class_name", index.get("_class_name"), KINDS)
     except InvalidArgument as error:
         raise CheckpointError(f"{path}: {error}") from error
-    parts = KINDS[index["_class_name"]]
+    parts = _parts(index)
+    classes = CLASSES | (_OWN_CLASSES if index["_class_name"] == OWN else {})
     allowed = {*parts, "vae", "safety_checker", *UNUSED, *OPTIONS, *XL_OPTIONS, *NOTES}
     for name, value in index.items():
         if name.startswith("_"):
@@ -112,12 +115,18 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
         absent = name not in parts and value == [None, None]
         if not absent and not _names_a_class(value):
             raise CheckpointError(f"{path}: {name} must be a library and a class, got {value!r}")
-        if (kinds := CLASSES.get(name.removesuffix("_2"))) and value[1] not in kinds:
+        if (kinds := classes.get(name.removesuffix("_2"))) and value[1] not in kinds:
             raise CheckpointError(f"{path}: {name} must be one of {kinds}, got {value[1]!r}")
     if missing := [part for part in parts if part not in index]:
         raise CheckpointError(f"{path}: has no {missing[0]}")
     if not isinstance(index.get("class_names", []), list):
         raise CheckpointError(f"{path}: class_names must be a list")
+
+
+def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts that a pipeline must have; those of a text go together."""
+    parts, kind = KINDS[index["_class_name"]], index["_class_name"]
+    return (*parts, *TEXT) if kind == OWN and not index.keys().isdisjoint(TEXT) else parts
 
 
 def _names_a_class(entry: object) -> bool:
@@ -143,7 +152,8 @@ def write(
 
     Args:
         parts: unet, scheduler, and vae, which may be None.
-        options: of the index, written where there are no prompts: diffusers has no place for them.
+        options: of the index, written where there is no CLIP tokenizer: diffusers has no place
+            for them.
     Raises:
         CheckpointError: the folder cannot be written, or holds something else.
     """
@@ -155,8 +165,9 @@ def write(
     if prompts is not None:
         second = isinstance(prompts, PromptsXL)
         parts |= {name: getattr(prompts, name) for name in (*TEXT, *(SECOND if second else ()))}
-        index = _XL_INDEX if second else _INDEX
-        index = index | {name: getattr(prompts, name) for name in XL_OPTIONS if second}
+        if not isinstance(prompts, WordPrompts):
+            index = _XL_INDEX if second else _INDEX
+            index = index | {name: getattr(prompts, name) for name in XL_OPTIONS if second}
     with checkpoint.atomic_folder(folder) as temporary:
         for name, part in parts.items():
             part.save_pretrained(temporary / name)
@@ -179,7 +190,7 @@ _XL_INDEX = {
 
 
 def _library(name: str, part: Any) -> str:
-    if isinstance(part, SpaceToDepth):
+    if isinstance(part, SpaceToDepth | WordTokenizer):
         return "minidiff"
     return "transformers" if name.removesuffix("_2") in TEXT else "diffusers"
 

@@ -3,22 +3,25 @@
 A tokenizer cuts the text into numbers, a text encoder makes a vector of each, and the U-Net looks
 at these vectors. Stable Diffusion 1 and 2 have one encoder and read its last layer; SDXL has two,
 reads the last layer but one of each side by side, and adds the second one's summary of the text
-and the size of the picture to the embedding of time.
+and the size of the picture to the embedding of time. A model that is trained here has one small
+encoder, trained along with the U-Net, and a tokenizer of whole words.
 
 Sources: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.3; Podell et al. 2023,
 "SDXL", https://arxiv.org/abs/2307.01952, sections 2.1 and 2.2.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument
 from minidiff.guidance import Condition
 from minidiff.nn import TextEncoder
 from minidiff.tokenizer import tokenize
+from minidiff.words import BEGIN, END, PAD, WordTokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -37,7 +40,9 @@ class Prompts:
     guidance_scale: ClassVar[float] = 7.5  # where neither the call nor the folder names one
     needs_numbers: ClassVar[bool] = False  # whether the network is told a summary and a size
 
-    def __init__(self, tokenizer: "CLIPTokenizer", text_encoder: TextEncoder) -> None:
+    def __init__(
+        self, tokenizer: "CLIPTokenizer | WordTokenizer", text_encoder: TextEncoder
+    ) -> None:
         _check_pair(tokenizer, text_encoder)
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
 
@@ -56,12 +61,61 @@ class Prompts:
 
         Raises InvalidArgument: prompts that are no texts.
         """
-        encoded = self.text_encoder(_tokens(self.tokenizer, prompts, self.text_encoder))
-        return {"encoder_hidden_states": encoded.last_hidden_state}
+        return self.encode(self.tokens(prompts).to(next(self.text_encoder.parameters()).device))
 
     def null(self, n: int, size: tuple[int, int]) -> Condition:
         """What it is told n times where guidance leads away from no text."""
         return self.condition([""] * n, size)
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Token numbers of each prompt, int64 (B, L). Raises InvalidArgument, as `condition`."""
+        return tokenize(self.tokenizer, prompts)
+
+    def encode(self, ids: Tensor) -> Condition:
+        """What the network is told of token numbers (B, L) on the encoder's device."""
+        return {"encoder_hidden_states": self.text_encoder(ids).last_hidden_state}
+
+
+class WordPrompts(Prompts):
+    """The text side of a model that is trained here.
+
+    Args:
+        tokenizer: of whole words.
+        text_encoder: takes as many tokens as the tokenizer makes.
+    Raises:
+        InvalidArgument: the two do not fit.
+    """
+
+    guidance_scale: ClassVar[float] = 3.0
+
+    @classmethod
+    def fresh(cls, tokenizer: WordTokenizer, width: int, layers: int) -> "WordPrompts":
+        """With an encoder that has not learnt anything yet.
+
+        Args:
+            width: channels of a token, of which a head has up to 32.
+            layers: of the encoder.
+        Raises:
+            InvalidArgument: a number that is not allowed.
+        """
+        return cls(
+            tokenizer,
+            TextEncoder(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=4 * width,
+                projection_dim=None,
+                num_hidden_layers=layers,
+                num_attention_heads=width // math.gcd(width, 32),
+                max_position_embeddings=tokenizer.model_max_length,
+                pad_token_id=PAD,
+                bos_token_id=BEGIN,
+                eos_token_id=END,
+            ),
+        )
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        return self.tokenizer.encode(prompts)
 
 
 class PromptsXL:
@@ -142,7 +196,7 @@ def _tokens(tokenizer: "CLIPTokenizer", prompts: Sequence[str], encoder: TextEnc
     return tokenize(tokenizer, prompts).to(next(encoder.parameters()).device)
 
 
-def _check_pair(tokenizer: "CLIPTokenizer", encoder: TextEncoder) -> None:
+def _check_pair(tokenizer: "CLIPTokenizer | WordTokenizer", encoder: TextEncoder) -> None:
     longest, known = encoder.config.max_position_embeddings, encoder.config.vocab_size
     if tokenizer.model_max_length > longest:
         raise InvalidArgument(

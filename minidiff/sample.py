@@ -8,14 +8,17 @@ are Python floats.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
-from minidiff.guidance import Denoiser
+from minidiff.guidance import Denoiser, Meaning, Reader
 from minidiff.noise import Generators
+from minidiff.schedule import Level
 from minidiff.schedulers import Scheduler
 
 
@@ -39,11 +42,15 @@ class Step(NamedTuple):
     next_x: Tensor
 
 
+Change = Callable[[Step], Tensor]
+
+
 def trajectory(
     denoise: Denoiser,
     scheduler: Scheduler,
     x: Tensor,
     generator: Generators = None,
+    after: Change = attrgetter("next_x"),
     **step_options: Any,
 ) -> Iterator[Step]:
     """Walk from the noise x to a sample, one `Step` at a time.
@@ -53,6 +60,7 @@ def trajectory(
         scheduler: after `set_timesteps`.
         x: standard normal noise times `scheduler.init_noise_sigma`, (B, C, *space).
         generator: source of the noise, see `minidiff.noise.randn`; methods without noise ignore it.
+        after: called with every step; what it returns takes the place of the step's `next_x`.
         step_options: passed to `scheduler.step`, such as DDIM's `eta`.
     Yields:
         n steps; the loop advances only as far as it is asked to.
@@ -66,5 +74,25 @@ def trajectory(
     for index, t in enumerate(scheduler.grid[scheduler.begin_index or 0 :]):
         output = denoise(scheduler.scale_model_input(x, t), t)
         next_x, x0 = scheduler.step(output, t, x, return_dict=False, **step_options)
-        yield Step(index, t, x, x0, output, next_x)
-        x = next_x
+        step = Step(index, t, x, x0, output, next_x)
+        x = after(step)
+        yield step._replace(next_x=x)
+
+
+def meaning_of(scheduler: Scheduler) -> Reader:
+    """What a network under this scheduler is shown and says at t, for guidance that works on x̂0.
+
+    Args:
+        scheduler: after `set_timesteps`; t is one of its timesteps then.
+    """
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+
+    def meaning(t: float) -> Meaning:
+        level, _ = scheduler.grid_levels(t)
+        shown = scheduler.shown(one, level).item()  # numbers of the host: no sync
+        row = (scheduler.target(one, zero, level), scheduler.target(zero, one, level))
+        return Meaning(
+            Level(shown * level.alpha, shown * level.sigma), (row[0].item(), row[1].item())
+        )
+
+    return meaning

@@ -66,10 +66,7 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> Tensor:
     Raises:
         InvalidArgument: not a list of texts, an empty one, or one that is not Unicode.
     """
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise InvalidArgument(f"prompts must be a list of at least one text, got {prompts!r}")
-    for prompt in prompts:
-        _check_text(prompt)
+    check_texts(prompts)
     prompts, length = list(prompts), tokenizer.model_max_length
     whole = tokenizer(prompts, verbose=False).input_ids
     # A text that is cut keeps its first length - 1 tokens and then the one that ends it.
@@ -84,10 +81,18 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def _check_text(prompt: object) -> None:
-    if not isinstance(prompt, str):
-        raise InvalidArgument(f"prompts must hold texts, got {prompt!r}")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidArgument(f"prompts must be Unicode text, got {prompt!r}") from error
+def check_texts(prompts: Sequence[str]) -> None:
+    """Refuse what no tokenizer can cut into tokens.
+
+    Raises:
+        InvalidArgument: not a list of texts, an empty one, or one that is not Unicode.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise InvalidArgument(f"prompts must be a list of at least one text, got {prompts!r}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InvalidArgument(f"prompts must hold texts, got {prompt!r}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"prompts must be Unicode text, got {prompt!r}") from error

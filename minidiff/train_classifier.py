@@ -2,6 +2,8 @@
 
     python -m minidiff.train_classifier --data mnist --data-dir DIR \\
         --out minidiff/weights/mnist.safetensors
+    python -m minidiff.train_classifier --data captions --device cuda \\
+        --out minidiff/weights/captions.safetensors
     python -m minidiff.train_classifier --data cifar10 --data-dir DIR --device cuda \\
         --out minidiff/weights/cifar10.safetensors
 
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 from minidiff import data, metrics
 from minidiff.checkpoint import atomic_file, ensure_writable
 from minidiff.data import ImageData
+from minidiff.data.captions import Questions
+from minidiff.data.scenes import NONE, QUESTIONS
 from minidiff.device import pick_device
 from minidiff.errors import (
     InvalidArgument,
@@ -159,17 +163,32 @@ RECIPES = {
         precision="bf16",
         stored="fp16",
     ),
+    "captions": Recipe(batch_size=256, augment="none", network="scene"),
 }
+_SCENES = {"train": 1 << 17, "test": 20_000}  # of an epoch, which never comes again
 
 
-def architecture(images: ImageData, network: str = "plain") -> dict[str, int | str]:
+def labelled(name: str, split: str, data_dir: str | None = None) -> ImageData | Questions:
+    """A split of a data set, captioned digits with the answers to questions as labels.
+
+    Raises:
+        InvalidArgument, DataError: see `minidiff.data.load`.
+    """
+    if name != Questions.name:
+        return data.load(name, split, data_dir)
+    return Questions(split, length=_SCENES[split])
+
+
+def architecture(images: ImageData | Questions, network: str = "plain") -> dict[str, int | str]:
     """What `build_classifier` takes for these images. Raises InvalidArgument without labels."""
-    if images.labels is None:
+    if not images.num_classes:
         raise InvalidArgument(f"data {images.name} has no labels to classify by")
+    asked = {"questions": images.questions} if isinstance(images, Questions) else {}
     return {
         "network": network,
-        "channels": images.images.shape[1],
+        "channels": images.shape[0],
         "num_classes": images.num_classes,
+        **asked,
     }
 
 
@@ -179,7 +198,7 @@ def print_epoch(epoch: int, loss: float, seconds: float) -> None:
 
 
 def train(
-    images: ImageData,
+    images: ImageData | Questions,
     recipe: Recipe,
     report: Callable[[int, float, float], None] = print_epoch,
 ) -> Classifier:
@@ -189,7 +208,7 @@ def train(
     was.
 
     Args:
-        images: with labels; the work is done on their device.
+        images: with labels; the work is done on their device. A label NONE is passed over.
         report: called after every epoch with its number, the mean loss, and the seconds since the
             start.
 
@@ -197,7 +216,7 @@ def train(
         InvalidArgument: the images have no labels.
         TrainingError: the loss is not finite.
     """
-    device = images.images.device
+    device = images.batch(torch.zeros(1, dtype=torch.int64))[0].device
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # weights are drawn on the CPU
         net = build_classifier(architecture(images, recipe.network))
@@ -215,7 +234,7 @@ def train(
     augmented = AUGMENTATIONS[recipe.augment]
     started, total = time.monotonic(), torch.zeros((), device=device)
     for step in range(1, steps + 1):
-        x, labels = images.batch(next(stream))
+        x, labels = images.batch(next(stream), (step - 1) * recipe.batch_size)
         x = augmented(x, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits, _ = net(x)
@@ -279,14 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = replace(RECIPES.get(given.data, Recipe()), **chosen)
         device = pick_device(given.device)
         ensure_writable(given.out)
-        images = data.load(given.data, "train", given.data_dir)
-        held_out = data.load(given.data, "test", given.data_dir)
+        images = labelled(given.data, "train", given.data_dir)
+        held_out = labelled(given.data, "test", given.data_dir)
         average = train(images.to(device), recipe)
-        predicted, _ = metrics.features(average, held_out.images)
-        accuracy = metrics.accuracy(predicted, held_out.labels)
+        accuracy, each = _accuracies(average, held_out)
         metadata = {
             "data": images.name,
             "test_accuracy": f"{accuracy:.4f}",
+            **each,
             "architecture": json.dumps(architecture(images, recipe.network)),
             **{name: str(value) for name, value in asdict(recipe).items()},
         }
@@ -295,6 +314,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{given.out}: test accuracy {accuracy:.2%}, {size} bytes")
     except MinidiffError as error:
         sys.exit(f"error: {error}")
+
+
+def _accuracies(net: Classifier, held_out: ImageData | Questions) -> tuple[float, dict[str, str]]:
+    """The share of right labels, and that of each question."""
+    predicted, _ = metrics.features(net, held_out.images)
+    labels = held_out.labels
+    asked = labels != NONE
+    overall = metrics.accuracy(predicted[asked], labels[asked])
+    if labels.ndim == 1:
+        return overall, {}
+    right = (
+        (predicted == labels.to(predicted.device))
+        .double()
+        .where(asked.to(predicted.device), torch.nan)
+    )
+    shares = right.nanmean(dim=0).tolist()
+    return overall, {
+        f"test_accuracy of {name}": f"{share:.4f}"
+        for name, share in zip(QUESTIONS, shares, strict=True)
+    }
 
 
 def _parser() -> argparse.ArgumentParser:

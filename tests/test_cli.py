@@ -13,6 +13,8 @@ from PIL import Image
 from minidiff import __version__
 from minidiff.cli import main, parser
 from minidiff.pipeline import Pipeline
+from minidiff.presets import PRESETS
+from minidiff.train_config import OPTIONS
 
 TINY = ["--steps", "2", "--channels", "8,8", "--batch-size", "4", "--pictures", "0"]
 
@@ -112,6 +114,17 @@ def bad_mnist(folder, damage):
         ("train --data digits --out OUT --steps 1 --layers 99", 2, "layers_per_block"),
         ("train --data digits --out OUT --steps 1 --sampling-steps 2000", 2, "in 1..1000"),
         ("train --data digits --out OUT --steps 1 --block 3", 2, "block must divide"),
+        ("train --out OUT --steps 1", 2, "--data or --preset"),
+        ("train --preset nosuch --out OUT", 2, "digits"),
+        ("train --preset digits --config NONE.json --out OUT", 1, "cannot be read"),
+        ("train --preset digits --config NONE.ini --out OUT", 2, ".json or .toml"),
+        ("train --preset digits --minutes 1 --steps 5 --out OUT", 2, "either minutes or steps"),
+        (
+            "train --data digits --out OUT --steps 1 --prediction-type edm --noise-levels "
+            "logit_normal",
+            2,
+            "'edm' must be one of log_normal, uniform",
+        ),
         ("train --data digits --out OUT --steps 1 --beta-schedule x", 2, "linear, scaled_linear"),
         ("train --data digits --out OUT --steps 1 --device tpu", 2, "auto, cpu, cuda, mps"),
         ("train --data digits --out OUT --steps 1 --dtype int8", 2, "float32, bfloat16"),
@@ -227,3 +240,33 @@ def test_an_interrupt_is_one_line_and_exit_code_130(run_folder, tmp_path, capsys
     assert main(["sample", str(run_folder), "--png", str(tmp_path / "x.png")]) == 130
     assert capsys.readouterr().err.strip() == "minidiff: interrupted"
     assert not list(tmp_path.iterdir())
+
+
+def test_help_of_train_shows_the_presets_and_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["train", "--help"])
+    text = capsys.readouterr().out
+    for name, preset in PRESETS.items():
+        assert f"\n  {name} " in text
+        assert " ".join(preset.why.split()) in " ".join(text.split())
+    for name, option in OPTIONS.items():
+        assert f"--{option.metadata['flag'] or name.replace('_', '-')} " in text
+
+
+def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
+    file, out = tmp_path / "mine.json", tmp_path / "run"
+    file.write_text('{"batch_size": 6, "learning_rate": 0.001, "pictures": 0, "channels": [8, 8]}')
+    call = ["train", "--preset", "digits", "--config", str(file), "--out", str(out)]
+    assert main([*call, "--steps", "2", "--batch-size", "4", "--seed", "9"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["data"]["name"] == "digits"
+    said = {name: config["train"][name] for name in ("minutes", "steps", "batch_size", "seed",
+            "learning_rate", "guidance_scale")}  # fmt: skip
+    assert said == {"minutes": None, "steps": 2, "batch_size": 4, "seed": 9,
+                    "learning_rate": 0.001, "guidance_scale": 2.0}  # fmt: skip
+
+
+def test_a_prompt_for_a_model_of_classes_is_refused(run_folder, tmp_path, capsys):
+    arguments = ["sample", str(run_folder), "a red 7", "--png", str(tmp_path / "x.png")]
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -77,7 +77,7 @@ def test_the_start_and_every_step_draw_new_noise_from_one_source(pipe):
     images = pipe([1, 2], seed=9, **options).images
     source = image_generators(9, range(2))
     pipe.scheduler.set_timesteps(4)
-    x = randn((2, *pipe._latent_shape()), source) * pipe.scheduler.init_noise_sigma
+    x = randn((2, *pipe.space.shape()), source) * pipe.scheduler.init_noise_sigma
     with torch.no_grad():
         *_, last = trajectory(pipe.denoiser(torch.tensor([1, 2])), pipe.scheduler, x, source)
     assert torch.equal(pipe.decode(last.next_x), images)
@@ -242,6 +242,8 @@ def test_a_model_without_classes_refuses_labels_and_guidance():
         pipe(class_labels=1)
     with pytest.raises(InvalidArgument, match="guidance_scale must be 1"):
         pipe(guidance_scale=2)
+    with pytest.raises(InvalidArgument, match="guidance_rescale needs guidance, which this model"):
+        pipe(guidance_rescale=0.5)
     with pytest.raises(InvalidArgument, match="class_names"):
         Pipeline(unet, DDPMScheduler(), class_names=["a", "b"])
 

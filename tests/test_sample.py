@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from minidiff.errors import InvalidArgument
 from minidiff.guidance import autocast, classifier_free, conditional
 from minidiff.noise import MAX_SEED, _mix, image_generators, randn
+from minidiff.objective import make, quantiles
 from minidiff.prediction import split
 from minidiff.sample import Step, trajectory
-from minidiff.schedule import NoiseSchedule
 from minidiff.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     Scheduler,
 )
-from minidiff.train import EMA, TrainConfig, learning_rate, levels
+from minidiff.train import EMA, TrainConfig, learning_rate
 
 SHAPE = (3, 2, 4, 4)
 LABELS, NULL = torch.tensor([0, 1, 2]), torch.full((3,), 3)
@@ -292,6 +292,5 @@ def test_the_learning_rate_rises_to_its_peak_and_ends_at_zero(warmup: float) -> 
 @QUICK
 @given(st.sampled_from([1, 10, 50, 100, 1000]), st.integers(0, 2**31))
 def test_a_batch_of_levels_has_one_from_each_stratum(n: int, seed: int) -> None:
-    schedule = NoiseSchedule.named()
-    t = levels(schedule, n, torch.Generator().manual_seed(seed), "cpu")
-    assert sorted((t * n // 1000).tolist()) == list(range(n))
+    t = make("epsilon").levels(quantiles(n, torch.Generator().manual_seed(seed))).t
+    assert sorted((t * n // 1000).astype(int).tolist()) == list(range(n))

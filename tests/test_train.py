@@ -1,17 +1,21 @@
 """Training learns, and what it writes down is true."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 
-from minidiff.data import ImageData, load
-from minidiff.errors import InvalidArgument, TrainingError
-from minidiff.exact import GaussianMixture
-from minidiff.prediction import PREDICTION_TYPES
-from minidiff.schedule import NoiseSchedule
-from minidiff.train import TrainConfig, _dropped, build, loss_of, train
+from minidiff.data import ImageData, Stream, load
+from minidiff.distributed import World
+from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
+from minidiff.learner import ClassLabels, Learner
+from minidiff.presets import PRESETS
+from minidiff.train import Batches, TrainConfig, batch_size, train
+from minidiff.train_config import merged, options_of, read_options
+
+TINY = {"channels": (8, 8), "batch_size": 8, "pictures": 0}
 
 
 def test_a_run_repeats_bit_for_bit():
@@ -41,64 +45,43 @@ def test_a_budget_in_minutes_ends_in_time_with_a_rate_of_zero():
     assert rows[-1].learning_rate == 0
 
 
-def test_the_loss_of_the_best_possible_network_is_the_one_that_theory_gives():
-    """On Gaussian data x0 ~ N(0, s²) the posterior variance of x0 given x_t is known:
-    Var = s²σ²/(α²s² + σ²). The ε-loss of the exact denoiser is α²Var/σ², its x0-loss is Var.
-    """
-    std = 0.7
-    data = GaussianMixture(torch.ones(1), torch.zeros(1, 1), torch.tensor([std]))
-    schedule = NoiseSchedule.named("linear")
-    generator = torch.Generator().manual_seed(0)
-    x0 = data.sample(200_000, generator=generator).view(-1, 1, 1)
-    eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-    for step in (50, 300, 800):
-        level = schedule[step]
-        variance = (std * level.sigma) ** 2 / ((level.alpha * std) ** 2 + level.sigma**2)
-
-        def exact(x, t, class_labels=None, level=level):
-            return data.denoise(x.flatten(1), level).view(x.shape)
-
-        t = torch.full((len(x0),), step)
-        loss = loss_of(exact, x0, None, t, eps, schedule, "sample")
-        assert float(loss) == pytest.approx(variance, rel=0.02)
-
-        def exact_noise(x, t, class_labels=None, level=level):
-            return (x - level.alpha * exact(x, t)) / level.sigma
-
-        loss = loss_of(exact_noise, x0, None, t, eps, schedule, "epsilon")
-        assert float(loss) == pytest.approx((level.alpha / level.sigma) ** 2 * variance, rel=0.02)
+TEN = tuple("0123456789")
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_every_prediction_type_learns(prediction_type):
-    rows = []
-    config = TrainConfig(
-        steps=40, channels=(8, 16), batch_size=32, pictures=0, prediction_type=prediction_type
-    )
-    data = load("digits")
-    train(config, ImageData("few", data.images[:64], None, ()), report=rows.append)
-    fresh = build(config, ImageData("few", data.images[:64], None, ()))
-    x0, _ = data.batch(torch.arange(64))
-    z, schedule = fresh.vae.to_latents(x0), fresh.scheduler.schedule
-    generator = torch.Generator().manual_seed(0)
-    t = torch.randint(1000, (64,), generator=generator)
-    eps = torch.randn(z.shape, generator=generator)
-    with torch.no_grad():
-        before = loss_of(fresh.unet, z, None, t, eps, schedule, prediction_type)
-    assert rows[-1].loss < 0.8 * float(before)
+def batches_of(config, data):
+    learner = Learner(torch.nn.Identity(), ClassLabels(data.num_classes))
+    objective = config.objective()
+    part = World().part
+    return Batches(config, data, learner, objective, lambda x0: x0, part, torch.device("cpu"))
 
 
 def test_hidden_labels_have_the_share_that_was_asked_for():
     labels = torch.arange(10).repeat(10_000)
-    dropped = _dropped(labels, 0.1, 10, torch.Generator().manual_seed(0))
-    hidden = dropped == 10
+    data = ImageData("grey", torch.zeros(100_000, 1, 2, 2, dtype=torch.uint8), labels, TEN)
+    config = TrainConfig(steps=1, label_dropout=0.1)
+    told = batches_of(config, data).take(0, len(labels)).told
+    shown = labels[Stream(len(data), config.seed).take(len(labels))]
+    hidden = told == 10
     assert float(hidden.double().mean()) == pytest.approx(0.1, abs=4 * (0.09 / 1e5) ** 0.5)
-    assert torch.equal(dropped[~hidden], labels[~hidden])
+    assert torch.equal(told[~hidden], shown[~hidden])
+
+
+def test_the_noise_of_a_step_depends_on_the_seed_and_the_step_alone():
+    data, config = load("digits"), TrainConfig(steps=1)
+    first, second = batches_of(config, data), batches_of(config, data)
+    second.take(0, 7)
+    one, other = first.take(3, 8), second.take(3, 8)
+    assert torch.equal(one.eps, other.eps)
+    assert (one.levels.t == other.levels.t).all()
+    assert not torch.equal(one.z, other.z)  # the images go on
+    assert not torch.equal(one.eps, first.take(4, 8).eps)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     config = TrainConfig(steps=50, channels=(8, 8), batch_size=4, pictures=0, learning_rate=1e30)
-    with pytest.raises(TrainingError, match=r"the loss is .* near step"):
+    with pytest.raises(
+        TrainingError, match=r"the loss is .* is not finite at step \d+\. Likely: a learning rate"
+    ):
         train(config, load("digits"))
 
 
@@ -126,6 +109,13 @@ def test_training_does_not_touch_the_callers_random_state():
         ({"steps": 1, "batch_size": 10**15}, "batch_size must be in 1..65536"),
         ({"steps": 1, "num_inference_steps": 1001}, "num_inference_steps must be in 1..1000"),
         ({"steps": 1, "seed": 2**32}, "seed"),
+        ({"steps": 1, "accumulate": 65}, "accumulate must be at most batch_size, 64, got 65"),
+        ({"steps": 1, "final_batch_size": 63}, "final_batch_size must be in 64..65536"),
+        ({"steps": 1, "clip": -1}, "clip"),
+        ({"steps": 1, "dropout": 1}, "dropout"),
+        ({"steps": 1, "skip_nonfinite": -1}, "skip_nonfinite"),
+        ({"steps": 1, "num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"steps": 1, "beta_schedule": "x"}, "beta_schedule must be one of linear, scaled"),
         ({"steps": 1, "channels": ()}, "channels"),
         ({"steps": 1, "channels": 48}, "channels"),
         ({"steps": 1, "channels": (8, 0)}, "channels"),
@@ -162,3 +152,144 @@ def test_data_without_images_are_refused():
     empty = ImageData("none", torch.zeros(0, 1, 8, 8, dtype=torch.uint8), None, ())
     with pytest.raises(InvalidArgument, match="data none must hold at least one image"):
         train(TrainConfig(steps=1), empty)
+
+
+# --- how a step is taken ---------------------------------------------------------------------
+
+
+def weights(config, **options):
+    unet = train(config, load("digits"), **options).unet
+    return torch.cat([parameter.flatten() for parameter in unet.parameters()])
+
+
+def test_a_batch_in_parts_is_the_batch():
+    """To rounding, by plain gradient descent: Adam divides a small gradient by its size."""
+    whole, parts = (
+        weights(TrainConfig(steps=3, accumulate=n, **TINY), optimizer=descent) for n in (1, 3)
+    )
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
+def descent(parameters):
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def test_another_optimizer_has_its_own_rate_and_the_configs_shape():
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    def make(parameters):
+        first, *others = parameters
+        return Watched([{"params": [first], "lr": 0.3}, {"params": others}], lr=0.1)
+
+    train(TrainConfig(steps=4, warmup=0, **TINY), load("digits"), optimizer=make)
+    assert seen == [pytest.approx([0.3 * share, 0.1 * share]) for share in (1, 0.75, 0.5, 0.25)]
+
+
+def test_the_gradient_is_cut_to_the_norm_that_was_asked_for():
+    norms = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            grads = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+            norms.append(float(torch.cat(grads).norm()))
+
+    for clip, fits in ((0.01, lambda norm: norm == pytest.approx(0.01, rel=1e-3)),
+                       (0, lambda norm: norm > 0.1)):  # fmt: skip
+        config = TrainConfig(steps=2, clip=clip, **TINY)
+        train(config, load("digits"), optimizer=lambda p: Watched(p, lr=0.1))
+        assert all(map(fits, norms))
+        norms.clear()
+
+
+def test_the_batch_grows_with_the_run():
+    config = TrainConfig(steps=6, **TINY | {"batch_size": 4, "final_batch_size": 12})
+    assert [batch_size(config, i / 6) for i in range(7)] == [4, 4, 8, 8, 12, 12, 12]
+    rows = []
+    train(config, load("digits"), report=rows.append)
+    assert rows[-1].images == 48
+
+
+def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
+    data = load("digits")
+
+    class Broken(ImageData):
+        calls = 0
+
+        def to(self, device):
+            return self
+
+        def batch(self, index):
+            images, labels = super().batch(index)
+            Broken.calls += 1
+            return (images * float("nan") if Broken.calls in (2, 4) else images), labels
+
+    broken = Broken(data.name, data.images, data.labels, data.class_names)
+    rows = []
+    pipe = train(TrainConfig(steps=6, skip_nonfinite=2, **TINY), broken, report=rows.append)
+    assert [step for row in rows for step in row.skipped] == [1, 3]
+    assert all(torch.isfinite(p).all() for p in pipe.unet.parameters())
+    Broken.calls = 0
+    with pytest.raises(TrainingError, match="not finite at step 3 after 1 steps were passed over"):
+        train(TrainConfig(steps=6, skip_nonfinite=1, **TINY), broken)
+
+
+def test_dropout_repeats_and_leaves_the_callers_random_state():
+    config = TrainConfig(steps=2, dropout=0.5, **TINY)
+    state = torch.random.get_rng_state()
+    first, second = weights(config), weights(config)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, weights(TrainConfig(steps=2, **TINY)))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+# --- options in layers -----------------------------------------------------------------------
+
+
+def test_a_later_layer_wins_and_a_budget_replaces_the_other_kind(tmp_path):
+    preset = options_of(PRESETS["mnist"].train)
+    assert merged(preset) == PRESETS["mnist"].train
+    (tmp_path / "mine.json").write_text('{"steps": 5, "channels": [8, 16], "seed": 3}')
+    (tmp_path / "mine.toml").write_text("steps = 5\nchannels = [8, 16]\nseed = 3\n")
+    for name in ("mine.json", "mine.toml"):
+        config = merged(preset, read_options(tmp_path / name), {"seed": 4})
+        assert (config.minutes, config.steps, config.seed, config.channels) == (None, 5, 4, (8, 16))
+        assert config.prediction_type == "edm"
+
+
+def test_a_runs_own_config_is_a_config(run_folder):
+    config = merged(read_options(run_folder / "config.json"))
+    assert config.steps == 120
+    assert json.loads((run_folder / "config.json").read_text())["train"]["channels"] == [24, 32]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "message"),
+    [
+        ("a.yaml", "", InvalidArgument, "must be a .json or .toml file"),
+        ("a.json", "{", CheckpointError, "not valid JSON"),
+        ("a.json", "[1]", CheckpointError, "must be a table of options, got list"),
+        ("a.toml", "steps", CheckpointError, "not valid TOML"),
+        ("a.json", '{"stepz": 3}', InvalidArgument, "option must be one of minutes, steps"),
+        ("a.json", '{"steps": "3"}', InvalidArgument, "steps must be a whole number"),
+        ("a.json", '{"steps": 3, "channels": "8"}', InvalidArgument, "channels must be a list"),
+        ("none.json", None, CheckpointError, "cannot be read"),
+    ],
+)
+def test_a_bad_config_file_is_refused_in_one_line(tmp_path, name, text, error, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=message):
+        merged(read_options(tmp_path / name))
+
+
+def test_every_preset_says_why_and_builds():
+    for preset in PRESETS.values():
+        assert len(preset.why) > 40
+        config = merged(options_of(preset.train), {"sigma_data": 0.5} if
+                        preset.train.measures_data else {})  # fmt: skip
+        assert config.objective().scheduler.config.compat == "exact"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.nn import UNet
+from minidiff.nn.layers import GroupNorm
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.logging.set_verbosity_error()  # it warns at every `.to(float64)`
@@ -197,6 +198,24 @@ def test_channels_last_changes_rounding_only():
         expected = unet(x, 1)
         unet.to(memory_format=torch.channels_last)
         assert distance(unet(x.to(memory_format=torch.channels_last), 1), expected) < 1e-13
+
+
+@pytest.mark.parametrize("depth", [1, 6, 8, 16, 24])
+@pytest.mark.parametrize("side", [1, 7, 32])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
+def test_a_norm_gives_the_same_numbers_in_the_memory_format_that_it_gets(depth, side, dtype, close):
+    torch.manual_seed(0)
+    norm = GroupNorm(2, 2 * depth, 1e-5, torch.nn.SiLU()).to(dtype)
+    x = (3 * torch.randn(2, 2 * depth, side, side) + 10).to(dtype)
+    expected = norm.double()(x.double())
+    last = x.to(memory_format=torch.channels_last).requires_grad_()
+    for each in (x, last):
+        out = norm.to(dtype)(each)
+        assert out.dtype == dtype
+        assert out.stride() == each.stride()
+        assert (out - expected).abs().max() < close * max(1, expected.abs().max())
+    out.sum().backward()
+    assert last.grad.isfinite().all()
 
 
 def test_time_features_stay_float32_in_a_bfloat16_network():

@@ -2,20 +2,43 @@
 
 load("digits")                      the digits embedded in the package: no download
 load("mnist", data_dir="…")         the four published IDX files
+load("cifar10", data_dir="…")       the published binary version
+load("moons")                       points on a plane, see `minidiff.data.toys`
+load("captions")                    coloured digits with captions, made as they are asked for
 load("path/to/folder")              any folder of images
 """
 
 import os
 from pathlib import Path
 
-from minidiff.data.images import ImageData, batches, to_float, to_uint8
-from minidiff.errors import DataError, InvalidArgument, one_of
+from minidiff.data import toys
+from minidiff.data.images import ImageData, to_float, to_uint8
+from minidiff.data.protocol import Data
+from minidiff.data.stream import Stream, batches
+from minidiff.data.toys import PointData
+from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
 
-__all__ = ["NAMES", "SPLITS", "ImageData", "batches", "load", "to_float", "to_uint8"]
+__all__ = [
+    "DATA_VARIABLE",
+    "NAMES",
+    "PUBLISHED",
+    "SPLITS",
+    "TOYS",
+    "Data",
+    "ImageData",
+    "PointData",
+    "Stream",
+    "batches",
+    "load",
+    "to_float",
+    "to_uint8",
+]
 
-NAMES = ("digits", "mnist")
+PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
+NAMES = ("digits", *PUBLISHED, "captions")
+TOYS = toys.NAMES
 SPLITS = ("train", "test")
-_ENVIRONMENT = "MINIDIFF_DATA"
+DATA_VARIABLE = "MINIDIFF_DATA"
 
 
 def load(
@@ -23,58 +46,81 @@ def load(
     split: str = "train",
     data_dir: str | Path | None = None,
     image_size: int | None = None,
-) -> ImageData:
+    download: bool = False,
+) -> Data:
     """Load a data set.
 
     Args:
-        name: "digits" (16×16 grey, embedded), "mnist" (28×28 grey), or an existing folder of
-            images.
+        name: "digits" (16×16 grey, embedded), "mnist" (28×28 grey), "cifar10" (32×32 RGB),
+            "captions" (32×32 RGB, endless, with texts in place of labels), one of `TOYS` for
+            points on a plane, or an existing folder of images.
         split: "train" or "test". A folder has no test split of its own: every tenth image of
             its sorted order is held out for it, see `minidiff.data.folder`.
-        data_dir: for mnist, the folder that holds the IDX files, or whose sub-folder `mnist`
-            does; by default the environment variable MINIDIFF_DATA.
+        data_dir: for mnist and cifar10, the folder that holds the published files, or whose
+            sub-folder of that name does; by default the environment variable MINIDIFF_DATA.
         image_size: for a folder, the side to which images are cropped and resized; by default
             they must all have one size. Named data sets have the size they have.
+        download: for mnist and cifar10, fetch the files that are not there into that sub-folder,
+            checked by size and SHA-256, see `minidiff.data.download`.
 
     Raises:
         InvalidArgument: an unknown name or split, or an argument that this data set has no
             use for.
-        DataError: a file is missing or damaged.
+        DataError: a file is missing or damaged, or could not be downloaded.
+        CheckpointError: a folder to download to cannot be written.
     """
     one_of("split", split, SPLITS)
-    if name in NAMES and image_size is not None:
+    true_or_false("download", download)
+    if name in (*NAMES, *TOYS) and image_size is not None:
         raise InvalidArgument(f"image_size is for folders of images, {name} has its own")
-    if name != "mnist" and data_dir is not None:
-        raise InvalidArgument(f"data_dir is for mnist; {name} does not read it")
+    if name not in PUBLISHED:
+        for argument, given in (("data_dir", data_dir is not None), ("download", download)):
+            if given:
+                raise InvalidArgument(
+                    f"{argument} is for {' and '.join(PUBLISHED)}; {name} does not read it"
+                )
+    if name in TOYS:
+        return toys.load(name, split)
     # Imported here: neither Pillow nor the embedded file costs anything until asked for.
     if name == "digits":
         from minidiff.data import digits
 
         return digits.load(split)
-    if name == "mnist":
-        from minidiff.data import mnist
+    if name == "captions":
+        from minidiff.data import captions
 
-        return mnist.load(_mnist_folder(data_dir), split)
+        return captions.CaptionedDigits(split)
+    if name in PUBLISHED:
+        return _load_published(name, split, data_dir, download)
     if not (isinstance(name, str | Path) and name and Path(name).is_dir()):  # Path("") is "."
         raise InvalidArgument(
             f"data must be one of {', '.join(NAMES)}, or the path of an existing folder of "
-            f"images; got {str(name)!r}"
+            f"images (or a toy: {', '.join(TOYS)}); got {str(name)!r}"
         )
     from minidiff.data import folder
 
     return folder.load(name, split, image_size)
 
 
-def _mnist_folder(data_dir: str | Path | None) -> Path:
-    """The folder to look in: `data_dir` or MINIDIFF_DATA, or the `mnist` folder inside it."""
-    given = data_dir or os.environ.get(_ENVIRONMENT)
+def _load_published(
+    name: str, split: str, data_dir: str | Path | None, download: bool
+) -> ImageData:
+    """MNIST or CIFAR-10, from `data_dir` or MINIDIFF_DATA, or the folder of its name in there."""
+    from minidiff.data import cifar10, mnist
+    from minidiff.data.download import download as fetch
+
+    given = data_dir or os.environ.get(DATA_VARIABLE)
     if not given:
         raise InvalidArgument(
-            "mnist is read from its published IDX files: pass --data-dir / data_dir= with the "
-            f"folder that holds them, or set {_ENVIRONMENT}"
+            f"{name} is read from its published {PUBLISHED[name]}: pass --data-dir / data_dir= "
+            f"with the folder that holds them, or set {DATA_VARIABLE}"
         )
-    folder = Path(given)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder, expected the IDX files of MNIST in it")
-    inside = folder / "mnist"
-    return inside if inside.is_dir() and not any(folder.glob("*-ubyte*")) else folder
+    folder, module = Path(given), {"mnist": mnist, "cifar10": cifar10}[name]
+    if not folder.is_dir() and not download:
+        raise DataError(f"{folder}: no such folder, expected the {PUBLISHED[name]} of {name} in it")
+    inside = folder / name
+    if not module.is_in(folder) and (download or inside.is_dir()):
+        folder = inside
+    if download:
+        fetch(name, folder)
+    return module.load(folder, split)

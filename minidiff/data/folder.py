@@ -3,8 +3,9 @@
     folder/cat/1.png, folder/dog/1.png …    one class a sub-folder, labels in sorted name order
     folder/1.png, folder/2.png …            no sub-folders: no labels
 
-Sub-folders are searched to any depth; a sub-folder without images is no class; names that begin
-with a dot are passed over. The order is that of the sorted relative paths.
+Sub-folders are searched to any depth, links are followed; a sub-folder without images is no class;
+names that begin with a dot are passed over, and so are files that are not called like images. The
+order is that of the sorted relative paths.
 
 Every tenth image of that order (the 10th, 20th, …) is the test split and never in the train
 split: a folder comes without one, and memorising has to be told apart from generalising.
@@ -13,7 +14,8 @@ Pixels: the first frame; EXIF orientation applied; transparency composited on bl
 (C = 1) if every file is stored as grey, else RGB (C = 3) for all.
 """
 
-import os
+import re
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +28,18 @@ from torch import Tensor
 from minidiff.data.images import ImageData
 from minidiff.errors import DataError, one_of, whole_number
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
+                      ".pgm", ".pnm", ".jfif"})  # fmt: skip
+UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2"})  # images, but not to be passed over
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "PPM",
+)  # Pillow would run Ghostscript on EPS
 HOLD_OUT = 10  # one image in ten is the test split
 
 _GREY = frozenset({"1", "L", "LA", "La"})
@@ -84,35 +97,49 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
 
 def _list(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     """All image files in order, the label of each, and the class names."""
-    try:
-        entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{root}: not a folder that can be read ({error.strerror})") from error
-    loose = [entry for entry in entries if _is_image(entry)]
-    classes = {entry.name: _search(entry) for entry in entries if entry.is_dir()}
-    classes = {name: files for name, files in classes.items() if files}
-    if loose and classes:
+    files, folders = _entries(root)
+    classes = {folder.name: _search(folder, (root.resolve(),)) for folder in folders}
+    classes = {name: found for name, found in classes.items() if found}
+    if files and classes:
         raise DataError(
-            f"{root}: holds images ({loose[0].name}, …) beside folders of images "
+            f"{root}: holds images ({files[0].name}, …) beside folders of images "
             f"({', '.join(list(classes)[:3])}, …); put every image into a class folder, or none"
         )
-    if not loose and not classes:
+    if not files and not classes:
         raise DataError(f"{root}: no images; looked for {', '.join(sorted(SUFFIXES))}")
-    files = loose + [path for found in classes.values() for path in found]
+    if len({unicodedata.normalize("NFC", name) for name in classes}) < len(classes):
+        raise DataError(f"{root}: two class folders have one name, written in two ways of Unicode")
+    files += [path for found in classes.values() for path in found]
     labels = [label for label, found in enumerate(classes.values()) for _ in found]
     return files, labels, tuple(classes)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The image files and the folders in a folder, each sorted by name."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: not a folder that can be read ({error.strerror})") from error
+    folders = [entry for entry in entries if entry.is_dir()]
+    files = []
+    for entry in (entry for entry in entries if not entry.is_dir()):
+        suffix = entry.suffix.lower()
+        if suffix in UNREAD:
+            raise DataError(f"{entry}: images of this kind are not read; convert it to PNG or JPEG")
+        if suffix in SUFFIXES and not entry.is_file():
+            raise DataError(f"{entry}: a link to nothing, or no ordinary file")
+        if suffix in SUFFIXES:
+            files.append(entry)
+    return files, folders
 
 
-def _search(folder: Path) -> list[Path]:
+def _search(folder: Path, above: tuple[Path, ...]) -> list[Path]:
     """Image files at any depth, sorted by relative path on every system alike."""
-    found = []
-    for parent, children, names in os.walk(folder):
-        children[:] = [name for name in children if not name.startswith(".")]
-        found += [path for name in names if _is_image(path := Path(parent, name))]
+    real = folder.resolve()
+    if real in above:
+        raise DataError(f"{folder}: is a link to a folder that it lies in")
+    files, folders = _entries(folder)
+    found = files + [path for inner in folders for path in _search(inner, (*above, real))]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -121,20 +148,23 @@ def _open(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow warns from 89 million pixels on and refuses from twice that; we refuse at once.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
 
 
 def _header(path: Path) -> _Header:
     try:
         with _open(path) as image:
             width, height = image.size
+            mode, depth = image.mode, str(image.tile)  # before getexif, which may empty the latter
             if image.getexif().get(_ORIENTATION, 1) >= 5:
                 width, height = height, width
-            mode = image.mode
     except Exception as error:  # decoders fed with arbitrary bytes raise nearly anything
         raise DataError(f"{path}: not a readable image ({error})") from error
-    if mode not in _GREY | _COLOUR:  # 16-bit and float pixels would be clipped, not scaled
-        raise DataError(f"{path}: pixels of mode {mode!r}, expected 8 bits a channel")
+    # Pillow would clip 16-bit grey and floats, and of 16-bit colours drop half of the bits.
+    deep = re.search(r";16[BLN]", depth) is not None
+    if deep or mode not in _GREY | _COLOUR:
+        bits = ", 16 bits" if deep else ""
+        raise DataError(f"{path}: pixels of mode {mode!r}{bits}, expected 8 bits a channel")
     return _Header(mode in _GREY, width, height)
 
 

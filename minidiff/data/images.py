@@ -1,21 +1,20 @@
-"""Images that live on the device as bytes, and the order in which training sees them.
+"""Images that live on the device as bytes.
 
 A data set is one uint8 tensor (N, C, H, W). A network sees floats in [−1, 1]:
 
     x = u / 127.5 − 1        u = round(127.5·(x + 1)), clamped to 0..255
 
 Turning bytes into a batch is one gather and one multiply-add on the device; there are no worker
-processes, so the stream of batches is a function of (seed, epoch) and of nothing else.
+processes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, whole_number
+from minidiff.data.protocol import check_labels
+from minidiff.errors import InvalidArgument
 
 
 @dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value to compare by
@@ -38,25 +37,13 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
+        images = self.images
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise InvalidArgument(
                 "images must be uint8 (N, C, H, W) with C = 1 or 3, "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        if labels is None:
-            if self.class_names:
-                raise InvalidArgument(f"class_names must be () without labels: {self.class_names}")
-            return
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise InvalidArgument(
-                f"labels must be int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"
-            )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise InvalidArgument(
-                f"labels must be in 0..{self.num_classes - 1}, "
-                f"got {int(labels.min())}..{int(labels.max())}"
-            )
+        check_labels(self.labels, len(images), self.class_names)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,16 +53,23 @@ class ImageData:
         """How many classes the labels speak of; 0 without labels."""
         return len(self.class_names)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image: (C, H, W)."""
+        return tuple(self.images.shape[1:])
+
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with its tensors on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return ImageData(self.name, self.images.to(device), labels, self.class_names)
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """The images at `index`, as a network sees them.
 
         Args:
             index: int64 (B,), on any device.
+            position: of the first of them in the stream, see `minidiff.data.protocol.Data`; an
+                image is the same at every pass.
 
         Returns:
             x float32 (B, C, H, W) in [−1, 1] and the labels int64 (B,) or None, both on the
@@ -99,45 +93,3 @@ def to_uint8(x: Tensor) -> Tensor:
     255 levels apart after the scaling.
     """
     return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def batches(n: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
-    """Yield index tensors for ever: permutation after permutation, cut into equal batches.
-
-    Epoch e is a permutation of 0..n−1 that depends on (seed, e) alone. Batches run on across the
-    end of an epoch, so none is short and every image is seen equally often.
-
-    Args:
-        n: number of images, at least 1.
-        batch_size: length of every batch; may exceed n.
-        seed: 0 or more.
-        start: number of batches to pass over, so that an interrupted run resumes its stream.
-
-    Returns:
-        An endless iterator of int64 (batch_size,) on the CPU.
-
-    Raises:
-        InvalidArgument: an argument is out of range.
-    """
-    n = whole_number("n", n, 1)
-    batch_size = whole_number("batch_size", batch_size, 1)
-    seed, start = whole_number("seed", seed, 0), whole_number("start", start, 0)
-    return _batches(n, batch_size, seed, start)  # a generator would check only at its first next()
-
-
-def _batches(n: int, batch_size: int, seed: int, start: int) -> Iterator[Tensor]:
-    epoch, offset = divmod(start * batch_size, n)
-    pending = _permutation(n, seed, epoch)[offset:]
-    while True:
-        parts, held = [pending], len(pending)
-        while held < batch_size:
-            epoch, held = epoch + 1, held + n
-            parts.append(_permutation(n, seed, epoch))
-        pending = torch.cat(parts)
-        yield pending[:batch_size]
-        pending = pending[batch_size:]
-
-
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    # NumPy hashes the pair into one stream; seed + epoch would let (0, 1) and (1, 0) collide.
-    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))

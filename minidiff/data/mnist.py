@@ -22,7 +22,7 @@ from minidiff.errors import DataError, one_of
 
 _PREFIX = {"train": "train", "test": "t10k"}
 _SIDE = 28
-_MAX_COUNT = 1_000_000  # bounds what a damaged header or a gzip bomb can make us read
+_MAX_COUNT = 300_000  # bounds what a damaged header or a gzip bomb can make us read
 
 
 def load(folder: str | Path, split: str = "train") -> ImageData:
@@ -44,12 +44,7 @@ def load(folder: str | Path, split: str = "train") -> ImageData:
     folder, prefix = Path(folder), _PREFIX[split]
     image_file = find(folder, f"{prefix}-images", 3)
     label_file = find(folder, f"{prefix}-labels", 1)
-    images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
-    if images.shape[1:] != (_SIDE, _SIDE):
-        raise DataError(
-            f"{image_file}: images are {images.shape[1]}×{images.shape[2]}, "
-            f"expected {_SIDE}×{_SIDE}"
-        )
+    images, labels = read_idx(image_file, (_SIDE, _SIDE)), read_idx(label_file, ())
     if len(images) != len(labels):
         raise DataError(
             f"{label_file}: {len(labels)} labels, "
@@ -61,6 +56,11 @@ def load(folder: str | Path, split: str = "train") -> ImageData:
     return ImageData("mnist", images.unsqueeze(1), labels.long(), names)
 
 
+def is_in(folder: Path) -> bool:
+    """Whether the folder holds a file that is called like one of the four."""
+    return any(folder.glob("*-ubyte*"))
+
+
 def find(folder: Path, stem: str, dimensions: int) -> Path:
     """The file that holds `stem` under one of its four known names. Raises DataError."""
     kind = f"idx{dimensions}-ubyte"
@@ -68,16 +68,20 @@ def find(folder: Path, stem: str, dimensions: int) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise DataError(f"{folder}: no MNIST file {names[0]}[.gz] or {names[2]}[.gz] in this folder")
+    raise DataError(
+        f"{folder}: no MNIST file {names[0]}[.gz] or {names[2]}[.gz] in this folder; "
+        "--download / download=True fetches it"
+    )
 
 
-def read_idx(path: Path, dimensions: int) -> Tensor:
-    """Read an IDX file of unsigned bytes with this many dimensions, to the last byte.
+def read_idx(path: Path, item: tuple[int, ...]) -> Tensor:
+    """Read an IDX file of unsigned bytes, uint8 (N, *item), to the last byte.
 
     Raises:
-        DataError: the magic number, a size, or the length is not as declared.
+        DataError: the magic number, a size, or the length is not as declared or expected.
     """
-    with _open(path) as file:
+    dimensions = 1 + len(item)
+    with open_idx(path) as file:
         try:
             header = file.read(4 * (1 + dimensions))
             if len(header) < 4 * (1 + dimensions):
@@ -88,8 +92,9 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
                     f"{path}: magic number {magic:#010x}, expected {0x0800 + dimensions:#010x} "
                     f"(unsigned bytes, {dimensions} dimensions)"
                 )
-            if shape[0] > _MAX_COUNT or max(shape[1:], default=0) > 4096:
-                raise DataError(f"{path}: declares sizes {shape}, larger than any MNIST file")
+            if shape[0] > _MAX_COUNT or tuple(shape[1:]) != item:
+                expected = " × ".join(map(str, (f"0..{_MAX_COUNT}", *item)))
+                raise DataError(f"{path}: declares sizes {shape}, expected {expected}")
             length = math.prod(shape)
             content = file.read(length + 1)  # one more, to notice what follows the end
         except (OSError, EOFError, zlib.error) as error:
@@ -100,8 +105,11 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open for reading. The first two bytes tell gzip from plain: names are often wrong."""
+def open_idx(path: Path) -> BinaryIO:
+    """Open what is in a file, zipped or not. Raises DataError.
+
+    The first two bytes tell gzip from plain: names are often wrong.
+    """
     try:
         with path.open("rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"

@@ -4,6 +4,7 @@ distances.py    Fréchet and kernel distance between two sets of features
 neighbours.py   density, coverage, and whether samples are copies of training images
 classifier.py   the classifiers: shipped ones and those of a file
 evaluator.py    one data set, and samples scored against it
+scenes.py       samples scored against their captions
 
 What each figure of `minidiff evaluate` is, in one place with its sources: `minidiff/EVALUATION.md`.
 """
@@ -27,6 +28,7 @@ from minidiff.metrics.distances import (
 )
 from minidiff.metrics.evaluator import Evaluator, Scores, fixed_order
 from minidiff.metrics.neighbours import NEIGHBOURS, copying, coverage, density_and_coverage
+from minidiff.metrics.scenes import SceneEvaluator, SceneScores
 from minidiff.weights import read_metadata
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "WEIGHTS",
     "Evaluator",
     "Moments",
+    "SceneEvaluator",
+    "SceneScores",
     "Scores",
     "accuracy",
     "copying",

@@ -81,6 +81,10 @@ class Evaluator:
         data_dir: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        if name == "captions":
+            raise InvalidArgument(
+                "name must be data of one class an image; captions are for SceneEvaluator"
+            )
         net = load_classifier(name).to(pick_device(device))
         splits = (data.load(name, split, data_dir) for split in data.SPLITS)
         self._measure(*splits, net)

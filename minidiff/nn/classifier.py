@@ -106,7 +106,50 @@ class ResidualFeatureNet(Classifier):
         self.head = nn.Linear(third, num_classes)
 
 
-NETWORKS = {"plain": FeatureNet, "residual": ResidualFeatureNet}
+class SceneNet(Classifier):
+    """Q classifiers of K classes on features in common, for pictures of several things.
+
+    Where a thing is must not be averaged away: what is left of the picture is 4×4 cells, which one
+    linear layer makes the features of.
+
+    Args:
+        channels, num_classes, widths: as in `FeatureNet`. With nine questions the default has
+            220,000 parameters. A question of fewer classes leaves the last logits alone.
+        questions: Q.
+        features: D.
+
+    Raises:
+        InvalidArgument: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        num_classes: int = 10,
+        questions: int = 1,
+        widths: tuple[int, int, int] = (24, 48, 64),
+        features: int = 96,
+    ) -> None:
+        super().__init__()
+        questions = whole_number("questions", questions, 1, MAX_WIDTH)
+        features = whole_number("features", features, 1, MAX_WIDTH)
+        cells = nn.Sequential(nn.AdaptiveMaxPool2d(4), nn.Flatten())
+        self.stages = nn.Sequential(*FeatureNet(channels, num_classes, widths).stages, *cells)
+        self.features = nn.Sequential(nn.Linear(16 * widths[-1], features), nn.ReLU())
+        self.head = nn.Linear(features, num_classes * questions)
+        self.logits = nn.Unflatten(1, (num_classes, questions))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify images in [−1, 1], float (B, C, H, W) with H, W ≥ 16.
+
+        Returns:
+            logits (B, K, Q) and features (B, D), the latter ≥ 0.
+        """
+        features = self.features(self.stages(x))
+        return self.logits(self.head(features)), features
+
+
+NETWORKS = {"plain": FeatureNet, "residual": ResidualFeatureNet, "scene": SceneNet}
 
 
 def build_classifier(architecture: Mapping[str, Any]) -> Classifier:

@@ -156,6 +156,31 @@ class NoCondition(nn.Module):
         raise InvalidArgument("timestep_cond must be None: time_cond_proj_dim is None")
 
 
+def check_sample(sample: object) -> None:
+    """Refuse what is no floating point tensor. Raises InvalidArgument."""
+    if not isinstance(sample, Tensor):
+        raise InvalidArgument(f"sample must be a tensor, got {type(sample).__name__}")
+    if not sample.is_floating_point():
+        raise InvalidArgument(f"sample must be floating point, got {sample.dtype}")
+
+
+def times_of(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
+    """The times of a batch, (B,) on the sample's device, from one number or one a sample.
+
+    Raises:
+        InvalidArgument: neither a number nor a tensor () or (B,).
+    """
+    if not isinstance(timestep, Tensor):
+        if isinstance(timestep, bool) or not hasattr(timestep, "__float__"):
+            raise InvalidArgument(f"timestep must be a number or a tensor, got {timestep!r}")
+        return torch.full((len(sample),), float(timestep), device=sample.device)
+    if timestep.shape not in ((), (len(sample),)):
+        raise InvalidArgument(
+            f"timestep must have shape () or ({len(sample)},), got {tuple(timestep.shape)}"
+        )
+    return timestep.to(sample.device).expand(len(sample))
+
+
 # --------------------------------------------------------------------------------- classes
 
 

@@ -45,6 +45,8 @@ from minidiff.nn.embeddings import (
     Text,
     TextTime,
     TimestepEmbedding,
+    check_sample,
+    times_of,
 )
 from minidiff.nn.layers import (
     ACTIVATIONS,
@@ -180,10 +182,7 @@ class UNet(Model):
 
     def _checked_times(self, sample: Tensor, timestep: int | float | Tensor) -> Tensor:
         """Refuse bad input by name; return the times, (B,) on the sample's device."""
-        if not isinstance(sample, Tensor):
-            raise InvalidArgument(f"sample must be a tensor, got {type(sample).__name__}")
-        if not sample.is_floating_point():
-            raise InvalidArgument(f"sample must be floating point, got {sample.dtype}")
+        check_sample(sample)
         entering, sides = self.config.in_channels, tuple(sample.shape[2:])
         if len(sides) != self.dims or sample.shape[1] != entering or not len(sample):
             raise InvalidArgument(
@@ -192,15 +191,7 @@ class UNet(Model):
             )
         if min(sides) < self.smallest_side:
             raise InvalidArgument(f"sample must have sides >= {self.smallest_side}, got {sides}")
-        if not isinstance(timestep, Tensor):
-            if isinstance(timestep, bool) or not hasattr(timestep, "__float__"):
-                raise InvalidArgument(f"timestep must be a number or a tensor, got {timestep!r}")
-            return torch.full((len(sample),), float(timestep), device=sample.device)
-        if timestep.shape not in ((), (len(sample),)):
-            raise InvalidArgument(
-                f"timestep must have shape () or ({len(sample)},), got {tuple(timestep.shape)}"
-            )
-        return timestep.to(sample.device).expand(len(sample))
+        return times_of(sample, timestep)
 
 
 class DownBlock(nn.Module):

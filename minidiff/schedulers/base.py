@@ -396,6 +396,10 @@ class Scheduler:
         """The network's input for a sample; variance-preserving schedulers change nothing."""
         return sample
 
+    def shown(self, sample: Tensor, level: Level) -> Tensor:
+        """The same for a sample at any level."""
+        return sample
+
     def step(
         self,
         model_output: Tensor,

@@ -73,7 +73,10 @@ class EDMSigmas(SigmaScheduler):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """c_in·x, what the network is shown. Raises InvalidArgument for a timestep off the grid."""
-        return self.precondition_inputs(sample, self.present_level(timestep).sigma)
+        return self.shown(sample, self.present_level(timestep))
+
+    def shown(self, sample: Tensor, level: Level) -> Tensor:
+        return self.precondition_inputs(sample, level.sigma)
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         p, q = edm_row(level, self.config.sigma_data)

@@ -52,7 +52,10 @@ class ExplodingSigmas(TrainedSigmas):
 
         Raises InvalidArgument: the first timestep is not on the grid.
         """
-        return sample / self.reading.input_norm(self.present_level(timestep).sigma)
+        return self.shown(sample, self.present_level(timestep))
+
+    def shown(self, sample: Tensor, level: Level) -> Tensor:
+        return sample / self.reading.input_norm(level.sigma)
 
     def _prepare(self) -> None:
         super()._prepare()

@@ -1,0 +1,132 @@
+"""How well a model of captioned digits draws what it is told.
+
+    python benchmarks/text_to_image.py MODEL [--num 1000] [--seed 0] [--device cuda] [--png FILE]
+
+Four tables, all scored by the classifier of real pictures (`minidiff.metrics.SceneEvaluator`), with
+the model's own sampler and number of steps, beside what real pictures of the same captions score:
+
+    captions    digit, colour and background of one digit; the same for pairs of digit and colour
+                that training never showed; and everything that any caption says
+    guidance    from 1 to 10: all together, and how much of the real pictures' variety is covered
+    negative    a named colour as negative prompt: its share, and the other attributes
+    strength    image-to-image from real pictures to another digit: how far from the picture,
+                whether the digit is right, and whether it stays where it was
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff import plot, run
+from minidiff.data import to_float
+from minidiff.data.captions import CaptionedDigits
+from minidiff.data.scenes import COLOURS, DIGITS, NONE, QUESTIONS
+from minidiff.metrics import SceneEvaluator, coverage
+from minidiff.metrics.scenes import compare, task
+from minidiff.pipeline import Pipeline
+
+GUIDANCE = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
+STRENGTHS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+UNWANTED = "blue"
+
+
+class Bench:
+    """A model, what scores it, and how many samples a figure is of."""
+
+    def __init__(self, pipe: Pipeline, n: int, seed: int, device: str) -> None:
+        self.pipe, self.n, self.seed = pipe, n, seed
+        self.evaluator = SceneEvaluator(device)
+
+    def draw(self, prompts: list[str], **options: Any) -> Tensor:
+        """Pictures of prompts, uint8 (N, 3, 32, 32)."""
+        made = self.pipe(prompts, seed=self.seed, output_type="np", **options).images
+        return torch.from_numpy(made).permute(0, 3, 1, 2)
+
+    def captions(self) -> None:
+        for line in self.evaluator.table(self.draw, self.n):
+            print(line, flush=True)
+
+    def guidance(self, png: str | None) -> None:
+        asked = task(self.n)
+        real = CaptionedDigits("test").images(asked.index)
+        _, reference = self.evaluator.read(real)
+        others = task(self.n, seed=1)  # as many again, which is the most that can be covered
+        _, again = self.evaluator.read(CaptionedDigits("test", seed=1).images(others.index))
+        print(f"\nguidance  all together  coverage    real: {coverage(reference, again):.3f}")
+        rows = []
+        for scale in GUIDANCE:
+            images = self.draw(asked.prompts, guidance_scale=float(scale))
+            answers, features = self.evaluator.read(images)
+            together = compare(answers, asked.wanted).together
+            print(f"{scale:8g}{together:14.1%}{coverage(reference, features):10.3f}", flush=True)
+            rows.append(images[:12])
+        if png:
+            pictures = torch.cat(rows).permute(0, 2, 3, 1).numpy()
+            plot.save(plot.grid(pictures, 12), png)
+
+    def negative(self) -> None:
+        digits = np.arange(self.n) % DIGITS
+        prompts = [f"a big {digit} on a white background" for digit in digits]
+        wanted = torch.full((self.n, len(QUESTIONS)), NONE)
+        wanted[:, QUESTIONS.index("digit")] = torch.from_numpy(digits)
+        wanted[:, QUESTIONS.index("background")] = list(COLOURS).index("white")
+        print(f"\nnegative prompt    {UNWANTED}    the others")
+        for name, negative in (("none", None), (UNWANTED, UNWANTED)):
+            answers, _ = self.evaluator.read(self.draw(prompts, negative_prompt=negative))
+            named = answers[:, QUESTIONS.index("colour")] == list(COLOURS).index(UNWANTED)
+            print(f"{name:15}{named.double().mean():8.1%}    {compare(answers, wanted)}")
+
+    def strength(self) -> None:
+        """Real pictures of one digit, changed to the next digit, all else in the words kept."""
+        data = CaptionedDigits("test")
+        index = torch.arange(8 * self.n)
+        shown = data.scenes(index)
+        chosen = (shown.relation == NONE).nonzero()[: self.n, 0]
+        given, before = data.images(index[chosen]), data.scenes(index[chosen])
+        digit = (before.digit[:, 0] + 1) % DIGITS
+        names = list(COLOURS)
+        prompts = [
+            f"{names[colour]} {number} on {names[background]}"
+            for colour, number, background in zip(
+                before.colour[:, 0].tolist(),
+                digit.tolist(),
+                before.background.tolist(),
+                strict=True,
+            )
+        ]
+        print("\nstrength  distance   digit  position    distance: root mean square, of 2")
+        for strength in STRENGTHS:
+            made = self.draw(prompts, image=to_float(given), strength=strength)
+            answers, _ = self.evaluator.read(made)
+            distance = (to_float(made) - to_float(given)).square().mean().sqrt()
+            right = (answers[:, QUESTIONS.index("digit")] == digit).double().mean()
+            stays = (answers[:, QUESTIONS.index("position")] == before.position).double().mean()
+            print(f"{strength:8g}{distance:10.3f}{right:8.1%}{stays:10.1%}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("model", help="a run, or a model's folder")
+    add("--num", type=int, default=1000, help="samples a figure")
+    add("--seed", type=int, default=0, help="of the samples' noise")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--png", help="write the guidance sweep as a picture: a row a scale")
+    options = parser.parse_args()
+    pipe = run.open_pipeline(options.model, options.device)
+    bench = Bench(pipe, options.num, options.seed, options.device)
+    print(
+        f"{options.num} samples, seed {options.seed}: {type(pipe.scheduler).__name__}, "
+        f"{pipe.num_inference_steps} steps, guidance {pipe.guidance_scale:g}"
+    )
+    bench.captions()
+    bench.guidance(options.png)
+    bench.negative()
+    bench.strength()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The batches of a run: images in the order of their stream, with levels, noise and hidden labels.
+
+Which images a batch holds depends on (seed, epoch), everything drawn for them on (seed, step): the
+number of a step is the state of all random numbers, and a run that was interrupted draws on as if
+it had not been.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidiff.data import ImageData, Stream
+from minidiff.learner import Learner
+from minidiff.noise import stream_seed
+from minidiff.objective import Levels, Objective, quantiles
+from minidiff.train_config import TrainConfig
+
+LEVELS, NOISE, DROPOUT = range(3)  # streams of random numbers, see `noise.stream_seed`
+
+
+class Batch(NamedTuple):
+    """A process' part of the batch of a step; `parts` cuts it up for accumulation.
+
+    Attributes:
+        size: of the whole batch, on all processes.
+        z: clean images in the network's space, (B, C, *space), channels last.
+        told: what the data tell of them, (B, …), some of it hidden; or None.
+        eps: standard normal noise like z.
+        levels: on the host.
+    """
+
+    size: int
+    z: Tensor
+    told: Tensor | None
+    eps: Tensor
+    levels: Levels
+
+    def parts(self, n: int) -> Iterator["Batch"]:
+        """n parts of nearly the same size."""
+        ends = [len(self.z) * i // n for i in range(n + 1)]
+        for start, end in pairwise(ends):
+            images = slice(start, end)
+            told = None if self.told is None else self.told[images]
+            levels = self.levels.part(images)
+            yield Batch(self.size, self.z[images], told, self.eps[images], levels)
+
+
+class Batches:
+    """The batch of every step: the images by (seed, epoch), all else by (seed, step) alone.
+
+    Args:
+        encode: from images (B, C, H, W) in [−1, 1] to the network's space.
+        part: this process' part of so many images.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageData,
+        learner: Learner,
+        objective: Objective,
+        encode: Callable[[Tensor], Tensor],
+        part: Callable[[int], slice],
+        device: torch.device,
+    ) -> None:
+        self.config, self.data, self.learner, self.objective = config, data, learner, objective
+        self.encode, self.part = encode, part
+        self.stream = Stream(len(data), config.seed)
+        self.host, self.noise = torch.Generator(), torch.Generator(device)
+
+    def take(self, step: int, size: int) -> Batch:
+        """The next `size` images, with the levels and the noise of this step.
+
+        Every process draws for the whole batch, so that an image's noise is its own whatever the
+        number of processes.
+        """
+        self.host.manual_seed(stream_seed(self.config.seed, LEVELS, step))
+        self.noise.manual_seed(stream_seed(self.config.seed, NOISE, step))
+        own, position = self.part(size), self.stream.position
+        images, told = self.data.batch(self.stream.take(size)[own], position + own.start)
+        z = self.encode(images).to(memory_format=torch.channels_last)
+        hidden = torch.rand(size, generator=self.host) < self.config.label_dropout
+        levels = self.objective.levels(quantiles(size, self.host)[own])
+        eps = torch.empty(
+            (size, *z.shape[1:]), device=z.device, memory_format=torch.channels_last
+        ).normal_(generator=self.noise)[own]
+        return Batch(size, z, self.learner.hide(told, hidden[own]), eps, levels)

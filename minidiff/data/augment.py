@@ -1,0 +1,117 @@
+"""Augmentations: small shifts, and for photographs mirror images.
+
+    augmented(data, shift=2, flip=True, seed=0)      data again, to be trained on like any other
+
+What happens to an image depends on (seed, its position in the stream) alone, see
+`minidiff.data.protocol`: it is another thing at every pass, and the same after an interruption or
+in a batch that several processes share. All images of a batch move by one gather on the device.
+
+A digit has no mirror image: 2, 3, 4, 5, 6, 7 and 9 become signs that do not exist.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidiff.data.protocol import Data, Purpose, random_words
+from minidiff.errors import InvalidArgument, one_of, true_or_false, whole_number
+from minidiff.noise import MAX_SEED
+
+PADDINGS = ("background", "reflect")
+_DIGITS = {"digits", "mnist"}
+_BLACK = -1.0  # the background of digits
+
+
+def augmented(
+    data: Data, *, shift: int = 0, flip: bool = False, seed: int = 0, padding: str | None = None
+) -> Data:
+    """The same data, every image moved and mirrored at random.
+
+    Args:
+        data: images. Without shift and flip it is returned as it is.
+        shift: up to so many pixels along each axis, all 2·shift + 1 offsets being equally likely.
+        flip: mirror every second image, left to right; not for digits.
+        seed: of the numbers, 0 … 2³²−1.
+        padding: what comes in at the border: "background", black, or "reflect", the image itself.
+            By default black for digits, and for others the image.
+    Raises:
+        InvalidArgument: data without images, an argument out of range, or digits to be mirrored.
+    """
+    if len(data.shape) != 3:
+        raise InvalidArgument(f"data must be images, {data.name} has items of shape {data.shape}")
+    shift = whole_number("shift", shift, 0, min(data.shape[1:]) - 1)
+    seed = whole_number("seed", seed, 0, MAX_SEED)
+    digits = bool(_DIGITS & set(re.split(r"\W+", data.name.lower())))
+    if true_or_false("flip", flip) and digits:
+        raise InvalidArgument(f"flip must be False for {data.name}: a digit has no mirror image")
+    if padding is None:
+        padding = "background" if digits else "reflect"
+    one_of("padding", padding, PADDINGS)
+    return Augmented(data, shift, flip, seed, padding) if shift or flip else data
+
+
+@dataclass(frozen=True, eq=False)
+class Augmented:
+    """Data whose images `augmented` moves and mirrors; see there."""
+
+    data: Data
+    shift: int
+    flip: bool
+    seed: int
+    padding: str
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def name(self) -> str:
+        """Of the data without augmentation."""
+        return self.data.name
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the data."""
+        return self.data.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Of the data."""
+        return self.data.num_classes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image: (C, H, W)."""
+        return self.data.shape
+
+    def to(self, device: torch.device | str) -> "Augmented":
+        """The same data with its batches on `device`."""
+        return replace(self, data=self.data.to(device))
+
+    def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
+        """The images at `index`, as they come at `position`; as in `minidiff.data.protocol`."""
+        x, labels = self.data.batch(index, position)
+        words = random_words(self.seed, Purpose.AUGMENTATION, position, len(x))
+        mirrored, down, right = (torch.from_numpy(number).to(x.device, non_blocking=True)
+                                 for number in self._choices(words))  # fmt: skip
+        if self.shift:
+            mode = "reflect" if self.padding == "reflect" else "constant"
+            value = None if mode == "reflect" else _BLACK
+            x = F.pad(x, (self.shift,) * 4, mode, value)
+        height, width = self.shape[1:]
+        rows = down[:, None] + torch.arange(height, device=x.device)
+        columns = torch.arange(width, device=x.device)
+        columns = right[:, None] + torch.where(mirrored[:, None], width - 1 - columns, columns)
+        image = torch.arange(len(x), device=x.device)[:, None, None]
+        moved = x[image, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
+        return moved.permute(0, 3, 1, 2), labels
+
+    def _choices(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """From random words (B, 4): whether to mirror, and where to cut, from 0 to 2·shift."""
+        high = words >> 32
+        mirrored = self.flip & (high[:, 0] >= 1 << 31)
+        offsets = (high[:, 1:3] * (2 * self.shift + 1) >> 32).astype(np.int64)
+        return mirrored, offsets[:, 0].copy(), offsets[:, 1].copy()

@@ -1,0 +1,144 @@
+"""CIFAR-10, read from its published binary version, unpacked or as the .tar.gz.
+
+    data_batch_1.bin … data_batch_5.bin, test_batch.bin      10,000 records each
+
+A record is a label byte, 0..9, and 3,072 pixel bytes: the red, the green and the blue plane of a
+32×32 image, row by row. A file has no header, so that its length is the only sign of a truncation:
+it must be that of 10,000 records. The Python version of the data is a pickle and not read.
+
+Source: A. Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images",
+https://www.cs.toronto.edu/~kriz/cifar.html.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from minidiff.data import archive
+from minidiff.data.images import ImageData
+from minidiff.errors import DataError, one_of
+
+FOLDER = "cifar-10-batches-bin"  # the archive's only folder
+ARCHIVE = "cifar-10-binary.tar.gz"
+FILES = {
+    "train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
+    "test": ("test_batch.bin",),
+}
+NAMES_FILE = "batches.meta.txt"
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer",
+               "dog", "frog", "horse", "ship", "truck")  # fmt: skip
+SHAPE = (3, 32, 32)
+RECORDS = 10_000
+RECORD = 1 + 3 * 32 * 32
+MOST = 6 * RECORDS * RECORD + (1 << 20)  # of the whole archive, its two text files included
+
+
+def load(folder: str | Path, split: str = "train") -> ImageData:
+    """Read one split.
+
+    Args:
+        folder: holds the six files, or `cifar-10-batches-bin` with them in it, or else
+            `cifar-10-binary.tar.gz`; the first of these that is there is read.
+        split: "train" (50,000 images) or "test" (10,000).
+    Returns:
+        Images (N, 3, 32, 32) with labels 0..9.
+    Raises:
+        InvalidArgument: another split.
+        DataError: names the file that is missing, truncated or not what it claims to be.
+    """
+    one_of("split", split, FILES)
+    folder, names = Path(folder), FILES[split]
+    records = torch.empty(len(names), RECORDS, RECORD, dtype=torch.uint8)
+    missing = dict(zip(names, records, strict=True))
+    for name, size, file in _files(folder, names):
+        if name == NAMES_FILE:
+            _check_class_names(file, f"{folder}: {name}")
+        elif name in missing:
+            _read(file, size, missing.pop(name), f"{folder}: {name}")
+    if missing:
+        raise DataError(f"{folder}: no {', '.join(missing)} of CIFAR-10's binary version")
+    flat = records.view(-1, RECORD)
+    labels, images = flat[:, 0].long(), flat[:, 1:].reshape(-1, *SHAPE)
+    return ImageData("cifar10", images, labels, CLASS_NAMES)
+
+
+def is_in(folder: Path) -> bool:
+    """Whether the folder holds CIFAR-10, or a part of it, in one of the three ways."""
+    return _unpacked(folder) is not None or (folder / ARCHIVE).is_file()
+
+
+def is_unpacked(folder: Path) -> bool:
+    """Whether the six files lie in the folder, or in `cifar-10-batches-bin` in it.
+
+    Raises:
+        DataError: some of them do, or one has another length.
+    """
+    place = _unpacked(folder)
+    if place is None:
+        return False
+    for name in FILES["train"] + FILES["test"]:
+        path = place / name
+        if not path.is_file() or path.stat().st_size != RECORDS * RECORD:
+            raise DataError(f"{path}: missing or not {RECORDS * RECORD} bytes long, beside other "
+                            f"files of CIFAR-10; delete {place} or complete it")  # fmt: skip
+    return True
+
+
+def _unpacked(folder: Path) -> Path | None:
+    """The folder with the files: this one or the one in it."""
+    known = FILES["train"] + FILES["test"]
+    for place in (folder, folder / FOLDER):
+        if any((place / name).is_file() for name in known):
+            return place
+    return None
+
+
+def _files(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str, int, BinaryIO]]:
+    """The wanted files that are there, and the list of class names: name, size, content."""
+    place = _unpacked(folder)
+    if not is_in(folder):
+        raise DataError(
+            f"{folder}: no {names[0]}, no {FOLDER}/{names[0]} and no {ARCHIVE}, "
+            "expected CIFAR-10's binary version in one of these ways; "
+            "--download / download=True fetches it"
+        )
+    if place is None:
+        for member in archive.members(folder / ARCHIVE, FOLDER, MOST):
+            yield member.path.as_posix(), member.size, member.file
+        return
+    for path in (place / name for name in (NAMES_FILE, *names)):
+        if path.is_file():
+            try:
+                with path.open("rb") as file:
+                    yield path.name, path.stat().st_size, file
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read(file: BinaryIO, size: int, into: Tensor, named: str) -> None:
+    """Fill the records (N, 3073) of one file and check their labels."""
+    if size != into.numel():
+        raise DataError(
+            f"{named} has {size} bytes, expected {into.numel()}: {RECORDS} records of {RECORD}"
+        )
+    content = file.read(size)
+    if len(content) != size:
+        raise DataError(f"{named} is truncated: {len(content)} of {size} bytes")
+    into.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(into.shape))
+    wrong = (into[:, 0] > 9).nonzero()
+    if len(wrong):
+        record = int(wrong[0])
+        raise DataError(
+            f"{named} has label {int(into[record, 0])} in record {record}, expected 0..9"
+        )
+
+
+def _check_class_names(file: BinaryIO, named: str) -> None:
+    """Refuse a list of other names, or in another order: labels would mean something else."""
+    names = tuple(file.read(4096).decode("utf-8", errors="replace").split())
+    if names != CLASS_NAMES:
+        raise DataError(f"{named} names the classes {', '.join(names)[:200]}, expected "
+                        f"{', '.join(CLASS_NAMES)}")  # fmt: skip

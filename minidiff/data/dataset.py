@@ -1,0 +1,366 @@
+"""Any map-style `torch.utils.data.Dataset` as data to train on, with worker processes or without.
+
+    from_dataset(dataset, workers=4)                              images as bytes or PIL
+    from_dataset(dataset, value_range=(0, 1), class_names=names)  images as floats
+
+An item is an image, or (image, label). Random numbers that a data set draws from `random`,
+`numpy.random` or torch while it makes an item depend on (seed, position in the stream) alone, see
+`minidiff.data.protocol`, and the caller's generators are left as they were. So the batches are the
+same for any number of workers, and after an interruption at any position.
+
+Workers make the next batch while this one is trained on: it is known as soon as the batches come in
+the order of the seed. They are processes of `concurrent.futures`; what they make comes through a
+pipe, nothing is written to disk.
+"""
+
+import contextlib
+import copy
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.data import batches
+from minidiff.data.images import to_float
+from minidiff.data.protocol import Purpose, random_words
+from minidiff.errors import DataError, InvalidArgument, listed, real_number, whole_number
+from minidiff.noise import MAX_SEED
+
+MAX_WORKERS = 256
+_ROUNDING = 1e-4  # of a range: how far resizing and float arithmetic may leave it
+
+
+class Items:
+    """The items of a data set, checked and brought to one form.
+
+    Args:
+        dataset, name, value_range, seed: as of `from_dataset`.
+    Attributes:
+        shape: (C, H, W) of every image, that of item 0; `from_dataset` sets it.
+        num_classes: which labels are allowed, 0 for items without; `from_dataset` sets it.
+    """
+
+    def __init__(
+        self, dataset: Any, name: str, value_range: tuple[float, float] | None, seed: int
+    ) -> None:
+        self.dataset, self.name, self.value_range, self.seed = dataset, name, value_range, seed
+        self.shape: tuple[int, ...] | None = None  # not known before item 0
+        self.num_classes: int | None = None
+
+    def first(self) -> tuple[np.ndarray, Any]:
+        """Image and label (or None) of item 0, which decide what the others must be."""
+        with _own_random_state():
+            return self._split(0, self._raw(0, [0, 0, 0]))
+
+    def make(self, numbers: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, C, H, W), uint8 or float32 in [−1, 1], and labels int64 (B,) or (0,).
+
+        Raises:
+            DataError: names the item that fails, or that is unlike item 0.
+        """
+        images, labels = [], []
+        words = random_words(self.seed, Purpose.ITEM, position, len(numbers)).tolist()
+        with _own_random_state():
+            for number, seeds in zip(numbers, words, strict=True):
+                image, label = self._split(number, self._raw(number, seeds))
+                if image.shape != self.shape:
+                    self._refuse(number, f"has shape {image.shape}, item 0 has {self.shape}")
+                if (label is not None) != (self.num_classes > 0):
+                    self._refuse(number, "has a label and item 0 has none, or the other way round")
+                images.append(image)
+                if label is not None:
+                    labels.append(self._label(number, label))
+        return np.stack(images), np.array(labels, dtype=np.int64)
+
+    def _raw(self, number: int, seeds: Sequence[int]) -> Any:
+        random.seed(seeds[0])
+        np.random.seed(seeds[1] >> 32)  # noqa: NPY002 - a data set may draw from this one
+        torch.default_generator.manual_seed(seeds[2] >> 1)
+        try:
+            return self.dataset[number]
+        except Exception as error:  # a data set is anyone's code
+            self._refuse(number, f"raised {type(error).__name__}: {error}", error)
+
+    def _refuse(self, number: int, what: str, cause: Exception | None = None) -> None:
+        raise DataError(f"{self.name}: item {number} {what}") from cause
+
+    def _split(self, number: int, item: Any) -> tuple[np.ndarray, Any]:
+        """Image and label of an item."""
+        if not isinstance(item, tuple | list):
+            return self._image(number, item), None
+        if len(item) not in (1, 2):
+            self._refuse(number, f"has {len(item)} parts, expected an image, or image and label")
+        return self._image(number, item[0]), item[1] if len(item) == 2 else None
+
+    def _image(self, number: int, image: Any) -> np.ndarray:
+        """An image as uint8 or float32 (C, H, W)."""
+        pillow = hasattr(image, "getbands")
+        if not (pillow or isinstance(image, Tensor | np.ndarray)):
+            self._refuse(number, f"is {type(image).__name__}, expected a tensor (C, H, W), an "
+                                 "array (H, W, C) or a PIL image")  # fmt: skip
+        if pillow and image.mode not in ("L", "RGB"):
+            self._refuse(number, f"is a PIL image of mode {image.mode}, expected L or RGB")
+        try:
+            array = _as_array(image)
+        except Exception as error:  # Pillow decodes now; some types of torch have no array
+            self._refuse(number, f"cannot be read as an array: {error}", error)
+        if array.ndim == 3 and not isinstance(image, Tensor):
+            array = array.transpose(2, 0, 1)
+        array = array[None] if array.ndim == 2 else array
+        if array.ndim != 3 or array.shape[0] not in (1, 3) or array.size == 0:
+            self._refuse(number, f"is an image of shape {array.shape}, expected (C, H, W) with "
+                                 "C = 1 or 3; of an array (H, W, C)")  # fmt: skip
+        return (
+            self._bytes(number, array) if self.value_range is None else self._floats(number, array)
+        )
+
+    def _bytes(self, number: int, array: np.ndarray) -> np.ndarray:
+        if array.dtype != np.uint8:
+            self._refuse(number, f"is an image of {array.dtype}, expected uint8; for "
+                                 "floats, value_range says what is black and white")  # fmt: skip
+        return array
+
+    def _floats(self, number: int, array: np.ndarray) -> np.ndarray:
+        low, high = self.value_range
+        if not np.issubdtype(array.dtype, np.floating):
+            self._refuse(number, f"is an image of {array.dtype}, expected floats in [{low:g}, "
+                                 f"{high:g}], as value_range says")  # fmt: skip
+        wide = array.astype(np.float64)
+        slack = _ROUNDING * (high - low)
+        if not (wide.min() >= low - slack and wide.max() <= high + slack):  # NaN is refused too
+            self._refuse(number, f"has values in [{wide.min():g}, {wide.max():g}], outside of "
+                                 f"value_range [{low:g}, {high:g}]")  # fmt: skip
+        return ((wide - low) * (2 / (high - low)) - 1).astype(np.float32)
+
+    def _label(self, number: int, label: Any) -> int:
+        try:
+            return whole_number("label", label, 0, self.num_classes - 1)
+        except InvalidArgument as error:
+            self._refuse(number, f": {error}", error)
+
+
+def _as_array(image: Any) -> np.ndarray:
+    if not isinstance(image, Tensor):
+        return np.asarray(image)
+    tensor = image.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def from_dataset(
+    dataset: Any,
+    name: str = "dataset",
+    *,
+    value_range: tuple[float, float] | None = None,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> "DatasetImages":
+    """Wrap a data set, so that it can be trained on.
+
+    Args:
+        dataset: has `len()` and `[i]`; its items are an image, or (image, label). An image is a
+            tensor (C, H, W), an array (H, W, C), a PIL image (L or RGB), C = 1 or 3; all have the
+            shape of item 0.
+        name: what error messages and reports call it.
+        value_range: None for images of bytes (uint8, PIL); (black, white) for floats.
+        class_names: one name a class, in the order of the labels 0, 1, …; by default the data
+            set's own `classes`, as torchvision's have it. Needed, and allowed, with labels only.
+        seed: of the random numbers that the data set draws; that of the training, which lets the
+            workers know the next batch.
+        workers: processes that make the items; 0 for this one.
+    Raises:
+        InvalidArgument: an argument that is not allowed, or a data set without length or items.
+        DataError: item 0 cannot be used.
+    """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
+        raise InvalidArgument(
+            f"dataset must be of the map style, with [i] and a len() of at least 1, "
+            f"got {type(dataset).__name__}"
+        )
+    if value_range is not None:
+        low, high = (
+            real_number("value_range", x, -1e30) for x in listed("value_range", value_range, 2)
+        )
+        if not low < high:
+            raise InvalidArgument(f"value_range must be (black, white), got {value_range!r}")
+        value_range = (low, high)
+    seed = whole_number("seed", seed, 0, MAX_SEED)
+    workers = whole_number("workers", workers, 0, MAX_WORKERS)
+    items = Items(dataset, name, value_range, seed)
+    image, label = items.first()
+    if class_names is None and label is not None:
+        class_names = getattr(dataset, "classes", None)
+    names = tuple(class_names or ())
+    if (label is None) == bool(names) or not all(isinstance(n, str) for n in names):
+        raise InvalidArgument(
+            "class_names must name the classes where items have labels, and be None where not; "
+            f"items have {'no labels' if label is None else 'labels'}, got {class_names!r}"
+        )
+    items.shape, items.num_classes = image.shape, len(names)
+    return DatasetImages(items, names, workers)
+
+
+class Request(NamedTuple):
+    """A batch that is asked for: which items, and the position of the first."""
+
+    numbers: tuple[int, ...]
+    position: int
+
+
+class DatasetImages:
+    """The data that `from_dataset` makes; used as `minidiff.data.protocol.Data`."""
+
+    def __init__(self, items: Items, class_names: tuple[str, ...], workers: int) -> None:
+        self.items, self.class_names, self.workers = items, class_names, workers
+        self.device = torch.device("cpu")
+        self._ahead: ReadAhead | None = None
+
+    def __len__(self) -> int:
+        return len(self.items.dataset)
+
+    @property
+    def name(self) -> str:
+        """What error messages and reports call it."""
+        return self.items.name
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels speak of; 0 without labels."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image: (C, H, W)."""
+        return self.items.shape
+
+    def to(self, device: torch.device | str) -> "DatasetImages":
+        """The same data with its batches on `device`."""
+        other = copy.copy(self)
+        other.device, other._ahead = torch.device(device), None
+        return other
+
+    def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
+        """The images at `index`; as in `minidiff.data.protocol`.
+
+        Raises:
+            DataError: names the item that cannot be used; or a worker has died.
+        """
+        request = Request(tuple(index.tolist()), position)
+        if not self.workers:
+            parts = [self.items.make(*request)]
+        else:
+            self._ahead = self._ahead or ReadAhead(self.items, self.workers)
+            parts = self._ahead.take(request)
+        images, labels = (
+            self._moved(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)
+        )
+        x = to_float(images) if images.dtype == torch.uint8 else images
+        return x, labels if self.class_names else None
+
+    def _moved(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # from pinned memory the copy need not be waited for
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+
+# --- workers -----------------------------------------------------------------------------------
+
+
+class ReadAhead:
+    """Makes batches in worker processes, the next one while this one is used.
+
+    The next one is guessed: the items of the seed's order, as far on as this batch is from the
+    last. A wrong guess costs time and nothing else.
+    """
+
+    def __init__(self, items: Items, workers: int) -> None:
+        self.workers, self.length, self.seed = workers, len(items.dataset), items.seed
+        self.pool = ProcessPoolExecutor(workers, initializer=_begin_work, initargs=(items,))
+        self.order, self.at = batches(self.length, 1, self.seed), 0
+        self.last = 0
+        self.guess: tuple[Request, list[Future]] | None = None
+
+    def take(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The parts of a batch, in order. Raises DataError."""
+        try:
+            guess, parts = self.guess or (None, [])
+            guessed = guess == request
+            if not guessed:
+                parts = self._submit(request)
+            self.guess = self._next(request, guessed)
+            self.last = request.position
+            return [part.result() for part in parts]
+        except BrokenProcessPool as error:
+            raise DataError("a worker that makes the items died; is memory short?") from error
+
+    def _submit(self, request: Request) -> list[Future]:
+        size = -(-len(request.numbers) // self.workers)
+        return [
+            self.pool.submit(_work, request.numbers[k : k + size], request.position + k)
+            for k in range(0, len(request.numbers), size)
+        ]
+
+    def _next(self, request: Request, guessed: bool) -> tuple[Request, list[Future]] | None:
+        """Begin with the batch that should come after this one, if this one is in order."""
+        count, step = len(request.numbers), request.position - self.last
+        if not guessed and self._in_order(request.position, count) != request.numbers:
+            return None
+        position = request.position + (step if step > 0 else count)
+        following = Request(self._in_order(position, count), position)
+        return following, self._submit(following)
+
+    def _in_order(self, position: int, count: int) -> tuple[int, ...]:
+        """The items that the seed's order has at a position."""
+        if not 0 <= position - self.at <= 10 * count:  # elsewhere, or far ahead
+            self.order, self.at = batches(self.length, 1, self.seed, start=position), position
+        skip = position - self.at
+        self.at = position + count
+        return tuple(int(number) for number in islice(self.order, skip, skip + count))
+
+
+_items: Items | None = None  # of a worker process
+
+
+def _begin_work(items: Items) -> None:
+    """What a worker does first."""
+    global _items
+    _items = items
+    torch.set_num_threads(1)  # the workers share the cores
+    # The parent answers Ctrl-C and ends its workers; a handler of its own is not for them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """A parent that is killed ends nobody; its workers would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(numbers: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]:
+    return _items.make(numbers, position)
+
+
+@contextlib.contextmanager
+def _own_random_state() -> Iterator[None]:
+    """The global generators may be seeded; afterwards they are as they were."""
+    before = random.getstate(), torch.default_generator.get_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        torch.default_generator.set_state(before[1])
+        np.random.set_state(numpy_state)  # noqa: NPY002

@@ -1,0 +1,227 @@
+"""What is trained: a fresh pipeline for a config and data, and all its trained parts as one module.
+
+What a network is told beside image and time, a class or a text, is a part of that module: the loop
+that trains it knows neither.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.data.augment import augmented
+from minidiff.data.captions import CaptionedDigits
+from minidiff.data.protocol import Data
+from minidiff.errors import InvalidArgument
+from minidiff.nn import SpaceToDepth, UNet
+from minidiff.pipeline import Pipeline
+from minidiff.prompt import WordPrompts
+from minidiff.train_config import TrainConfig
+
+MEASURED_IMAGES = 10_000  # of which the standard deviation is taken
+
+
+class ClassLabels(nn.Module):
+    """What a network with classes is told: the label itself, or that of "no class".
+
+    Attributes:
+        null: what stands for "told nothing", an entry of what the data tell.
+    """
+
+    def __init__(self, null: int) -> None:
+        super().__init__()
+        self.register_buffer("null", torch.tensor(null), persistent=False)
+
+    def forward(self, told: Tensor | None) -> Mapping[str, Tensor]:
+        return {} if told is None else {"class_labels": told}
+
+
+class Texts(nn.Module):
+    """What a network that looks at a text is told: the tokens of its words, encoded.
+
+    Attributes:
+        prompts: whose text encoder is trained.
+        null: the token numbers of no text, (L,).
+    """
+
+    def __init__(self, prompts: WordPrompts) -> None:
+        super().__init__()
+        self.prompts, self.text_encoder = prompts, prompts.text_encoder
+        self.register_buffer("null", prompts.tokens([""])[0], persistent=False)
+
+    def forward(self, told: Tensor) -> Mapping[str, Tensor]:
+        return self.prompts.encode(told)
+
+
+class Learner(nn.Module):
+    """All that is trained, as one module: the network, and what turns what it is told into inputs.
+
+    Args:
+        unet: (x, t, **condition) → output.
+        condition: a module that maps what the data tell of a batch, (B, …) or None, to the
+            condition; its `null` is the entry that means nothing.
+    """
+
+    def __init__(self, unet: UNet, condition: ClassLabels | Texts) -> None:
+        super().__init__()
+        self.unet, self.condition = unet, condition
+        for name, layer in unet.named_modules():
+            if name.endswith("to_k") and layer.bias is not None:
+                # It adds the same to all scores of a query, which softmax does not see. Its
+                # gradient is rounding, and Adam would make whole steps of that.
+                layer.bias.requires_grad_(False)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @classmethod
+    def of(cls, pipe: Pipeline) -> "Learner":
+        """What is trained of a pipeline."""
+        prompts = pipe.prompts
+        return cls(pipe.unet, Texts(prompts) if prompts else ClassLabels(len(pipe.class_names)))
+
+    def pipeline(self, like: Pipeline) -> Pipeline:
+        """Another pipeline with these networks."""
+        other = copy.copy(like)
+        other.unet = self.unet
+        if isinstance(self.condition, Texts):
+            other.prompts = self.condition.prompts
+        return other
+
+    def forward(self, x: Tensor, t: Tensor, told: Tensor | None) -> Tensor:
+        return self.unet(x, t, **self.condition(told))
+
+    def hide(self, told: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """What the data tell (B, …), with `null` where `hidden` (B,) says so."""
+        if told is None:
+            return None
+        hidden = hidden.to(told.device, non_blocking=True)
+        return torch.where(hidden.view(-1, *(1,) * (told.ndim - 1)), self.condition.null, told)
+
+
+def build(config: TrainConfig, data: Data) -> Pipeline:
+    """A fresh pipeline of the size that `config` and the data ask for, weights from the seed.
+
+    torch's global random state is left as it was.
+
+    Raises:
+        InvalidArgument: as `check`.
+    """
+    config = resolve(config, data)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
+        unet, prompts = _network(config, data), _prompts(config, data)
+    return Pipeline(
+        unet.to(memory_format=torch.channels_last),
+        config.objective().scheduler,
+        SpaceToDepth(config.block) if config.block > 1 else None,
+        data.class_names,
+        config.guidance_scale if config.label_dropout and (prompts or data.num_classes) else 1.0,
+        config.num_inference_steps,
+        prompts,
+    )
+
+
+def resolve(config: TrainConfig, data: Data) -> TrainConfig:
+    """The config with what it leaves to the data: σ_data, where the objective asks for it.
+
+    Raises:
+        InvalidArgument: the images are all of one grey.
+    """
+    if not config.measures_data:
+        return config
+    n = len(data)
+    chosen = torch.linspace(0, n - 1, min(n, MEASURED_IMAGES)).round().long()
+    parts = [data.batch(index)[0].double() for index in chosen.split(512)]
+    count = sum(part.numel() for part in parts)
+    mean = sum(float(part.sum()) for part in parts) / count
+    std = math.sqrt(sum(float((part - mean).square().sum()) for part in parts) / count)
+    if not std:
+        raise InvalidArgument(f"data {data.name} are of one grey: sigma_data cannot be measured")
+    return replace(config, sigma_data=std)
+
+
+def check(config: TrainConfig, data: Data) -> None:
+    """Refuse what cannot be trained, without taking memory.
+
+    Raises:
+        InvalidArgument: there are no images, `block` does not divide their size, or a network
+            refuses its sizes.
+    """
+    with torch.device("meta"):
+        _network(config, data)
+        _prompts(config, data)
+    seen(config, data)
+
+
+def seen(config: TrainConfig, data: Data) -> Data:
+    """The data as training sees them, augmented. Raises InvalidArgument, see `augmented`."""
+    return augmented(data, shift=config.shift, flip=config.flip, seed=config.seed)
+
+
+def _prompts(config: TrainConfig, data: Data) -> WordPrompts | None:
+    """A fresh text encoder for data with captions."""
+    if not isinstance(data, CaptionedDigits):
+        return None
+    return WordPrompts.fresh(data.tokenizer, config.text_width, config.text_layers)
+
+
+def _network(config: TrainConfig, data: Data) -> UNet:
+    if not len(data):
+        raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
+    if len(data.shape) != 3:
+        raise InvalidArgument(f"data must be images, {data.name} has items of shape {data.shape}")
+    channels, height, width = data.shape
+    if height % config.block or width % config.block:
+        raise InvalidArgument(
+            f"block must divide the image size {height}×{width}, got {config.block}"
+        )
+    side = (height // config.block, width // config.block)
+    return UNet(
+        sample_size=side[0] if side[0] == side[1] else side,
+        in_channels=channels * config.block**2,
+        out_channels=channels * config.block**2 * (2 if config.learn_variance else 1),
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        dropout=config.dropout,
+        norm_num_groups=_groups(config.channels),
+        **_attention(config, data),
+    )
+
+
+def _attention(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """What the network looks at, in the words of one of diffusers' two classes.
+
+    Attention costs the square of the positions: it is at the smallest level only.
+    """
+    last, others = config.channels[-1], len(config.channels) - 1
+    head = math.gcd(last, 32)
+    if isinstance(data, CaptionedDigits):
+        return {
+            "down_block_types": ("DownBlock2D",) * others + ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * others,
+            "cross_attention_dim": config.text_width,
+            "attention_head_dim": last // head,  # in this class their number
+        }
+    hides = data.num_classes > 0 and config.label_dropout > 0  # with a label for "no class"
+    return {
+        "down_block_types": ("DownBlock2D",) * others + ("AttnDownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * others,
+        "attention_head_dim": head,
+        "num_class_embeds": data.num_classes + hides or None,
+    }
+
+
+def _groups(channels: Sequence[int]) -> int:
+    """Groups of the norms: of 16 channels or multiples, which a CPU's vectors hold; else eight.
+
+    But none of one channel, whose mean it would hide.
+    """
+    common = math.gcd(*channels)
+    groups = common // 16 if common % 16 == 0 else math.gcd(common, 8)
+    return groups // 2 if groups == min(channels) and groups > 1 else groups

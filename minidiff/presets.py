@@ -1,0 +1,89 @@
+"""Recipes by name: a data set and a `TrainConfig` each, and why.
+
+    minidiff train --preset mnist --data-dir DIR --out runs/mnist
+    minidiff train --preset mnist --minutes 3 --config mine.toml --out runs/mine
+
+A file given with --config overrides the preset, flags override both.
+"""
+
+from dataclasses import dataclass
+
+from minidiff.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe: what it is for and why it is so, the data it was made for, and the run."""
+
+    why: str
+    data: str
+    train: TrainConfig
+
+
+PRESETS = {
+    "digits": Preset(
+        "a minute on a laptop: a small network on 8×8 positions, as little as looks good",
+        "digits",
+        TrainConfig(minutes=1.25, channels=(32, 64), guidance_scale=2.0),
+    ),
+    "mnist": Preset(
+        "ten minutes on two cores: EDM's preconditioning and log-normal levels on 14×14 "
+        "positions, a batch that grows while the learning rate falls",
+        "mnist",
+        TrainConfig(
+            minutes=10,
+            prediction_type="edm",
+            batch_size=64,
+            final_batch_size=256,
+            learning_rate=2e-3,
+            num_inference_steps=12,
+        ),
+    ),
+    "cifar10": Preset(
+        "25 minutes of one GPU: full resolution, three levels of 128 to 256 channels, a little "
+        "dropout, large batches",
+        "cifar10",
+        TrainConfig(
+            minutes=25,
+            prediction_type="edm",
+            batch_size=256,
+            learning_rate=5e-4,
+            block=1,
+            channels=(128, 256, 256),
+            layers=2,
+            dropout=0.1,
+            num_inference_steps=18,
+        ),
+    ),
+    "captions": Preset(
+        "15 minutes on two cores: pictures from text, with a text encoder that learns along; a "
+        "batch that grows, so that the words are bound to what they mean in many small steps",
+        "captions",
+        TrainConfig(
+            minutes=15,
+            batch_size=32,
+            final_batch_size=128,
+            channels=(48, 80),
+            guidance_scale=3.0,
+            num_inference_steps=16,
+        ),
+    ),
+    "research": Preset(
+        "the textbook, to compare with: noise prediction on the linear schedule (Ho et al. 2020), "
+        "a constant batch and no tricks; set what you study by flags",
+        "mnist",
+        TrainConfig(
+            steps=100_000,
+            prediction_type="epsilon",
+            beta_schedule="linear",
+            batch_size=128,
+            learning_rate=2e-4,
+            weight_decay=0.0,
+            block=1,
+            channels=(64, 128, 128),
+            layers=2,
+            guidance_scale=1.0,
+            num_inference_steps=50,
+        ),
+    ),
+}

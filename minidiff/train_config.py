@@ -1,0 +1,250 @@
+"""Everything that decides a run, except the data: one frozen dataclass.
+
+Every field carries its own sentence, which is also its line in `minidiff train --help`; flags,
+configuration files and presets speak of the same names.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from minidiff import objective
+from minidiff.device import DTYPES
+from minidiff.errors import (
+    CheckpointError,
+    InvalidArgument,
+    listed,
+    one_of,
+    real_number,
+    true_or_false,
+    whole_number,
+)
+from minidiff.noise import MAX_SEED
+from minidiff.objective import LOSS_WEIGHTS, NOISE_LEVELS, PREDICTION_TYPES, Objective
+from minidiff.schedule import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
+
+MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def _option(default: Any, help: str, kind: type | None = None, flag: str | None = None) -> Any:
+    """A field: its default, its sentence, the type of its values and its flag where not its name.
+
+    The flag "" is none: the command line has its own.
+    """
+    return field(
+        default=default, metadata={"help": help, "type": kind or type(default), "flag": flag}
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run. Checked when built; raises InvalidArgument naming the field."""
+
+    # The budget: exactly one of the two. It decides the whole learning-rate schedule.
+    minutes: float | None = _option(None, "budget in minutes of wall-clock time", float)
+    steps: int | None = _option(None, "budget in optimizer steps, instead of minutes", int)
+    seed: int = _option(0, "of weights, order of the data, levels and noise", flag="")
+
+    # Optimization
+    batch_size: int = _option(64, "images a step")
+    final_batch_size: int | None = _option(
+        None, "images a step at the end: the batch doubles on the way, each size for an equal "
+        "share of the budget; default: as at the start", int,
+    )  # fmt: skip
+    accumulate: int = _option(1, "parts of a batch that are in memory one after the other")
+    learning_rate: float = _option(2e-3, "of AdamW, at its peak")
+    warmup: float = _option(0.02, "share of the budget in which the learning rate rises from zero")
+    weight_decay: float = _option(0.01, "of AdamW")
+    clip: float = _option(1.0, "norm that the gradient is cut to; 0 for none")
+    ema_half_life: float = _option(
+        0.05, "share of the run, counted back from its end, that holds half the weight of the "
+        "averaged weights; 0 for the raw weights"
+    )  # fmt: skip
+    dtype: str = _option("float32", f"{', '.join(DTYPES)}, of the network's matrix work", flag="")
+    skip_nonfinite: int = _option(
+        0, "how many steps of the run may have a loss or gradient that is not finite: they are "
+        "passed over and logged; one more stops the run"
+    )  # fmt: skip
+
+    # The objective, see `minidiff.objective`
+    prediction_type: str = _option("v_prediction", ", ".join(PREDICTION_TYPES))
+    noise_levels: str | None = _option(
+        None, f"{', '.join(NOISE_LEVELS)}; default: log_normal for edm, logit_normal for flow, "
+        "else uniform", str,
+    )  # fmt: skip
+    level_mean: float | None = _option(None, "of the (log, logit) normal distribution", float)
+    level_std: float | None = _option(None, "of the (log, logit) normal distribution", float)
+    loss_weight: str = _option("none", ", ".join(LOSS_WEIGHTS))
+    min_snr_gamma: float | None = _option(None, "γ of loss_weight min_snr; default: 5", float)
+    sigma_data: float | None = _option(
+        None, "standard deviation of the data, for edm; default: measured", float
+    )
+    learn_variance: bool = _option(False, "learn the variance of DDPM's steps as well")
+    beta_schedule: str | None = _option(
+        None, f"{', '.join(BETA_SCHEDULES)}, for epsilon, sample and v; default: "
+        "squaredcos_cap_v2", str,
+    )  # fmt: skip
+    num_train_timesteps: int = _option(1000, "steps of the noise schedule")
+    shift: int = _option(0, "move every image at random, by up to so many pixels along each axis")
+    flip: bool = _option(False, "mirror every second image; of photographs, never of digits")
+    label_dropout: float = _option(
+        0.1, "share of images whose class or caption is hidden, so that guidance is possible; with "
+        "0 the network has no label for 'no class', and no guidance is stored"
+    )  # fmt: skip
+
+    # The network
+    block: int = _option(2, "side of the pixel blocks that become channels; 1 for none")
+    channels: tuple[int, ...] = _option((48, 96), "of each level; half the size at each level")
+    layers: int = _option(1, "residual blocks a level")
+    dropout: float = _option(0.0, "in the residual blocks")
+    text_width: int = _option(64, "channels of a token, for data with captions")
+    text_layers: int = _option(2, "of the text encoder, for data with captions")
+
+    # What is stored for sampling, and seen on the way
+    guidance_scale: float = _option(1.5, "stored with the model", flag="guidance")
+    num_inference_steps: int = _option(10, "stored with the model", flag="sampling-steps")
+    pictures: int = _option(4, "how many grids of samples to save along the way, the end included")
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise InvalidArgument("give a budget: either minutes or steps")
+        if self.minutes is not None and real_number("minutes", self.minutes, 0) == 0:
+            raise InvalidArgument("minutes must be more than 0, got 0")
+        if self.steps is not None:
+            whole_number("steps", self.steps, 1)
+        whole_number("seed", self.seed, 0, MAX_SEED)
+        self._check_optimization()
+        self._check_objective()
+        self._check_network()
+        real_number("guidance_scale", self.guidance_scale, -math.inf)
+        whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
+        whole_number("pictures", self.pictures, 0)
+
+    def _check_optimization(self) -> None:
+        whole_number("batch_size", self.batch_size, 1, MAX_BATCH)
+        if self.final_batch_size is not None:
+            whole_number("final_batch_size", self.final_batch_size, self.batch_size, MAX_BATCH)
+        whole_number("accumulate", self.accumulate, 1)
+        if self.accumulate > self.batch_size:
+            raise InvalidArgument(
+                f"accumulate must be at most batch_size, {self.batch_size}, got {self.accumulate}"
+            )
+        for name in ("learning_rate", "weight_decay", "clip"):
+            real_number(name, getattr(self, name), 0)
+        for name in ("warmup", "ema_half_life"):
+            real_number(name, getattr(self, name), 0, 0.99)
+        one_of("dtype", self.dtype, DTYPES)
+        whole_number("skip_nonfinite", self.skip_nonfinite, 0)
+
+    def _check_objective(self) -> None:
+        whole_number("num_train_timesteps", self.num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
+        whole_number("shift", self.shift, 0)
+        true_or_false("flip", self.flip)
+        true_or_false("learn_variance", self.learn_variance)
+        real_number("label_dropout", self.label_dropout, 0, 0.99)
+        objective.check(**{name: getattr(self, name) for name in _OBJECTIVE})
+        if self.beta_schedule is not None:
+            one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+
+    def _check_network(self) -> None:
+        for name in ("block", "layers", "text_width", "text_layers"):
+            whole_number(name, getattr(self, name), 1)
+        if not listed("channels", self.channels):
+            raise InvalidArgument("channels must list at least one level, got none")
+        for width in self.channels:
+            whole_number("channels", width, 1)
+        real_number("dropout", self.dropout, 0, 0.99)
+
+    @property
+    def measures_data(self) -> bool:
+        """Whether the objective needs the data's standard deviation and was not told it."""
+        return self.sigma_data is None and "edm" in (self.prediction_type, self.loss_weight)
+
+    def objective(self) -> Objective:
+        """The objective, with its scheduler. Raises InvalidArgument for an unmeasured σ_data."""
+        options = {name: getattr(self, name) for name in _OBJECTIVE}
+        return objective.make(**options, num_train_timesteps=self.num_train_timesteps)
+
+    def batch_sizes(self) -> list[int]:
+        """The sizes of the batch along the run, each for an equal share of the budget."""
+        sizes, last = [self.batch_size], self.final_batch_size or self.batch_size
+        while sizes[-1] < last:
+            sizes.append(min(2 * sizes[-1], last))
+        return sizes
+
+
+_OBJECTIVE = (
+    "prediction_type", "noise_levels", "level_mean", "level_std", "loss_weight", "min_snr_gamma",
+    "sigma_data", "beta_schedule", "learn_variance",
+)  # fmt: skip
+OPTIONS: dict[str, Field] = {option.name: option for option in fields(TrainConfig)}
+
+
+def merged(*layers: Mapping[str, Any]) -> TrainConfig:
+    """The config of several layers of options, of which the later ones win.
+
+    A budget in minutes in one layer takes the place of one in steps in the layers before, and the
+    other way round.
+
+    Raises:
+        InvalidArgument: a name that is no option, or as `TrainConfig`.
+    """
+    result: dict[str, Any] = {}
+    for layer in layers:
+        if {"minutes", "steps"} & {name for name, value in layer.items() if value is not None}:
+            result.pop("minutes", None)
+            result.pop("steps", None)
+        result |= layer
+    for name in result:
+        one_of("option", name, OPTIONS)
+    if isinstance(result.get("channels"), list):
+        result["channels"] = tuple(result["channels"])  # JSON and TOML have lists
+    return TrainConfig(**result)
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """Options from a JSON or TOML file: those of `TrainConfig`, or a run's `config.json`.
+
+    Raises:
+        CheckpointError: the file is missing, too large or not what its name says.
+        InvalidArgument: another kind of file, or TOML before Python 3.11.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".toml"):
+        raise InvalidArgument(f"config must be a .json or .toml file, got {path}")
+    if path.suffix == ".toml" and sys.version_info < (3, 11):
+        raise InvalidArgument(f"TOML needs Python 3.11 or newer; write {path} as JSON")
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path}: more than {MAX_CONFIG_BYTES} bytes, no config is")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else _toml(text)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid {path.suffix[1:].upper()} ({error})") from error
+    if isinstance(content, dict) and isinstance(content.get("train"), dict):
+        content = content["train"]  # a run's config.json
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must be a table of options, got {type(content).__name__}")
+    return content
+
+
+def _toml(text: str) -> dict[str, Any]:
+    import tomllib  # only in Python 3.11 and newer
+
+    return tomllib.loads(text)
+
+
+def options_of(config: TrainConfig) -> dict[str, Any]:
+    """The options in which a config departs from the defaults."""
+    return {
+        name: getattr(config, name)
+        for name, option in OPTIONS.items()
+        if getattr(config, name) != option.default
+    }

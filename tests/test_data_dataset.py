@@ -1,0 +1,287 @@
+"""Data sets of torch: one stream of batches for any number of workers; mistakes named by item."""
+
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset, random_split
+
+from minidiff import data
+from minidiff.data import ImageData
+from minidiff.data.augment import augmented
+from minidiff.data.dataset import from_dataset
+from minidiff.errors import DataError, InvalidArgument
+
+N = 23
+BYTES = torch.randint(
+    0, 256, (N, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+LABELS = torch.arange(N) % 3
+NAMES = ("a", "b", "c")
+
+
+class Noisy(Dataset):
+    """Draws from every global generator there is."""
+
+    classes = NAMES
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> tuple:
+        noise = random.random() + np.random.rand() + torch.rand(3, 4, 5)  # noqa: NPY002
+        return noise / 3, i % 3
+
+
+class Listed(Dataset):
+    """Items from a list; a call for an exception, and for the end of the process."""
+
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> object:
+        item = self.items[i]
+        return item() if callable(item) else item
+
+
+def noisy(workers: int, seed: int = 5):
+    return from_dataset(Noisy(), value_range=(0, 1), seed=seed, workers=workers)
+
+
+def stream(held, size: int, count: int, seed: int = 5, start: int = 0) -> list:
+    order = data.batches(len(held), size, seed, start)
+    return [held.batch(next(order), size * k) for k in range(start, start + count)]
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_from_any_position():
+    expected = stream(noisy(0), 7, 9)
+    assert len({x.sum().item() for x, _ in expected}) == 9
+    for workers in (1, 3):
+        held = noisy(workers)
+        for start, count in ((0, 9), (4, 5), (2, 1)):  # the same workers, taken up elsewhere
+            for (x, y), (xe, ye) in zip(
+                stream(held, 7, count, start=start), expected[start:], strict=False
+            ):
+                assert torch.equal(x, xe)
+                assert torch.equal(y, ye)
+        other = stream(held, 7, 2, seed=6)  # in another order than that of its seed
+        for (x, _), (xe, _) in zip(other, stream(noisy(0), 7, 2, seed=6), strict=True):
+            assert torch.equal(x, xe)
+    assert not torch.equal(stream(noisy(0, seed=6), 7, 1)[0][0], expected[0][0])
+
+
+def test_workers_are_at_the_next_batch_already_also_where_processes_share_one():
+    held, order = noisy(2), data.batches(N, 4, 5)
+    first, second = next(order), next(order)
+    held.batch(first, 0)
+    assert held._ahead.guess[0] == (tuple(second.tolist()), 4)
+    held.batch(second, 4)
+    # two ranks, each with half of every batch of 8: positions 12, 20, 28 for the second one
+    held = noisy(2)
+    order = data.batches(N, 8, 5)
+    halves = [next(order)[4:] for _ in range(3)]
+    guesses = []
+    for k, half in enumerate(halves):
+        held.batch(half, 8 * k + 4)
+        guesses.append(held._ahead.guess)
+    assert guesses[1][0] == (tuple(halves[2].tolist()), 20)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, N - 1), min_size=1, max_size=9), st.integers(0, 10**9))
+def test_an_item_depends_on_its_position_and_the_callers_generators_stay(numbers, position):
+    held = noisy(0)
+    random.seed(1), torch.manual_seed(1), np.random.seed(1)  # noqa: NPY002
+    expected = random.random(), torch.rand(1), np.random.rand()  # noqa: NPY002
+    random.seed(1), torch.manual_seed(1), np.random.seed(1)  # noqa: NPY002
+    whole = held.batch(torch.tensor(numbers), position)[0]
+    assert (random.random(), torch.rand(1), np.random.rand()) == expected  # noqa: NPY002
+    last = held.batch(torch.tensor(numbers[-1:]), position + len(numbers) - 1)[0]
+    assert torch.equal(whole[-1:], last)
+
+
+AS_ARRAY = [image.permute(1, 2, 0).numpy() for image in BYTES]
+FORMS = {
+    "tensors": (TensorDataset(BYTES, LABELS), {"class_names": NAMES}),
+    "a part": (
+        random_split(TensorDataset(BYTES, LABELS), [N, 0])[0].dataset,
+        {"class_names": NAMES},
+    ),
+    "arrays": (Listed(list(zip(AS_ARRAY, LABELS.tolist(), strict=True))), {"class_names": NAMES}),
+    "PIL": (
+        Listed([[Image.fromarray(a), np.int64(y)] for a, y in zip(AS_ARRAY, LABELS, strict=True)]),
+        {"class_names": NAMES},
+    ),
+    "floats": (
+        TensorDataset(BYTES.double() / 255 * 3 - 1, LABELS),
+        {"class_names": NAMES, "value_range": (-1, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_form_of_an_image_means_the_same(form, workers):
+    dataset, options = FORMS[form]
+    held = from_dataset(dataset, "mine", workers=workers, **options)
+    assert (len(held), held.shape, held.num_classes, held.name) == (N, (3, 4, 5), 3, "mine")
+    index = torch.tensor([3, 22, 0, 3])
+    x, labels = held.to("cpu").batch(index, 9)
+    expected, _ = ImageData("plain", BYTES, LABELS, NAMES).batch(index)
+    assert x.dtype == torch.float32
+    assert torch.allclose(x, expected, atol=1e-6)
+    assert form == "floats" or torch.equal(x, expected)
+    assert labels.tolist() == LABELS[index].tolist()
+
+
+def test_grey_images_without_labels_may_leave_out_the_channel():
+    for dataset in (TensorDataset(BYTES[:, 0]), Listed([image[0].numpy() for image in BYTES])):
+        x, labels = from_dataset(dataset).batch(torch.tensor([1, 2]))
+        assert labels is None
+        assert torch.equal(x, BYTES[1:3, :1] / 127.5 - 1)
+
+
+def test_floats_may_be_narrow():
+    half = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        held = from_dataset(TensorDataset(half.to(dtype)), value_range=(0, 1))
+        assert held.batch(torch.arange(3))[0].flatten().tolist() == [-1, 0, 1]
+
+
+def test_wrapped_data_are_augmented_like_others():
+    held = augmented(noisy(2), flip=True, shift=1)
+    x, _ = held.batch(torch.arange(6), 11)
+    plain = augmented(noisy(0), flip=True, shift=1).batch(torch.arange(6), 11)[0]
+    assert torch.equal(x, plain)
+
+
+def fail() -> None:
+    raise KeyError("lost.png")
+
+
+def cut_short() -> Image.Image:
+    """An image of which Pillow has seen the header and no more."""
+    file = io.BytesIO()
+    Image.fromarray(AS_ARRAY[0]).save(file, "BMP")
+    return Image.open(io.BytesIO(file.getvalue()[:-20]))
+
+
+GOOD = BYTES[0]
+BAD = {
+    "another shape": (GOOD[:, :3], r"has shape \(3, 3, 5\), item 0 has \(3, 4, 5\)"),
+    "two channels": (GOOD[:2], r"is an image of shape \(2, 4, 5\), expected"),
+    "a batch": (GOOD[None], r"is an image of shape \(1, 3, 4, 5\)"),
+    "empty": (GOOD[:, :0], "is an image of shape"),
+    "another type": (GOOD.float(), "is an image of float32, expected uint8.*value_range"),
+    "a label": ((GOOD, 1), "has a label and item 0 has none"),
+    "three parts": ((GOOD, 1, 2), "has 3 parts"),
+    "no image": ("cat.png", "is str, expected a tensor"),
+    "nothing": (None, "is NoneType"),
+    "a palette": (Image.new("P", (5, 4)), "is a PIL image of mode P, expected L or RGB"),
+    "no array": (GOOD.to_sparse(), "cannot be read as an array"),
+    "an image cut short": (cut_short, r"cannot be read as an array: .*truncated"),
+    "an exception": (fail, "raised KeyError: 'lost.png'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("workers", "mistake"),
+    [*((0, mistake) for mistake in BAD), (1, "a batch"), (2, "an exception")],
+)
+def test_a_mistake_is_named_by_its_item(workers, mistake):
+    item, told = BAD[mistake]
+    held = from_dataset(Listed([GOOD, GOOD, item]), "mine", workers=workers)
+    assert held.batch(torch.tensor([0, 1]))[0].shape == (2, 3, 4, 5)
+    with pytest.raises(DataError, match=f"mine: item 2 {told}"):
+        held.batch(torch.tensor([0, 2]), 1)
+    with pytest.raises((DataError, InvalidArgument), match=r"item 0|class_names"):
+        from_dataset(Listed([item, GOOD]), "mine").batch(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("value", [1.001, -0.001, float("nan"), float("inf")])
+def test_a_value_outside_of_the_declared_range_is_named_by_its_item(value):
+    images = torch.rand(3, 1, 2, 2)
+    images[2, 0, 1, 1] = value
+    held = from_dataset(TensorDataset(images), value_range=(0, 1))
+    with pytest.raises(DataError, match=r"item 2 has values in .* outside of value_range \[0, 1\]"):
+        held.batch(torch.tensor([2]))
+    held = from_dataset(Listed([images[0], GOOD]), value_range=(0, 1))
+    with pytest.raises(DataError, match="item 1 is an image of uint8, expected floats"):
+        held.batch(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("label", [3, -1, 1.0, True, "a", torch.tensor([1, 2])])
+def test_a_label_that_is_no_class_is_named_by_its_item(label):
+    held = from_dataset(Listed([(GOOD, 0), (GOOD, label)]), class_names=NAMES)
+    with pytest.raises(DataError, match=r"item 1.*label must be"):
+        held.batch(torch.tensor([1]))
+    with pytest.raises(DataError, match=r"item 1 has a label and item 0 has none, or"):
+        from_dataset(Listed([(GOOD, 0), GOOD]), class_names=NAMES).batch(torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "told"),
+    [
+        (iter([GOOD]), {}, "dataset must be of the map style"),
+        (Listed([]), {}, "len.. of at least 1"),
+        (Listed([(GOOD, 0)]), {}, "class_names must name the classes"),
+        (Listed([GOOD]), {"class_names": NAMES}, "no labels"),
+        (Listed([(GOOD, 0)]), {"class_names": [0, 1]}, "class_names"),
+        (Listed([GOOD]), {"workers": -1}, "workers must be in"),
+        (Listed([GOOD]), {"seed": 2**32}, "seed must be in"),
+        (Listed([GOOD]), {"value_range": (1, 0)}, "value_range must be"),
+        (Listed([GOOD]), {"value_range": 255}, "value_range must be a list or a tuple"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(dataset, options, told):
+    with pytest.raises(InvalidArgument, match=told):
+        from_dataset(dataset, **options)
+
+
+def end() -> None:
+    os._exit(1)
+
+
+def test_a_worker_that_dies_is_told_of():
+    held = from_dataset(Listed([GOOD, end]), workers=1)
+    with pytest.raises(DataError, match="a worker that makes the items died"):
+        held.batch(torch.tensor([1]))
+
+
+KILLED = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+from test_data_dataset import noisy
+held = noisy(2)
+held.batch(torch.arange(4), 0)
+print(*held._ahead.pool._processes, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_workers_end_with_a_process_that_is_killed():
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(number) for number in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "the workers are still there"
+        time.sleep(0.1)
