@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from minidiff import __version__, checkpoint, evaluation, metrics, run
-from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, ImageData, load
+from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, TOYS, ImageData, load
 from minidiff.device import (
     DEVICES,
     DTYPES,
@@ -263,10 +263,10 @@ def _evaluate_parser(commands: Any) -> None:
     add("run", help="a run folder, or the model folder in it")
     add("--quick", action="store_true", help="10,000 samples a seed, and less of the rest")
     add("--num", type=int, help="samples a seed; default: 50,000, or as many as there are images")
-    add("--seeds", type=int, default=3, help="how many seeds, from --seed on")
+    add("--seeds", type=int, default=3, help="how many seeds, from --seed on; captions: one")
     add("--parts", type=_words, help=f"some of {','.join(evaluation.PARTS)}; default: all")
     add("--data", help="a name or a folder; default: what the run was trained on")
-    add("--data-dir", help="where the published files of the data are (or set MINIDIFF_DATA)")
+    add("--data-dir", help=f"where the published files of the data are (or set {DATA_VARIABLE})")
     add("--classifier", help="a file of minidiff.train_classifier, for data without a shipped one")
     add("--json", help="write every figure, seed and setting to this file")
     add("--png", help="write a grid of the first hundred samples to this file")
@@ -443,9 +443,10 @@ def evaluate(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.json)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    if (options.data or run.data_of(options.run)) == "captions":
+    name = options.data or run.data_of(options.run)
+    if name == "captions":
         return _evaluate_captions(pipe, options)
-    train_images, test_images = _splits(options, pipe)
+    train_images, test_images = _splits(name, options, pipe)
     plan = evaluation.plan_for(
         train_images, options.num, quick=options.quick, seed=options.seed, seeds=options.seeds
     )
@@ -468,14 +469,16 @@ def evaluate(options: argparse.Namespace) -> None:
     print(report)
 
 
-def _splits(options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
+def _splits(name: str, options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
     """Training and held-out images of what the model was trained on, in its size."""
-    name = options.data or run.data_of(options.run)
-    if options.data is None and name not in NAMES and not Path(name).is_dir():
+    if options.data is None and name not in (*NAMES, *TOYS) and not Path(name).is_dir():
         raise InvalidArgument(f"the model was trained on {name}: say where it is, --data FOLDER")
     _, height, width = pipe.image_shape
-    size = height if name not in NAMES and height == width else None
-    return tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+    size = height if name not in (*NAMES, *TOYS) and height == width else None
+    splits = tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+    if not all(isinstance(split, ImageData) for split in splits):
+        raise InvalidArgument(f"data must be images to be measured by, {name} has none")
+    return splits
 
 
 def _classifier(
@@ -506,6 +509,11 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
     from minidiff import plot
     from minidiff.metrics import SceneEvaluator
 
+    for name in ("quick", "parts", "classifier", "json"):
+        if getattr(options, name):
+            raise InvalidArgument(
+                f"--{name} is for pictures of classes or of nothing, not of texts"
+            )
     evaluator = SceneEvaluator(pick_device(options.device))
     n = 1000 if options.num is None else whole_number("num", options.num, 1)
     shown = []
