@@ -27,7 +27,8 @@ from minidiff.metrics import Evaluator, Scores, accuracy, copying, features, fix
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED, image_generators
-from minidiff.pipeline import MAX_IMAGES, Pipeline
+from minidiff.pipeline import Pipeline
+from minidiff.pipeline_input import MAX_IMAGES
 from minidiff.train_classifier import Recipe, train
 
 PROTOCOL = 1  # of EVALUATION.md; figures of different versions cannot be compared
