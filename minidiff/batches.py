@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff.data import ImageData, Stream
+from minidiff.data import Stream
+from minidiff.data.protocol import Data
 from minidiff.learner import Learner
 from minidiff.noise import stream_seed
 from minidiff.objective import Levels, Objective, quantiles
@@ -49,13 +50,13 @@ class Batches:
     """The batch of every step: the images by (seed, epoch), all else by (seed, step) alone.
 
     Args:
-        encode: from images (B, C, H, W) in [−1, 1] to the network's space.
+        encode: from what the data give, (B, C, H, W), to the network's space.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        data: ImageData,
+        data: Data,
         learner: Learner,
         objective: Objective,
         encode: Callable[[Tensor], Tensor],
@@ -70,7 +71,8 @@ class Batches:
         """The next `size` images, with the levels and the noise of this step."""
         self.host.manual_seed(stream_seed(self.config.seed, LEVELS, step))
         self.noise.manual_seed(stream_seed(self.config.seed, NOISE, step))
-        images, told = self.data.batch(self.stream.take(size))
+        position = self.stream.position
+        images, told = self.data.batch(self.stream.take(size), position)
         z = self.encode(images).to(memory_format=torch.channels_last)
         hidden = torch.rand(size, generator=self.host) < self.config.label_dropout
         levels = self.objective.levels(quantiles(size, self.host))

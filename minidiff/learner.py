@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from minidiff.data import ImageData
+from minidiff.data.protocol import Data
+from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument
-from minidiff.nn import SpaceToDepth, UNet
+from minidiff.latents import LatentData
+from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
 from minidiff.train_config import TrainConfig
-
-MEASURED_IMAGES = 10_000  # of which the standard deviation is taken
 
 
 class ClassLabels(nn.Module):
@@ -61,7 +61,7 @@ class Learner(nn.Module):
         return torch.where(hidden.view(-1, *(1,) * (told.ndim - 1)), self.condition.null, told)
 
 
-def build(config: TrainConfig, data: ImageData) -> Pipeline:
+def build(config: TrainConfig, data: Data) -> Pipeline:
     """A fresh pipeline of the size that `config` and the data ask for, weights from the seed.
 
     torch's global random state is left as it was.
@@ -76,14 +76,14 @@ def build(config: TrainConfig, data: ImageData) -> Pipeline:
     return Pipeline(
         unet.to(memory_format=torch.channels_last),
         config.objective().scheduler,
-        SpaceToDepth(config.block) if config.block > 1 else None,
+        _decoder(config, data),
         data.class_names,
         config.guidance_scale if _hides_labels(config, data) else 1.0,
         config.num_inference_steps,
     )
 
 
-def resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
+def resolve(config: TrainConfig, data: Data) -> TrainConfig:
     """The config with what it leaves to the data: σ_data, where the objective asks for it.
 
     Raises:
@@ -91,8 +91,7 @@ def resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
     """
     if not config.measures_data:
         return config
-    n = len(data)
-    chosen = torch.linspace(0, n - 1, min(n, MEASURED_IMAGES)).round().long()
+    chosen = evenly_spaced(len(data), MEASURED_IMAGES)
     parts = [data.batch(index)[0].double() for index in chosen.split(512)]
     count = sum(part.numel() for part in parts)
     mean = sum(float(part.sum()) for part in parts) / count
@@ -102,7 +101,7 @@ def resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
     return replace(config, sigma_data=std)
 
 
-def check(config: TrainConfig, data: ImageData) -> None:
+def check(config: TrainConfig, data: Data) -> None:
     """Refuse what cannot be trained, without taking memory.
 
     Raises:
@@ -113,10 +112,12 @@ def check(config: TrainConfig, data: ImageData) -> None:
         _network(config, data)
 
 
-def _network(config: TrainConfig, data: ImageData) -> UNet:
+def _network(config: TrainConfig, data: Data) -> UNet:
     if not len(data):
         raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
-    _, channels, height, width = data.images.shape
+    channels, height, width = data.shape
+    if isinstance(data, LatentData) and config.block != 1:
+        raise InvalidArgument(f"block must be 1 for latents of a vae, got {config.block}")
     if height % config.block or width % config.block:
         raise InvalidArgument(
             f"block must divide the image size {height}×{width}, got {config.block}"
@@ -145,6 +146,13 @@ def _groups(channels: tuple[int, ...]) -> int:
     return common // 16 if common % 16 == 0 else math.gcd(common, 8)
 
 
-def _hides_labels(config: TrainConfig, data: ImageData) -> bool:
+def _decoder(config: TrainConfig, data: Data) -> SpaceToDepth | AutoencoderKL | None:
+    """What makes pictures of what the network makes."""
+    if isinstance(data, LatentData):
+        return data.vae
+    return SpaceToDepth(config.block) if config.block > 1 else None
+
+
+def _hides_labels(config: TrainConfig, data: Data) -> bool:
     """Whether the network will know a label for "no class", so that guidance is possible."""
     return data.num_classes > 0 and config.label_dropout > 0

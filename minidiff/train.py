@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from minidiff.average import EMA
 from minidiff.batches import DROPOUT, Batches
-from minidiff.data import ImageData
+from minidiff.data.protocol import Data
 from minidiff.device import DTYPES, pick_device
 from minidiff.learner import ClassLabels, Learner, build, check, resolve
+from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
 from minidiff.pipeline import Pipeline
@@ -45,7 +46,7 @@ class Training:
 
     Args:
         config: the run, with σ_data where its objective needs it (`resolve`).
-        data: the images, moved to `device` whole.
+        data: the images, or their latents, moved to `device` whole.
         device: where to train.
         make_optimizer: see `train`.
     Attributes:
@@ -58,7 +59,7 @@ class Training:
     def __init__(
         self,
         config: TrainConfig,
-        data: ImageData,
+        data: Data,
         device: torch.device,
         make_optimizer: MakeOptimizer | None = None,
     ) -> None:
@@ -69,7 +70,7 @@ class Training:
         self.result = _with_unet(pipe, self.average.model.unet).to(dtype=DTYPES[config.dtype])
         self.optimizer = (make_optimizer or _adamw(config))(self.learner.parameters())
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        encode = (lambda x0: x0) if pipe.vae is None else pipe.vae.to_latents
+        encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         self.batches = Batches(
             config, data.to(device), self.learner, self.objective, encode, device
         )
@@ -127,7 +128,7 @@ class Training:
 
 def train(
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: torch.device | str = "cpu",
     report: Callable[[Progress], None] = lambda row: None,
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
@@ -139,7 +140,7 @@ def train(
 
     Args:
         config: the run.
-        data: the images, moved to `device` whole.
+        data: the images, or their latents, moved to `device` whole.
         device: where to train.
         report: called with every row for the log: every second of a budget in minutes, every
             hundredth of one in steps.

@@ -220,7 +220,7 @@ def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
         def to(self, device):
             return self
 
-        def batch(self, index):
+        def batch(self, index, position=0):
             images, labels = super().batch(index)
             Broken.calls += 1
             return (images * float("nan") if Broken.calls in (2, 4) else images), labels
