@@ -23,15 +23,17 @@ LEVELS, NOISE, DROPOUT = range(3)  # streams of random numbers, see `noise.strea
 
 
 class Batch(NamedTuple):
-    """Everything random of one step; `parts` cuts it up for accumulation.
+    """A process' part of the batch of a step; `parts` cuts it up for accumulation.
 
     Attributes:
+        size: of the whole batch, on all processes.
         z: clean images in the network's space, (B, C, *space), channels last.
         told: what the data tell of them, (B, …), some of it hidden; or None.
         eps: standard normal noise like z.
         levels: on the host.
     """
 
+    size: int
     z: Tensor
     told: Tensor | None
     eps: Tensor
@@ -43,7 +45,8 @@ class Batch(NamedTuple):
         for start, end in pairwise(ends):
             images = slice(start, end)
             told = None if self.told is None else self.told[images]
-            yield Batch(self.z[images], told, self.eps[images], self.levels.part(images))
+            levels = self.levels.part(images)
+            yield Batch(self.size, self.z[images], told, self.eps[images], levels)
 
 
 class Batches:
@@ -51,6 +54,7 @@ class Batches:
 
     Args:
         encode: from what the data give, (B, C, H, W), to the network's space.
+        part: this process' part of so many images.
     """
 
     def __init__(
@@ -60,21 +64,28 @@ class Batches:
         learner: Learner,
         objective: Objective,
         encode: Callable[[Tensor], Tensor],
+        part: Callable[[int], slice],
         device: torch.device,
     ) -> None:
         self.config, self.data, self.learner, self.objective = config, data, learner, objective
-        self.encode = encode
+        self.encode, self.part = encode, part
         self.stream = Stream(len(data), config.seed)
         self.host, self.noise = torch.Generator(), torch.Generator(device)
 
     def take(self, step: int, size: int) -> Batch:
-        """The next `size` images, with the levels and the noise of this step."""
+        """The next `size` images, with the levels and the noise of this step.
+
+        Every process draws for the whole batch, so that an image's noise is its own whatever the
+        number of processes.
+        """
         self.host.manual_seed(stream_seed(self.config.seed, LEVELS, step))
         self.noise.manual_seed(stream_seed(self.config.seed, NOISE, step))
-        position = self.stream.position
-        images, told = self.data.batch(self.stream.take(size), position)
+        own, position = self.part(size), self.stream.position
+        images, told = self.data.batch(self.stream.take(size)[own], position + own.start)
         z = self.encode(images).to(memory_format=torch.channels_last)
         hidden = torch.rand(size, generator=self.host) < self.config.label_dropout
-        levels = self.objective.levels(quantiles(size, self.host))
-        eps = torch.empty_like(z).normal_(generator=self.noise)
-        return Batch(z, self.learner.hide(told, hidden), eps, levels)
+        levels = self.objective.levels(quantiles(size, self.host)[own])
+        eps = torch.empty(
+            (size, *z.shape[1:]), device=z.device, memory_format=torch.channels_last
+        ).normal_(generator=self.noise)[own]
+        return Batch(size, z, self.learner.hide(told, hidden[own]), eps, levels)

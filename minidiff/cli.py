@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from minidiff import __version__, checkpoint, run
-from minidiff.data import DATA_VARIABLE, PUBLISHED, SPLITS, load
+from minidiff import __version__, checkpoint, evaluation, metrics, run
+from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, TOYS, ImageData, load
 from minidiff.data.protocol import Data
 from minidiff.device import (
     DEVICES,
@@ -27,16 +27,20 @@ from minidiff.device import (
     pick_device,
     pick_dtype,
 )
+from minidiff.distributed import own_device, rank
 from minidiff.errors import (
     CheckpointError,
     InvalidArgument,
     MinidiffError,
     Stopped,
+    TrainingError,
     whole_number,
 )
 from minidiff.keeper import Saving
 from minidiff.latents import LatentData
+from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED
+from minidiff.pictures import MODES, read_picture
 from minidiff.pipeline import Pipeline
 from minidiff.presets import PRESETS, Preset
 from minidiff.run_vae import PICTURE, open_vae, train_vae_into
@@ -68,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except Stopped as stopped:
-        print(f"minidiff: {stopped}", file=sys.stderr)
+        if not rank():
+            print(f"minidiff: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\nminidiff: interrupted", file=sys.stderr)
@@ -76,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MinidiffError, OSError) as error:
         if options.debug:
             raise
+        if rank() and not isinstance(error, TrainingError):
+            return 1  # the process of rank 0 says it
         print(f"minidiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgument) else 1
     except (MemoryError, RuntimeError) as error:
@@ -172,9 +179,11 @@ def _train_parser(commands: Any) -> None:
     command.description = textwrap.fill(command.description, 92)
     command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
     add = command.add_argument
-    add("--data", help="digits, mnist, or a folder of images (sub-folders: classes); default: the "
-        "preset's")  # fmt: skip
-    add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
+    add("--data", help="digits, mnist, cifar10, captions, or a folder of images (sub-folders: "
+        "classes); default: the preset's")  # fmt: skip
+    add("--data-dir", help="where the files of MNIST or CIFAR-10 are (or set MINIDIFF_DATA)")
+    add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
+        "where its files are not there; checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
     add("--vae", metavar="RUN", help="train on the latents of this autoencoder, a run of train-vae "
         "or a vae folder; --block is 1 then")  # fmt: skip
@@ -185,6 +194,8 @@ def _train_parser(commands: Any) -> None:
         "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
     add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
         "beside the one of the lowest running loss; default: 2")  # fmt: skip
+    add("--shard", action="store_true", help="under torchrun: the processes share the weights "
+        "(FSDP2), for a model that outgrows one GPU")  # fmt: skip
     add("--preset", choices=list(PRESETS), help="a recipe, see below")
     add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
         "TrainConfig; or a run's config.json")  # fmt: skip
@@ -226,6 +237,8 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
     how = (
         {"action": "store_true"} if kind is bool else {"type": _channels if kind is tuple else kind}
     )
+    if values := option.metadata["values"]:
+        how |= {"nargs": len(values), "metavar": values}
     flag = option.metadata["flag"] or name.replace("_", "-")
     command.add_argument(
         f"--{flag}", dest=name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how
@@ -246,14 +259,25 @@ def _sample_parser(commands: Any) -> None:
         "sample",
         sample,
         "make pictures with a trained model",
-        "Makes pictures with a run or a model folder. Without --sampler, --steps and --guidance "
-        "the model's own setting is used, fixed when it was trained. Image i of a seed is the "
-        "same picture whatever the batch size.",
+        "Makes pictures with a run or a model folder, or changes one with --image and --mask. "
+        "Without --sampler, --steps and --guidance the model's own setting is used, fixed when it "
+        "was trained. Image i of a seed is the same picture whatever the batch size.",
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
+    add("text", nargs="?", help="what to draw, for a model that was trained on captions")
+    add("--negative", metavar="TEXT", help="what not to draw")
     add("--num", type=int, default=100, help="how many pictures")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
+    add("--image", help="a picture to start from, of the size to be made; read in the model's "
+        "colours")  # fmt: skip
+    add("--strength", type=float, help="how far to go from --image, 0 to 1; default: 0.8, or 1 "
+        "with --mask")  # fmt: skip
+    add("--mask", help="a picture, white where --image is to be replaced, grey where blended")
+    add("--guidance-rescale", type=float, default=0.0, help="0 to 1: keep the spread of what is "
+        "guided")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide between "
+        "these two σ/α alone")  # fmt: skip
     add("--png", help="write a grid of the pictures to this file")
     add("--npz", help="write images (uint8, N×H×W×C) and labels to this file")
     _add_sampling(command)
@@ -265,15 +289,22 @@ def _evaluate_parser(commands: Any) -> None:
         "evaluate",
         evaluate,
         "measure how good a trained model is",
-        "Samples the model, classes in equal shares, and prints accuracy, Fréchet distance (‰ of "
-        "the real spread, on minidiff's own features; not FID) and coverage, with what real "
-        "images score beside them.",
+        "Prints one table by the protocol of minidiff/EVALUATION.md: accuracy, Fréchet distance "
+        "(‰ of the real spread, on minidiff's own features; not FID), kernel distance, density, "
+        "coverage, what a classifier learns from samples, how near they are to training images, "
+        "and bits per dimension, each with its spread over seeds and beside what real images "
+        "score.",
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
-    add("--num", type=int, help="how many samples; default: as many as there are test images")
-    add("--data", help="digits or mnist; default: what the run was trained on")
-    add("--data-dir", help="where MNIST's four IDX files are (or set MINIDIFF_DATA)")
+    add("--quick", action="store_true", help="10,000 samples a seed, and less of the rest")
+    add("--num", type=int, help="samples a seed; default: 50,000, or as many as there are images")
+    add("--seeds", type=int, default=3, help="how many seeds, from --seed on; captions: one")
+    add("--parts", type=_words, help=f"some of {','.join(evaluation.PARTS)}; default: all")
+    add("--data", help="a name or a folder; default: what the run was trained on")
+    add("--data-dir", help=f"where the published files of the data are (or set {DATA_VARIABLE})")
+    add("--classifier", help="a file of minidiff.train_classifier, for data without a shipped one")
+    add("--json", help="write every figure, seed and setting to this file")
     add("--png", help="write a grid of the first hundred samples to this file")
     _add_sampling(command)
 
@@ -285,6 +316,10 @@ def _add_sampling(command: Parser) -> None:
     add("--guidance", type=float, help="scale of guidance, 1 for none; default: the model's own")
     add("--eta", type=float, help="randomness of ddim, 0 to 1")
     add("--batch-size", type=int, default=250, help="pictures in memory at once")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _channels(text: str) -> tuple[int, ...]:
@@ -339,20 +374,32 @@ def train(options: argparse.Namespace) -> None:
     saving = Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
     source = _source(options, preset)
     data = _data(source, device, config.seed)
-    print(
+    say = _nothing if rank() else print
+    say(
         f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
     )
-    run.train_into(options.out, config, data, device, saving=saving, load=source)
-    print(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
+    run.train_into(
+        options.out, config, data, device, saving=saving, load=source, shard=options.shard
+    )
+    say(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
 
 
 def _resume(options: argparse.Namespace) -> None:
     """minidiff train --resume"""
     own = (
-        "out", "data", "data_dir", "image_size", "vae", "preset", "config", "save_every",
+        "out",
+        "data",
+        "data_dir",
+        "download",
+        "image_size",
+        "vae",
+        "preset",
+        "config",
+        "save_every",
         "keep_last",
-    )  # fmt: skip
-    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) is not None]
+        "shard",
+    )
+    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) not in (None, False)]
     if given:
         raise InvalidArgument(
             f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "
@@ -365,9 +412,14 @@ def _resume(options: argparse.Namespace) -> None:
             "minidiff.run.resume"
         )
     device = None if options.device == "auto" else options.device
+    say = _nothing if rank() else print
     data = _data(settings.data, pick_device(device or settings.device), settings.config.seed)
     run.resume(options.resume, data, device)
-    print(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+    say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+
+
+def _nothing(text: str) -> None:
+    """What a process that does not lead prints."""
 
 
 def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any]:
@@ -386,11 +438,14 @@ def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any
 
 
 def _data(source: Mapping[str, Any], device: torch.device, seed: int) -> Data:
-    """What `load` gives, or the latents that an autoencoder makes of it."""
+    """What `load` gives, or the latents that an autoencoder makes of it on the device."""
     others = dict(source)
     vae = others.pop("vae", None)
     data = load(**others)
-    return data if vae is None else LatentData(open_vae(vae).to(device), data.to(device), seed)
+    if vae is None:
+        return data
+    device = own_device(device)
+    return LatentData(open_vae(vae).to(device), data.to(device), seed)
 
 
 def train_vae(options: argparse.Namespace) -> None:
@@ -429,7 +484,19 @@ def sample(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    images, labels = _draw(pipe, options, options.num, options.label)
+    mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
+    text = "" if options.text is None and pipe.prompts is not None else options.text
+    images, labels = _draw(
+        pipe, options, options.num,
+        prompt=text,
+        negative_prompt=options.negative,
+        class_labels=options.label,
+        image=None if options.image is None else read_picture(options.image, mode),
+        mask_image=None if options.mask is None else read_picture(options.mask, "L"),
+        strength=options.strength,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval,
+    )  # fmt: skip
     if options.png:
         columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
@@ -442,28 +509,59 @@ def sample(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """minidiff evaluate"""
     from minidiff import plot
-    from minidiff.metrics import Evaluator
 
-    if options.png:
-        checkpoint.ensure_writable(options.png)
+    if options.png is not None and options.png == options.json:
+        raise InvalidArgument(f"--png and --json must be two files, got {options.png} twice")
+    for path in filter(None, (options.png, options.json)):
+        checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
     name = options.data or run.data_of(options.run)
-    evaluator = Evaluator(name, options.data_dir, pick_device(options.device))
-    n = options.num if options.num is not None else evaluator.test_images
-    whole_number("num", n, evaluator.least)
-    if pipe.image_shape != evaluator.image_shape:
-        raise InvalidArgument(
-            f"data {name} has images of shape {evaluator.image_shape}, the model makes "
-            f"{pipe.image_shape}"
-        )
-    images, labels = _draw(pipe, options, n, None)
-    if options.png:
-        plot.save(plot.grid(images[:100], 10), options.png)
-    scores = evaluator.score(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels))
-    print(f"{n} samples, seed {options.seed}, {_setting(pipe, options)}")
-    print(f"model            {scores}")
-    print(f"real, held out   {evaluator.ceiling(min(n, evaluator.test_images))}")
-    print(f"real, training   {evaluator.floor(n)}")
+    if name == "captions":
+        return _evaluate_captions(pipe, options)
+    train_images, test_images = _splits(name, options, pipe)
+    plan = evaluation.plan_for(
+        train_images, options.num, quick=options.quick, seed=options.seed, seeds=options.seeds
+    )
+    plan = replace(
+        plan,
+        parts=options.parts or evaluation.PARTS,
+        **{name: getattr(options, name) for name in ("steps", "guidance", "eta", "batch_size")},
+    )
+    samples: list[torch.Tensor] = []
+    report = evaluation.evaluate(
+        pipe, train_images, test_images, _classifier(options, train_images, pipe.device), plan,
+        first_samples=samples, progress=True,
+    )  # fmt: skip
+    if options.png and samples:
+        plot.save(plot.grid(samples[0].permute(0, 2, 3, 1).numpy(), 10), options.png)
+    if options.json:
+        checkpoint.write_json(options.json, report.as_json())
+    seeds = ", ".join(map(str, plan.seeds))
+    print(f"{plan.samples} samples a seed, seeds {seeds}, {_setting(pipe, options)}")
+    print(report)
+
+
+def _splits(name: str, options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
+    """Training and held-out images of what the model was trained on, in its size."""
+    if options.data is None and name not in (*NAMES, *TOYS) and not Path(name).is_dir():
+        raise InvalidArgument(f"the model was trained on {name}: say where it is, --data FOLDER")
+    _, height, width = pipe.image_shape
+    size = height if name not in (*NAMES, *TOYS) and height == width else None
+    splits = tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+    if not all(isinstance(split, ImageData) for split in splits):
+        raise InvalidArgument(f"data must be images to be measured by, {name} has none")
+    return splits
+
+
+def _classifier(
+    options: argparse.Namespace, data: ImageData, device: torch.device
+) -> Classifier | None:
+    """The classifier that was named, the shipped one, or None where there is none."""
+    if options.classifier:
+        return metrics.read_classifier(options.classifier).to(device)
+    if data.name in metrics.shipped():
+        return metrics.load_classifier(data.name).to(device)
+    return None
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
@@ -478,9 +576,36 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     return pipe
 
 
-def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, label: int | None) -> tuple:
+def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
+    """minidiff evaluate, for a model that draws what a text says"""
+    from minidiff import plot
+    from minidiff.metrics import SceneEvaluator
+
+    for name in ("quick", "parts", "classifier", "json"):
+        if getattr(options, name):
+            raise InvalidArgument(
+                f"--{name} is for pictures of classes or of nothing, not of texts"
+            )
+    evaluator = SceneEvaluator(pick_device(options.device))
+    n = 1000 if options.num is None else whole_number("num", options.num, 1)
+    shown = []
+
+    def draw(prompts: list[str]) -> torch.Tensor:
+        images, _ = _draw(pipe, options, len(prompts), prompt=prompts)
+        shown.append(images)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    print(f"seed {options.seed}, {_setting(pipe, options)}")
+    for line in evaluator.table(draw, n):
+        print(line, flush=True)
+    if options.png:
+        plot.save(plot.grid(shown[0][:100], 10), options.png)
+
+
+def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tuple:
+    """n pictures and their labels; `more` are further arguments of the pipeline."""
     result = pipe(
-        class_labels=label,
+        **more,
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minidiff import snapshot
+from minidiff.distributed import launched
 from minidiff.errors import CheckpointError, TrainingError, whole_number
 from minidiff.train import Progress, Training
 
@@ -98,6 +99,8 @@ class Signals:
 
     def _note(self, number: int, frame: object) -> None:
         self.caught = number
+        if launched():  # torchrun passes on what the terminal has sent already, and kills in time
+            return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -107,44 +110,57 @@ class Keeper:
 
     Args:
         run: the run's folder.
+        log: None for a process that does not lead: it writes nothing.
         say: told which snapshots were passed over, and where the run goes on.
     Attributes:
-        stopped_at: the step at which a signal ended the run; None if none did.
+        stopped: the step at which a signal ended the run, and its number; None if none did.
     """
 
     def __init__(
-        self, run: Path, saving: Saving, log: Log, signals: Signals, say: Callable[[str], None]
+        self,
+        run: Path,
+        saving: Saving,
+        log: Log | None,
+        signals: Signals,
+        say: Callable[[str], None],
     ) -> None:
         self.run, self.saving, self.log, self.signals, self.say = run, saving, log, signals, say
+        self.leads = log is not None
         self.saved_at = 0.0
-        self.stopped_at: int | None = None
+        self.stopped: tuple[int, int] | None = None
 
     def begin(self, training: Training) -> None:
         """Go on from the newest snapshot that verifies, or begin. Raises CheckpointError."""
-        snapshot.clear_leftovers(self.run)
+        training.asks = lambda: self.signals.caught or 0
         folder = snapshot.newest(self.run, self.say)
-        if folder is None:
-            self.log.cut(0)
-            return
-        self.log.cut(snapshot.restore(folder, training))
-        self.saved_at = training.budget.elapsed
-        self.say(f"going on from step {training.budget.step}")
+        length = 0 if folder is None else snapshot.restore(folder, training)
+        self.saved_at, step = training.budget.elapsed, training.budget.step
+        if training.world.largest(step, -step) != [step, -step]:
+            raise CheckpointError(f"{self.run}: the processes find different snapshots in it")
+        if self.leads:
+            snapshot.clear_leftovers(self.run)
+            self.log.cut(length)
+        if folder is not None:
+            self.say(f"going on from step {step}")
 
     def after(self, training: Training) -> bool:
         """Save where it is due; True ends the run."""
         budget, every = training.budget, self.saving.save_every
-        done, stop = budget.progress >= 1, self.signals.caught is not None
+        done, stop = budget.progress >= 1, bool(training.asked)
         due = budget.step % every == 0 if every else budget.elapsed - self.saved_at >= SAVE_SECONDS
         if due or stop or done:
             self.save(training)
         if stop and not done:
-            self.stopped_at = budget.step
+            self.stopped = (budget.step, training.asked)
         return stop
 
     def save(self, training: Training) -> None:
         """Write a snapshot and delete those that are not kept. Raises CheckpointError."""
+        content = snapshot.content(training)
+        if not self.leads:
+            return
         try:
-            snapshot.write(self.run, training, self.log.sync())
+            snapshot.write(self.run, content, self.log.sync())
         except CheckpointError as error:
             held = snapshot.snapshots(self.run)
             left = f"{held[-1].name} is intact" if held else "there is no earlier one"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minidiff.data import ImageData
-from minidiff.data.protocol import random_words
+from minidiff.data.protocol import Data, Purpose, random_words
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument, TrainingError, whole_number
 from minidiff.nn import AutoencoderKL
@@ -28,8 +28,7 @@ from minidiff.nn.gaussian import DiagonalGaussian
 from minidiff.noise import MAX_SEED
 
 BATCH = 256  # images that are encoded at once
-_PURPOSE = 1  # of the random words, see `data.protocol`
-_WORDS = 4  # a position of their counter
+_WORDS = 4  # that a random number generator's counter stands for
 
 
 class LatentData:
@@ -43,7 +42,7 @@ class LatentData:
         seed: of what is drawn: the latents of an item depend on it and on the position alone.
     Raises:
         InvalidArgument: the autoencoder is for images of other channels, their sides cannot be
-            halved so often, or there are none.
+            halved so often, there are none, or they are not stored.
     """
 
     def __init__(self, vae: AutoencoderKL, images: ImageData, seed: int = 0) -> None:
@@ -102,7 +101,7 @@ def normals(seed: int, position: int, shape: Sequence[int], device: torch.device
     """
     count, size = shape[0], math.prod(shape[1:])
     counters = -(-size // (2 * _WORDS))  # a word gives two numbers
-    words = random_words(seed, _PURPOSE, position * counters, count * counters)
+    words = random_words(seed, Purpose.LATENTS, position * counters, count * counters)
     bits = torch.from_numpy(words.reshape(count, -1).view(np.int32)).to(device, non_blocking=True)
     u, v = ((bits.double() + (2**31 + 0.5)) / 2**32).chunk(2, dim=1)  # inside (0, 1)
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
@@ -110,11 +109,18 @@ def normals(seed: int, position: int, shape: Sequence[int], device: torch.device
     return both[:, :size].float().reshape(shape)
 
 
-def check_fit(vae: AutoencoderKL, data: ImageData) -> None:
-    """Refuse images that an autoencoder cannot take and give back whole. Raises InvalidArgument."""
-    channels, *sides = data.shape
+def check_stored(data: Data) -> None:
+    """Refuse what is no stored images, or none of them. Raises InvalidArgument."""
+    if not isinstance(data, ImageData):
+        raise InvalidArgument(f"data must be stored images to be encoded, {data.name} are not")
     if not len(data):
         raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
+
+
+def check_fit(vae: AutoencoderKL, data: ImageData) -> None:
+    """Refuse images that an autoencoder cannot take and give back whole. Raises InvalidArgument."""
+    check_stored(data)
+    channels, *sides = data.shape
     if channels != vae.config.in_channels or channels != vae.config.out_channels:
         raise InvalidArgument(
             f"vae must be of images with {channels} channels like {data.name}, got "

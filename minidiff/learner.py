@@ -4,26 +4,29 @@ What a network is told beside image and time, a class or a text, is a part of th
 that trains it knows neither.
 """
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.data.augment import augmented
+from minidiff.data.captions import CaptionedDigits
 from minidiff.data.protocol import Data
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument
 from minidiff.latents import LatentData
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
+from minidiff.prompt import WordPrompts
 from minidiff.train_config import TrainConfig
 
 
 class ClassLabels(nn.Module):
     """What a network with classes is told: the label itself, or that of "no class".
-
-    A text encoder in its place would turn token ids into tokens, and be trained with the network.
 
     Attributes:
         null: what stands for "told nothing", an entry of what the data tell.
@@ -37,6 +40,23 @@ class ClassLabels(nn.Module):
         return {} if told is None else {"class_labels": told}
 
 
+class Texts(nn.Module):
+    """What a network that looks at a text is told: the tokens of its words, encoded.
+
+    Attributes:
+        prompts: whose text encoder is trained.
+        null: the token numbers of no text, (L,).
+    """
+
+    def __init__(self, prompts: WordPrompts) -> None:
+        super().__init__()
+        self.prompts, self.text_encoder = prompts, prompts.text_encoder
+        self.register_buffer("null", prompts.tokens([""])[0], persistent=False)
+
+    def forward(self, told: Tensor) -> Mapping[str, Tensor]:
+        return self.prompts.encode(told)
+
+
 class Learner(nn.Module):
     """All that is trained, as one module: the network, and what turns what it is told into inputs.
 
@@ -46,9 +66,32 @@ class Learner(nn.Module):
             condition; its `null` is the entry that means nothing.
     """
 
-    def __init__(self, unet: UNet, condition: nn.Module) -> None:
+    def __init__(self, unet: UNet, condition: ClassLabels | Texts) -> None:
         super().__init__()
         self.unet, self.condition = unet, condition
+        for name, layer in self.named_modules():
+            if name.endswith((".to_k", ".k_proj")) and layer.bias is not None:
+                # It adds the same to all scores of a query, which softmax does not see. Its
+                # gradient is rounding, and Adam would make whole steps of that.
+                layer.bias.requires_grad_(False)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @classmethod
+    def of(cls, pipe: Pipeline) -> "Learner":
+        """What is trained of a pipeline."""
+        prompts = pipe.prompts
+        return cls(pipe.unet, Texts(prompts) if prompts else ClassLabels(len(pipe.class_names)))
+
+    def pipeline(self, like: Pipeline) -> Pipeline:
+        """Another pipeline with these networks."""
+        other = copy.copy(like)
+        other.unet = self.unet
+        if isinstance(self.condition, Texts):
+            other.prompts = self.condition.prompts
+        return other
 
     def forward(self, x: Tensor, t: Tensor, told: Tensor | None) -> Tensor:
         return self.unet(x, t, **self.condition(told))
@@ -72,14 +115,17 @@ def build(config: TrainConfig, data: Data) -> Pipeline:
     config = resolve(config, data)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
-        unet = _network(config, data)
+        unet, prompts = _network(config, data), _prompts(config, data)
+    guidable = config.label_dropout and (prompts or data.num_classes)
     return Pipeline(
         unet.to(memory_format=torch.channels_last),
         config.objective().scheduler,
         _decoder(config, data),
         data.class_names,
-        config.guidance_scale if _hides_labels(config, data) else 1.0,
+        config.guidance_scale if guidable else 1.0,
         config.num_inference_steps,
+        prompts,
+        config.guidance_interval if guidable else None,
     )
 
 
@@ -105,25 +151,42 @@ def check(config: TrainConfig, data: Data) -> None:
     """Refuse what cannot be trained, without taking memory.
 
     Raises:
-        InvalidArgument: there are no images, `block` does not divide their size, or the network
+        InvalidArgument: there are no images, `block` does not divide their size, or a network
             refuses its sizes.
     """
+    seen(config, data)
     with torch.device("meta"):
         _network(config, data)
+        _prompts(config, data)
+
+
+def seen(config: TrainConfig, data: Data) -> Data:
+    """The data as training sees them, augmented. Raises InvalidArgument, see `augmented`."""
+    if isinstance(data, LatentData):
+        for name, none in (("block", 1), ("shift", 0), ("flip", False)):
+            if (given := getattr(config, name)) != none:
+                raise InvalidArgument(f"{name} must be {none} for latents of a vae, got {given}")
+    return augmented(data, shift=config.shift, flip=config.flip, seed=config.seed)
+
+
+def _prompts(config: TrainConfig, data: Data) -> WordPrompts | None:
+    """A fresh text encoder for data with captions."""
+    if not isinstance(data, CaptionedDigits):
+        return None
+    return WordPrompts.fresh(data.tokenizer, config.text_width, config.text_layers)
 
 
 def _network(config: TrainConfig, data: Data) -> UNet:
     if not len(data):
         raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
+    if len(data.shape) != 3:
+        raise InvalidArgument(f"data must be images, {data.name} has items of shape {data.shape}")
     channels, height, width = data.shape
-    if isinstance(data, LatentData) and config.block != 1:
-        raise InvalidArgument(f"block must be 1 for latents of a vae, got {config.block}")
     if height % config.block or width % config.block:
         raise InvalidArgument(
             f"block must divide the image size {height}×{width}, got {config.block}"
         )
     side = (height // config.block, width // config.block)
-    depth = len(config.channels)
     return UNet(
         sample_size=side[0] if side[0] == side[1] else side,
         in_channels=channels * config.block**2,
@@ -131,19 +194,42 @@ def _network(config: TrainConfig, data: Data) -> UNet:
         block_out_channels=config.channels,
         layers_per_block=config.layers,
         dropout=config.dropout,
-        # attention costs the square of the positions: at the smallest level only
-        down_block_types=("DownBlock2D",) * (depth - 1) + ("AttnDownBlock2D",),
-        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (depth - 1),
-        attention_head_dim=math.gcd(config.channels[-1], 32),
-        norm_num_groups=_groups(config.channels),
-        num_class_embeds=data.num_classes + _hides_labels(config, data) or None,
+        norm_num_groups=groups_of(config.channels),
+        **_attention(config, data),
     )
 
 
-def _groups(channels: tuple[int, ...]) -> int:
-    """Groups of 16 channels and multiples of it, which a CPU's vectors hold; else at most 8."""
+def _attention(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """What the network looks at, in the words of one of diffusers' two classes.
+
+    Attention costs the square of the positions: it is at the smallest level only.
+    """
+    last, others = config.channels[-1], len(config.channels) - 1
+    head = math.gcd(last, 32)
+    if isinstance(data, CaptionedDigits):
+        return {
+            "down_block_types": ("DownBlock2D",) * others + ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * others,
+            "cross_attention_dim": config.text_width,
+            "attention_head_dim": last // head,  # in this class their number
+        }
+    hides = data.num_classes > 0 and config.label_dropout > 0  # with a label for "no class"
+    return {
+        "down_block_types": ("DownBlock2D",) * others + ("AttnDownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * others,
+        "attention_head_dim": head,
+        "num_class_embeds": data.num_classes + hides or None,
+    }
+
+
+def groups_of(channels: Sequence[int]) -> int:
+    """Groups of the norms: of 16 channels or multiples, which a CPU's vectors hold; else eight.
+
+    But none of one channel, whose mean it would hide.
+    """
     common = math.gcd(*channels)
-    return common // 16 if common % 16 == 0 else math.gcd(common, 8)
+    groups = common // 16 if common % 16 == 0 else math.gcd(common, 8)
+    return groups // 2 if groups == min(channels) and groups > 1 else groups
 
 
 def _decoder(config: TrainConfig, data: Data) -> SpaceToDepth | AutoencoderKL | None:
@@ -151,8 +237,3 @@ def _decoder(config: TrainConfig, data: Data) -> SpaceToDepth | AutoencoderKL | 
     if isinstance(data, LatentData):
         return data.vae
     return SpaceToDepth(config.block) if config.block > 1 else None
-
-
-def _hides_labels(config: TrainConfig, data: Data) -> bool:
-    """Whether the network will know a label for "no class", so that guidance is possible."""
-    return data.num_classes > 0 and config.label_dropout > 0

@@ -33,10 +33,13 @@ class Budget:
         """The clock runs from now on, `elapsed` seconds being behind."""
         self._started = time.monotonic() - self.elapsed
 
-    def tick(self) -> None:
-        """A step is behind."""
-        self.step += 1
-        self.elapsed = time.monotonic() - self._started
+    def now(self) -> float:
+        """Seconds of the run by this process' clock."""
+        return time.monotonic() - self._started
+
+    def tick(self, now: float) -> None:
+        """A step is behind, at this time."""
+        self.step, self.elapsed = self.step + 1, now
 
     @property
     def progress(self) -> float:

@@ -12,20 +12,23 @@ threads, in everything but the column "seconds" of its log.
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import device as Device
 from tqdm.auto import tqdm
 
 from minidiff import checkpoint, plot
+from minidiff.data.captions import CaptionedDigits
 from minidiff.data.protocol import Data
 from minidiff.device import pick_device
-from minidiff.errors import CheckpointError, Stopped
+from minidiff.distributed import World, launched, own_device, rank, world
+from minidiff.errors import CheckpointError, InvalidArgument, Stopped, true_or_false
 from minidiff.keeper import Keeper, Log, Saving, Signals
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline_folder import INDEX
@@ -50,6 +53,7 @@ class Settings(NamedTuple):
     about: dict[str, Any]
     device: str
     saving: Saving
+    shard: bool
 
 
 def create(out: str | Path, config: LoopConfig, data: Data, **others: Any) -> Path:
@@ -92,7 +96,10 @@ def read_settings(out: str | Path) -> Settings:
     try:
         train, load = dict(content["train"]), dict(content["load"])
         saving = Saving(**content["saving"])
-        return Settings(merged(train), load, content["data"], str(content["device"]), saving)
+        return Settings(
+            merged(train), load, content["data"], str(content["device"]), saving,
+            true_or_false("shard", content["shard"]),
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:  # InvalidArgument among them
         raise CheckpointError(f"{path}: not the config of a run ({error})") from error
 
@@ -105,25 +112,29 @@ def train_into(
     *,
     saving: Saving | None = None,
     load: Mapping[str, Any] | None = None,
+    shard: bool = False,
 ) -> Pipeline:
     """Train with a progress bar and keep everything in the folder `out`, see the module.
 
     Args:
         load: the arguments of `minidiff.data.load` that gave the data, so that the run can be
             continued without being told them again.
+        shard: whether the processes that torchrun started share the weights among them (FSDP2).
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
         TrainingError: the loss is not finite. The log and the last pictures stay.
         Stopped: by SIGINT or SIGTERM, after the step under way, with everything saved.
     """
-    device, saving = pick_device(device), saving or Saving()
+    device, saving = own_device(pick_device(device)), saving or Saving()
+    if true_or_false("shard", shard) and not launched():
+        raise InvalidArgument("shard is for several processes: torchrun --nproc_per_node K …")
     check(config, data)
     config = resolve(config, data)
-    out = create(
-        out, config, data, load=dict(load or {}), device=str(device), saving=asdict(saving)
-    )
-    return _run(out, config, data, device, saving)
+    if rank() == 0:
+        others = {"device": device.type, "saving": asdict(saving), "shard": shard}
+        create(out, config, data, load=dict(load or {}), **others)
+    return _run(Path(out), config, data, device, saving, shard)
 
 
 def resume(
@@ -147,8 +158,8 @@ def resume(
     settings = read_settings(out)
     if (now := _about(data)) != settings.about:
         raise CheckpointError(f"{out}: was trained on {settings.about}, the data are {now}")
-    device = pick_device(settings.device if device is None else device)
-    return _run(Path(out), settings.config, data, device, settings.saving, say)
+    device = own_device(pick_device(settings.device if device is None else device))
+    return _run(Path(out), settings.config, data, device, settings.saving, settings.shard, say)
 
 
 def _run(
@@ -157,32 +168,44 @@ def _run(
     data: Data,
     device: Device,
     saving: Saving,
+    shard: bool,
     say: Callable[[str], None] = print,
 ) -> Pipeline:
-    def picture(pipe: Pipeline, step: int) -> None:
-        write_samples(pipe, out / f"samples-{step:06d}.png")
+    """Train on this process, and the others that torchrun started; that of rank 0 writes."""
+    leads = rank() == 0
+    if leads:
+        _clear_leftovers(out)
+    log, signals = Log(out / LOG) if leads else None, Signals()
+    keeper = Keeper(out, saving, log, signals, say if leads else _nothing)
 
-    _clear_leftovers(out)
-    log, signals = Log(out / LOG), Signals()
-    keeper = Keeper(out, saving, log, signals, say)
-    try:
+    prompts = data.captions(torch.arange(100)) if isinstance(data, CaptionedDigits) else None
+
+    def picture(pipe: Pipeline, step: int) -> None:
+        if leads:
+            write_samples(pipe, out / f"samples-{step:06d}.png", prompts=prompts)
+
+    with closing(log) if leads else nullcontext(), world(device, shard) as processes:
         with signals.watch():
             pipe = train_with_bar(
-                config, data, device, log.append, picture, keeper.begin, keeper.after
+                config, data, device, log.append if leads else _nothing, picture,
+                begin=keeper.begin, after=keeper.after, world=processes,
+            )  # fmt: skip
+        if keeper.stopped is not None:
+            step, number = keeper.stopped
+            raise Stopped(
+                f"stopped by {signal.Signals(number).name} and saved at step {step}; go on with: "
+                f"minidiff train --resume {out}",
+                number,
             )
-    finally:
-        log.close()
-    if keeper.stopped_at is not None:
-        name = signal.Signals(signals.caught).name
-        raise Stopped(
-            f"stopped by {name} and saved at step {keeper.stopped_at}; go on with: "
-            f"minidiff train --resume {out}",
-            signals.caught,
-        )
-    pipe.save_pretrained(out / MODEL)
-    if config.pictures:
-        write_samples(pipe, out / "samples.png")
+        if leads:
+            pipe.save_pretrained(out / MODEL)
+            if config.pictures:
+                write_samples(pipe, out / "samples.png", prompts=prompts)
     return pipe
+
+
+def _nothing(_: object) -> None:
+    """What a process that does not lead says and writes."""
 
 
 def train_with_bar(
@@ -193,10 +216,12 @@ def train_with_bar(
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
     begin: Callable[[Training], None] = lambda training: None,
     after: Callable[[Training], bool] = lambda training: False,
+    world: World | None = None,
 ) -> Pipeline:
     """`minidiff.train.train` with a progress bar."""
     with progress_bar(config, report) as report_and_show:
-        return train(config, data, device, report_and_show, picture, begin=begin, after=after)
+        return train(config, data, device, report_and_show, picture, begin=begin, after=after,
+                     world=world)  # fmt: skip
 
 
 @contextmanager
@@ -208,6 +233,7 @@ def progress_bar(
     bar = tqdm(
         total=config.steps if in_steps else max(1, round(60 * config.minutes)),
         desc="training",
+        disable=rank() != 0,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
     )
 
@@ -220,10 +246,20 @@ def progress_bar(
         yield report_and_show
 
 
-def write_samples(pipe: Pipeline, path: Path, rows: int = 10, seed: int = 0) -> np.ndarray:
-    """Write a grid of `rows` rows, one column a class (ten without classes); return the images."""
+def write_samples(
+    pipe: Pipeline,
+    path: Path,
+    rows: int = 10,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Write a grid of `rows` rows, one column a class (ten without classes); return the images.
+
+    Args:
+        prompts: one an image, for a pipeline that draws what a text says.
+    """
     columns = len(pipe.class_names) or 10
-    images = pipe(num_images=rows * columns, seed=seed, output_type="np").images
+    images = pipe(prompts, num_images=rows * columns, seed=seed, output_type="np").images
     plot.save(plot.grid(images, columns), path)
     return images
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.nn import AutoencoderKL, SpaceToDepth
+from minidiff.nn.gaussian import DiagonalGaussian
 from minidiff.noise import Generators, randn
 
 MAX_SIDE = 1 << 14
@@ -71,11 +72,22 @@ class Space(NamedTuple):
             generator: of a sample from what an autoencoder says, see `minidiff.noise.randn`.
         """
         if not isinstance(self.vae, AutoencoderKL):
-            return pixels if self.vae is None else self.vae.to_latents(pixels)
-        posterior = self.vae.encode(pixels.to(next(self.vae.parameters()).dtype))
+            return self.mode(pixels)
+        posterior = self._posterior(pixels)
         mean = posterior.mean
         noise = randn(mean.shape, generator, mean.device, mean.dtype)
         return self.vae.scaled(posterior.at(noise)).to(pixels.dtype)
+
+    def mode(self, pixels: Tensor) -> Tensor:
+        """The same without chance: what an autoencoder holds most likely."""
+        if self.vae is None:
+            return pixels
+        if isinstance(self.vae, SpaceToDepth):
+            return self.vae.to_latents(pixels)
+        return self.vae.scaled(self._posterior(pixels).mode()).to(pixels.dtype)
+
+    def _posterior(self, pixels: Tensor) -> DiagonalGaussian:
+        return self.vae.encode(pixels.to(next(self.vae.parameters()).dtype))
 
     def decode(self, z: Tensor) -> Tensor:
         """From (B, C, h, w) to pictures (B, C, H, W), nominally in [−1, 1]."""

@@ -8,16 +8,18 @@ weights. The budget, minutes or steps, decides the whole learning-rate schedule.
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from minidiff.average import EMA
-from minidiff.batches import DROPOUT, Batches
-from minidiff.data.protocol import Data
+from minidiff.batches import DROPOUT, Batch, Batches
+from minidiff.data import Data
 from minidiff.device import DTYPES, pick_device
-from minidiff.learner import ClassLabels, Learner, build, check, resolve
+from minidiff.distributed import World
+from minidiff.errors import InvalidArgument
+from minidiff.learner import Learner, build, check, resolve, seen
 from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
@@ -49,11 +51,13 @@ class Training:
         data: the images, or their latents, moved to `device` whole.
         device: where to train.
         make_optimizer: see `train`.
+        world: the processes that train together.
     Attributes:
         learner: all that is trained, with the raw weights.
         average: of its weights.
-        optimizer, budget, batches, meter: what else a checkpoint keeps.
-        result: a pipeline of the averaged weights.
+        optimizer, budget, batches, meter: what else a snapshot keeps.
+        asks: says which signal asks this process to stop, 0 for none.
+        asked: the same, as all processes agree on it at the end of a step.
     """
 
     def __init__(
@@ -62,18 +66,33 @@ class Training:
         data: Data,
         device: torch.device,
         make_optimizer: MakeOptimizer | None = None,
+        world: World | None = None,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.world = config, device, world or World()
+        _check_parts(config, self.world)
         pipe, self.objective = build(config, data), config.objective()
-        self.learner = Learner(pipe.unet, ClassLabels(data.num_classes)).to(device).train()
+        self.learner = Learner.of(pipe).to(device).train()
         self.average = EMA(self.learner, config.ema_half_life)
-        self.result = _with_unet(pipe, self.average.model.unet).to(dtype=DTYPES[config.dtype])
-        self.optimizer = (make_optimizer or _adamw(config))(self.learner.parameters())
+        splits = self.world.splits
+        self._whole = copy.deepcopy(self.average.model) if splits else self.average.model
+        self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
+        for module in (self.learner, self.average.model):
+            self.world.share(module)
+        self.optimizer = (make_optimizer or _adamw(config))(self.learner.trained())
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         self.batches = Batches(
-            config, data.to(device), self.learner, self.objective, encode, device
+            config,
+            seen(config, data).to(device),
+            self.learner,
+            self.objective,
+            encode,
+            self.world.part,
+            device,
         )
+        self.synced = self.world.wrap(self.learner)
+        self.asks: Callable[[], int] = lambda: 0
+        self.asked = 0
         self.budget, self.guard = Budget(config), Guard(config, device)
         self.meter = Meter(config, self.guard)
 
@@ -83,12 +102,13 @@ class Training:
         batch = self.batches.take(self.budget.step, batch_size(config, progress))
         self._seed_dropout()
         total = torch.zeros((), device=self.device)
-        for z, told, eps, levels in batch.parts(config.accumulate):
-            loss = self.objective.loss(self._network(told), z, eps, levels.on(z))
-            loss = loss.sum() / len(batch.z)
-            loss.backward()
+        for last, part in _marking_the_last(batch.parts(config.accumulate)):
+            with nullcontext() if last else self.world.without_sync(self.synced):
+                loss = self._loss(part)
+                (loss * self.world.size).backward()  # gradients are averaged over processes
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), config.clip or math.inf)
+        total = self.world.total(total)
+        norm = self.world.clip(self.learner.trained(), config.clip or math.inf)
         if self.guard.passes(self.budget.step, total, norm):
             share = learning_rate(config, progress) / (config.learning_rate or 1)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -97,7 +117,15 @@ class Training:
             self.average.update(self.learner)
             self.meter.add(total)
         self.optimizer.zero_grad(set_to_none=True)
-        self.budget.tick()
+        now, asked = self.world.largest(self.budget.now(), self.asks())
+        self.budget.tick(now)
+        self.asked = int(asked)
+
+    def _loss(self, part: Batch) -> Tensor:
+        """What a part of the batch adds to the mean loss of all of it."""
+        _, z, told, eps, levels = part
+        losses = self.objective.loss(self._network(told), z, eps, levels.on(z))
+        return losses.sum() / part.size
 
     def _network(self, told: Tensor | None) -> Network:
         """The network under what it is told, its matrix work in the config's dtype."""
@@ -105,17 +133,25 @@ class Training:
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                return self.learner(x, t, told)
+                return self.synced(x, t, told)
 
         return network
 
     def _seed_dropout(self) -> None:
         """Nothing but dropout reads torch's global generators."""
         if self.config.dropout:
-            seed = stream_seed(self.config.seed, DROPOUT, self.budget.step)
+            stream = DROPOUT + self.world.rank
+            seed = stream_seed(self.config.seed, stream, self.budget.step)
             torch.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
+
+    @property
+    def result(self) -> Pipeline:
+        """A pipeline of the averaged weights; where they are shared out, all processes ask."""
+        if self.world.splits:
+            self._whole.load_state_dict(self.world.whole(self.average.model.state_dict()))
+        return self._result
 
     def row(self, last: bool = False) -> Progress | None:
         """A row for the log, where one is due."""
@@ -135,6 +171,7 @@ def train(
     optimizer: MakeOptimizer | None = None,
     begin: Callable[[Training], None] = lambda training: None,
     after: Callable[[Training], bool] = lambda training: False,
+    world: World | None = None,
 ) -> Pipeline:
     """Train a pipeline until the budget is spent; returns it with the averaged weights.
 
@@ -150,12 +187,14 @@ def train(
             then rises and falls as the config's would.
         begin: called before the first step; may put the training where another one was.
         after: called after every step; True ends the run.
+        world: the processes that train together, each of which calls this; report, picture and
+            after are called on all of them.
     Raises:
         InvalidArgument: config and data do not fit together, or the device is not there.
-        TrainingError: the loss or the gradient is not finite.
+        TrainingError: the loss or the gradient is not finite, or a process is lost.
     """
     device = pick_device(device)
-    training = Training(resolve(config, data), data, device, optimizer)
+    training = Training(resolve(config, data), data, device, optimizer, world)
     begin(training)
     stopped, pictures = False, training.pictures()
     training.budget.start()
@@ -172,6 +211,20 @@ def train(
     return training.result
 
 
+def _check_parts(config: TrainConfig, world: World) -> None:
+    if config.batch_size < (least := world.size * config.accumulate):
+        raise InvalidArgument(
+            f"batch_size must be at least {least}, an image for each of {config.accumulate} parts "
+            f"on each of {world.size} processes; got {config.batch_size}"
+        )
+
+
+def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:
+    *others, last = parts
+    yield from ((False, part) for part in others)
+    yield True, last
+
+
 def _adamw(config: TrainConfig) -> MakeOptimizer:
     return lambda parameters: torch.optim.AdamW(
         parameters,
@@ -180,12 +233,6 @@ def _adamw(config: TrainConfig) -> MakeOptimizer:
         weight_decay=config.weight_decay,
         fused=True,
     )
-
-
-def _with_unet(pipe: Pipeline, unet: nn.Module) -> Pipeline:
-    other = copy.copy(pipe)
-    other.unet = unet
-    return other
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from minidiff.errors import (
 )
 from minidiff.noise import MAX_SEED
 from minidiff.objective import LOSS_WEIGHTS, NOISE_LEVELS, PREDICTION_TYPES, Objective
+from minidiff.pipeline_input import interval_of
 from minidiff.schedule import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
 
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
@@ -33,14 +34,19 @@ MAX_CONFIG_BYTES = 1 << 20
 RECONSTRUCTIONS = ("l1", "l2")
 
 
-def _option(default: Any, help: str, kind: type | None = None, flag: str | None = None) -> Any:
+def _option(
+    default: Any,
+    help: str,
+    kind: type | None = None,
+    flag: str | None = None,
+    values: tuple[str, ...] | None = None,
+) -> Any:
     """A field: its default, its sentence, the type of its values and its flag where not its name.
 
-    The flag "" is none: the command line has its own.
+    The flag "" is none: the command line has its own. `values` names those of a flag with several.
     """
-    return field(
-        default=default, metadata={"help": help, "type": kind or type(default), "flag": flag}
-    )
+    about = {"help": help, "type": kind or type(default), "flag": flag, "values": values}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,11 @@ class TrainConfig(LoopConfig):
         "squaredcos_cap_v2", str,
     )  # fmt: skip
     num_train_timesteps: int = _option(1000, "steps of the noise schedule")
+    shift: int = _option(0, "move every image at random, by up to so many pixels along each axis")
+    flip: bool = _option(False, "mirror every second image; of photographs, never of digits")
     label_dropout: float = _option(
-        0.1, "share of images whose class is hidden, so that guidance is possible; with 0 the "
-        "network has no label for 'no class', and no guidance is stored"
+        0.1, "share of images whose class or caption is hidden, so that guidance is possible; with "
+        "0 the network has no label for 'no class', and no guidance is stored"
     )  # fmt: skip
 
     # The network
@@ -133,9 +141,15 @@ class TrainConfig(LoopConfig):
     channels: tuple[int, ...] = _option((48, 96), "of each level; half the size at each level")
     layers: int = _option(1, "residual blocks a level")
     dropout: float = _option(0.0, "in the residual blocks")
+    text_width: int = _option(64, "channels of a token, for data with captions")
+    text_layers: int = _option(2, "of the text encoder, for data with captions")
 
     # What is stored for sampling, and seen on the way
     guidance_scale: float = _option(1.5, "stored with the model", flag="guidance")
+    guidance_interval: tuple[float, float] | None = _option(
+        None, "σ/α between which guidance leads, stored with the model; default: everywhere", float,
+        values=("LOW", "HIGH"),
+    )  # fmt: skip
     num_inference_steps: int = _option(10, "stored with the model", flag="sampling-steps")
     pictures: int = _option(4, "how many grids of samples to save along the way, the end included")
 
@@ -149,11 +163,14 @@ class TrainConfig(LoopConfig):
         self._check_objective()
         self._check_network()
         real_number("guidance_scale", self.guidance_scale, -math.inf)
+        interval_of(self.guidance_interval)
         whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
         whole_number("pictures", self.pictures, 0)
 
     def _check_objective(self) -> None:
         whole_number("num_train_timesteps", self.num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
+        whole_number("shift", self.shift, 0)
+        true_or_false("flip", self.flip)
         true_or_false("learn_variance", self.learn_variance)
         real_number("label_dropout", self.label_dropout, 0, 0.99)
         objective.check(**{name: getattr(self, name) for name in _OBJECTIVE})
@@ -161,7 +178,7 @@ class TrainConfig(LoopConfig):
             one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
 
     def _check_network(self) -> None:
-        for name in ("block", "layers"):
+        for name in ("block", "layers", "text_width", "text_layers"):
             whole_number(name, getattr(self, name), 1)
         _check_widths("channels", self.channels)
         real_number("dropout", self.dropout, 0, 0.99)
@@ -260,9 +277,9 @@ def merged(*layers: Mapping[str, Any], kind: type[Kind] = TrainConfig) -> Kind:
         result |= layer
     for name in result:
         one_of("option", name, _options(kind))
-    for name in ("channels", "discriminator_channels"):  # JSON and TOML have lists
+    for name in ("channels", "guidance_interval", "discriminator_channels"):
         if isinstance(result.get(name), list):
-            result[name] = tuple(result[name])
+            result[name] = tuple(result[name])  # JSON and TOML have lists
     return kind(**result)
 
 

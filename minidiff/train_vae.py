@@ -34,7 +34,8 @@ from minidiff.average import EMA
 from minidiff.data import ImageData, Stream
 from minidiff.device import DTYPES, pick_device
 from minidiff.errors import InvalidArgument
-from minidiff.latents import with_unit_latents
+from minidiff.latents import check_stored, with_unit_latents
+from minidiff.learner import groups_of
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.discriminator import PatchDiscriminator
 from minidiff.nn.gaussian import DiagonalGaussian
@@ -80,16 +81,15 @@ def check(config: VAEConfig, data: ImageData) -> None:
     """Refuse what cannot be trained, without taking memory.
 
     Raises:
-        InvalidArgument: there are no images, they have a side that cannot be halved so often, or
-            the network refuses its sizes.
+        InvalidArgument: there are no images, or they are not stored; they have a side that cannot
+            be halved so often, or the network refuses its sizes.
     """
     with torch.device("meta"):
         _networks(config, data)
 
 
 def _networks(config: VAEConfig, data: ImageData) -> Networks:
-    if not len(data):
-        raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
+    check_stored(data)
     channels, height, width = data.shape
     levels = len(config.channels)
     vae = AutoencoderKL(
@@ -100,7 +100,7 @@ def _networks(config: VAEConfig, data: ImageData) -> Networks:
         block_out_channels=config.channels,
         layers_per_block=config.layers,
         latent_channels=config.latent_channels,
-        norm_num_groups=math.gcd(*config.channels, 8),
+        norm_num_groups=groups_of(config.channels),
         sample_size=height if height == width else (height, width),
         mid_block_add_attention=config.attention,
     )
@@ -205,7 +205,7 @@ class VAETraining:
             self.average.update(self.vae)
             self.meter.add(loss.detach())
         self.optimizer.zero_grad(set_to_none=True)
-        self.budget.tick()
+        self.budget.tick(self.budget.now())
 
     def _push(self, loss: Tensor, made: Tensor) -> Tensor:
         """The third term of the loss: λ·w·(−D(x̂))."""

@@ -30,3 +30,19 @@ def run_folder(tmp_path_factory) -> Path:
 def pipe(run_folder) -> Pipeline:
     """The pipeline of that run, fresh for every test."""
     return run.open_pipeline(run_folder)
+
+
+@pytest.fixture(scope="session")
+def latent_folder(tmp_path_factory) -> Path:
+    """A folder of Stable Diffusion's kind, with random weights, that diffusers wrote."""
+    from tiny_pipelines import DDIM, stable_diffusion
+
+    path = tmp_path_factory.mktemp("sd")
+    stable_diffusion(path, DDIM).save_pretrained(path / "sd")
+    return path / "sd"
+
+
+@pytest.fixture
+def latent_pipe(latent_folder) -> Pipeline:
+    """The pipeline of that folder, fresh for every test."""
+    return Pipeline.from_pretrained(latent_folder)

@@ -47,16 +47,30 @@ def test_the_same_seed_gives_the_same_file_whatever_the_batch_size(run_folder, t
     assert np.abs(arrays[0] - arrays[1]).max() <= 1
 
 
-def test_evaluate_prints_the_model_beside_the_ceiling_and_the_floor(run_folder, capsys):
-    call = ["evaluate", str(run_folder), "--num", "200", "--steps", "4", "--sampler", "ddim"]
-    assert main(call) == 0
-    out = capsys.readouterr().out
-    assert "200 samples, seed 0, ddim, 4 steps, guidance 1.5" in out
-    assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
-        "model",
-        "real, held out",
-        "real, training",
-    ]
+def test_sample_changes_a_picture_and_keeps_what_the_mask_keeps(run_folder, tmp_path):
+    """The model is grey; the files have colours."""
+    shades = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
+    white = np.zeros((16, 16), np.uint8)
+    white[:8] = 255
+    for name, array in (("image", shades), ("mask", white)):
+        Image.fromarray(array).convert("RGB").save(tmp_path / f"{name}.png")
+    given = ["--image", str(tmp_path / "image.png"), "--class", "7"]
+
+    def made(*more: str) -> np.ndarray:
+        npz = tmp_path / "x.npz"
+        call = ["sample", str(run_folder), "--num", "2", "--steps", "4", "--npz", str(npz)]
+        assert main([*call, *given, *more]) == 0
+        with np.load(npz, allow_pickle=False) as file:
+            return file["images"][..., 0]
+
+    assert np.array_equal(made("--strength", "0"), np.stack([shades] * 2))
+    changed = made("--strength", "0.5")
+    assert (changed != shades).mean() > 0.5
+    filled = made("--mask", str(tmp_path / "mask.png"))
+    assert np.array_equal(filled[:, 8:], np.stack([shades[8:]] * 2))
+    assert (filled[:, :8] != shades[:8]).mean() > 0.5
+    part = ["--guidance-rescale", "0.5", "--guidance-interval", "0.5", "3"]
+    assert not np.array_equal(made("--mask", str(tmp_path / "mask.png"), *part), filled)
 
 
 def test_train_writes_a_run_that_says_everything_about_itself(run_folder, tmp_path):
@@ -162,10 +176,28 @@ def bad_mnist(folder, damage):
         ("sample RUN --png OUT/x.png --sampler euler2", 2, "ddpm, ddim, euler"),
         ("sample RUN --png OUT/x.png --eta 0.5", 2, "eta is DDIM's"),
         ("sample RUN --png OUT/x.png --sampler ddim --eta 2", 2, "eta must be in"),
+        ("sample RUN cat --png OUT/x.png", 2, "class_labels must be a whole number in 0..9"),
+        ("sample RUN --negative cat --png OUT/x.png", 2, "negative_prompt must be None"),
+        ("sample RUN --strength 0.5 --png OUT/x.png", 2, "strength needs an image"),
+        ("sample RUN --image NONE --png OUT/x.png", 1, "no such file"),
+        ("sample RUN --image FILE --png OUT/x.png", 1, "no readable picture"),
+        (
+            "sample RUN --image PICTURE --strength 2 --png OUT/x.png",
+            2,
+            "strength must be in [0, 1]",
+        ),
+        ("sample RUN --image PICTURE --mask WIDE --png OUT/x.png", 2, "mask_image must have the"),
+        ("sample RUN --mask PICTURE --png OUT/x.png", 2, "mask_image needs an image"),
+        ("sample RUN --guidance-rescale 2 --png OUT/x.png", 2, "guidance_rescale must be in"),
+        ("sample RUN --guidance-interval 2 1 --png OUT/x.png", 2, "guidance_interval must rise"),
         ("evaluate RUN --num 5", 2, "192"),
         ("evaluate RUN/model --num 192", 1, "--data"),
         ("sample RUN --png OUT/x.png --device cuda:99", 2, "device cuda:99 is not available"),
-        ("evaluate RUN --data cats", 2, "digits and mnist"),
+        ("evaluate RUN --data cats", 2, "data must be one of digits, mnist"),
+        ("evaluate RUN --parts fid", 2, "samples, classifier, copying, likelihood"),
+        ("evaluate RUN --seeds 0", 2, "seeds must be in 1..100"),
+        ("evaluate RUN --png OUT/x --json OUT/x", 2, "two files"),
+        ("evaluate RUN --classifier NONE", 1, "no such file"),
         ("demo --minutes nan --out OUT", 2, "minutes must be"),
         ("demo --out FILE/x", 1, "cannot be written"),
     ],
@@ -183,7 +215,10 @@ def test_bad_input_ends_in_one_line(run_folder, tmp_path, capsys, monkeypatch, c
         "FILE": tmp_path / "file", "FULL": tmp_path / "full",
         "missing": tmp_path / "missing", "truncated": tmp_path / "truncated",
         "wrong": tmp_path / "wrong",
+        "PICTURE": tmp_path / "picture.png", "WIDE": tmp_path / "wide.png",
     }  # fmt: skip
+    Image.new("RGB", (16, 16)).save(places["PICTURE"])
+    Image.new("L", (32, 16)).save(places["WIDE"])
     words = []
     for word in call.split():
         head, slash, tail = word.partition("/")
@@ -272,3 +307,9 @@ def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
             "learning_rate", "guidance_scale")}  # fmt: skip
     assert said == {"minutes": None, "steps": 2, "batch_size": 4, "seed": 9,
                     "learning_rate": 0.001, "guidance_scale": 2.0}  # fmt: skip
+
+
+def test_a_prompt_for_a_model_of_classes_is_refused(run_folder, tmp_path, capsys):
+    arguments = ["sample", str(run_folder), "a red 7", "--png", str(tmp_path / "x.png")]
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

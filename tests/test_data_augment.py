@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidiff import data
@@ -61,6 +61,7 @@ def test_every_image_becomes_each_of_its_shifts_and_mirror_images_equally_often(
     assert labels.tolist() == [0] * n
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(0, 10**12),

@@ -1,5 +1,6 @@
 """Data sets of torch: one stream of batches for any number of workers; mistakes named by item."""
 
+import io
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset, random_split
@@ -100,6 +101,7 @@ def test_workers_are_at_the_next_batch_already_also_where_processes_share_one():
     assert guesses[1][0] == (tuple(halves[2].tolist()), 20)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, N - 1), min_size=1, max_size=9), st.integers(0, 10**9))
 def test_an_item_depends_on_its_position_and_the_callers_generators_stay(numbers, position):
     held = noisy(0)
@@ -153,6 +155,13 @@ def test_grey_images_without_labels_may_leave_out_the_channel():
         assert torch.equal(x, BYTES[1:3, :1] / 127.5 - 1)
 
 
+def test_floats_may_be_narrow():
+    half = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        held = from_dataset(TensorDataset(half.to(dtype)), value_range=(0, 1))
+        assert held.batch(torch.arange(3))[0].flatten().tolist() == [-1, 0, 1]
+
+
 def test_wrapped_data_are_augmented_like_others():
     held = augmented(noisy(2), flip=True, shift=1)
     x, _ = held.batch(torch.arange(6), 11)
@@ -162,6 +171,13 @@ def test_wrapped_data_are_augmented_like_others():
 
 def fail() -> None:
     raise KeyError("lost.png")
+
+
+def cut_short() -> Image.Image:
+    """An image of which Pillow has seen the header and no more."""
+    file = io.BytesIO()
+    Image.fromarray(AS_ARRAY[0]).save(file, "BMP")
+    return Image.open(io.BytesIO(file.getvalue()[:-20]))
 
 
 GOOD = BYTES[0]
@@ -176,6 +192,8 @@ BAD = {
     "no image": ("cat.png", "is str, expected a tensor"),
     "nothing": (None, "is NoneType"),
     "a palette": (Image.new("P", (5, 4)), "is a PIL image of mode P, expected L or RGB"),
+    "no array": (GOOD.to_sparse(), "cannot be read as an array"),
+    "an image cut short": (cut_short, r"cannot be read as an array: .*truncated"),
     "an exception": (fail, "raised KeyError: 'lost.png'"),
 }
 

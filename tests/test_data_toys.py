@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidiff import data, target, trajectory
@@ -143,6 +143,7 @@ def test_points_are_data_as_images_are():
         assert all(hasattr(kind, name) or name in kind.__annotations__ for name in shared)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**63), st.integers(0, 40), st.integers(1, 40))
 def test_random_words_are_found_at_any_position(seed, position, skip, count):
     purpose = protocol.Purpose.ITEM

@@ -8,6 +8,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -280,6 +281,13 @@ def test_a_folder_that_cannot_be_written_is_no_mirrors_fault(tmp_path, server):
 # --- archives ----------------------------------------------------------------------------------
 
 
+def sparse(name: str, size: int) -> tuple[tarfile.TarInfo, bytes]:
+    """A file of one byte and a hole."""
+    info = tarfile.TarInfo(name)
+    info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(size)}
+    return info, b"x"
+
+
 def packed(path: Path, *entries: tuple[tarfile.TarInfo | str, bytes]) -> Path:
     """A .tar.gz of these members, their names unchecked."""
     with tarfile.open(path, "w:gz") as tar:
@@ -322,6 +330,7 @@ ATTACKS = {
     "hard link": special("top/link", tarfile.LNKTYPE, "top/first"),
     "device": special("top/null", tarfile.CHRTYPE),
     "pipe": special("top/pipe", tarfile.FIFOTYPE),
+    "sparse": sparse("top/sparse", 10**7),
     "the same again": ("top/first", b"x"),
     "the same, spelt otherwise": ("top/./first", b"x"),
     "over a file": ("top/first/under", b"x"),
@@ -392,6 +401,20 @@ def test_mnist_is_downloaded_once_and_then_read(tmp_path, server, published):
     assert names(tmp_path / "new" / "mnist") == sorted(published)
     assert len(data.load("mnist", data_dir=tmp_path / "new", download=True)) == 2
     assert len(data.load("mnist", data_dir=tmp_path / "new")) == 2
+    assert len(server.requests) == 4
+
+
+def test_processes_that_share_a_folder_download_once(tmp_path, server, published):
+    def slowly(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.05)
+        send(handler, 200, {}, published[handler.path[1:]])
+
+    server.acts = [slowly]
+    with ThreadPoolExecutor(4) as pool:  # each opens the folder and locks it for itself
+        calls = [
+            pool.submit(data.load, "mnist", data_dir=tmp_path, download=True) for _ in range(4)
+        ]
+        assert [len(call.result()) for call in calls] == [2] * 4
     assert len(server.requests) == 4
 
 

@@ -15,7 +15,7 @@ from minidiff.errors import InvalidArgument
 from minidiff.latents import LatentData, normals
 from minidiff.nn import AutoencoderKL
 from minidiff.pipeline import Pipeline
-from minidiff.train import TrainConfig, build, train
+from minidiff.train import TrainConfig, check, train
 from minidiff.weights import headers, read_one
 
 CPU = torch.device("cpu")
@@ -121,9 +121,23 @@ def test_images_that_the_autoencoder_cannot_take_are_refused(images, vae, messag
         LatentData(untrained(**vae), images)
 
 
-def test_blocks_of_latents_are_refused():
-    with pytest.raises(InvalidArgument, match="block must be 1 for latents of a vae, got 2"):
-        build(TrainConfig(steps=1), LatentData(untrained(), pictures(4)))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "block must be 1 for latents of a vae, got 2"),
+        ({"block": 1, "shift": 1}, "shift must be 0 for latents of a vae, got 1"),
+        ({"block": 1, "flip": True}, "flip must be False for latents of a vae, got True"),
+    ],
+)
+def test_what_moves_pixels_is_refused_for_latents(options, message):
+    data = LatentData(untrained(), pictures(4))
+    with pytest.raises(InvalidArgument, match=message):
+        check(TrainConfig(steps=1, **options), data)
+
+
+def test_pictures_that_are_made_as_they_are_asked_for_are_refused():
+    with pytest.raises(InvalidArgument, match="data must be stored images to be encoded, captions"):
+        LatentData(untrained(3), load("captions"))
 
 
 # --- training on them -------------------------------------------------------------------------

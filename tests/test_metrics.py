@@ -1,5 +1,7 @@
 """Metrics: closed forms, brute force, the shipped classifiers, and what each figure notices."""
 
+import dataclasses
+import json
 import math
 import os
 import shutil
@@ -22,6 +24,7 @@ from minidiff.metrics import (
     neighbours,
 )
 from minidiff.nn.classifier import FeatureNet
+from minidiff.weights import write_tensors
 
 
 def _normal(*shape, seed=0):
@@ -335,6 +338,69 @@ def test_warped_images_keep_black_outside_and_are_not_flipped():
     assert (warped[..., :8].mean(dim=(1, 2, 3)) > warped[..., 8:].mean(dim=(1, 2, 3))).all()
 
 
+def test_photographs_are_mirrored_and_shifted_by_an_eighth_at_most():
+    column = torch.arange(16.0).expand(200, 1, 16, 16)  # every pixel says which column it is from
+    row = column.transpose(2, 3)
+    moved = train_classifier.flip_and_shift(
+        torch.cat([column, row], dim=1), torch.Generator().manual_seed(0)
+    )
+    assert moved.shape == (200, 2, 16, 16)
+    assert torch.equal(moved[:, 1, :, 0], moved[:, 1, :, 15])  # no rotation
+    slope = moved[:, 0, 8, 9] - moved[:, 0, 8, 8]
+    assert set(slope.tolist()) == {-1.0, 1.0}
+    assert 60 < (slope < 0).sum() < 140
+    shifts = moved[:, 1, 8, 0] - 8
+    assert set(shifts.tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+    unmirrored = moved[slope > 0][:, 0, 8, 8] - 8
+    assert set(unmirrored.tolist()) == {-2.0, -1.0, 0.0, 1.0, 2.0}
+
+
+def test_the_classifier_of_photographs_learns_and_is_stored_in_less_than_a_megabyte(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(80) % 4
+    colours = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [160, 160, 30]])
+    noise = torch.randint(-30, 31, (80, 3, 16, 16), generator=generator)
+    images = (colours[labels][:, :, None, None] + noise).to(torch.uint8)
+    photos = data.ImageData("photos", images, labels, tuple("abcd"))
+    recipe = dataclasses.replace(
+        train_classifier.RECIPES["cifar10"], epochs=6, batch_size=20, learning_rate=0.05
+    )
+    losses = []
+    net = train_classifier.train(photos, recipe, lambda epoch, loss, _: losses.append(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    path = tmp_path / "photos.safetensors"
+    architecture = json.dumps(train_classifier.architecture(photos, recipe.network))
+    train_classifier.write_classifier(path, net, recipe.stored, {"architecture": architecture})
+    assert path.stat().st_size < 1_000_000
+    again = metrics.read_classifier(path)
+    assert metrics.read_digests(tmp_path / metrics.SUMS) == {path.name: metrics.sha256(path)}
+    for name, tensor in net.state_dict().items():  # it was rounded before, so nothing is lost
+        assert torch.equal(again.state_dict()[name], tensor), name
+    x = data.to_float(images[:4])
+    torch.testing.assert_close(again(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (None, "says of no classifier"),
+        ("[]", "must be a mapping"),
+        ("{", "says of no classifier"),
+        ('{"network": "transformer"}', "one of plain, residual"),
+        ('{"channels": 1, "depth": 3}', "takes no such arguments"),
+        ('{"channels": 1, "num_classes": 10, "widths": [32, 64, 1e9]}', "widths must be a whole"),
+        ('{"channels": 1, "num_classes": 10, "widths": [32, 64, 4096]}', "has shape"),
+        ('{"network": "residual", "channels": 1, "num_classes": 10}', "missing"),
+    ],
+)
+def test_a_file_that_is_no_classifier_is_refused(tmp_path, architecture, message):
+    path = tmp_path / "net.safetensors"
+    metadata = {} if architecture is None else {"architecture": architecture}
+    write_tensors(path, metrics.load_classifier("digits").state_dict(), metadata)
+    with pytest.raises(CheckpointError, match=message):
+        metrics.read_classifier(path)
+
+
 def test_training_learns_and_writes_weights_that_load(tmp_path):
     embedded = data.load("digits")
     for i in range(600):
@@ -347,7 +413,7 @@ def test_training_learns_and_writes_weights_that_load(tmp_path):
     metadata = metrics.read_metadata(out)
     assert metadata["data"] == "folder images"
     assert float(metadata["test_accuracy"]) > 0.5
-    net, test = metrics.load_classifier("digits", tmp_path), data.load("digits", "test")
+    net, test = metrics.read_classifier(out), data.load("digits", "test")
     predicted, _ = metrics.features(net, test.images[:500])
     assert metrics.accuracy(predicted, test.labels[:500]) > 0.5
 

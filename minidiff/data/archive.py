@@ -121,8 +121,9 @@ class _Counted(_Named):
 def _checked(archive: Path, entry: tarfile.TarInfo, top: str) -> PurePosixPath:
     """The path of a member below `top`, if it is one that may be there."""
     named = f"{archive}: member {entry.name!r}"
-    if not (entry.isfile() or entry.isdir()):
-        raise DataError(f"{named} is a link or a device, expected files and folders only")
+    # Of a sparse file the archive holds little and says that it is large.
+    if not (entry.isfile() or entry.isdir()) or entry.issparse():
+        raise DataError(f"{named} is a link, a device or sparse, expected files and folders only")
     path = PurePosixPath(entry.name)
     unsafe = path.is_absolute() or ".." in path.parts
     if unsafe or any(mark in entry.name for mark in _SUSPICIOUS) or path.parts[:1] != (top,):

@@ -59,7 +59,8 @@ class Items:
 
     def first(self) -> tuple[np.ndarray, Any]:
         """Image and label (or None) of item 0, which decide what the others must be."""
-        return self._split(0, self._raw(0, 0))
+        with _own_random_state():
+            return self._split(0, self._raw(0, [0, 0, 0]))
 
     def make(self, numbers: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]:
         """Images (B, C, H, W), uint8 or float32 in [−1, 1], and labels int64 (B,) or (0,).
@@ -68,23 +69,27 @@ class Items:
             DataError: names the item that fails, or that is unlike item 0.
         """
         images, labels = [], []
-        for place, number in enumerate(numbers, position):
-            image, label = self._split(number, self._raw(number, place))
-            if image.shape != self.shape:
-                self._refuse(number, f"has shape {image.shape}, item 0 has {self.shape}")
-            if (label is not None) != (self.num_classes > 0):
-                self._refuse(number, "has a label and item 0 has none, or the other way round")
-            images.append(image)
-            if label is not None:
-                labels.append(self._label(number, label))
+        words = random_words(self.seed, Purpose.ITEM, position, len(numbers)).tolist()
+        with _own_random_state():
+            for number, seeds in zip(numbers, words, strict=True):
+                image, label = self._split(number, self._raw(number, seeds))
+                if image.shape != self.shape:
+                    self._refuse(number, f"has shape {image.shape}, item 0 has {self.shape}")
+                if (label is not None) != (self.num_classes > 0):
+                    self._refuse(number, "has a label and item 0 has none, or the other way round")
+                images.append(image)
+                if label is not None:
+                    labels.append(self._label(number, label))
         return np.stack(images), np.array(labels, dtype=np.int64)
 
-    def _raw(self, number: int, position: int) -> Any:
-        with _random_state(self.seed, position):
-            try:
-                return self.dataset[number]
-            except Exception as error:  # a data set is anyone's code
-                self._refuse(number, f"raised {type(error).__name__}: {error}", error)
+    def _raw(self, number: int, seeds: Sequence[int]) -> Any:
+        random.seed(seeds[0])
+        np.random.seed(seeds[1] >> 32)  # noqa: NPY002 - a data set may draw from this one
+        torch.default_generator.manual_seed(seeds[2] >> 1)
+        try:
+            return self.dataset[number]
+        except Exception as error:  # a data set is anyone's code
+            self._refuse(number, f"raised {type(error).__name__}: {error}", error)
 
     def _refuse(self, number: int, what: str, cause: Exception | None = None) -> None:
         raise DataError(f"{self.name}: item {number} {what}") from cause
@@ -99,22 +104,22 @@ class Items:
 
     def _image(self, number: int, image: Any) -> np.ndarray:
         """An image as uint8 or float32 (C, H, W)."""
-        if isinstance(image, Tensor):
-            array = image.detach().numpy(force=True)
-        elif isinstance(image, np.ndarray):
-            array = image.transpose(2, 0, 1) if image.ndim == 3 else image
-        elif hasattr(image, "getbands"):  # Pillow's
-            if image.mode not in ("L", "RGB"):
-                self._refuse(number, f"is a PIL image of mode {image.mode}, expected L or RGB")
-            array = np.asarray(image)
-            array = array.transpose(2, 0, 1) if array.ndim == 3 else array
-        else:
+        pillow = hasattr(image, "getbands")
+        if not (pillow or isinstance(image, Tensor | np.ndarray)):
             self._refuse(number, f"is {type(image).__name__}, expected a tensor (C, H, W), an "
                                  "array (H, W, C) or a PIL image")  # fmt: skip
+        if pillow and image.mode not in ("L", "RGB"):
+            self._refuse(number, f"is a PIL image of mode {image.mode}, expected L or RGB")
+        try:
+            array = _as_array(image)
+        except Exception as error:  # Pillow decodes now; some types of torch have no array
+            self._refuse(number, f"cannot be read as an array: {error}", error)
+        if array.ndim == 3 and not isinstance(image, Tensor):
+            array = array.transpose(2, 0, 1)
         array = array[None] if array.ndim == 2 else array
         if array.ndim != 3 or array.shape[0] not in (1, 3) or array.size == 0:
-            self._refuse(number, f"is an image of shape {tuple(image.shape)}, expected (C, H, W) "
-                                 "as a tensor or (H, W, C) as an array, C = 1 or 3")  # fmt: skip
+            self._refuse(number, f"is an image of shape {array.shape}, expected (C, H, W) with "
+                                 "C = 1 or 3; of an array (H, W, C)")  # fmt: skip
         return (
             self._bytes(number, array) if self.value_range is None else self._floats(number, array)
         )
@@ -144,6 +149,13 @@ class Items:
             self._refuse(number, f": {error}", error)
 
 
+def _as_array(image: Any) -> np.ndarray:
+    if not isinstance(image, Tensor):
+        return np.asarray(image)
+    tensor = image.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 def from_dataset(
     dataset: Any,
     name: str = "dataset",
@@ -165,8 +177,7 @@ def from_dataset(
             set's own `classes`, as torchvision's have it. Needed, and allowed, with labels only.
         seed: of the random numbers that the data set draws; that of the training, which lets the
             workers know the next batch.
-        workers: processes that make the items; 0 for this one. More than one item is then in the
-            making, so the data set must not change what it holds while it makes one.
+        workers: processes that make the items; 0 for this one.
     Raises:
         InvalidArgument: an argument that is not allowed, or a data set without length or items.
         DataError: item 0 cannot be used.
@@ -343,17 +354,13 @@ def _work(numbers: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray
 
 
 @contextlib.contextmanager
-def _random_state(seed: int, position: int) -> Iterator[None]:
-    """The global generators seeded by (seed, position); afterwards as they were."""
-    words = random_words(seed, Purpose.ITEM, position, 1)[0].tolist()
-    numpy_state = np.random.get_state()  # noqa: NPY002 - a data set may draw from this one
+def _own_random_state() -> Iterator[None]:
+    """The global generators may be seeded; afterwards they are as they were."""
     before = random.getstate(), torch.default_generator.get_state()
-    random.seed(words[0])
-    np.random.seed(words[1] >> 32)  # noqa: NPY002
-    torch.default_generator.manual_seed(words[2] >> 1)
+    numpy_state = np.random.get_state()  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_state(numpy_state)  # noqa: NPY002
         torch.default_generator.set_state(before[1])
+        np.random.set_state(numpy_state)  # noqa: NPY002

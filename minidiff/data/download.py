@@ -8,9 +8,17 @@ that torchvision and TensorFlow use; A. Krizhevsky, https://www.cs.toronto.edu/~
 (MD5 c32a1d4ab5d03f1284b67883e8d87530).
 """
 
+import contextlib
+import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from minidiff.data import archive, cifar10, mnist
 from minidiff.data.fetch import Source, fetch, sha256_of
@@ -67,7 +75,7 @@ CIFAR10 = Source(
 
 
 def download(name: str, folder: str | Path) -> None:
-    """Fetch a data set into a folder, unless it is there.
+    """Fetch a data set into a folder, unless it is there. Processes that share it take turns.
 
     MNIST's four files stay gzipped. CIFAR-10's archive is unpacked to `cifar-10-batches-bin` and
     then deleted; six files of the right length count as being there.
@@ -87,18 +95,39 @@ def download(name: str, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error.strerror})") from error
-    if name == "mnist":
-        for file in MNIST:
-            if not _has(folder, file):
-                fetch(file.source, folder)
-    elif not cifar10.is_unpacked(folder):
-        packed = folder / CIFAR10.name
-        if not packed.exists():
-            fetch(CIFAR10, folder)
-        elif _sha256(packed) != CIFAR10.sha256:
-            raise _other(packed, CIFAR10.sha256)
-        archive.unpack(packed, folder, cifar10.FOLDER, cifar10.MOST)
-        packed.unlink()
+    with _alone(folder):
+        if name == "mnist":
+            for file in MNIST:
+                if not _has(folder, file):
+                    fetch(file.source, folder)
+        elif not cifar10.is_unpacked(folder):
+            _unpack_cifar10(folder)
+
+
+def _unpack_cifar10(folder: Path) -> None:
+    packed = folder / CIFAR10.name
+    if not packed.exists():
+        fetch(CIFAR10, folder)
+    elif _sha256(packed) != CIFAR10.sha256:
+        raise _other(packed, CIFAR10.sha256)
+    archive.unpack(packed, folder, cifar10.FOLDER, cifar10.MOST)
+    packed.unlink()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is here, where the system has locks; else a part that two have
+    written is found out by its checksum."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks
 
 
 def _has(folder: Path, wanted: IdxFile) -> bool:

@@ -1,0 +1,219 @@
+"""One run on several processes, as torchrun starts them.
+
+    torchrun --nproc_per_node K -m minidiff train …
+
+Every process draws the whole batch's random numbers and trains on its part of it, so a batch is the
+same batch whatever K, and nothing that is saved belongs to a process. Gradients are averaged by
+torch's DistributedDataParallel, or weights, gradients and optimizer are split by its `fully_shard`
+(FSDP2). Only the process of rank 0 writes and prints.
+"""
+
+import contextlib
+import datetime
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from minidiff.errors import InvalidArgument, TrainingError
+
+PATIENCE = datetime.timedelta(minutes=10)  # with a process that writes a snapshot, or is lost
+
+
+class World:
+    """The processes of a run, seen from one of them; here, the only one.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        splits: whether each holds only its share of the weights.
+    """
+
+    rank, size, splits = 0, 1, False
+
+    def part(self, n: int) -> slice:
+        """This process' part of n images."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def share(self, module: nn.Module) -> None:
+        """Leave this process with its share of the weights."""
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of which each process has its share, whole; all processes call this."""
+        return dict(tensors)
+
+    def wrap(self, learner: nn.Module) -> nn.Module:
+        """The module to call, so that gradients are those of all processes together."""
+        return learner
+
+    def without_sync(self, network: nn.Module) -> contextlib.AbstractContextManager:
+        """Inside, gradients only add up; the next backward pass outside exchanges them."""
+        return contextlib.nullcontext()
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the processes, on each of them. The host does not wait."""
+        return value
+
+    def largest(self, *numbers: float) -> list[float]:
+        """The largest of every number among the processes; never waits for a GPU."""
+        return list(numbers)
+
+    def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
+        """Cut the gradient to a norm; returns the norm it had."""
+        return nn.utils.clip_grad_norm_(parameters, norm)
+
+
+class Processes(World):
+    """Several processes, each of which has the whole network.
+
+    Attributes:
+        hosts: the group in which numbers of the host travel, so that no one waits for a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def wrap(self, learner: nn.Module) -> nn.Module:
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(learner, device_ids=devices)
+
+    def without_sync(self, network: nn.Module) -> contextlib.AbstractContextManager:
+        return network.no_sync()
+
+    def total(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value)
+        return value
+
+    def largest(self, *numbers: float) -> list[float]:
+        values = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.hosts)
+        return values.tolist()
+
+
+class Shards(Processes):
+    """Several processes that share the weights among them: torch's `fully_shard` (FSDP2)."""
+
+    splits = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._mesh = init_device_mesh(device.type, (self.size,))
+
+    def share(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        module.to(memory_format=torch.contiguous_format)  # it takes no other
+        for name, layers in module.named_modules():
+            # What is gathered while it is at work, and scattered again. Not whole blocks of the
+            # U-Net: they share a list of skips, of which `fully_shard` would give each a copy.
+            for layer in layers if name.endswith((".resnets", ".attentions")) else ():
+                if any(True for _ in layer.parameters()):
+                    fully_shard(layer, mesh=self._mesh)
+        fully_shard(module, mesh=self._mesh)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in tensors.items()
+        }
+
+    def wrap(self, learner: nn.Module) -> nn.Module:
+        return learner
+
+    @contextlib.contextmanager
+    def without_sync(self, network: nn.Module) -> Iterator[None]:
+        network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            network.set_requires_gradient_sync(True)
+
+    def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
+        return super().clip(parameters, norm).full_tensor()
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The shares of these tensors that this process holds."""
+    return [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
+
+
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in the dtype, on the device and in the memory that `like` has it in."""
+    value = value.to(like.device, like.dtype)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    return torch.empty_like(like).copy_(value)
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors."""
+    words = ("gloo", "Connection", "connection", "NCCL", "Timed out", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank() -> int:
+    """The number of this process, before it has joined the others; 0 where it is alone."""
+    return int(os.environ.get("RANK", "0")) if launched() else 0
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of several GPUs the one of this process.
+
+    Raises:
+        InvalidArgument: there are more processes than GPUs, or one GPU is asked for by number.
+    """
+    if not launched() or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise InvalidArgument(f"device must be cuda for several processes, got {device}")
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise InvalidArgument(
+            f"nproc_per_node must be at most the number of GPUs, {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+@contextlib.contextmanager
+def world(device: torch.device, shard: bool = False) -> Iterator[World]:
+    """Join the other processes of the run, if there are any, and leave them at the end.
+
+    Args:
+        shard: whether they share the weights, see `Shards`.
+    Raises:
+        TrainingError: one of them is lost, killed or fallen off the network.
+    """
+    if not launched():
+        yield World()
+        return
+    try:
+        joined = (Shards if shard else Processes)(device)
+        yield joined
+        dist.barrier(group=joined.hosts)  # no one leaves while another still asks
+    except RuntimeError as error:
+        if not _is_of_the_network(error):
+            raise
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).partition(". ")[0][:200]
+        raise TrainingError(
+            f"a process of the run was lost ({reason}); go on from the newest snapshot, with any "
+            "number of processes: minidiff train --resume RUN"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
