@@ -20,7 +20,9 @@ from torch import Tensor
 from minidiff import run, snapshot
 from minidiff.data import Data, Stream
 from minidiff.errors import CheckpointError
+from minidiff.latents import LatentData
 from minidiff.learner import Learner, check
+from minidiff.nn import SpaceToDepth
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import edm_row, row, solve
 from minidiff.sample import trajectory
@@ -65,7 +67,7 @@ class Patient(NamedTuple):
         config, data: of the run.
         pipe: the model, with the averaged weights.
         average, raw: its networks, and those with the raw weights where a snapshot has them.
-        images, z, told: some of the data, in the network's space, and what they tell.
+        z, told: some of the data, in the network's space, and what they tell.
     """
 
     config: TrainConfig
@@ -73,7 +75,6 @@ class Patient(NamedTuple):
     pipe: Pipeline
     average: Learner
     raw: Learner | None
-    images: Tensor
     z: Tensor
     told: Tensor | None
 
@@ -109,9 +110,9 @@ def _patient(path: Path, data: Data, device: torch.device) -> Patient:
     if pipe is None:
         raise CheckpointError(f"{path}: holds neither a model nor a snapshot yet; train on")
     index = torch.linspace(0, len(data) - 1, min(len(data), IMAGES)).long()
-    images, told = data.batch(index)
-    z = images if pipe.vae is None else pipe.vae.to_latents(images)
-    return Patient(config, data, pipe, Learner.of(pipe).eval(), raw, images, z, told)
+    z, told = data.batch(index)
+    z = SpaceToDepth(config.block).to_latents(z)
+    return Patient(config, data, pipe, Learner.of(pipe).eval(), raw, z, told)
 
 
 # --- the data --------------------------------------------------------------------------------
@@ -119,11 +120,16 @@ def _patient(path: Path, data: Data, device: torch.device) -> Patient:
 
 def data_range(p: Patient) -> Finding:
     """Images are in [−1, 1] and use it."""
-    low, high, std = (float(v) for v in (p.images.min(), p.images.max(), p.images.std()))
-    text = f"{len(p.data)} images of {tuple(p.images.shape[1:])}, {low:.2f} to {high:.2f}, "
-    text += f"standard deviation {std:.3f}"
+    low, high, std = (float(v) for v in (p.z.min(), p.z.max(), p.z.std()))
+    latent = isinstance(p.data, LatentData)
+    text = f"{len(p.data)} {'latents' if latent else 'images'} of {tuple(p.data.shape)}, "
+    text += f"{low:.2f} to {high:.2f}, standard deviation {std:.3f}"
     if not math.isfinite(low + high + std):
-        advice = "Some pixels are not finite: look for images that were damaged or divided by 0."
+        advice = "Some are not finite: look for images that were damaged or divided by 0."
+    elif latent:
+        if 0.4 < std < 2.5:
+            return Finding("data", True, text)
+        advice = "Far from 1: train the autoencoder anew, whose scaling_factor makes it so."
     elif low < -1.001 or high > 1.001:
         advice = "Outside [−1, 1]: divide bytes by 127.5 and subtract 1."
     elif low >= 0:
@@ -136,12 +142,16 @@ def data_range(p: Patient) -> Finding:
 
 
 def shape(p: Patient) -> Finding:
-    """The model makes images of the shape of the data."""
-    made, given = p.pipe.image_shape, tuple(p.images.shape[1:])
-    advice = "The model is of other data: train anew, or name the data that it was trained on."
-    good = tuple(made) == given
-    return Finding("shape", good, f"the model makes {made}, the data are {given}",
-                   "" if good else advice)  # fmt: skip
+    """The model's network takes what the data are, in its space."""
+    config = p.pipe.unet.config
+    sides = config.sample_size
+    takes = (config.in_channels, *(sides if isinstance(sides, list | tuple) else (sides, sides)))
+    given = tuple(p.z.shape[1:])
+    text = f"the model's network takes {takes}, the data give {given}"
+    if takes == given:
+        return Finding("shape", True, text)
+    return Finding("shape", False, text,
+                   "The model is of other data: train it anew on these.")  # fmt: skip
 
 
 # --- the network and the scheduler -----------------------------------------------------------
@@ -284,8 +294,8 @@ def _x0_error(p: Patient, answer: Answer) -> float:
 def loss_by_level(p: Patient) -> Finding:
     """At every level the network is better than one that knows every pixel's mean and variance."""
     index = torch.linspace(0, len(p.data) - 1, min(len(p.data), KNOWN)).long()
-    images, told = p.data.batch(index)
-    known = images if p.pipe.vae is None else p.pipe.vae.to_latents(images)
+    known, told = p.data.batch(index)
+    known = SpaceToDepth(p.config.block).to_latents(known)
     variance, known = known.var(0), torch.cat([p.z, known])
     alike = None if told is None else _alike(p.told, torch.cat([p.told, told]))
     lines, worse = [], []
@@ -400,7 +410,8 @@ def samples(p: Patient) -> Finding:
     count = max(16, len(p.pipe.class_names))
     told = [""] * count if p.pipe.prompts is not None else None
     drawn = p.pipe(told, num_images=count, seed=0, output_type="pt").images
-    std, wanted = float(drawn.std()), float(p.images.std())
+    with torch.no_grad():
+        std, wanted = float(drawn.std()), float(p.pipe.decode(p.z[:64]).std())
     outside = float((drawn.abs() > 1.25).double().mean())
     text = f"{count} samples: standard deviation {std:.3f} (data {wanted:.3f}), "
     text += f"{outside:.1%} of the pixels far outside [−1, 1]"

@@ -12,8 +12,8 @@ threads, in everything but the column "seconds" of its log.
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from torch import device as Device
 from tqdm.auto import tqdm
 
 from minidiff import checkpoint, plot
-from minidiff.data import ImageData
 from minidiff.data.captions import CaptionedDigits
+from minidiff.data.protocol import Data
 from minidiff.device import pick_device
 from minidiff.distributed import World, launched, own_device, rank, world
 from minidiff.errors import CheckpointError, InvalidArgument, Stopped, true_or_false
@@ -33,7 +33,7 @@ from minidiff.keeper import Keeper, Log, Saving, Signals
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline_folder import INDEX
 from minidiff.train import Progress, TrainConfig, Training, check, resolve, train
-from minidiff.train_config import merged
+from minidiff.train_config import LoopConfig, merged
 
 MODEL = "model"
 CONFIG = "config.json"
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
     shard: bool
 
 
-def create(out: str | Path, config: TrainConfig, data: ImageData, **others: Any) -> Path:
+def create(out: str | Path, config: LoopConfig, data: Data, **others: Any) -> Path:
     """Make the run's folder and write its `config.json`, before any work starts.
 
     Raises:
@@ -78,13 +78,13 @@ def _clear_leftovers(out: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def write_config(out: Path, config: TrainConfig, data: ImageData, **others: Any) -> None:
+def write_config(out: Path, config: LoopConfig, data: Data, **others: Any) -> None:
     """Write `config.json`. Raises CheckpointError where that cannot be done."""
     content = {"data": _about(data), "train": asdict(config), **others}
     checkpoint.write_json(out / CONFIG, content)
 
 
-def _about(data: ImageData) -> dict[str, Any]:
+def _about(data: Data) -> dict[str, Any]:
     shape = dict(zip(("channels", "height", "width"), data.shape, strict=True))
     return {"name": data.name, "images": len(data), **shape}
 
@@ -107,7 +107,7 @@ def read_settings(out: str | Path) -> Settings:
 def train_into(
     out: str | Path,
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: Device | str = "cpu",
     *,
     saving: Saving | None = None,
@@ -139,7 +139,7 @@ def train_into(
 
 def resume(
     out: str | Path,
-    data: ImageData,
+    data: Data,
     device: Device | str | None = None,
     *,
     say: Callable[[str], None] = print,
@@ -165,7 +165,7 @@ def resume(
 def _run(
     out: Path,
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: Device,
     saving: Saving,
     shard: bool,
@@ -210,7 +210,7 @@ def _nothing(_: object) -> None:
 
 def train_with_bar(
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: Device | str = "cpu",
     report: Callable[[Progress], None] = lambda row: None,
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
@@ -218,7 +218,17 @@ def train_with_bar(
     after: Callable[[Training], bool] = lambda training: False,
     world: World | None = None,
 ) -> Pipeline:
-    """`minidiff.train.train` with a progress bar of its budget, the loss and the time left."""
+    """`minidiff.train.train` with a progress bar."""
+    with progress_bar(config, report) as report_and_show:
+        return train(config, data, device, report_and_show, picture, begin=begin, after=after,
+                     world=world)  # fmt: skip
+
+
+@contextmanager
+def progress_bar(
+    config: LoopConfig, report: Callable[[Progress], None]
+) -> Iterator[Callable[[Progress], None]]:
+    """A bar of a budget, the loss and the time left; yields `report`, which then moves it too."""
     in_steps = config.steps is not None
     bar = tqdm(
         total=config.steps if in_steps else max(1, round(60 * config.minutes)),
@@ -233,8 +243,7 @@ def train_with_bar(
         bar.set_postfix_str(f"step {row.step}, loss {row.loss:.4f}")
 
     with bar:
-        return train(config, data, device, report_and_show, picture, begin=begin, after=after,
-                     world=world)  # fmt: skip
+        yield report_and_show
 
 
 def write_samples(

@@ -20,6 +20,7 @@ from minidiff.device import DTYPES, pick_device
 from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve, seen
+from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
 from minidiff.pipeline import Pipeline
@@ -47,7 +48,7 @@ class Training:
 
     Args:
         config: the run, with σ_data where its objective needs it (`resolve`).
-        data: the images, moved to `device` whole.
+        data: the images, or their latents, moved to `device` whole.
         device: where to train.
         make_optimizer: see `train`.
         world: the processes that train together.
@@ -79,7 +80,7 @@ class Training:
             self.world.share(module)
         self.optimizer = (make_optimizer or _adamw(config))(self.learner.trained())
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        encode = (lambda x0: x0) if pipe.vae is None else pipe.vae.to_latents
+        encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         self.batches = Batches(
             config,
             seen(config, data).to(device),
@@ -176,7 +177,7 @@ def train(
 
     Args:
         config: the run.
-        data: the images, moved to `device` whole.
+        data: the images, or their latents, moved to `device` whole.
         device: where to train.
         report: called with every row for the log: every second of a budget in minutes, every
             hundredth of one in steps.

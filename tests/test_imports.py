@@ -49,6 +49,7 @@ FLOORS = {
     "start": 3.3,
     "pipeline_input": 3.5,
     "pipeline": 4,
+    "latents": 2,
     "learner": 4.5,  # it builds a Pipeline
     "distributed": 4,
     "batches": 4.7,
@@ -62,6 +63,8 @@ FLOORS = {
     "run": 6,
     "check": 6.5,
     "demo": 7,
+    "train_vae": 5,
+    "run_vae": 7,
     "cli": 8,
     "__main__": 9,
     "__init__": 9,  # the public names

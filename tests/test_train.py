@@ -291,7 +291,7 @@ def test_a_later_layer_wins_and_a_budget_replaces_the_other_kind(tmp_path):
     for name in ("mine.json", "mine.toml"):
         config = merged(preset, read_options(tmp_path / name), {"seed": 4})
         assert (config.minutes, config.steps, config.seed, config.channels) == (None, 5, 4, (8, 16))
-        assert config.prediction_type == "edm"
+        assert config.learning_rate == PRESETS["mnist"].train.learning_rate
 
 
 def test_a_runs_own_config_is_a_config(run_folder):
