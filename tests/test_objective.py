@@ -236,10 +236,15 @@ def test_the_bound_teaches_the_variance_and_the_simple_loss_the_mean():
 
 LEARNING = [
     *({"prediction_type": kind} for kind in PREDICTION_TYPES),
-    {"prediction_type": "epsilon", "loss_weight": "min_snr", "noise_levels": "log_normal"},
-    {"prediction_type": "v_prediction", "loss_weight": "edm"},
-    {"prediction_type": "flow", "noise_levels": "uniform", "loss_weight": "min_snr"},
     {"prediction_type": "sample", "learn_variance": True},
+    *(
+        pytest.param(options, marks=pytest.mark.slow)
+        for options in (
+            {"prediction_type": "epsilon", "loss_weight": "min_snr", "noise_levels": "log_normal"},
+            {"prediction_type": "v_prediction", "loss_weight": "edm"},
+            {"prediction_type": "flow", "noise_levels": "uniform", "loss_weight": "min_snr"},
+        )
+    ),
 ]
 
 
