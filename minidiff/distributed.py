@@ -17,8 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minidiff.errors import InvalidArgument, TrainingError
 
@@ -107,6 +105,8 @@ class Shards(Processes):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
+        from torch.distributed.device_mesh import init_device_mesh
+
         self._mesh = init_device_mesh(device.type, (self.size,))
 
     def share(self, module: nn.Module) -> None:
@@ -123,7 +123,7 @@ class Shards(Processes):
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
+            name: value.full_tensor() if _is_shared(value) else value
             for name, value in tensors.items()
         }
 
@@ -142,15 +142,22 @@ class Shards(Processes):
         return super().clip(parameters, norm).full_tensor()
 
 
+def _is_shared(value: Tensor) -> bool:
+    """Whether it is a DTensor, whose module is slow to import and mostly not needed."""
+    return hasattr(value, "full_tensor")
+
+
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The shares of these tensors that this process holds."""
-    return [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
+    return [value.to_local() if _is_shared(value) else value for value in tensors]
 
 
 def laid_out(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor in the dtype, on the device and in the memory that `like` has it in."""
     value = value.to(like.device, like.dtype)
-    if isinstance(like, DTensor):
+    if _is_shared(like):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(value)
 
