@@ -43,6 +43,10 @@ def test_simple_prompts_name_one_digit_its_colour_and_the_background(pairs):
         assert {names[c], names[b]} <= set(prompt.split())
     shown = CaptionedDigits("test", pairs).scenes(asked.index)
     assert torch.equal(shown.digit[:, 0], digit)
+    asked_for = {
+        name for name, row in zip(QUESTIONS, asked.wanted.T, strict=True) if row[0] != NONE
+    }
+    assert asked_for == {"arrangement", *SIMPLE}
     assert (shown.relation == NONE).all()
 
 
