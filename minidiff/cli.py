@@ -1,4 +1,4 @@
-"""The command line: demo, train, sample, evaluate. `minidiff --help` shows where to begin.
+"""The command line: demo, train, train-vae, sample, evaluate; `minidiff --help` begins it.
 
 Bad input ends in one line: exit code 2 for a wrong call, 1 for what failed later; `--debug` shows
 the traceback.
@@ -9,7 +9,7 @@ import os
 import sys
 import textwrap
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import torch
 
 from minidiff import __version__, checkpoint, evaluation, metrics, run
-from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, ImageData, load
+from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, TOYS, ImageData, load
+from minidiff.data.protocol import Data
 from minidiff.device import (
     DEVICES,
     DTYPES,
@@ -26,7 +27,7 @@ from minidiff.device import (
     pick_device,
     pick_dtype,
 )
-from minidiff.distributed import rank
+from minidiff.distributed import own_device, rank
 from minidiff.errors import (
     CheckpointError,
     InvalidArgument,
@@ -36,13 +37,22 @@ from minidiff.errors import (
     whole_number,
 )
 from minidiff.keeper import Saving
+from minidiff.latents import LatentData
 from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED
 from minidiff.pictures import MODES, read_picture
 from minidiff.pipeline import Pipeline
 from minidiff.presets import PRESETS, Preset
+from minidiff.run_vae import PICTURE, open_vae, train_vae_into
 from minidiff.samplers import SAMPLERS, sampler
-from minidiff.train_config import OPTIONS, merged, options_of, read_options
+from minidiff.train_config import (
+    OPTIONS,
+    VAE_OPTIONS,
+    VAEConfig,
+    merged,
+    options_of,
+    read_options,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,6 +109,7 @@ def parser() -> Parser:
     commands = root.add_subparsers(metavar="COMMAND", required=True)
     _demo_parser(commands)
     _train_parser(commands)
+    _train_vae_parser(commands)
     _sample_parser(commands)
     _evaluate_parser(commands)
     return root
@@ -174,6 +185,8 @@ def _train_parser(commands: Any) -> None:
     add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
         "where its files are not there; checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
+    add("--vae", metavar="RUN", help="train on the latents of this autoencoder, a run of train-vae "
+        "or a vae folder; --block is 1 then")  # fmt: skip
     add("--out", help="folder of the run; must be new or empty")
     add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
         "newest snapshot that is whole; everything else is in its config.json")  # fmt: skip
@@ -181,6 +194,8 @@ def _train_parser(commands: Any) -> None:
         "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
     add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
         "beside the one of the lowest running loss; default: 2")  # fmt: skip
+    add("--shard", action="store_true", help="under torchrun: the processes share the weights "
+        "(FSDP2), for a model that outgrows one GPU")  # fmt: skip
     add("--preset", choices=list(PRESETS), help="a recipe, see below")
     add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
         "TrainConfig; or a run's config.json")  # fmt: skip
@@ -189,8 +204,31 @@ def _train_parser(commands: Any) -> None:
             _add_option(command, name, option)
 
 
+def _train_vae_parser(commands: Any) -> None:
+    command = _command(
+        commands,
+        "train-vae",
+        train_vae,
+        "train an autoencoder, for a model that works on its latents",
+        "Trains an autoencoder within a budget of minutes or steps, and measures it on held-out "
+        "images. What it writes is for train --vae.",
+        seed=argparse.SUPPRESS,
+        dtype=argparse.SUPPRESS,
+    )
+    add = command.add_argument
+    add("--data", required=True, help="digits, mnist, cifar10, or a folder of images")
+    add("--data-dir", help="where the published files of the data are (or set MINIDIFF_DATA)")
+    add("--image-size", type=int, help="crop and resize the images of a folder to this side")
+    add("--out", required=True, help="folder of the run; must be new or empty")
+    add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
+        "VAEConfig; or a run's config.json")  # fmt: skip
+    for name, option in VAE_OPTIONS.items():
+        if option.metadata["flag"] != "":
+            _add_option(command, name, option)
+
+
 def _add_option(command: Parser, name: str, option: Field) -> None:
-    """A flag for a field of TrainConfig; absent from the result unless given."""
+    """A flag for a field of a config; absent from the result unless given."""
     kind, default = option.metadata["type"], option.default
     help = option.metadata["help"]
     if default is not None and kind is not bool:
@@ -199,6 +237,8 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
     how = (
         {"action": "store_true"} if kind is bool else {"type": _channels if kind is tuple else kind}
     )
+    if values := option.metadata["values"]:
+        how |= {"nargs": len(values), "metavar": values}
     flag = option.metadata["flag"] or name.replace("_", "-")
     command.add_argument(
         f"--{flag}", dest=name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how
@@ -259,10 +299,10 @@ def _evaluate_parser(commands: Any) -> None:
     add("run", help="a run folder, or the model folder in it")
     add("--quick", action="store_true", help="10,000 samples a seed, and less of the rest")
     add("--num", type=int, help="samples a seed; default: 50,000, or as many as there are images")
-    add("--seeds", type=int, default=3, help="how many seeds, from --seed on")
+    add("--seeds", type=int, default=3, help="how many seeds, from --seed on; captions: one")
     add("--parts", type=_words, help=f"some of {','.join(evaluation.PARTS)}; default: all")
     add("--data", help="a name or a folder; default: what the run was trained on")
-    add("--data-dir", help="where the published files of the data are (or set MINIDIFF_DATA)")
+    add("--data-dir", help=f"where the published files of the data are (or set {DATA_VARIABLE})")
     add("--classifier", help="a file of minidiff.train_classifier, for data without a shipped one")
     add("--json", help="write every figure, seed and setting to this file")
     add("--png", help="write a grid of the first hundred samples to this file")
@@ -325,19 +365,22 @@ def train(options: argparse.Namespace) -> None:
         raise InvalidArgument("give --out FOLDER, or --resume RUN")
     device = pick_device(options.device)
     preset = PRESETS.get(options.preset)
-    layers = [{} if preset is None else options_of(preset.train)]
+    layers = [{} if options.vae is None else {"block": 1}]
+    layers.append({} if preset is None else options_of(preset.train))
     layers.append(read_options(options.config) if options.config else {})
     layers.append({name: value for name, value in vars(options).items() if name in OPTIONS})
     layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
     config = merged(*layers)
     saving = Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
     source = _source(options, preset)
-    data = load(**source)
+    data = _data(source, device, config.seed)
     say = _nothing if rank() else print
     say(
         f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
     )
-    run.train_into(options.out, config, data, device, saving=saving, load=source)
+    run.train_into(
+        options.out, config, data, device, saving=saving, load=source, shard=options.shard
+    )
     say(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
 
 
@@ -349,10 +392,12 @@ def _resume(options: argparse.Namespace) -> None:
         "data_dir",
         "download",
         "image_size",
+        "vae",
         "preset",
         "config",
         "save_every",
         "keep_last",
+        "shard",
     )
     given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) not in (None, False)]
     if given:
@@ -368,7 +413,8 @@ def _resume(options: argparse.Namespace) -> None:
         )
     device = None if options.device == "auto" else options.device
     say = _nothing if rank() else print
-    run.resume(options.resume, load(**settings.data), device)
+    data = _data(settings.data, pick_device(device or settings.device), settings.config.seed)
+    run.resume(options.resume, data, device)
     say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
 
 
@@ -387,7 +433,40 @@ def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any
     elif Path(name).is_dir():
         name = str(Path(name).absolute())
     place = folder and str(Path(folder).absolute())
-    return {"name": name, "data_dir": place, "image_size": options.image_size}
+    source = {"name": name, "data_dir": place, "image_size": options.image_size}
+    return source if options.vae is None else source | {"vae": str(Path(options.vae).absolute())}
+
+
+def _data(source: Mapping[str, Any], device: torch.device, seed: int) -> Data:
+    """What `load` gives, or the latents that an autoencoder makes of it on the device."""
+    others = dict(source)
+    vae = others.pop("vae", None)
+    data = load(**others)
+    if vae is None:
+        return data
+    device = own_device(device)
+    return LatentData(open_vae(vae).to(device), data.to(device), seed)
+
+
+def train_vae(options: argparse.Namespace) -> None:
+    """minidiff train-vae"""
+    device = pick_device(options.device)
+    layers = [read_options(options.config) if options.config else {}]
+    layers.append({name: value for name, value in vars(options).items() if name in VAE_OPTIONS})
+    layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
+    config = merged(*layers, kind=VAEConfig)
+    data, held_out = (
+        load(options.data, split, options.data_dir, options.image_size) for split in SPLITS
+    )
+    print(
+        f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
+    )
+    _, quality = train_vae_into(options.out, config, data, held_out, device)
+    print(f"{len(held_out)} held-out images\n{quality}")
+    print(
+        f"wrote {options.out}, look at {options.out}/{PICTURE}. Next: minidiff train --vae "
+        f"{options.out} --data {options.data} --minutes 5 --out RUN"
+    )
 
 
 def _dtype_name(name: str, device: torch.device) -> str:
@@ -436,9 +515,10 @@ def evaluate(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.json)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    if (options.data or run.data_of(options.run)) == "captions":
+    name = options.data or run.data_of(options.run)
+    if name == "captions":
         return _evaluate_captions(pipe, options)
-    train_images, test_images = _splits(options, pipe)
+    train_images, test_images = _splits(name, options, pipe)
     plan = evaluation.plan_for(
         train_images, options.num, quick=options.quick, seed=options.seed, seeds=options.seeds
     )
@@ -461,14 +541,16 @@ def evaluate(options: argparse.Namespace) -> None:
     print(report)
 
 
-def _splits(options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
+def _splits(name: str, options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
     """Training and held-out images of what the model was trained on, in its size."""
-    name = options.data or run.data_of(options.run)
-    if options.data is None and name not in NAMES and not Path(name).is_dir():
+    if options.data is None and name not in (*NAMES, *TOYS) and not Path(name).is_dir():
         raise InvalidArgument(f"the model was trained on {name}: say where it is, --data FOLDER")
     _, height, width = pipe.image_shape
-    size = height if name not in NAMES and height == width else None
-    return tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+    size = height if name not in (*NAMES, *TOYS) and height == width else None
+    splits = tuple(load(name, split, options.data_dir, size) for split in SPLITS)
+    if not all(isinstance(split, ImageData) for split in splits):
+        raise InvalidArgument(f"data must be images to be measured by, {name} has none")
+    return splits
 
 
 def _classifier(
@@ -499,6 +581,11 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
     from minidiff import plot
     from minidiff.metrics import SceneEvaluator
 
+    for name in ("quick", "parts", "classifier", "json"):
+        if getattr(options, name):
+            raise InvalidArgument(
+                f"--{name} is for pictures of classes or of nothing, not of texts"
+            )
     evaluator = SceneEvaluator(pick_device(options.device))
     n = 1000 if options.num is None else whole_number("num", options.num, 1)
     shown = []

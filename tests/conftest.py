@@ -1,5 +1,6 @@
 """One small trained pipeline, shared by the tests that need a model that has learnt something."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -42,7 +43,15 @@ def latent_folder(tmp_path_factory) -> Path:
     return path / "sd"
 
 
-@pytest.fixture
-def latent_pipe(latent_folder) -> Pipeline:
-    """The pipeline of that folder, fresh for every test."""
+@pytest.fixture(scope="session")
+def _latent_pipe(latent_folder) -> Pipeline:
     return Pipeline.from_pretrained(latent_folder)
+
+
+@pytest.fixture
+def latent_pipe(_latent_pipe) -> Pipeline:
+    """The pipeline of that folder, a copy for every test."""
+    pipe = copy.copy(_latent_pipe)
+    pipe.unet, pipe.vae = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
+    pipe.scheduler, pipe.prompts = copy.copy(pipe.scheduler), copy.copy(pipe.prompts)
+    return pipe

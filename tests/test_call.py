@@ -203,7 +203,7 @@ def test_too_long_a_prompt_is_warned_of_with_the_words_that_are_cut(latent_pipe)
 PIPE, NEVER = digits(), digits()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True,
+@settings(max_examples=10, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
 @given(st.data())
 def test_any_options_leave_a_picture_its_own(data):

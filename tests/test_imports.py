@@ -39,7 +39,7 @@ FLOORS = {
     "train_classifier": 3,
     "prompt": 3,
     "objective": 3,
-    "average": 3,
+    "average": 4.5,
     "train_config": 3.6,
     "presets": 4,
     "pipeline_folder": 3.5,
@@ -49,6 +49,7 @@ FLOORS = {
     "start": 3.3,
     "pipeline_input": 3.5,
     "pipeline": 4,
+    "latents": 2,
     "learner": 4.5,  # it builds a Pipeline
     "distributed": 4,
     "batches": 4.7,
@@ -61,6 +62,8 @@ FLOORS = {
     "evaluation": 5,
     "run": 6,
     "demo": 7,
+    "train_vae": 5,
+    "run_vae": 7,
     "cli": 8,
     "__main__": 9,
     "__init__": 9,  # the public names
