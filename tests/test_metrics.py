@@ -279,6 +279,8 @@ def test_real_digits_score_like_real_digits(evaluator):
         assert scores.accuracy >= 0.995
         assert scores.fd < 0.5
         assert scores.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+        assert scores.density == pytest.approx(1, abs=0.1)
+        assert abs(scores.kd) < 1.5
 
 
 def test_the_floor_is_that_of_training_images_drawn_again_each_class_in_its_share(evaluator):
