@@ -6,6 +6,8 @@ import math
 import torch
 from torch import nn
 
+from minidiff.distributed import local
+
 
 class EMA:
     """Average of the weights whose memory grows with the run, so it needs no warm-up of its own.
@@ -34,6 +36,6 @@ class EMA:
         """Take the current weights of `model` into the average."""
         self.updates += 1
         new = 1 - (1 - 1 / self.updates) ** self.exponent
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), new)
+        torch._foreach_lerp_(local(self.model.parameters()), local(model.parameters()), new)
         for averaged, latest in zip(self.model.buffers(), model.buffers(), strict=True):
             averaged.copy_(latest)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff.data import ImageData, Stream
+from minidiff.data import Stream
+from minidiff.data.protocol import Data
 from minidiff.learner import Learner
 from minidiff.noise import stream_seed
 from minidiff.objective import Levels, Objective, quantiles
@@ -52,14 +53,14 @@ class Batches:
     """The batch of every step: the images by (seed, epoch), all else by (seed, step) alone.
 
     Args:
-        encode: from images (B, C, H, W) in [−1, 1] to the network's space.
+        encode: from what the data give, (B, C, H, W), to the network's space.
         part: this process' part of so many images.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        data: ImageData,
+        data: Data,
         learner: Learner,
         objective: Objective,
         encode: Callable[[Tensor], Tensor],

@@ -1,4 +1,4 @@
-"""The command line: demo, train, sample, evaluate. `minidiff --help` shows where to begin.
+"""The command line: demo, train, train-vae, sample, evaluate; `minidiff --help` begins it.
 
 Bad input ends in one line: exit code 2 for a wrong call, 1 for what failed later; `--debug` shows
 the traceback.
@@ -9,7 +9,7 @@ import os
 import sys
 import textwrap
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ import torch
 
 from minidiff import __version__, checkpoint, evaluation, metrics, run
 from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, TOYS, ImageData, load
+from minidiff.data.protocol import Data
 from minidiff.device import (
     DEVICES,
     DTYPES,
@@ -26,7 +27,7 @@ from minidiff.device import (
     pick_device,
     pick_dtype,
 )
-from minidiff.distributed import rank
+from minidiff.distributed import own_device, rank
 from minidiff.errors import (
     CheckpointError,
     InvalidArgument,
@@ -36,12 +37,22 @@ from minidiff.errors import (
     whole_number,
 )
 from minidiff.keeper import Saving
+from minidiff.latents import LatentData
 from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED
+from minidiff.pictures import MODES, read_picture
 from minidiff.pipeline import Pipeline
 from minidiff.presets import PRESETS, Preset
+from minidiff.run_vae import PICTURE, open_vae, train_vae_into
 from minidiff.samplers import SAMPLERS, sampler
-from minidiff.train_config import OPTIONS, merged, options_of, read_options
+from minidiff.train_config import (
+    OPTIONS,
+    VAE_OPTIONS,
+    VAEConfig,
+    merged,
+    options_of,
+    read_options,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,6 +109,7 @@ def parser() -> Parser:
     commands = root.add_subparsers(metavar="COMMAND", required=True)
     _demo_parser(commands)
     _train_parser(commands)
+    _train_vae_parser(commands)
     _sample_parser(commands)
     _evaluate_parser(commands)
     return root
@@ -173,6 +185,8 @@ def _train_parser(commands: Any) -> None:
     add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
         "where its files are not there; checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
+    add("--vae", metavar="RUN", help="train on the latents of this autoencoder, a run of train-vae "
+        "or a vae folder; --block is 1 then")  # fmt: skip
     add("--out", help="folder of the run; must be new or empty")
     add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
         "newest snapshot that is whole; everything else is in its config.json")  # fmt: skip
@@ -180,6 +194,8 @@ def _train_parser(commands: Any) -> None:
         "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
     add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
         "beside the one of the lowest running loss; default: 2")  # fmt: skip
+    add("--shard", action="store_true", help="under torchrun: the processes share the weights "
+        "(FSDP2), for a model that outgrows one GPU")  # fmt: skip
     add("--preset", choices=list(PRESETS), help="a recipe, see below")
     add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
         "TrainConfig; or a run's config.json")  # fmt: skip
@@ -188,8 +204,31 @@ def _train_parser(commands: Any) -> None:
             _add_option(command, name, option)
 
 
+def _train_vae_parser(commands: Any) -> None:
+    command = _command(
+        commands,
+        "train-vae",
+        train_vae,
+        "train an autoencoder, for a model that works on its latents",
+        "Trains an autoencoder within a budget of minutes or steps, and measures it on held-out "
+        "images. What it writes is for train --vae.",
+        seed=argparse.SUPPRESS,
+        dtype=argparse.SUPPRESS,
+    )
+    add = command.add_argument
+    add("--data", required=True, help="digits, mnist, cifar10, or a folder of images")
+    add("--data-dir", help="where the published files of the data are (or set MINIDIFF_DATA)")
+    add("--image-size", type=int, help="crop and resize the images of a folder to this side")
+    add("--out", required=True, help="folder of the run; must be new or empty")
+    add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
+        "VAEConfig; or a run's config.json")  # fmt: skip
+    for name, option in VAE_OPTIONS.items():
+        if option.metadata["flag"] != "":
+            _add_option(command, name, option)
+
+
 def _add_option(command: Parser, name: str, option: Field) -> None:
-    """A flag for a field of TrainConfig; absent from the result unless given."""
+    """A flag for a field of a config; absent from the result unless given."""
     kind, default = option.metadata["type"], option.default
     help = option.metadata["help"]
     if default is not None and kind is not bool:
@@ -198,6 +237,8 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
     how = (
         {"action": "store_true"} if kind is bool else {"type": _channels if kind is tuple else kind}
     )
+    if values := option.metadata["values"]:
+        how |= {"nargs": len(values), "metavar": values}
     flag = option.metadata["flag"] or name.replace("_", "-")
     command.add_argument(
         f"--{flag}", dest=name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how
@@ -218,16 +259,25 @@ def _sample_parser(commands: Any) -> None:
         "sample",
         sample,
         "make pictures with a trained model",
-        "Makes pictures with a run or a model folder. Without --sampler, --steps and --guidance "
-        "the model's own setting is used, fixed when it was trained. Image i of a seed is the "
-        "same picture whatever the batch size.",
+        "Makes pictures with a run or a model folder, or changes one with --image and --mask. "
+        "Without --sampler, --steps and --guidance the model's own setting is used, fixed when it "
+        "was trained. Image i of a seed is the same picture whatever the batch size.",
     )
     add = command.add_argument
     add("run", help="a run folder, or the model folder in it")
-    add("prompt", nargs="?", help="what to draw, for a model that was trained on captions")
+    add("text", nargs="?", help="what to draw, for a model that was trained on captions")
     add("--negative", metavar="TEXT", help="what not to draw")
     add("--num", type=int, default=100, help="how many pictures")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
+    add("--image", help="a picture to start from, of the size to be made; read in the model's "
+        "colours")  # fmt: skip
+    add("--strength", type=float, help="how far to go from --image, 0 to 1; default: 0.8, or 1 "
+        "with --mask")  # fmt: skip
+    add("--mask", help="a picture, white where --image is to be replaced, grey where blended")
+    add("--guidance-rescale", type=float, default=0.0, help="0 to 1: keep the spread of what is "
+        "guided")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide between "
+        "these two σ/α alone")  # fmt: skip
     add("--png", help="write a grid of the pictures to this file")
     add("--npz", help="write images (uint8, N×H×W×C) and labels to this file")
     _add_sampling(command)
@@ -315,19 +365,22 @@ def train(options: argparse.Namespace) -> None:
         raise InvalidArgument("give --out FOLDER, or --resume RUN")
     device = pick_device(options.device)
     preset = PRESETS.get(options.preset)
-    layers = [{} if preset is None else options_of(preset.train)]
+    layers = [{} if options.vae is None else {"block": 1}]
+    layers.append({} if preset is None else options_of(preset.train))
     layers.append(read_options(options.config) if options.config else {})
     layers.append({name: value for name, value in vars(options).items() if name in OPTIONS})
     layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
     config = merged(*layers)
     saving = Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
     source = _source(options, preset)
-    data = load(**source)
+    data = _data(source, device, config.seed)
     say = _nothing if rank() else print
     say(
         f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
     )
-    run.train_into(options.out, config, data, device, saving=saving, load=source)
+    run.train_into(
+        options.out, config, data, device, saving=saving, load=source, shard=options.shard
+    )
     say(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
 
 
@@ -339,10 +392,12 @@ def _resume(options: argparse.Namespace) -> None:
         "data_dir",
         "download",
         "image_size",
+        "vae",
         "preset",
         "config",
         "save_every",
         "keep_last",
+        "shard",
     )
     given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) not in (None, False)]
     if given:
@@ -358,7 +413,8 @@ def _resume(options: argparse.Namespace) -> None:
         )
     device = None if options.device == "auto" else options.device
     say = _nothing if rank() else print
-    run.resume(options.resume, load(**settings.data), device)
+    data = _data(settings.data, pick_device(device or settings.device), settings.config.seed)
+    run.resume(options.resume, data, device)
     say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
 
 
@@ -377,7 +433,40 @@ def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any
     elif Path(name).is_dir():
         name = str(Path(name).absolute())
     place = folder and str(Path(folder).absolute())
-    return {"name": name, "data_dir": place, "image_size": options.image_size}
+    source = {"name": name, "data_dir": place, "image_size": options.image_size}
+    return source if options.vae is None else source | {"vae": str(Path(options.vae).absolute())}
+
+
+def _data(source: Mapping[str, Any], device: torch.device, seed: int) -> Data:
+    """What `load` gives, or the latents that an autoencoder makes of it on the device."""
+    others = dict(source)
+    vae = others.pop("vae", None)
+    data = load(**others)
+    if vae is None:
+        return data
+    device = own_device(device)
+    return LatentData(open_vae(vae).to(device), data.to(device), seed)
+
+
+def train_vae(options: argparse.Namespace) -> None:
+    """minidiff train-vae"""
+    device = pick_device(options.device)
+    layers = [read_options(options.config) if options.config else {}]
+    layers.append({name: value for name, value in vars(options).items() if name in VAE_OPTIONS})
+    layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
+    config = merged(*layers, kind=VAEConfig)
+    data, held_out = (
+        load(options.data, split, options.data_dir, options.image_size) for split in SPLITS
+    )
+    print(
+        f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
+    )
+    _, quality = train_vae_into(options.out, config, data, held_out, device)
+    print(f"{len(held_out)} held-out images\n{quality}")
+    print(
+        f"wrote {options.out}, look at {options.out}/{PICTURE}. Next: minidiff train --vae "
+        f"{options.out} --data {options.data} --minutes 5 --out RUN"
+    )
 
 
 def _dtype_name(name: str, device: torch.device) -> str:
@@ -395,10 +484,19 @@ def sample(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    told = {"class_labels": options.label, "negative_prompt": options.negative}
-    if options.prompt is not None or pipe.prompts is not None:
-        told["prompt"] = options.prompt or ""
-    images, labels = _draw(pipe, options, options.num, told)
+    mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
+    text = "" if options.text is None and pipe.prompts is not None else options.text
+    images, labels = _draw(
+        pipe, options, options.num,
+        prompt=text,
+        negative_prompt=options.negative,
+        class_labels=options.label,
+        image=None if options.image is None else read_picture(options.image, mode),
+        mask_image=None if options.mask is None else read_picture(options.mask, "L"),
+        strength=options.strength,
+        guidance_rescale=options.guidance_rescale,
+        guidance_interval=options.guidance_interval,
+    )  # fmt: skip
     if options.png:
         columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
@@ -493,7 +591,7 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
     shown = []
 
     def draw(prompts: list[str]) -> torch.Tensor:
-        images, _ = _draw(pipe, options, len(prompts), {"prompt": prompts})
+        images, _ = _draw(pipe, options, len(prompts), prompt=prompts)
         shown.append(images)
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
@@ -504,10 +602,10 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
         plot.save(plot.grid(shown[0][:100], 10), options.png)
 
 
-def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, told: dict[str, Any]) -> tuple:
-    """n pictures and their labels; `told` are the pipeline's arguments that say what to draw."""
+def _draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tuple:
+    """n pictures and their labels; `more` are further arguments of the pipeline."""
     result = pipe(
-        **told,
+        **more,
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,

@@ -11,11 +11,14 @@ torch's DistributedDataParallel, or weights, gradients and optimizer are split b
 import contextlib
 import datetime
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minidiff.errors import InvalidArgument, TrainingError
 
@@ -28,13 +31,21 @@ class World:
     Attributes:
         rank: number of this process.
         size: number of processes.
+        splits: whether each holds only its share of the weights.
     """
 
-    rank, size = 0, 1
+    rank, size, splits = 0, 1, False
 
     def part(self, n: int) -> slice:
         """This process' part of n images."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def share(self, module: nn.Module) -> None:
+        """Leave this process with its share of the weights."""
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of which each process has its share, whole; all processes call this."""
+        return dict(tensors)
 
     def wrap(self, learner: nn.Module) -> nn.Module:
         """The module to call, so that gradients are those of all processes together."""
@@ -65,6 +76,7 @@ class Processes(World):
     """
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -86,6 +98,61 @@ class Processes(World):
         values = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.hosts)
         return values.tolist()
+
+
+class Shards(Processes):
+    """Several processes that share the weights among them: torch's `fully_shard` (FSDP2)."""
+
+    splits = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._mesh = init_device_mesh(device.type, (self.size,))
+
+    def share(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        module.to(memory_format=torch.contiguous_format)  # it takes no other
+        for name, layers in module.named_modules():
+            # What is gathered while it is at work, and scattered again. Not whole blocks of the
+            # U-Net: they share a list of skips, of which `fully_shard` would give each a copy.
+            for layer in layers if name.endswith((".resnets", ".attentions")) else ():
+                if any(True for _ in layer.parameters()):
+                    fully_shard(layer, mesh=self._mesh)
+        fully_shard(module, mesh=self._mesh)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in tensors.items()
+        }
+
+    def wrap(self, learner: nn.Module) -> nn.Module:
+        return learner
+
+    @contextlib.contextmanager
+    def without_sync(self, network: nn.Module) -> Iterator[None]:
+        network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            network.set_requires_gradient_sync(True)
+
+    def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
+        return super().clip(parameters, norm).full_tensor()
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The shares of these tensors that this process holds."""
+    return [value.to_local() if isinstance(value, DTensor) else value for value in tensors]
+
+
+def laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in the dtype, on the device and in the memory that `like` has it in."""
+    value = value.to(like.device, like.dtype)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    return torch.empty_like(like).copy_(value)
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
@@ -124,9 +191,11 @@ def own_device(device: torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def world(device: torch.device) -> Iterator[World]:
+def world(device: torch.device, shard: bool = False) -> Iterator[World]:
     """Join the other processes of the run, if there are any, and leave them at the end.
 
+    Args:
+        shard: whether they share the weights, see `Shards`.
     Raises:
         TrainingError: one of them is lost, killed or fallen off the network.
     """
@@ -134,13 +203,13 @@ def world(device: torch.device) -> Iterator[World]:
         yield World()
         return
     try:
-        joined = Processes(device)
+        joined = (Shards if shard else Processes)(device)
         yield joined
         dist.barrier(group=joined.hosts)  # no one leaves while another still asks
     except RuntimeError as error:
         if not _is_of_the_network(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).partition(". ")[0][:200]
         raise TrainingError(
             f"a process of the run was lost ({reason}); go on from the newest snapshot, with any "
             "number of processes: minidiff train --resume RUN"

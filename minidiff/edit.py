@@ -97,7 +97,7 @@ def invert(
         InvalidArgument: names the argument, before a network runs.
     """
     space = pipe.space
-    original = original_of(image, None, space.image_channels)
+    original = original_of(image, None, space.image_channels, needs_mask=space.is_told_mask)
     if original is None:
         raise InvalidArgument("image must be given")
     if prompt is None and pipe.class_names:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minidiff import snapshot
+from minidiff.distributed import launched
 from minidiff.errors import CheckpointError, TrainingError, whole_number
 from minidiff.train import Progress, Training
 
@@ -98,6 +99,8 @@ class Signals:
 
     def _note(self, number: int, frame: object) -> None:
         self.caught = number
+        if launched():  # torchrun passes on what the terminal has sent already, and kills in time
+            return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -153,10 +156,11 @@ class Keeper:
 
     def save(self, training: Training) -> None:
         """Write a snapshot and delete those that are not kept. Raises CheckpointError."""
+        content = snapshot.content(training)
         if not self.leads:
             return
         try:
-            snapshot.write(self.run, training, self.log.sync())
+            snapshot.write(self.run, content, self.log.sync())
         except CheckpointError as error:
             held = snapshot.snapshots(self.run)
             left = f"{held[-1].name} is intact" if held else "there is no earlier one"

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from minidiff.data.augment import augmented
 from minidiff.data.captions import CaptionedDigits
 from minidiff.data.protocol import Data
+from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument
-from minidiff.nn import SpaceToDepth, UNet
+from minidiff.latents import LatentData
+from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
 from minidiff.prompt import WordPrompts
 from minidiff.train_config import TrainConfig
-
-MEASURED_IMAGES = 10_000  # of which the standard deviation is taken
 
 
 class ClassLabels(nn.Module):
@@ -69,8 +69,8 @@ class Learner(nn.Module):
     def __init__(self, unet: UNet, condition: ClassLabels | Texts) -> None:
         super().__init__()
         self.unet, self.condition = unet, condition
-        for name, layer in unet.named_modules():
-            if name.endswith("to_k") and layer.bias is not None:
+        for name, layer in self.named_modules():
+            if name.endswith((".to_k", ".k_proj")) and layer.bias is not None:
                 # It adds the same to all scores of a query, which softmax does not see. Its
                 # gradient is rounding, and Adam would make whole steps of that.
                 layer.bias.requires_grad_(False)
@@ -116,14 +116,16 @@ def build(config: TrainConfig, data: Data) -> Pipeline:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
         unet, prompts = _network(config, data), _prompts(config, data)
+    guidable = config.label_dropout and (prompts or data.num_classes)
     return Pipeline(
         unet.to(memory_format=torch.channels_last),
         config.objective().scheduler,
-        SpaceToDepth(config.block) if config.block > 1 else None,
+        _decoder(config, data),
         data.class_names,
-        config.guidance_scale if config.label_dropout and (prompts or data.num_classes) else 1.0,
+        config.guidance_scale if guidable else 1.0,
         config.num_inference_steps,
         prompts,
+        config.guidance_interval if guidable else None,
     )
 
 
@@ -135,8 +137,7 @@ def resolve(config: TrainConfig, data: Data) -> TrainConfig:
     """
     if not config.measures_data:
         return config
-    n = len(data)
-    chosen = torch.linspace(0, n - 1, min(n, MEASURED_IMAGES)).round().long()
+    chosen = evenly_spaced(len(data), MEASURED_IMAGES)
     parts = [data.batch(index)[0].double() for index in chosen.split(512)]
     count = sum(part.numel() for part in parts)
     mean = sum(float(part.sum()) for part in parts) / count
@@ -153,14 +154,18 @@ def check(config: TrainConfig, data: Data) -> None:
         InvalidArgument: there are no images, `block` does not divide their size, or a network
             refuses its sizes.
     """
+    seen(config, data)
     with torch.device("meta"):
         _network(config, data)
         _prompts(config, data)
-    seen(config, data)
 
 
 def seen(config: TrainConfig, data: Data) -> Data:
     """The data as training sees them, augmented. Raises InvalidArgument, see `augmented`."""
+    if isinstance(data, LatentData):
+        for name, none in (("block", 1), ("shift", 0), ("flip", False)):
+            if (given := getattr(config, name)) != none:
+                raise InvalidArgument(f"{name} must be {none} for latents of a vae, got {given}")
     return augmented(data, shift=config.shift, flip=config.flip, seed=config.seed)
 
 
@@ -189,7 +194,7 @@ def _network(config: TrainConfig, data: Data) -> UNet:
         block_out_channels=config.channels,
         layers_per_block=config.layers,
         dropout=config.dropout,
-        norm_num_groups=_groups(config.channels),
+        norm_num_groups=groups_of(config.channels),
         **_attention(config, data),
     )
 
@@ -217,7 +222,7 @@ def _attention(config: TrainConfig, data: Data) -> dict[str, Any]:
     }
 
 
-def _groups(channels: Sequence[int]) -> int:
+def groups_of(channels: Sequence[int]) -> int:
     """Groups of the norms: of 16 channels or multiples, which a CPU's vectors hold; else eight.
 
     But none of one channel, whose mean it would hide.
@@ -225,3 +230,10 @@ def _groups(channels: Sequence[int]) -> int:
     common = math.gcd(*channels)
     groups = common // 16 if common % 16 == 0 else math.gcd(common, 8)
     return groups // 2 if groups == min(channels) and groups > 1 else groups
+
+
+def _decoder(config: TrainConfig, data: Data) -> SpaceToDepth | AutoencoderKL | None:
+    """What makes pictures of what the network makes."""
+    if isinstance(data, LatentData):
+        return data.vae
+    return SpaceToDepth(config.block) if config.block > 1 else None

@@ -7,6 +7,7 @@ channels or another range is refused.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from minidiff.data import to_float, to_uint8
-from minidiff.errors import InvalidArgument
+from minidiff.errors import DataError, InvalidArgument, one_of
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 MODES = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # PIL's, by the number of channels
+READ = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs another program
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # which float32 holds to the bit
 
 
@@ -56,16 +58,23 @@ class Original(NamedTuple):
         return Original(self.pixels.repeat_interleave(repeats, 0), mask)
 
 
-def original_of(image: Any, mask: Any, channels: int) -> Original | None:
+def original_of(
+    image: Any, mask: Any, channels: int, *, needs_mask: bool = False
+) -> Original | None:
     """The pictures, and what is to be replaced in them, in any form that the pipeline takes.
 
     Args:
         image: see `pixels_of`; None if there is none.
         mask: see `mask_of`; one for all pictures or one each; None for none.
         channels: of a picture.
+        needs_mask: whether the network can do nothing without.
     Raises:
         InvalidArgument: names `image` or `mask_image` and what is wrong with it.
     """
+    if needs_mask and (image is None or mask is None):
+        raise InvalidArgument(
+            "image and mask_image must be given: this network is shown what is to be replaced"
+        )
     if image is None:
         if mask is not None:
             raise InvalidArgument("mask_image needs an image to keep a part of, got image=None")
@@ -197,9 +206,33 @@ def _shape(given: Any) -> tuple[int, ...]:
     return tuple(given.shape) if hasattr(given, "shape") else (given.height, given.width)
 
 
+def read_picture(path: str | Path, mode: str) -> Any:
+    """A picture from a file, as a PIL image of this mode.
+
+    Raises:
+        DataError: there is no such file, or it is no picture, or a damaged one.
+    """
+    from PIL import Image, ImageOps
+
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with Image.open(path, formats=READ) as image:
+            return ImageOps.exif_transpose(image).convert(mode)
+    except Exception as error:  # Pillow's decoders raise what they like for damaged files
+        raise DataError(f"{path}: no readable picture ({error})") from error
+
+
 def blended(kept: Tensor, made: Tensor, mask: Tensor) -> Tensor:
     """(1 − m)·kept + m·made, and `kept` to the bit where m is 0."""
     return torch.where(mask == 0, kept, (1 - mask) * kept + mask * made)
+
+
+def check_output(output_type: str, channels: int) -> None:
+    """Refuse another type, or PIL images of such channels. Raises InvalidArgument."""
+    one_of("output_type", output_type, OUTPUT_TYPES)
+    if output_type == "pil" and channels not in MODES:
+        raise InvalidArgument(f"output_type must be np or pt for pictures of {channels} channels")
 
 
 def as_output(images: Tensor, output_type: str) -> Any:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from minidiff import pipeline_folder
 from minidiff.device import pick_device
-from minidiff.errors import CheckpointError, InvalidArgument, one_of, true_or_false, whole_number
+from minidiff.errors import CheckpointError, InvalidArgument, true_or_false, whole_number
 from minidiff.guidance import (
     Condition,
     Denoiser,
@@ -33,7 +33,7 @@ from minidiff.inpaint import length, repaint
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.nn.embeddings import SinusoidalTime
 from minidiff.noise import Generators
-from minidiff.pictures import OUTPUT_TYPES, as_output, original_of
+from minidiff.pictures import as_output, check_output, original_of
 from minidiff.pipeline_input import (
     EXTRAPOLATED,
     Guidance,
@@ -44,6 +44,7 @@ from minidiff.pipeline_input import (
     class_names_of,
     entry_of,
     guidance_of,
+    interval_of,
     number_of,
     optional_function,
     parts_of,
@@ -87,7 +88,7 @@ class Pipeline:
         class_names: one a class. The network then knows one label more, the last, for "no class",
             which guidance needs; without it (num_class_embeds == len(class_names)) only
             guidance_scale 1 is possible.
-        guidance_scale, num_inference_steps: used where a call gives none.
+        guidance_scale, num_inference_steps, guidance_interval: used where a call gives none.
         prompts: what makes of a text the tokens that the network looks at.
     Raises:
         InvalidArgument: the network does not fit vae, class_names, prompts or guidance_scale.
@@ -102,6 +103,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         num_inference_steps: int = 50,
         prompts: Prompts | PromptsXL | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> None:
         self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
         self.class_names = tuple(class_names_of(class_names, unet))
@@ -110,6 +112,7 @@ class Pipeline:
             guidance_scale = 1.0 if prompts is None else prompts.guidance_scale
         self.guidance_scale = scale_of(guidance_scale, self.is_guidable)
         self.num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
+        self.guidance_interval = interval_of(guidance_interval)
         self.dtype = torch.float32
 
     @torch.no_grad()
@@ -170,7 +173,8 @@ class Pipeline:
             num_inference_steps: steps of the scheduler.
             guidance_scale: w of classifier-free guidance, 1 for none.
             guidance_rescale: φ of `guidance.rescaled`, in [0, 1].
-            guidance_interval: two σ/α; guidance between them alone, see `guidance.within`.
+            guidance_interval: two σ/α; guidance between them alone, see `guidance.within`. (0, inf)
+                is everywhere, also where the model has an interval of its own.
             guide: another way of guidance, (pair, w) → denoiser, such as
                 `lambda pair, w: projected(pair, w, meaning_of(pipe.scheduler))`.
             eta: DDIM's η; only for schedulers whose step has it.
@@ -190,12 +194,14 @@ class Pipeline:
             InvalidArgument: names the argument, before a network runs.
         """
         # 1. condition
-        one_of("output_type", output_type, OUTPUT_TYPES)
+        space = self.space
+        check_output(output_type, space.image_channels)
         true_or_false("progress", progress)
         optional_function("callback", callback)
         optional_function("callback_on_step_end", callback_on_step_end)
-        space = self.space
-        original = original_of(image, mask_image, space.image_channels)
+        original = original_of(
+            image, mask_image, space.image_channels, needs_mask=space.is_told_mask
+        )
         told, n = told_of(
             prompt, class_labels, number_of(num_images, num_images_per_prompt, original),
             num_images_per_prompt, first_index, self.prompts, self.class_names,
@@ -207,7 +213,7 @@ class Pipeline:
         )
         guidance = guidance_of(
             guidance_rescale,
-            guidance_interval,
+            guidance_interval or self.guidance_interval,
             guide,
             self.is_guidable and not self.is_told_guidance,
         )
@@ -424,6 +430,7 @@ class Pipeline:
                 "class_names": list(self.class_names),
                 "guidance_scale": self.guidance_scale,
                 "num_inference_steps": self.num_inference_steps,
+                "guidance_interval": self.guidance_interval,
             },
         )
 

@@ -42,6 +42,7 @@ _OWN_CLASSES = {"tokenizer": (WordTokenizer.__name__,)}
 # Parts that pictures do not depend on, and options of the index.
 UNUSED = ("feature_extractor", "image_encoder")
 OPTIONS = ("class_names", "guidance_scale", "num_inference_steps")
+LATER_OPTIONS = ("guidance_interval",)  # that older folders lack
 XL_OPTIONS = ("force_zeros_for_empty_prompt",)
 NOTES = ("requires_safety_checker", "add_watermarker")
 
@@ -85,7 +86,7 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         chosen = {name: index[name] for name in XL_OPTIONS if name in index}
         cls = PromptsXL if SECOND[0] in texts else WordPrompts if own else Prompts
         arguments["prompts"] = cls(**loaded, **(chosen if cls is PromptsXL else {}))
-    return arguments | {name: index[name] for name in OPTIONS if name in index}
+    return arguments | {name: index[name] for name in (*OPTIONS, *LATER_OPTIONS) if name in index}
 
 
 def _vae(
@@ -104,13 +105,22 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: {error}") from error
     parts = _parts(index)
     classes = CLASSES | (_OWN_CLASSES if index["_class_name"] == OWN else {})
-    allowed = {*parts, "vae", "safety_checker", *UNUSED, *OPTIONS, *XL_OPTIONS, *NOTES}
+    allowed = {
+        *parts,
+        "vae",
+        "safety_checker",
+        *UNUSED,
+        *OPTIONS,
+        *LATER_OPTIONS,
+        *XL_OPTIONS,
+        *NOTES,
+    }
     for name, value in index.items():
         if name.startswith("_"):
             continue
         if name not in allowed:
             raise CheckpointError(f"{path}: {name!r} is no part or option of this pipeline")
-        if name in (*OPTIONS, *XL_OPTIONS, *NOTES):
+        if name in (*OPTIONS, *LATER_OPTIONS, *XL_OPTIONS, *NOTES):
             continue
         absent = name not in parts and value == [None, None]
         if not absent and not _names_a_class(value):

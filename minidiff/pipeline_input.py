@@ -244,19 +244,25 @@ def guidance_of(
     if any(asked.values()) and not possible:
         (name, *_) = (name for name, given in asked.items() if given)
         raise InvalidArgument(f"{name} needs guidance, which this model cannot have")
-    if interval is not None:
-        low, high = listed("guidance_interval", interval, 2)
-        low = real_number("guidance_interval", low, 0)
-        high = high if high == math.inf else real_number("guidance_interval", high, 0)
-        if low >= high:
-            raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
-        interval = low, high
+    interval = interval_of(interval)
     optional_function("guide", guide)
     if guide is None:
         guide = partial(rescaled, share=rescale) if rescale else extrapolated
     elif rescale:
         raise InvalidArgument("give either guide or guidance_rescale, not both")
     return Guidance(guide, interval)
+
+
+def interval_of(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """Two σ/α, the second of which may be infinite. Raises InvalidArgument."""
+    if interval is None:
+        return None
+    low, high = listed("guidance_interval", interval, 2)
+    low = real_number("guidance_interval", low, 0)
+    high = high if high == math.inf else real_number("guidance_interval", high, 0)
+    if low >= high:
+        raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
+    return low, high
 
 
 def step_options(scheduler: Scheduler, eta: float | None) -> dict[str, float]:
@@ -315,12 +321,12 @@ def walks_of(
     Raises InvalidArgument: RePaint's numbers are out of range, or it is asked for without a mask,
     or for a sampler that asks the network more than once a step.
     """
-    whole_number("resamples", resamples, 1, 1000)
-    whole_number("jump_length", jump_length, 1, max(1, len(scheduler.grid) - begin - 1))
     end = len(scheduler.grid)
-    if resamples == 1:
-        if jump_length != 1:
-            raise InvalidArgument(f"jump_length needs resamples above 1, got {jump_length}")
+    whole_number("resamples", resamples, 1, 1000)
+    whole_number("jump_length", jump_length, 1, max(1, end - begin - 1))
+    if resamples == 1 and jump_length != 1:
+        raise InvalidArgument(f"jump_length needs resamples above 1, got {jump_length}")
+    if resamples == 1 or begin == end:
         return [Stretch(begin, end)] if begin < end else []
     if original is None or original.mask is None:
         raise InvalidArgument(f"resamples needs a mask_image to fit in, got {resamples}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import TrainingError
-from minidiff.train_config import TrainConfig
+from minidiff.train_config import LoopConfig
 
 
 class Budget:
@@ -24,7 +24,7 @@ class Budget:
         elapsed: seconds of the run at the last `tick`, those before an interruption included.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: LoopConfig) -> None:
         self.steps, self.seconds = config.steps, 60 * (config.minutes or 0)
         self.step, self.elapsed = 0, 0.0
         self.start()
@@ -58,14 +58,14 @@ class Progress(NamedTuple):
     skipped: list[int]  # steps that were passed over since the last row
 
 
-def learning_rate(config: TrainConfig, progress: float) -> float:
+def learning_rate(config: LoopConfig, progress: float) -> float:
     """Linear rise over the warm-up, then linear decay to zero at the end of the budget."""
     rise = progress / config.warmup if config.warmup else 1.0
     fall = (1 - progress) / (1 - config.warmup)
     return config.learning_rate * max(0.0, min(rise, fall, 1.0))
 
 
-def batch_size(config: TrainConfig, progress: float) -> int:
+def batch_size(config: LoopConfig, progress: float) -> int:
     """Images in the batch at this share of the budget."""
     sizes = config.batch_sizes()
     return sizes[min(int(progress * len(sizes)), len(sizes) - 1)]
@@ -79,7 +79,7 @@ class Guard:
     and `check` reads the note: before every row of the log, and before anything is saved.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: LoopConfig, device: torch.device) -> None:
         self.config = config
         self.looks = device.type == "cpu" or config.skip_nonfinite > 0
         self.first = torch.full((), -1, device=device)
@@ -123,7 +123,7 @@ class Meter:
         running: a slower average of the loss, over about ten rows; None before the first.
     """
 
-    def __init__(self, config: TrainConfig, guard: Guard) -> None:
+    def __init__(self, config: LoopConfig, guard: Guard) -> None:
         self.config, self.guard = config, guard
         self.every = None if config.steps is None else min(max(config.steps // 100, 1), 100)
         self.sum: float | Tensor = 0.0

@@ -12,8 +12,8 @@ threads, in everything but the column "seconds" of its log.
 
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +24,16 @@ from torch import device as Device
 from tqdm.auto import tqdm
 
 from minidiff import checkpoint, plot
-from minidiff.data import ImageData
 from minidiff.data.captions import CaptionedDigits
+from minidiff.data.protocol import Data
 from minidiff.device import pick_device
-from minidiff.distributed import World, own_device, rank, world
-from minidiff.errors import CheckpointError, Stopped
+from minidiff.distributed import World, launched, own_device, rank, world
+from minidiff.errors import CheckpointError, InvalidArgument, Stopped, true_or_false
 from minidiff.keeper import Keeper, Log, Saving, Signals
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline_folder import INDEX
 from minidiff.train import Progress, TrainConfig, Training, check, resolve, train
-from minidiff.train_config import merged
+from minidiff.train_config import LoopConfig, merged
 
 MODEL = "model"
 CONFIG = "config.json"
@@ -53,9 +53,10 @@ class Settings(NamedTuple):
     about: dict[str, Any]
     device: str
     saving: Saving
+    shard: bool
 
 
-def create(out: str | Path, config: TrainConfig, data: ImageData, **others: Any) -> Path:
+def create(out: str | Path, config: LoopConfig, data: Data, **others: Any) -> Path:
     """Make the run's folder and write its `config.json`, before any work starts.
 
     Raises:
@@ -77,13 +78,13 @@ def _clear_leftovers(out: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def write_config(out: Path, config: TrainConfig, data: ImageData, **others: Any) -> None:
+def write_config(out: Path, config: LoopConfig, data: Data, **others: Any) -> None:
     """Write `config.json`. Raises CheckpointError where that cannot be done."""
     content = {"data": _about(data), "train": asdict(config), **others}
     checkpoint.write_json(out / CONFIG, content)
 
 
-def _about(data: ImageData) -> dict[str, Any]:
+def _about(data: Data) -> dict[str, Any]:
     shape = dict(zip(("channels", "height", "width"), data.shape, strict=True))
     return {"name": data.name, "images": len(data), **shape}
 
@@ -95,7 +96,10 @@ def read_settings(out: str | Path) -> Settings:
     try:
         train, load = dict(content["train"]), dict(content["load"])
         saving = Saving(**content["saving"])
-        return Settings(merged(train), load, content["data"], str(content["device"]), saving)
+        return Settings(
+            merged(train), load, content["data"], str(content["device"]), saving,
+            true_or_false("shard", content["shard"]),
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:  # InvalidArgument among them
         raise CheckpointError(f"{path}: not the config of a run ({error})") from error
 
@@ -103,17 +107,19 @@ def read_settings(out: str | Path) -> Settings:
 def train_into(
     out: str | Path,
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: Device | str = "cpu",
     *,
     saving: Saving | None = None,
     load: Mapping[str, Any] | None = None,
+    shard: bool = False,
 ) -> Pipeline:
     """Train with a progress bar and keep everything in the folder `out`, see the module.
 
     Args:
         load: the arguments of `minidiff.data.load` that gave the data, so that the run can be
             continued without being told them again.
+        shard: whether the processes that torchrun started share the weights among them (FSDP2).
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
@@ -121,16 +127,19 @@ def train_into(
         Stopped: by SIGINT or SIGTERM, after the step under way, with everything saved.
     """
     device, saving = own_device(pick_device(device)), saving or Saving()
+    if true_or_false("shard", shard) and not launched():
+        raise InvalidArgument("shard is for several processes: torchrun --nproc_per_node K …")
     check(config, data)
     config = resolve(config, data)
     if rank() == 0:
-        create(out, config, data, load=dict(load or {}), device=device.type, saving=asdict(saving))
-    return _run(Path(out), config, data, device, saving)
+        others = {"device": device.type, "saving": asdict(saving), "shard": shard}
+        create(out, config, data, load=dict(load or {}), **others)
+    return _run(Path(out), config, data, device, saving, shard)
 
 
 def resume(
     out: str | Path,
-    data: ImageData,
+    data: Data,
     device: Device | str | None = None,
     *,
     say: Callable[[str], None] = print,
@@ -150,15 +159,16 @@ def resume(
     if (now := _about(data)) != settings.about:
         raise CheckpointError(f"{out}: was trained on {settings.about}, the data are {now}")
     device = own_device(pick_device(settings.device if device is None else device))
-    return _run(Path(out), settings.config, data, device, settings.saving, say)
+    return _run(Path(out), settings.config, data, device, settings.saving, settings.shard, say)
 
 
 def _run(
     out: Path,
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: Device,
     saving: Saving,
+    shard: bool,
     say: Callable[[str], None] = print,
 ) -> Pipeline:
     """Train on this process, and the others that torchrun started; that of rank 0 writes."""
@@ -174,7 +184,7 @@ def _run(
         if leads:
             write_samples(pipe, out / f"samples-{step:06d}.png", prompts=prompts)
 
-    with closing(log) if leads else nullcontext(), world(device) as processes:
+    with closing(log) if leads else nullcontext(), world(device, shard) as processes:
         with signals.watch():
             pipe = train_with_bar(
                 config, data, device, log.append if leads else _nothing, picture,
@@ -200,7 +210,7 @@ def _nothing(_: object) -> None:
 
 def train_with_bar(
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     device: Device | str = "cpu",
     report: Callable[[Progress], None] = lambda row: None,
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
@@ -208,7 +218,17 @@ def train_with_bar(
     after: Callable[[Training], bool] = lambda training: False,
     world: World | None = None,
 ) -> Pipeline:
-    """`minidiff.train.train` with a progress bar of its budget, the loss and the time left."""
+    """`minidiff.train.train` with a progress bar."""
+    with progress_bar(config, report) as report_and_show:
+        return train(config, data, device, report_and_show, picture, begin=begin, after=after,
+                     world=world)  # fmt: skip
+
+
+@contextmanager
+def progress_bar(
+    config: LoopConfig, report: Callable[[Progress], None]
+) -> Iterator[Callable[[Progress], None]]:
+    """A bar of a budget, the loss and the time left; yields `report`, which then moves it too."""
     in_steps = config.steps is not None
     bar = tqdm(
         total=config.steps if in_steps else max(1, round(60 * config.minutes)),
@@ -223,8 +243,7 @@ def train_with_bar(
         bar.set_postfix_str(f"step {row.step}, loss {row.loss:.4f}")
 
     with bar:
-        return train(config, data, device, report_and_show, picture, begin=begin, after=after,
-                     world=world)  # fmt: skip
+        yield report_and_show
 
 
 def write_samples(

@@ -20,15 +20,16 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minidiff import checkpoint
+from minidiff.distributed import laid_out
 from minidiff.errors import CheckpointError
 from minidiff.train import Training
-from minidiff.weights import SUFFIX, headers, load_weights, read_one, write_tensors
+from minidiff.weights import SUFFIX, check_fit, headers, read_one, write_tensors
 
 FOLDER = "checkpoints"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -42,34 +43,55 @@ _NAME = re.compile(r"step-([0-9]{6,12})")
 # ------------------------------------------------------------------------------------ writing
 
 
-def write(run: Path, training: Training, log_bytes: int) -> Path:
-    """Write a snapshot; the live weights are only read.
+class Content(NamedTuple):
+    """What a snapshot holds: tensors by file, and the numbers of `state.json`."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def content(training: Training) -> Content:
+    """What a snapshot of a training holds; the live weights are only read.
+
+    Where the weights are shared out, all processes call this.
+
+    Raises:
+        CheckpointError: the optimizer's state is not of tensors, numbers and texts.
+        TrainingError: the loss or a gradient was not finite, so this is nothing to go on from.
+    """
+    training.guard.check()
+    optimizer, moments = _optimizer_state(training.optimizer)
+    found = {
+        WEIGHTS: training.learner.state_dict(),
+        AVERAGE: training.average.model.state_dict(),
+        OPTIMIZER: moments,
+    }
+    state = {
+        "version": VERSION,
+        "step": training.budget.step,
+        "seconds": training.budget.elapsed,
+        "images": training.batches.stream.position,
+        "averaged": training.average.updates,
+        "meter": training.meter.state(),
+        "optimizer": optimizer,
+    }
+    return Content({name: training.world.whole(part) for name, part in found.items()}, state)
+
+
+def write(run: Path, content: Content, log_bytes: int) -> Path:
+    """Write a snapshot.
 
     Args:
         run: the run's folder.
         log_bytes: length of the log that belongs to it.
     Raises:
         CheckpointError: it cannot be written; earlier snapshots are as they were.
-        TrainingError: the loss or a gradient was not finite, so this is nothing to go on from.
     """
-    training.guard.check()
-    folder = run / FOLDER / f"step-{training.budget.step:06d}"
-    optimizer, tensors = _optimizer_state(training.optimizer)
+    folder = run / FOLDER / f"step-{content.state['step']:06d}"
     with checkpoint.atomic_folder(folder) as temporary:
-        write_tensors(temporary / WEIGHTS, training.learner.state_dict())
-        write_tensors(temporary / AVERAGE, training.average.model.state_dict())
-        write_tensors(temporary / OPTIMIZER, tensors)
-        state = {
-            "version": VERSION,
-            "step": training.budget.step,
-            "seconds": training.budget.elapsed,
-            "images": training.batches.stream.position,
-            "averaged": training.average.updates,
-            "meter": training.meter.state(),
-            "log_bytes": log_bytes,
-            "optimizer": optimizer,
-        }
-        checkpoint.write_json(temporary / STATE, state)
+        for name, tensors in content.tensors.items():
+            write_tensors(temporary / name, tensors)
+        checkpoint.write_json(temporary / STATE, content.state | {"log_bytes": log_bytes})
         checkpoint.write_json(temporary / MANIFEST, _manifest(temporary))
     return folder
 
@@ -200,8 +222,8 @@ def restore(folder: Path, training: Training) -> int:
             raise CheckpointError(
                 f"{folder / STATE}: version {state['version']}, this minidiff reads {VERSION}"
             )
-        load_weights(training.learner, headers([folder / WEIGHTS]))
-        load_weights(training.average.model, headers([folder / AVERAGE]))
+        _load(training.learner, folder / WEIGHTS)
+        _load(training.average.model, folder / AVERAGE)
         stored = headers([folder / OPTIMIZER])
         tensors = {name: read_one(entry) for name, entry in stored.items()}
         _load_optimizer(training.optimizer, state["optimizer"], tensors)
@@ -212,6 +234,16 @@ def restore(folder: Path, training: Training) -> int:
         return state["log_bytes"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: not the snapshot of this run ({error!r})") from error
+
+
+def _load(module: nn.Module, file: Path) -> None:
+    """Weights, whole in the file and maybe shared out in the module."""
+    wanted = module.state_dict()
+    stored = headers([file])
+    check_fit(wanted, stored)
+    module.load_state_dict(
+        {name: laid_out(read_one(entry), wanted[name]) for name, entry in stored.items()}
+    )
 
 
 def _load_optimizer(
@@ -230,7 +262,7 @@ def _load_optimizer(
     for parameter, entries in optimizer.state.items():
         for name, value in _of_the_shape_of(parameter, entries.items()):
             # A file holds no strides; kernels walk parameter and moments side by side.
-            entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            entries[name] = laid_out(value, parameter.detach())
 
 
 def _like(now: Any, value: Any) -> Any:

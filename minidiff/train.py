@@ -5,6 +5,7 @@ which images and how long, the config's. What is sampled from later is a running
 weights. The budget, minutes or steps, decides the whole learning-rate schedule.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,7 @@ from minidiff.device import DTYPES, pick_device
 from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve, seen
+from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
 from minidiff.pipeline import Pipeline
@@ -46,7 +48,7 @@ class Training:
 
     Args:
         config: the run, with σ_data where its objective needs it (`resolve`).
-        data: the images, moved to `device` whole.
+        data: the images, or their latents, moved to `device` whole.
         device: where to train.
         make_optimizer: see `train`.
         world: the processes that train together.
@@ -56,7 +58,6 @@ class Training:
         optimizer, budget, batches, meter: what else a snapshot keeps.
         asks: says which signal asks this process to stop, 0 for none.
         asked: the same, as all processes agree on it at the end of a step.
-        result: a pipeline of the averaged weights.
     """
 
     def __init__(
@@ -72,10 +73,14 @@ class Training:
         pipe, self.objective = build(config, data), config.objective()
         self.learner = Learner.of(pipe).to(device).train()
         self.average = EMA(self.learner, config.ema_half_life)
-        self.result = self.average.model.pipeline(pipe).to(dtype=DTYPES[config.dtype])
+        splits = self.world.splits
+        self._whole = copy.deepcopy(self.average.model) if splits else self.average.model
+        self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
+        for module in (self.learner, self.average.model):
+            self.world.share(module)
         self.optimizer = (make_optimizer or _adamw(config))(self.learner.trained())
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        encode = (lambda x0: x0) if pipe.vae is None else pipe.vae.to_latents
+        encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         self.batches = Batches(
             config,
             seen(config, data).to(device),
@@ -141,6 +146,13 @@ class Training:
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
 
+    @property
+    def result(self) -> Pipeline:
+        """A pipeline of the averaged weights; where they are shared out, all processes ask."""
+        if self.world.splits:
+            self._whole.load_state_dict(self.world.whole(self.average.model.state_dict()))
+        return self._result
+
     def row(self, last: bool = False) -> Progress | None:
         """A row for the log, where one is due."""
         return self.meter.row(self.budget, self.batches.stream.position, last)
@@ -165,7 +177,7 @@ def train(
 
     Args:
         config: the run.
-        data: the images, moved to `device` whole.
+        data: the images, or their latents, moved to `device` whole.
         device: where to train.
         report: called with every row for the log: every second of a budget in minutes, every
             hundredth of one in steps.

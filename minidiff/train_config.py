@@ -1,7 +1,8 @@
 """Everything that decides a run, except the data: one frozen dataclass.
 
 Every field carries its own sentence, which is also its line in `minidiff train --help`; flags,
-configuration files and presets speak of the same names.
+configuration files and presets speak of the same names. `LoopConfig` is what every training loop
+needs, `TrainConfig` adds what makes a diffusion model, `VAEConfig` what makes an autoencoder.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minidiff import objective
 from minidiff.device import DTYPES
@@ -25,25 +26,32 @@ from minidiff.errors import (
 )
 from minidiff.noise import MAX_SEED
 from minidiff.objective import LOSS_WEIGHTS, NOISE_LEVELS, PREDICTION_TYPES, Objective
+from minidiff.pipeline_input import interval_of
 from minidiff.schedule import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
 
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
 MAX_CONFIG_BYTES = 1 << 20
+RECONSTRUCTIONS = ("l1", "l2")
 
 
-def _option(default: Any, help: str, kind: type | None = None, flag: str | None = None) -> Any:
+def _option(
+    default: Any,
+    help: str,
+    kind: type | None = None,
+    flag: str | None = None,
+    values: tuple[str, ...] | None = None,
+) -> Any:
     """A field: its default, its sentence, the type of its values and its flag where not its name.
 
-    The flag "" is none: the command line has its own.
+    The flag "" is none: the command line has its own. `values` names those of a flag with several.
     """
-    return field(
-        default=default, metadata={"help": help, "type": kind or type(default), "flag": flag}
-    )
+    about = {"help": help, "type": kind or type(default), "flag": flag, "values": values}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A run. Checked when built; raises InvalidArgument naming the field."""
+class LoopConfig:
+    """Budget, batches, optimizer. Checked when built; raises InvalidArgument naming the field."""
 
     # The budget: exactly one of the two. It decides the whole learning-rate schedule.
     minutes: float | None = _option(None, "budget in minutes of wall-clock time", float)
@@ -56,7 +64,6 @@ class TrainConfig:
         None, "images a step at the end: the batch doubles on the way, each size for an equal "
         "share of the budget; default: as at the start", int,
     )  # fmt: skip
-    accumulate: int = _option(1, "parts of a batch that are in memory one after the other")
     learning_rate: float = _option(2e-3, "of AdamW, at its peak")
     warmup: float = _option(0.02, "share of the budget in which the learning rate rises from zero")
     weight_decay: float = _option(0.01, "of AdamW")
@@ -70,6 +77,38 @@ class TrainConfig:
         0, "how many steps of the run may have a loss or gradient that is not finite: they are "
         "passed over and logged; one more stops the run"
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise InvalidArgument("give a budget: either minutes or steps")
+        if self.minutes is not None and real_number("minutes", self.minutes, 0) == 0:
+            raise InvalidArgument("minutes must be more than 0, got 0")
+        if self.steps is not None:
+            whole_number("steps", self.steps, 1)
+        whole_number("seed", self.seed, 0, MAX_SEED)
+        whole_number("batch_size", self.batch_size, 1, MAX_BATCH)
+        if self.final_batch_size is not None:
+            whole_number("final_batch_size", self.final_batch_size, self.batch_size, MAX_BATCH)
+        for name in ("learning_rate", "weight_decay", "clip"):
+            real_number(name, getattr(self, name), 0)
+        for name in ("warmup", "ema_half_life"):
+            real_number(name, getattr(self, name), 0, 0.99)
+        one_of("dtype", self.dtype, DTYPES)
+        whole_number("skip_nonfinite", self.skip_nonfinite, 0)
+
+    def batch_sizes(self) -> list[int]:
+        """The sizes of the batch along the run, each for an equal share of the budget."""
+        sizes, last = [self.batch_size], self.final_batch_size or self.batch_size
+        while sizes[-1] < last:
+            sizes.append(min(2 * sizes[-1], last))
+        return sizes
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """A run. Checked when built; raises InvalidArgument naming the field."""
+
+    accumulate: int = _option(1, "parts of a batch that are in memory one after the other")
 
     # The objective, see `minidiff.objective`
     prediction_type: str = _option("v_prediction", ", ".join(PREDICTION_TYPES))
@@ -107,39 +146,26 @@ class TrainConfig:
 
     # What is stored for sampling, and seen on the way
     guidance_scale: float = _option(1.5, "stored with the model", flag="guidance")
+    guidance_interval: tuple[float, float] | None = _option(
+        None, "σ/α between which guidance leads, stored with the model; default: everywhere", float,
+        values=("LOW", "HIGH"),
+    )  # fmt: skip
     num_inference_steps: int = _option(10, "stored with the model", flag="sampling-steps")
     pictures: int = _option(4, "how many grids of samples to save along the way, the end included")
 
     def __post_init__(self) -> None:
-        if (self.minutes is None) == (self.steps is None):
-            raise InvalidArgument("give a budget: either minutes or steps")
-        if self.minutes is not None and real_number("minutes", self.minutes, 0) == 0:
-            raise InvalidArgument("minutes must be more than 0, got 0")
-        if self.steps is not None:
-            whole_number("steps", self.steps, 1)
-        whole_number("seed", self.seed, 0, MAX_SEED)
-        self._check_optimization()
-        self._check_objective()
-        self._check_network()
-        real_number("guidance_scale", self.guidance_scale, -math.inf)
-        whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
-        whole_number("pictures", self.pictures, 0)
-
-    def _check_optimization(self) -> None:
-        whole_number("batch_size", self.batch_size, 1, MAX_BATCH)
-        if self.final_batch_size is not None:
-            whole_number("final_batch_size", self.final_batch_size, self.batch_size, MAX_BATCH)
+        super().__post_init__()
         whole_number("accumulate", self.accumulate, 1)
         if self.accumulate > self.batch_size:
             raise InvalidArgument(
                 f"accumulate must be at most batch_size, {self.batch_size}, got {self.accumulate}"
             )
-        for name in ("learning_rate", "weight_decay", "clip"):
-            real_number(name, getattr(self, name), 0)
-        for name in ("warmup", "ema_half_life"):
-            real_number(name, getattr(self, name), 0, 0.99)
-        one_of("dtype", self.dtype, DTYPES)
-        whole_number("skip_nonfinite", self.skip_nonfinite, 0)
+        self._check_objective()
+        self._check_network()
+        real_number("guidance_scale", self.guidance_scale, -math.inf)
+        interval_of(self.guidance_interval)
+        whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
+        whole_number("pictures", self.pictures, 0)
 
     def _check_objective(self) -> None:
         whole_number("num_train_timesteps", self.num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
@@ -154,10 +180,7 @@ class TrainConfig:
     def _check_network(self) -> None:
         for name in ("block", "layers", "text_width", "text_layers"):
             whole_number(name, getattr(self, name), 1)
-        if not listed("channels", self.channels):
-            raise InvalidArgument("channels must list at least one level, got none")
-        for width in self.channels:
-            whole_number("channels", width, 1)
+        _check_widths("channels", self.channels)
         real_number("dropout", self.dropout, 0, 0.99)
 
     @property
@@ -170,29 +193,81 @@ class TrainConfig:
         options = {name: getattr(self, name) for name in _OBJECTIVE}
         return objective.make(**options, num_train_timesteps=self.num_train_timesteps)
 
-    def batch_sizes(self) -> list[int]:
-        """The sizes of the batch along the run, each for an equal share of the budget."""
-        sizes, last = [self.batch_size], self.final_batch_size or self.batch_size
-        while sizes[-1] < last:
-            sizes.append(min(2 * sizes[-1], last))
-        return sizes
+
+@dataclass(frozen=True)
+class VAEConfig(LoopConfig):
+    """A run of train-vae. Checked when built; raises InvalidArgument naming the field."""
+
+    # The loss, see `minidiff.train_vae`
+    reconstruction: str = _option("l1", f"what an error costs: {', '.join(RECONSTRUCTIONS)}")
+    kl_weight: float = _option(
+        1e-2, "of the latents' divergence from the standard normal distribution, in nats, beside "
+        "the error summed over the pixels"
+    )  # fmt: skip
+    adversarial_weight: float = _option(
+        0.1, "of a discriminator's verdict, beside the error; 1 makes both pull equally hard on "
+        "the decoder's last layer; 0 for no discriminator"
+    )  # fmt: skip
+    adversarial_start: float = _option(
+        0.5, "share of the budget after which the discriminator judges"
+    )
+    discriminator_channels: tuple[int, ...] = _option(
+        (32, 64), "of each of its levels; half the size at each level"
+    )
+
+    # The network
+    latent_channels: int = _option(4, "of the latents")
+    channels: tuple[int, ...] = _option(
+        (32, 64, 64), "of each level; all but the last halve the size"
+    )
+    layers: int = _option(1, "residual blocks a level; the decoder has one more")
+    attention: bool = _option(False, "attention in the middle, at the smallest size")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("reconstruction", self.reconstruction, RECONSTRUCTIONS)
+        for name in ("kl_weight", "adversarial_weight"):
+            real_number(name, getattr(self, name), 0)
+        real_number("adversarial_start", self.adversarial_start, 0, 1)
+        true_or_false("attention", self.attention)
+        whole_number("latent_channels", self.latent_channels, 1)
+        whole_number("layers", self.layers, 1)
+        for name in ("channels", "discriminator_channels"):
+            _check_widths(name, getattr(self, name))
+
+
+def _check_widths(name: str, widths: object) -> None:
+    if not listed(name, widths):
+        raise InvalidArgument(f"{name} must list at least one level, got none")
+    for width in widths:
+        whole_number(name, width, 1)
 
 
 _OBJECTIVE = (
     "prediction_type", "noise_levels", "level_mean", "level_std", "loss_weight", "min_snr_gamma",
     "sigma_data", "beta_schedule", "learn_variance",
 )  # fmt: skip
-OPTIONS: dict[str, Field] = {option.name: option for option in fields(TrainConfig)}
+Kind = TypeVar("Kind", bound=LoopConfig)
 
 
-def merged(*layers: Mapping[str, Any]) -> TrainConfig:
+def _options(kind: type[LoopConfig]) -> dict[str, Field]:
+    """The fields of a config's class by name, in the order in which help shows them."""
+    return {option.name: option for option in fields(kind)}
+
+
+OPTIONS, VAE_OPTIONS = _options(TrainConfig), _options(VAEConfig)
+
+
+def merged(*layers: Mapping[str, Any], kind: type[Kind] = TrainConfig) -> Kind:
     """The config of several layers of options, of which the later ones win.
 
     A budget in minutes in one layer takes the place of one in steps in the layers before, and the
     other way round.
 
+    Args:
+        kind: the config's class.
     Raises:
-        InvalidArgument: a name that is no option, or as `TrainConfig`.
+        InvalidArgument: a name that is no option, or as the class.
     """
     result: dict[str, Any] = {}
     for layer in layers:
@@ -201,14 +276,15 @@ def merged(*layers: Mapping[str, Any]) -> TrainConfig:
             result.pop("steps", None)
         result |= layer
     for name in result:
-        one_of("option", name, OPTIONS)
-    if isinstance(result.get("channels"), list):
-        result["channels"] = tuple(result["channels"])  # JSON and TOML have lists
-    return TrainConfig(**result)
+        one_of("option", name, _options(kind))
+    for name in ("channels", "guidance_interval", "discriminator_channels"):
+        if isinstance(result.get(name), list):
+            result[name] = tuple(result[name])  # JSON and TOML have lists
+    return kind(**result)
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
-    """Options from a JSON or TOML file: those of `TrainConfig`, or a run's `config.json`.
+    """Options from a JSON or TOML file: those of a config, or a run's `config.json`.
 
     Raises:
         CheckpointError: the file is missing, too large or not what its name says.

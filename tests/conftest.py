@@ -1,5 +1,6 @@
 """One small trained pipeline, shared by the tests that need a model that has learnt something."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -30,3 +31,27 @@ def run_folder(tmp_path_factory) -> Path:
 def pipe(run_folder) -> Pipeline:
     """The pipeline of that run, fresh for every test."""
     return run.open_pipeline(run_folder)
+
+
+@pytest.fixture(scope="session")
+def latent_folder(tmp_path_factory) -> Path:
+    """A folder of Stable Diffusion's kind, with random weights, that diffusers wrote."""
+    from tiny_pipelines import DDIM, stable_diffusion
+
+    path = tmp_path_factory.mktemp("sd")
+    stable_diffusion(path, DDIM).save_pretrained(path / "sd")
+    return path / "sd"
+
+
+@pytest.fixture(scope="session")
+def _latent_pipe(latent_folder) -> Pipeline:
+    return Pipeline.from_pretrained(latent_folder)
+
+
+@pytest.fixture
+def latent_pipe(_latent_pipe) -> Pipeline:
+    """The pipeline of that folder, a copy for every test."""
+    pipe = copy.copy(_latent_pipe)
+    pipe.unet, pipe.vae = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
+    pipe.scheduler, pipe.prompts = copy.copy(pipe.scheduler), copy.copy(pipe.prompts)
+    return pipe

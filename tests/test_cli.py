@@ -47,6 +47,32 @@ def test_the_same_seed_gives_the_same_file_whatever_the_batch_size(run_folder, t
     assert np.abs(arrays[0] - arrays[1]).max() <= 1
 
 
+def test_sample_changes_a_picture_and_keeps_what_the_mask_keeps(run_folder, tmp_path):
+    """The model is grey; the files have colours."""
+    shades = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
+    white = np.zeros((16, 16), np.uint8)
+    white[:8] = 255
+    for name, array in (("image", shades), ("mask", white)):
+        Image.fromarray(array).convert("RGB").save(tmp_path / f"{name}.png")
+    given = ["--image", str(tmp_path / "image.png"), "--class", "7"]
+
+    def made(*more: str) -> np.ndarray:
+        npz = tmp_path / "x.npz"
+        call = ["sample", str(run_folder), "--num", "2", "--steps", "4", "--npz", str(npz)]
+        assert main([*call, *given, *more]) == 0
+        with np.load(npz, allow_pickle=False) as file:
+            return file["images"][..., 0]
+
+    assert np.array_equal(made("--strength", "0"), np.stack([shades] * 2))
+    changed = made("--strength", "0.5")
+    assert (changed != shades).mean() > 0.5
+    filled = made("--mask", str(tmp_path / "mask.png"))
+    assert np.array_equal(filled[:, 8:], np.stack([shades[8:]] * 2))
+    assert (filled[:, :8] != shades[:8]).mean() > 0.5
+    part = ["--guidance-rescale", "0.5", "--guidance-interval", "0.5", "3"]
+    assert not np.array_equal(made("--mask", str(tmp_path / "mask.png"), *part), filled)
+
+
 def test_train_writes_a_run_that_says_everything_about_itself(run_folder, tmp_path):
     config = json.loads((run_folder / "config.json").read_text())
     assert config["data"] == {
@@ -150,6 +176,20 @@ def bad_mnist(folder, damage):
         ("sample RUN --png OUT/x.png --sampler euler2", 2, "ddpm, ddim, euler"),
         ("sample RUN --png OUT/x.png --eta 0.5", 2, "eta is DDIM's"),
         ("sample RUN --png OUT/x.png --sampler ddim --eta 2", 2, "eta must be in"),
+        ("sample RUN cat --png OUT/x.png", 2, "class_labels must be a whole number in 0..9"),
+        ("sample RUN --negative cat --png OUT/x.png", 2, "negative_prompt must be None"),
+        ("sample RUN --strength 0.5 --png OUT/x.png", 2, "strength needs an image"),
+        ("sample RUN --image NONE --png OUT/x.png", 1, "no such file"),
+        ("sample RUN --image FILE --png OUT/x.png", 1, "no readable picture"),
+        (
+            "sample RUN --image PICTURE --strength 2 --png OUT/x.png",
+            2,
+            "strength must be in [0, 1]",
+        ),
+        ("sample RUN --image PICTURE --mask WIDE --png OUT/x.png", 2, "mask_image must have the"),
+        ("sample RUN --mask PICTURE --png OUT/x.png", 2, "mask_image needs an image"),
+        ("sample RUN --guidance-rescale 2 --png OUT/x.png", 2, "guidance_rescale must be in"),
+        ("sample RUN --guidance-interval 2 1 --png OUT/x.png", 2, "guidance_interval must rise"),
         ("evaluate RUN --num 5", 2, "192"),
         ("evaluate RUN/model --num 192", 1, "--data"),
         ("sample RUN --png OUT/x.png --device cuda:99", 2, "device cuda:99 is not available"),
@@ -175,7 +215,10 @@ def test_bad_input_ends_in_one_line(run_folder, tmp_path, capsys, monkeypatch, c
         "FILE": tmp_path / "file", "FULL": tmp_path / "full",
         "missing": tmp_path / "missing", "truncated": tmp_path / "truncated",
         "wrong": tmp_path / "wrong",
+        "PICTURE": tmp_path / "picture.png", "WIDE": tmp_path / "wide.png",
     }  # fmt: skip
+    Image.new("RGB", (16, 16)).save(places["PICTURE"])
+    Image.new("L", (32, 16)).save(places["WIDE"])
     words = []
     for word in call.split():
         head, slash, tail = word.partition("/")

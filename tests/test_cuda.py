@@ -7,13 +7,15 @@ import pytest
 import torch
 from networks import distance
 
-from minidiff import Pipeline
+from minidiff import Pipeline, snapshot
 from minidiff.data import load
+from minidiff.distributed import Processes, Shards
+from minidiff.errors import TrainingError
 from minidiff.nn import AutoencoderKL, TextEncoder, UNet
 from minidiff.noise import image_generators, randn
 from minidiff.sample import trajectory
 from minidiff.schedulers import SCHEDULERS, DDIMScheduler
-from minidiff.train import TrainConfig, train
+from minidiff.train import TrainConfig, Training, resolve, train
 
 pytestmark = [
     pytest.mark.cuda,
@@ -197,6 +199,96 @@ def test_training_learns_on_a_gpu(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = Pipeline.from_pretrained(tmp_path / "model")
     assert next(again.unet.parameters()).device.type == "cpu"
+
+
+TRAIN = {"channels": (32, 48), "batch_size": 64, "pictures": 0}
+OBJECTIVES = [
+    {},
+    {"prediction_type": "edm", "dropout": 0.1, "accumulate": 2, "shift": 1},
+    {"prediction_type": "flow", "loss_weight": "min_snr", "dtype": "bfloat16"},
+    {"prediction_type": "epsilon", "learn_variance": True},
+]
+
+
+def training(device: str = "cuda", world=None, **options) -> Training:
+    data, config = load("digits"), TrainConfig(steps=1000, **TRAIN | options)
+    return Training(resolve(config, data), data, torch.device(device), world=world)
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+def test_a_training_step_never_waits_for_the_device(options, never_waiting):
+    run = training(**options)
+    for _ in range(3):
+        run.step()  # kernels are chosen, moments are made
+    never_waiting()
+    for _ in range(3):
+        run.step()
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+def test_training_takes_the_same_first_steps_on_both_devices(options):
+    """Only levels and labels are drawn on the CPU: noise is the device's, so losses are alike."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        run = training(device, **{**options, "dtype": "float32"})
+        for _ in range(20):
+            run.step()
+        losses.append(float(run.meter.sum) / run.meter.count)
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_a_run_goes_on_from_a_snapshot_made_on_a_gpu(tmp_path):
+    first, second = training(dropout=0.1), training(dropout=0.1)
+    for _ in range(5):
+        first.step()
+    snapshot.restore(snapshot.write(tmp_path, snapshot.content(first), 0), second)
+    for run in (first, second):
+        for _ in range(3):
+            run.step()
+    for ours, theirs in zip(first.learner.parameters(), second.learner.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    there = training("cpu", dropout=0.1)
+    snapshot.restore(snapshot.snapshots(tmp_path)[-1], there)
+    assert there.budget.step == 5
+
+
+@pytest.mark.parametrize("kind", [Processes, Shards])
+def test_processes_on_gpus_wait_for_each_other_but_not_for_the_device(
+    kind, never_waiting, monkeypatch, tmp_path
+):
+    """One process, but all that several do: NCCL, the hosts' own group, shares of the weights."""
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29617)):  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    world = kind(torch.device("cuda", 0))
+    try:
+        run, alone = training("cuda:0", world), training("cuda:0")
+        for _ in range(3):
+            run.step()
+            alone.step()
+        if kind is Processes:
+            never_waiting()
+        run.step()
+        torch.cuda.set_sync_debug_mode("default")
+        alone.step()
+        snapshot.write(tmp_path, snapshot.content(run), 0)
+        assert float(run.meter.sum) == pytest.approx(float(alone.meter.sum), rel=1e-4)
+        assert run.result(
+            num_images=2, seed=0, num_inference_steps=2, output_type="np"
+        ).images.any()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_step_though_no_step_waits():
+    run = training()
+    run.step()
+    with torch.no_grad():
+        next(iter(run.learner.parameters())).fill_(float("nan"))
+    for _ in range(3):
+        run.step()
+    with pytest.raises(TrainingError, match="not finite at step 1"):
+        snapshot.content(run)
 
 
 def test_a_compiled_network_gives_the_same_numbers():

@@ -1,11 +1,8 @@
 """A run cannot be lost: killed, stopped, out of disk or damaged, it goes on as if nothing was."""
 
-import contextlib
 import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import finished, rows, started, tensors
 
 from minidiff import checkpoint, run, snapshot
 from minidiff.cli import main
@@ -22,7 +20,6 @@ from minidiff.data import load
 from minidiff.errors import CheckpointError, Stopped, TrainingError
 from minidiff.keeper import Saving
 from minidiff.train import TrainConfig, Training
-from minidiff.weights import headers, read_one
 
 STEPS = 24
 TINY = {"channels": (4, 4), "batch_size": 8, "pictures": 0, "dropout": 0.1}
@@ -46,46 +43,6 @@ def call(photos: Path, out: Path, *others: str) -> list[str]:
             "--save-every", "2", "--dtype", "float32", *others]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Starts programs in processes of their own without importing torch for each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minidiff.cli", "minidiff.run", "torch._dynamo"])
-    return context
-
-
-def program(arguments: list[str], log: str, limit: int | None) -> None:
-    """What a process runs: the command line, its words in a file."""
-    torch.set_num_threads(1)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = main(arguments)
-    raise SystemExit(code)
-
-
-def started(server, arguments: list[str], log: Path, limit: int | None = None):
-    process = server.Process(target=program, args=(arguments, str(log), limit))
-    process.start()
-    return process
-
-
-def finished(server, arguments: list[str], log: Path, limit: int | None = None) -> int:
-    process = started(server, arguments, log, limit)
-    process.join(120)
-    return process.exitcode
-
-
-def rows(out: Path) -> list[dict]:
-    """The log, without the seconds of the clock on the wall."""
-    lines = [json.loads(line) for line in (out / run.LOG).read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in lines]
-
-
-def tensors(file: Path) -> dict[str, torch.Tensor]:
-    return {name: read_one(entry) for name, entry in headers([file]).items()}
-
-
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, average, optimizer, log and model, bit for bit."""
     last = snapshot.snapshots(first)[-1].name
@@ -107,18 +64,18 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(photos, server, tmp_path_factory) -> Path:
+def whole(photos, tmp_path_factory) -> Path:
     """A run that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    assert finished(server, call(photos, folder / "run"), folder / "said") == 0
+    assert finished(call(photos, folder / "run"), folder / "said") == 0
     return folder / "run"
 
 
-def killed_and_resumed(kills: int, seed: int, photos, server, whole, folder) -> None:
+def killed_and_resumed(kills: int, seed: int, photos, whole, folder) -> None:
     out, said, chance = folder / "run", folder / "said", random.Random(seed)
     arguments = call(photos, out)
     for _ in range(kills):
-        process = started(server, arguments, said)
+        process = started(arguments, said)
         reach = chance.randrange(0, STEPS + 3)
         deadline = time.monotonic() + 60
         while process.is_alive() and time.monotonic() < deadline:
@@ -130,29 +87,27 @@ def killed_and_resumed(kills: int, seed: int, photos, server, whole, folder) -> 
         process.kill()
         process.join()
         arguments = ["train", "--resume", str(out)] if (out / run.CONFIG).is_file() else arguments
-    assert finished(server, arguments, said) == 0, said.read_text()
+    assert finished(arguments, said) == 0, said.read_text()
     assert_same_run(whole, out)
     assert not list((out / snapshot.FOLDER).glob(".*"))  # nothing half written is left
 
 
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(
-    photos, server, whole, tmp_path
+    photos, whole, tmp_path
 ):
-    killed_and_resumed(3, 1, photos, server, whole, tmp_path)
+    killed_and_resumed(3, 1, photos, whole, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 6))
-def test_so_does_a_run_killed_twenty_times(seed, photos, server, whole, tmp_path):
-    killed_and_resumed(20, seed, photos, server, whole, tmp_path)
+def test_so_does_a_run_killed_twenty_times(seed, photos, whole, tmp_path):
+    killed_and_resumed(20, seed, photos, whole, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_so_in_one_line(
-    number, photos, server, whole, tmp_path
-):
+def test_a_signal_finishes_the_step_saves_and_says_so_in_one_line(number, photos, whole, tmp_path):
     out, said = tmp_path / "run", tmp_path / "said"
-    process = started(server, call(photos, out), said)
+    process = started(call(photos, out), said)
     while not ((out / run.LOG).is_file() and rows_so_far(out) >= 3):
         time.sleep(0.001)
     os.kill(process.pid, number)
@@ -165,7 +120,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so_in_one_line(
     assert snapshot.snapshots(out)[-1].name == f"step-{step:06d}"
     if number == signal.SIGINT:
         return
-    assert finished(server, ["train", "--resume", str(out)], said) == 0
+    assert finished(["train", "--resume", str(out)], said) == 0
     assert_same_run(whole, out)
 
 
@@ -194,6 +149,10 @@ def test_a_second_interrupt_stops_at_once(monkeypatch, tmp_path):
 
 
 # --- what a snapshot holds -------------------------------------------------------------------
+
+
+def saved(folder: Path, training: Training) -> Path:
+    return snapshot.write(folder, snapshot.content(training), 0)
 
 
 class Ended(Exception):
@@ -288,7 +247,7 @@ def test_raw_and_averaged_weights_are_apart_and_saving_touches_neither(tmp_path)
         training.step()
     live = {name: t.clone() for name, t in training.learner.state_dict().items()}
     pointers = [p.data_ptr() for p in training.learner.parameters()]
-    folder = snapshot.write(tmp_path, training, 0)
+    folder = saved(tmp_path, training)
     assert pointers == [p.data_ptr() for p in training.learner.parameters()]
     now, raw = training.learner.state_dict(), tensors(folder / snapshot.WEIGHTS)
     averaged = tensors(folder / snapshot.AVERAGE)
@@ -309,7 +268,7 @@ def test_a_snapshot_of_another_network_is_refused(tmp_path):
     data = load("digits")
     training = Training(TrainConfig(steps=10, **TINY), data, torch.device("cpu"))
     training.step()
-    folder = snapshot.write(tmp_path, training, 0)
+    folder = saved(tmp_path, training)
     wide = Training(TrainConfig(steps=10, **TINY | {"channels": (8, 8)}), data, training.device)
     with pytest.raises(CheckpointError, match="has shape"):
         snapshot.restore(folder, wide)
@@ -326,13 +285,13 @@ def test_an_optimizer_of_ones_own_goes_on_as_well(tmp_path):
     first, second = trainings
     for _ in range(2):
         first.step()
-    snapshot.restore(snapshot.write(tmp_path, first, 0), second)
+    snapshot.restore(saved(tmp_path, first), second)
     for training in trainings:
         training.step()
     assert all(map(torch.equal, first.learner.parameters(), second.learner.parameters()))
     first.optimizer.param_groups[0]["hook"] = print
     with pytest.raises(CheckpointError, match="the optimizer's hook cannot be saved"):
-        snapshot.write(tmp_path, first, 0)
+        saved(tmp_path, first)
 
 
 def test_a_budget_in_minutes_goes_on_with_the_seconds_that_are_left(tmp_path, monkeypatch):
@@ -340,12 +299,12 @@ def test_a_budget_in_minutes_goes_on_with_the_seconds_that_are_left(tmp_path, mo
     training = Training(config, load("digits"), torch.device("cpu"))
     training.step()
     training.budget.elapsed = 1.5
-    folder = snapshot.write(tmp_path, training, 0)
+    folder = saved(tmp_path, training)
     other = Training(config, load("digits"), torch.device("cpu"))
     snapshot.restore(folder, other)
     other.budget.start()
     assert other.budget.progress == 0.5
-    other.budget.tick()
+    other.budget.tick(other.budget.now())
     assert other.budget.elapsed >= 1.5
     assert other.budget.step == 2
 
@@ -379,22 +338,22 @@ def test_the_last_snapshots_and_the_best_are_kept(tmp_path, monkeypatch):
 # --- a disk that is full, a folder that cannot be written --------------------------------------
 
 
-def test_a_full_disk_leaves_the_earlier_snapshot_and_says_so(photos, server, whole, tmp_path):
+def test_a_full_disk_leaves_the_earlier_snapshot_and_says_so(photos, whole, tmp_path):
     """A limit on the size of files stands in for the disk: snapshots do not fit, the log does."""
     out, said = tmp_path / "run", tmp_path / "said"
-    process = started(server, call(photos, out), said)
+    process = started(call(photos, out), said)
     while not snapshot.snapshots(out):
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     held = [folder.name for folder in snapshot.snapshots(out)]
-    assert finished(server, ["train", "--resume", str(out)], said, limit=8192) == 1
+    assert finished(["train", "--resume", str(out)], said, limit=8192) == 1
     last = said.read_text().splitlines()[-1]
     assert "cannot be written" in last
     assert f"of the run's snapshots {held[-1]} is intact" in last
     assert [folder.name for folder in snapshot.snapshots(out)] == held
     snapshot.verify(snapshot.snapshots(out)[-1])
-    assert finished(server, ["train", "--resume", str(out)], said) == 0
+    assert finished(["train", "--resume", str(out)], said) == 0
     assert_same_run(whole, out)
 
 
@@ -402,7 +361,7 @@ def test_a_write_that_fails_at_any_file_leaves_the_earlier_snapshot(tmp_path, mo
     data, config = load("digits"), TrainConfig(steps=10, **TINY)
     training = Training(config, data, torch.device("cpu"))
     training.step()
-    first = snapshot.write(tmp_path, training, 0)
+    first = saved(tmp_path, training)
     training.step()
     real = os.replace
     for failing in (*snapshot.FILES, snapshot.MANIFEST):
@@ -414,7 +373,7 @@ def test_a_write_that_fails_at_any_file_leaves_the_earlier_snapshot(tmp_path, mo
 
         monkeypatch.setattr(os, "replace", replace)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            snapshot.write(tmp_path, training, 0)
+            saved(tmp_path, training)
         assert os.listdir(tmp_path / snapshot.FOLDER) == [first.name]
         snapshot.verify(first)
 

@@ -6,13 +6,14 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidiff.data import ImageData, Stream, load
 from minidiff.distributed import World
 from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
 from minidiff.learner import ClassLabels, Learner
 from minidiff.presets import PRESETS
-from minidiff.train import Batches, TrainConfig, batch_size, train
+from minidiff.train import Batches, TrainConfig, Training, batch_size, train
 from minidiff.train_config import merged, options_of, read_options
 
 TINY = {"channels": (8, 8), "batch_size": 8, "pictures": 0}
@@ -206,6 +207,38 @@ def test_the_gradient_is_cut_to_the_norm_that_was_asked_for():
         norms.clear()
 
 
+class Readings(TorchDispatchMode):
+    """Counts the operations that make the host wait for a number of the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal"):
+            self.found.append(function)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prediction_type": "edm", "sigma_data": 0.6, "accumulate": 2, "shift": 1},
+     {"prediction_type": "flow", "dtype": "bfloat16"}, {"learn_variance": True}],
+)  # fmt: skip
+def test_a_step_reads_no_number_back_from_the_device(options):
+    config = TrainConfig(steps=10, **TINY | options)
+    training = Training(config, load("digits"), torch.device("cpu"))
+    training.guard.looks = False  # as on a GPU; the CPU may look, it has nothing to wait for
+    training.step()
+    with Readings() as readings:
+        training.step()
+    assert readings.found == []
+    training.guard.looks = True
+    with Readings() as readings:
+        training.step()
+    assert len(readings.found) == 2  # loss and norm: the counter counts
+
+
 def test_the_batch_grows_with_the_run():
     config = TrainConfig(steps=6, **TINY | {"batch_size": 4, "final_batch_size": 12})
     assert [batch_size(config, i / 6) for i in range(7)] == [4, 4, 8, 8, 12, 12, 12]
@@ -223,7 +256,7 @@ def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
         def to(self, device):
             return self
 
-        def batch(self, index):
+        def batch(self, index, position=0):
             images, labels = super().batch(index)
             Broken.calls += 1
             return (images * float("nan") if Broken.calls in (2, 4) else images), labels
@@ -258,7 +291,7 @@ def test_a_later_layer_wins_and_a_budget_replaces_the_other_kind(tmp_path):
     for name in ("mine.json", "mine.toml"):
         config = merged(preset, read_options(tmp_path / name), {"seed": 4})
         assert (config.minutes, config.steps, config.seed, config.channels) == (None, 5, 4, (8, 16))
-        assert config.prediction_type == "edm"
+        assert config.learning_rate == PRESETS["mnist"].train.learning_rate
 
 
 def test_a_runs_own_config_is_a_config(run_folder):

@@ -5,6 +5,9 @@ import tiny_text
 import torch
 import transformers
 
+from minidiff import DDIMScheduler, Pipeline, UNet
+from minidiff.nn import SpaceToDepth
+
 diffusers.logging.set_verbosity_error()
 transformers.logging.set_verbosity_error()
 
@@ -90,3 +93,15 @@ def stable_diffusion_xl(tmp_path, **options):
         scheduler=diffusers.EulerDiscreteScheduler(**EULER),
         **options,
     )
+
+
+def digits() -> Pipeline:
+    """minidiff's own kind, with random weights: ten classes, blocks of pixels."""
+    torch.manual_seed(0)
+    unet = UNet(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1, norm_num_groups=4, num_class_embeds=11,
+    ).eval()  # fmt: skip
+    scheduler = DDIMScheduler(prediction_type="v_prediction", compat="exact")
+    return Pipeline(unet, scheduler, SpaceToDepth(2), list("0123456789"), guidance_scale=2.0)

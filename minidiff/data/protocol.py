@@ -80,6 +80,7 @@ class Purpose(IntEnum):
     ITEM = 2
     TOY_TRAIN = 3
     TOY_TEST = 4
+    LATENTS = 5
 
 
 def random_words(seed: int, purpose: Purpose, position: int, count: int) -> np.ndarray:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from minidiff.errors import whole_number
 
+MEASURED_IMAGES = 10_000  # are looked at where mean and spread of all are wanted
+
 
 class Stream:
     """Image numbers for ever: permutation after permutation, taken in batches of any size.
@@ -46,6 +48,11 @@ class Stream:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
             self._epoch, self._order = epoch, torch.from_numpy(order)
         return self._order
+
+
+def evenly_spaced(n: int, most: int) -> Tensor:
+    """Numbers of at most `most` images spread evenly over all n, which a measurement looks at."""
+    return torch.linspace(0, n - 1, min(n, most)).round().long()
 
 
 def batches(n: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
