@@ -182,10 +182,7 @@ def _train_parser(commands: Any) -> None:
     add = command.add_argument
     add("--data", help="digits, mnist, cifar10, captions, or a folder of images (sub-folders: "
         "classes); default: the preset's")  # fmt: skip
-    add("--data-dir", help="where the files of MNIST or CIFAR-10 are (or set MINIDIFF_DATA)")
-    add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
-        "where its files are not there; checked by size and SHA-256")  # fmt: skip
-    add("--image-size", type=int, help="crop and resize the images of a folder to this side")
+    _add_files(command)
     add("--vae", metavar="RUN", help="train on the latents of this autoencoder, a run of train-vae "
         "or a vae folder; --block is 1 then")  # fmt: skip
     add("--out", help="folder of the run; must be new or empty")
@@ -218,14 +215,22 @@ def _train_vae_parser(commands: Any) -> None:
     )
     add = command.add_argument
     add("--data", required=True, help="digits, mnist, cifar10, or a folder of images")
-    add("--data-dir", help="where the published files of the data are (or set MINIDIFF_DATA)")
-    add("--image-size", type=int, help="crop and resize the images of a folder to this side")
+    _add_files(command)
     add("--out", required=True, help="folder of the run; must be new or empty")
     add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
         "VAEConfig; or a run's config.json")  # fmt: skip
     for name, option in VAE_OPTIONS.items():
         if option.metadata["flag"] != "":
             _add_option(command, name, option)
+
+
+def _add_files(command: Parser) -> None:
+    """Where data are that are no folder of images, and what is made of those that are."""
+    add = command.add_argument
+    add("--data-dir", help="where the files of MNIST or CIFAR-10 are (or set MINIDIFF_DATA)")
+    add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
+        "where its files are not there; checked by size and SHA-256")  # fmt: skip
+    add("--image-size", type=int, help="crop and resize the images of a folder to this side")
 
 
 def _add_option(command: Parser, name: str, option: Field) -> None:
@@ -477,7 +482,8 @@ def train_vae(options: argparse.Namespace) -> None:
     layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
     config = merged(*layers, kind=VAEConfig)
     data, held_out = (
-        load(options.data, split, options.data_dir, options.image_size) for split in SPLITS
+        load(options.data, split, options.data_dir, options.image_size, options.download)
+        for split in SPLITS
     )
     print(
         f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"

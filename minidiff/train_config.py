@@ -218,7 +218,7 @@ class VAEConfig(LoopConfig):
     # The network
     latent_channels: int = _option(4, "of the latents")
     channels: tuple[int, ...] = _option(
-        (32, 64, 64), "of each level; all but the last halve the size"
+        (16, 32, 64), "of each level; all but the last halve the size"
     )
     layers: int = _option(1, "residual blocks a level; the decoder has one more")
     attention: bool = _option(False, "attention in the middle, at the smallest size")

@@ -243,7 +243,7 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_help_of_every_command_names_its_options(capsys):
-    for command in ("demo", "train", "sample", "evaluate"):
+    for command in ("demo", "train", "train-vae", "sample", "evaluate"):
         with pytest.raises(SystemExit) as exit_:
             parser().parse_args([command, "--help"])
         assert exit_.value.code == 0

@@ -20,7 +20,7 @@ from minidiff.nn import AutoencoderKL
 from minidiff.nn.discriminator import PatchDiscriminator
 from minidiff.nn.gaussian import DiagonalGaussian
 from minidiff.run_vae import measure, open_vae, reconstructed, side_by_side
-from minidiff.train_config import VAEConfig
+from minidiff.train_config import VAE_OPTIONS, VAEConfig
 from minidiff.train_vae import balance, bound, build, check, hinge, train_vae, verdict
 
 TINY = {"channels": (8, 8), "discriminator_channels": (8, 8), "batch_size": 16}
@@ -359,3 +359,11 @@ def test_a_folder_that_holds_no_vae_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(CheckpointError, match="safetensors"):
         open_vae(tmp_path)
+
+
+def test_help_shows_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["train-vae", "--help"])
+    text = capsys.readouterr().out
+    for name, option in VAE_OPTIONS.items():
+        assert f"--{option.metadata['flag'] or name.replace('_', '-')} " in text
