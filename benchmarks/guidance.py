@@ -7,7 +7,9 @@ union, so what differs between the samples is the method alone. Guidance of scal
 p(x|y)·p(y|x)^(w−1); the table has the energy distance of 4,000 samples of each method from that
 target and from p(x|y), the shift of their mean from that of p(x|y) along the first axis, their
 spread, and the mean of ln p(y|x), which a classifier would score. The two first rows are samples of
-the two distributions themselves: the floor of what can be measured, and how far they are apart.
+the two distributions themselves: the floor of what can be measured, and how far they are apart. Two
+methods are made for pictures and say little here: the spread of an "image" of two numbers is mostly
+chance, and a threshold at 1 binds only where x̂0 leaves the range.
 """
 
 import argparse

@@ -112,6 +112,7 @@ def parser() -> Parser:
     _train_vae_parser(commands)
     _sample_parser(commands)
     _evaluate_parser(commands)
+    _check_parser(commands)
     return root
 
 
@@ -314,6 +315,20 @@ def _evaluate_parser(commands: Any) -> None:
     _add_sampling(command)
 
 
+def _check_parser(commands: Any) -> None:
+    command = _command(
+        commands,
+        "check",
+        check,
+        "find out why samples of a run are noise",
+        "Looks at everything between the data and a sample: the range of the data, what the "
+        "network predicts and the scheduler reads, where sampling starts, the average, the loss "
+        "at every noise level, one batch learnt by heart, the sampler with a perfect network. "
+        "What is wrong comes with its likely cause and a remedy, and exit code 1.",
+    )
+    command.add_argument("run", help="a run folder")
+
+
 def _add_sampling(command: Parser) -> None:
     add = command.add_argument
     add("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own")
@@ -410,17 +425,23 @@ def _resume(options: argparse.Namespace) -> None:
             f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "
             f"--{given[0].replace('_', '-')}"
         )
-    settings = run.read_settings(options.resume)
-    if not settings.data:
-        raise CheckpointError(
-            f"{options.resume}: was trained from Python on data that only its program knows; use "
-            "minidiff.run.resume"
-        )
     device = None if options.device == "auto" else options.device
     say = _nothing if rank() else print
+    settings = _told_all(options.resume, "minidiff.run.resume")
     data = _data(settings.data, pick_device(device or settings.device), settings.config.seed)
     run.resume(options.resume, data, device)
     say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+
+
+def _told_all(folder: str, otherwise: str) -> run.Settings:
+    """What a run was told, its data included. Raises CheckpointError."""
+    settings = run.read_settings(folder)
+    if not settings.data:
+        raise CheckpointError(
+            f"{folder}: was trained from Python on data that only its program knows; use "
+            f"{otherwise}"
+        )
+    return settings
 
 
 def _nothing(text: str) -> None:
@@ -545,6 +566,21 @@ def evaluate(options: argparse.Namespace) -> None:
     seeds = ", ".join(map(str, plan.seeds))
     print(f"{plan.samples} samples a seed, seeds {seeds}, {_setting(pipe, options)}")
     print(report)
+
+
+def check(options: argparse.Namespace) -> None:
+    """minidiff check"""
+    from minidiff.check import examine
+
+    settings = _told_all(options.run, "minidiff.check.examine")
+    device, bad = pick_device(options.device), []
+    data = _data(settings.data, device, settings.config.seed)
+    for finding in examine(options.run, data, device):
+        print(finding, flush=True)
+        if finding.good is False:
+            bad.append(finding.name)
+    if bad:
+        raise TrainingError(f"{options.run}: {', '.join(bad)} not as it should be, see above")
 
 
 def _splits(name: str, options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:

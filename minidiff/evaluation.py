@@ -81,7 +81,7 @@ class Plan:
 
     samples: int
     seeds: tuple[int, ...] = (0, 1, 2)
-    learnt: int = 10_000
+    learnt: int = 5_000
     compared: int = 5_000
     likely: int = 128
     parts: tuple[str, ...] = PARTS
@@ -122,7 +122,7 @@ def plan_for(
         num = max(LEAST, min(QUICK_SAMPLES if quick else SAMPLES, len(data)))
     first, count = whole_number("seed", seed, 0), whole_number("seeds", seeds, 1, 100)
     plan = Plan(num, tuple(range(first, first + count)))
-    return replace(plan, learnt=5_000, compared=2_000, likely=32) if quick else plan
+    return replace(plan, learnt=2_000, compared=2_000, likely=32) if quick else plan
 
 
 @dataclass

@@ -60,9 +60,8 @@ PRESETS = {
         "captions",
         TrainConfig(
             minutes=15,
-            batch_size=32,
             final_batch_size=128,
-            channels=(48, 80),
+            channels=(32, 64),
             guidance_scale=3.0,
             num_inference_steps=16,
         ),

@@ -173,17 +173,15 @@ def test_torchrun_ends_with_a_clear_message_when_a_process_is_killed(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with said.open("w") as file:
         torchrun = subprocess.Popen(
-            [*launcher, "2", "-m", "minidiff", *call(out, "--steps", "5000", "--save-every", "5")],
+            [*launcher, "2", "-m", "minidiff", *call(out, "--steps", "300", "--save-every", "5")],
             stdout=file, stderr=file, env=environment,
         )  # fmt: skip
-        wait_for_rows(out, 100)
+        wait_for_rows(out, 4)  # one every three steps
         children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
         assert torchrun.wait(120) != 0
     assert "minidiff: a process of the run was lost (" in said.read_text()
     snapshot.verify(snapshot.snapshots(out)[-1])
-    config = (out / run.CONFIG).read_text()
-    (out / run.CONFIG).write_text(config.replace('"steps": 5000', '"steps": 220'))
     with said.open("w") as file:
         code = subprocess.run(
             [*launcher, "1", "-m", "minidiff", "train", "--resume", str(out)],

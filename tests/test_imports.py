@@ -61,6 +61,7 @@ FLOORS = {
     "windows": 5,
     "evaluation": 5,
     "run": 6,
+    "check": 6.5,
     "demo": 7,
     "train_vae": 5,
     "run_vae": 7,

@@ -279,6 +279,19 @@ def test_real_digits_score_like_real_digits(evaluator):
         assert scores.accuracy >= 0.995
         assert scores.fd < 0.5
         assert scores.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+        assert scores.density == pytest.approx(1, abs=0.1)
+        assert abs(scores.kd) < 1.5
+
+
+def test_the_floor_is_that_of_training_images_drawn_again_each_class_in_its_share(evaluator):
+    drawn = evaluator._drawn_again(1000, seed=3)
+    images = evaluator.train.images[evaluator.order[drawn]]
+    labels = evaluator.train.labels[evaluator.order[drawn]]
+    assert labels.bincount().tolist() == [100] * 10
+    assert drawn.min() >= 1000  # apart from those that coverage compares with
+    floor, scores = evaluator.floor(1000, seed=3), evaluator.score(images, labels)
+    assert floor == pytest.approx(scores, rel=1e-4, abs=1e-4)
+    assert evaluator.floor(1000, seed=4).fd != floor.fd
 
 
 def test_more_noise_gives_a_larger_distance(evaluator, real):

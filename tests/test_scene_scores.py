@@ -9,8 +9,13 @@ from minidiff import data, metrics, train_classifier
 from minidiff.data.captions import CaptionedDigits, Questions
 from minidiff.data.scenes import COLOURS, HELD_OUT, NONE, QUESTIONS
 from minidiff.errors import InvalidArgument
-from minidiff.metrics.scenes import SIMPLE, compare, task
+from minidiff.metrics.scenes import SIMPLE, SceneEvaluator, compare, task
 from minidiff.nn.classifier import SceneNet
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> SceneEvaluator:
+    return SceneEvaluator()
 
 
 def test_only_what_was_asked_counts():
@@ -43,6 +48,10 @@ def test_simple_prompts_name_one_digit_its_colour_and_the_background(pairs):
         assert {names[c], names[b]} <= set(prompt.split())
     shown = CaptionedDigits("test", pairs).scenes(asked.index)
     assert torch.equal(shown.digit[:, 0], digit)
+    asked_for = {
+        name for name, row in zip(QUESTIONS, asked.wanted.T, strict=True) if row[0] != NONE
+    }
+    assert asked_for == {"arrangement", *SIMPLE}
     assert (shown.relation == NONE).all()
 
 
@@ -85,6 +94,29 @@ def test_a_classifier_of_scenes_learns_from_its_labels():
     assert losses[0] < 2.3  # ln 10
 
 
-def test_captions_are_not_scored_by_class():
+def test_the_classifier_reaches_its_stated_accuracy_on_real_pictures(evaluator):
+    stated = metrics.read_metadata(metrics.WEIGHTS / "captions.safetensors")
+    test = Questions("test", length=3000)
+    answers, _ = evaluator.read(test.images)
+    scores = compare(answers, test.labels)
+    for name in QUESTIONS:
+        assert scores.right[name] == pytest.approx(
+            float(stated[f"test_accuracy of {name}"]), abs=0.006
+        )
+    for name in SIMPLE:
+        assert scores.right[name] >= 0.98
+
+
+@pytest.mark.parametrize("pairs", ["seen", "held out"])
+def test_real_pictures_are_right_and_pictures_of_other_prompts_are_not(evaluator, pairs):
+    assert evaluator.ceiling(200, pairs).together > 0.97
+    asked = task(200, pairs)
+    others = CaptionedDigits("test", pairs).images(asked.index.roll(1))
+    assert evaluator.score(others, asked.wanted).together < 0.06  # by chance one in eighty
+
+
+def test_pictures_of_another_kind_are_refused(evaluator):
+    with pytest.raises(InvalidArgument, match=r"images must be uint8 \(N, 3, 32, 32\)"):
+        evaluator.read(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     with pytest.raises(InvalidArgument, match="captions are for SceneEvaluator"):
         metrics.Evaluator("captions")

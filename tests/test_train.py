@@ -284,8 +284,8 @@ def test_dropout_repeats_and_leaves_the_callers_random_state():
 
 
 def test_a_later_layer_wins_and_a_budget_replaces_the_other_kind(tmp_path):
-    preset = options_of(PRESETS["mnist"].train)
-    assert merged(preset) == PRESETS["mnist"].train
+    preset = options_of(PRESETS["cifar10"].train)
+    assert merged(preset) == PRESETS["cifar10"].train
     (tmp_path / "mine.json").write_text('{"steps": 5, "channels": [8, 16], "seed": 3}')
     (tmp_path / "mine.toml").write_text("steps = 5\nchannels = [8, 16]\nseed = 3\n")
     for name in ("mine.json", "mine.toml"):

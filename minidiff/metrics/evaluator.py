@@ -114,10 +114,13 @@ class Evaluator:
         whole_number(f"number of training images of {train.name}", len(train), 2 * self.least)
 
     @cached_property
-    def _reference(self) -> tuple[Tensor, Moments]:
-        """Features of all training images in the fixed order, and their moments."""
-        _, reference = features(self._net, self.train.images[self.order])
-        return reference, moments(reference)
+    def _real(self) -> tuple[Tensor, Tensor]:
+        """Predicted labels and features of all training images, in the fixed order."""
+        return features(self._net, self.train.images[self.order])
+
+    @cached_property
+    def _real_moments(self) -> Moments:
+        return moments(self._real[1])
 
     @property
     def test_images(self) -> int:
@@ -145,18 +148,22 @@ class Evaluator:
             InvalidArgument: dtype, shape or number do not fit.
         """
         self._check(images, labels)
-        predicted, fake = features(self._net, images)
-        reference, reference_moments = self._reference
+        return self._scores(*features(self._net, images), labels)
+
+    def _scores(self, predicted: Tensor, fake: Tensor, labels: Tensor | None) -> Scores:
+        """Scores from what the classifier makes of images."""
+        _, reference = self._real
         # Samples may come sorted by class, so a part of them must be a random part.
-        shuffle = torch.randperm(len(fake), generator=torch.Generator().manual_seed(_ORDER_SEED))
-        fake = fake[shuffle.to(fake.device)]
+        fake = _shuffled(fake)
         density, covered = self._neighbourhoods(reference, fake)
         return Scores(
             None if labels is None else accuracy(predicted, labels),
-            frechet_distance(reference_moments, fake),
+            frechet_distance(self._real_moments, fake),
             covered,
             density,
-            kernel_distance(reference, fake)[0],
+            # Blocks that held each class in its share would be more alike than by chance, and
+            # the estimate no longer unbiased.
+            kernel_distance(_shuffled(reference), fake)[0],
         )
 
     def ceiling(self, n: int) -> Scores:
@@ -177,20 +184,23 @@ class Evaluator:
         They are drawn with replacement, as a perfect model would draw them, each class in its
         share, and apart from those that density and coverage compare with.
         """
-        drawn = self.drawn_again(whole_number("n", n, 1), whole_number("seed", seed, 0))
-        return self.score(self.train.images[drawn], _at(self.train.labels, drawn))
+        drawn = self._drawn_again(whole_number("n", n, self.least), whole_number("seed", seed, 0))
+        predicted, real = (rows[drawn.to(rows.device)] for rows in self._real)
+        return self._scores(predicted, real, _at(self.train.labels, self.order[drawn]))
 
-    def drawn_again(self, n: int, seed: int) -> Tensor:
-        """Indices (n,) of training images as `floor` draws them."""
-        apart = self.order[self._references(n) :]
-        classes = torch.zeros(len(apart)) if self.train.labels is None else self.train.labels[apart]
-        wanted = classes[torch.arange(n) % len(apart)]
+    def _drawn_again(self, n: int, seed: int) -> Tensor:
+        """Places (n,) in the fixed order, as `floor` draws them."""
+        first = self._references(n)
+        labels = self.train.labels
+        classes = torch.zeros(len(self.train)) if labels is None else labels[self.order]
+        classes = classes[first:]
+        wanted = classes[torch.arange(n) % len(classes)]
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.empty(n, dtype=torch.int64)
         for label in wanted.unique():
-            members, places = apart[classes == label], (wanted == label).nonzero().squeeze(1)
+            members, places = ((of == label).nonzero().squeeze(1) for of in (classes, wanted))
             drawn[places] = members[torch.randint(len(members), places.shape, generator=generator)]
-        return drawn
+        return drawn + first
 
     def _references(self, n: int) -> int:
         """How many training images density and coverage compare n samples with."""
@@ -229,6 +239,12 @@ def check_classifier(net: Classifier, images: ImageData) -> None:
             f"the classifier must be of images with {wanted[0]} channels in {wanted[1]} classes "
             f"like {images.name}, got {found[0]} channels and {found[1]} classes"
         )
+
+
+def _shuffled(rows: Tensor) -> Tensor:
+    """The rows in a fixed random order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_ORDER_SEED))
+    return rows[order.to(rows.device)]
 
 
 def _at(labels: Tensor | None, index: Tensor) -> Tensor | None:

@@ -59,20 +59,23 @@ def task(n: int, pairs: str = "seen", *, simple: bool = True, seed: int = 0) -> 
 
     Args:
         pairs, seed: see `CaptionedDigits`.
-        simple: only those of one digit that name it, its colour and the background; otherwise
-            all, those of a single word and of two digits too.
+        simple: only those of one digit that name it, its colour and the background, of which
+            these three and the number of digits are asked for; otherwise all captions, those of
+            a single word and of two digits too, and everything that they say.
     Raises:
         InvalidArgument: n is not in 1..100,000.
     """
     n = whole_number("n", n, 1, 100_000)
     data = CaptionedDigits("test", pairs, seed)
     index = torch.arange(_SEARCHED * (n + 8) if simple else n)
+    wanted = data.wanted(index)
     if simple:
-        wanted = data.wanted(index)
         named = [QUESTIONS.index(name) for name in SIMPLE]
         fits = (wanted[:, named] != NONE).all(dim=1) & (wanted[:, 0] == 0)
-        index = index[fits][:n]
-    return Task(data.captions(index), data.wanted(index), index)
+        index, wanted = index[fits][:n], wanted[fits][:n]
+        others = sorted(set(range(1, len(QUESTIONS))) - set(named))
+        wanted[:, others] = NONE
+    return Task(data.captions(index), wanted, index)
 
 
 class SceneEvaluator:
