@@ -6,9 +6,9 @@ costs one multiply-add and shows the diffusion model all that the decoder was tr
 
     latents = scaled(μ + σ·n),   n ~ N(0, 1)
 
-Sources: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.1 and appendix G (a
-sample, scaled to unit variance); Karras et al. 2024, "Analyzing and Improving the Training Dynamics
-of Diffusion Models", https://arxiv.org/abs/2312.02696, appendix B (cached moments).
+Sources: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.1 and appendix G (unit
+variance); the code of Karras et al. 2024, https://arxiv.org/abs/2312.02696, which stores mean and
+deviation, and draws a sample a step.
 """
 
 import math
@@ -34,7 +34,8 @@ _WORDS = 4  # that a random number generator's counter stands for
 class LatentData:
     """Images as latents of an autoencoder, as `minidiff.data.protocol` has it.
 
-    They are encoded when they are first asked for, on the device where they are then.
+    They are encoded when they are first moved or asked for, on the device where they then are: so
+    a training is refused before that work, if at all, and its clock starts after it.
 
     Args:
         vae: maps images to latents, and latents back to images.
@@ -71,10 +72,10 @@ class LatentData:
         return moments_of(self.vae, self.images)
 
     def to(self, device: torch.device | str) -> "LatentData":
-        """The same data on `device`; the autoencoder moves there."""
+        """The same data on `device`, encoded; the autoencoder moves there."""
         moved = LatentData(self.vae.to(device), self.images.to(device), self.seed)
-        if "moments" in vars(self):  # nothing is encoded twice
-            moved.moments = self.moments.to(device)
+        encoded = self if "moments" in vars(self) else moved  # nothing is encoded twice
+        moved.moments = encoded.moments.to(device)
         return moved
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -96,17 +97,18 @@ class LatentData:
 def normals(seed: int, position: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal numbers (B, …), those of item i by (seed, position + i) alone.
 
-    Two 32-bit numbers u, v become two normal ones, √(−2 ln u)·(cos 2πv, sin 2πv) (Box & Muller
-    1958); words are drawn on the host, all else is done on the device.
+    Two numbers u, v in (0, 1) become two normal ones, √(−2 ln u)·(cos 2πv, sin 2πv) (Box & Muller
+    1958). They have 23 bits, which float32 holds to the bit with a half added, and no normal number
+    is above 5.8 then. Words are drawn on the host, all else is done on the device.
     """
     count, size = shape[0], math.prod(shape[1:])
     counters = -(-size // (2 * _WORDS))  # a word gives two numbers
     words = random_words(seed, Purpose.LATENTS, position * counters, count * counters)
     bits = torch.from_numpy(words.reshape(count, -1).view(np.int32)).to(device, non_blocking=True)
-    u, v = ((bits.double() + (2**31 + 0.5)) / 2**32).chunk(2, dim=1)  # inside (0, 1)
+    u, v = ((bits.bitwise_and(2**23 - 1).float() + 0.5) / 2**23).chunk(2, dim=1)
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
     both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
-    return both[:, :size].float().reshape(shape)
+    return both[:, :size].reshape(shape)
 
 
 def check_stored(data: Data) -> None:
@@ -148,7 +150,7 @@ def with_unit_latents(vae: AutoencoderKL, data: ImageData) -> AutoencoderKL:
     Raises:
         TrainingError: the spread is zero or not finite.
     """
-    posterior = DiagonalGaussian(moments_of(vae, data, MEASURED_IMAGES).double())
+    posterior = DiagonalGaussian(moments_of(vae, data, MEASURED_IMAGES).cpu().double())
     # Of a mixture: the mean of the variances, and the variance of the means.
     mean = float(posterior.mean.mean())
     std = math.sqrt(float(posterior.var.mean() + (posterior.mean - mean).square().mean()))

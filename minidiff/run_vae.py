@@ -133,7 +133,7 @@ def measure(vae: AutoencoderKL, made: Tensor, train: ImageData, held_out: ImageD
     error = made.double() - held_out.images
     square = float(error.square().mean())
     latents, _ = LatentData(vae, held_out.to(device)).batch(torch.arange(len(held_out)))
-    std, mean = torch.std_mean(latents.double())
+    std, mean = torch.std_mean(latents.cpu().double())
     scores = (None, None)
     if train.name in shipped():
         scorer = Evaluator.of(train, held_out, load_classifier(train.name).to(device))

@@ -11,11 +11,15 @@ from minidiff import Pipeline, snapshot
 from minidiff.data import load
 from minidiff.distributed import Processes, Shards
 from minidiff.errors import TrainingError
+from minidiff.latents import LatentData, normals
 from minidiff.nn import AutoencoderKL, TextEncoder, UNet
 from minidiff.noise import image_generators, randn
 from minidiff.sample import trajectory
 from minidiff.schedulers import SCHEDULERS, DDIMScheduler
 from minidiff.train import TrainConfig, Training, resolve, train
+from minidiff.train_config import VAEConfig
+from minidiff.train_vae import VAETraining
+from minidiff.train_vae import build as build_vae
 
 pytestmark = [
     pytest.mark.cuda,
@@ -295,3 +299,22 @@ def test_a_compiled_network_gives_the_same_numbers():
     unet = UNet(**TEXT).eval().cuda()
     expected = run(unet, "cuda")
     assert distance(run(torch.compile(unet, fullgraph=True), "cuda"), expected) < 1e-4
+
+
+def test_an_autoencoder_s_training_does_not_wait(never_waiting):
+    config = VAEConfig(steps=9, channels=(16, 16), adversarial_start=0)
+    training = VAETraining(config, load("digits"), torch.device("cuda"))
+    training.step()
+    never_waiting()
+    training.step()
+
+
+def test_latents_are_drawn_as_on_the_cpu_and_without_waiting(never_waiting):
+    shape, far = (64, 4, 7, 7), 10**9
+    on_cpu = normals(3, far, shape, torch.device("cpu"))
+    assert (normals(3, far, shape, torch.device("cuda")).cpu() - on_cpu).abs().max() < 1e-5
+    vae, _ = build_vae(VAEConfig(steps=1, channels=(16, 16)), load("digits"))
+    data, index = LatentData(vae, load("digits")).to("cuda"), torch.arange(64).cuda()
+    data.batch(index)
+    never_waiting()
+    data.batch(index, position=64)
