@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from minidiff import __version__, checkpoint, evaluation, metrics, run
+from minidiff import __version__, checkpoint, evaluation, metrics, run, shipped
 from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, TOYS, ImageData, load
 from minidiff.data.protocol import Data
 from minidiff.device import (
@@ -270,10 +270,11 @@ def _sample_parser(commands: Any) -> None:
         "was trained. Image i of a seed is the same picture whatever the batch size.",
     )
     add = command.add_argument
-    add("run", help="a run folder, or the model folder in it")
+    add("run", nargs="?", help="a run folder, or the model folder in it; absent with --model")
     add("text", nargs="?", help="what to draw, for a model that was trained on captions")
+    add("--model", choices=list(shipped.MODELS), help="a model that comes with minidiff")
     add("--negative", metavar="TEXT", help="what not to draw")
-    add("--num", type=int, default=100, help="how many pictures")
+    add("--num", type=int, help="how many pictures; default: 100, and 16 of a text")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
     add("--image", help="a picture to start from, of the size to be made; read in the model's "
         "colours")  # fmt: skip
@@ -284,7 +285,8 @@ def _sample_parser(commands: Any) -> None:
         "guided")  # fmt: skip
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide between "
         "these two σ/α alone")  # fmt: skip
-    add("--png", help="write a grid of the pictures to this file")
+    add("--png", help="write a grid of the pictures to this file; default: samples.png, unless "
+        "there is --npz")  # fmt: skip
     add("--npz", help="write images (uint8, N×H×W×C) and labels to this file")
     _add_sampling(command)
 
@@ -302,7 +304,8 @@ def _evaluate_parser(commands: Any) -> None:
         "score.",
     )
     add = command.add_argument
-    add("run", help="a run folder, or the model folder in it")
+    add("run", nargs="?", help="a run folder, or the model folder in it; absent with --model")
+    add("--model", choices=list(shipped.MODELS), help="a model that comes with minidiff")
     add("--quick", action="store_true", help="10,000 samples a seed, and less of the rest")
     add("--num", type=int, help="samples a seed; default: 50,000, or as many as there are images")
     add("--seeds", type=int, default=3, help="how many seeds, from --seed on; captions: one")
@@ -504,13 +507,15 @@ def sample(options: argparse.Namespace) -> None:
     """minidiff sample"""
     from minidiff import plot
 
-    if not options.png and not options.npz:
-        raise InvalidArgument("give --png FILE, --npz FILE or both")
+    if options.png is None and options.npz is None:
+        options.png = "samples.png"
     if options.png == options.npz:
         raise InvalidArgument(f"--png and --npz must be two files, got {options.png} twice")
     for path in filter(None, (options.png, options.npz)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
+    if options.num is None:
+        options.num = 100 if options.text is None else 16
     mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
     text = "" if options.text is None and pipe.prompts is not None else options.text
     images, labels = _draw(
@@ -608,6 +613,7 @@ def _classifier(
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
     device = pick_device(options.device)
+    _find_model(options)
     pipe = run.open_pipeline(options.run, device)
     if device.type == "cpu":
         pipe.unet.to(memory_format=torch.channels_last)
@@ -616,6 +622,22 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     if options.sampler is not None:
         pipe.scheduler = sampler(options.sampler, pipe.scheduler)
     return pipe
+
+
+def _find_model(options: argparse.Namespace) -> None:
+    """Put the folder of --model in the place of RUN; what stood there was the text."""
+    if options.model is None:
+        if options.run is None:
+            raise InvalidArgument("give a run or --model")
+        return
+    words = [options.run, getattr(options, "text", None)]
+    options.run = shipped.folder(options.model)
+    if options.command is sample and words[1] is None:
+        options.text = words[0]
+    elif words != [None, None]:
+        raise InvalidArgument(f"with --model there is no run: got {words[0]!r} in its place")
+    elif options.command is evaluate and options.data is None:
+        options.data = shipped.MODELS[options.model]
 
 
 def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:

@@ -211,6 +211,8 @@ def _attention(config: TrainConfig, data: Data) -> dict[str, Any]:
             "down_block_types": ("DownBlock2D",) * others + ("CrossAttnDownBlock2D",),
             "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * others,
             "cross_attention_dim": config.text_width,
+            "class_embed_type": "projection",  # of the text's summary
+            "projection_class_embeddings_input_dim": config.text_width,
             "attention_head_dim": last // head,  # in this class their number
         }
     hides = data.num_classes > 0 and config.label_dropout > 0  # with a label for "no class"

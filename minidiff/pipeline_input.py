@@ -73,6 +73,12 @@ def check_parts(
             f"prompts must be {'PromptsXL' if numbers else 'Prompts'} for a network with "
             f"addition_embed_type={unet.config.addition_embed_type!r}"
         )
+    summary = unet.config.get("projection_class_embeddings_input_dim") if not numbers else None
+    if prompts is not None and (prompts.width if prompts.sums_up else None) != summary:
+        raise InvalidArgument(
+            f"prompts must {'' if summary else 'not '}be WordPrompts for a network with "
+            f"projection_class_embeddings_input_dim={summary}"
+        )
 
 
 def class_names_of(names: Sequence[str], unet: UNet) -> Sequence[str]:

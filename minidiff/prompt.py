@@ -39,6 +39,7 @@ class Prompts:
 
     guidance_scale: ClassVar[float] = 7.5  # where neither the call nor the folder names one
     needs_numbers: ClassVar[bool] = False  # whether the network is told a summary and a size
+    sums_up: ClassVar[bool] = False  # whether it is told the summary beside the time
 
     def __init__(
         self, tokenizer: "CLIPTokenizer | WordTokenizer", text_encoder: TextEncoder
@@ -79,6 +80,10 @@ class Prompts:
 class WordPrompts(Prompts):
     """The text side of a model that is trained here.
 
+    The network looks at the tokens, and their summary, the token that ends the text, is added to
+    its embedding of time as a class would be: what a whole picture is of is learnt that way in a
+    tenth of the steps that attention takes to find it.
+
     Args:
         tokenizer: of whole words.
         text_encoder: takes as many tokens as the tokenizer makes.
@@ -87,6 +92,7 @@ class WordPrompts(Prompts):
     """
 
     guidance_scale: ClassVar[float] = 3.0
+    sums_up: ClassVar[bool] = True
 
     @classmethod
     def fresh(cls, tokenizer: WordTokenizer, width: int, layers: int) -> "WordPrompts":
@@ -117,6 +123,10 @@ class WordPrompts(Prompts):
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         return self.tokenizer.encode(prompts)
 
+    def encode(self, ids: Tensor) -> Condition:
+        encoded = self.text_encoder(ids)
+        return {"encoder_hidden_states": encoded.last_hidden_state, "class_labels": encoded.pooled}
+
 
 class PromptsXL:
     """The text side of SDXL: two encoders, the second one with a projection.
@@ -130,6 +140,7 @@ class PromptsXL:
 
     guidance_scale: ClassVar[float] = 5.0
     needs_numbers: ClassVar[bool] = True
+    sums_up: ClassVar[bool] = False
 
     def __init__(
         self,

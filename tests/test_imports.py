@@ -44,6 +44,7 @@ FLOORS = {
     "presets": 4,
     "pipeline_folder": 3.5,
     "pictures": 3,
+    "shipped": 3,
     "space": 3,
     "inpaint": 3.2,
     "start": 3.3,

@@ -30,6 +30,8 @@ def pipe() -> Pipeline:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=16,
         attention_head_dim=2,
         norm_num_groups=4,
     )
@@ -87,7 +89,7 @@ def test_the_networks_are_those_of_diffusers_and_transformers(pipe, tmp_path):
     x = torch.randn(2, 12, 4, 4)
     with torch.no_grad():
         tokens = encoder(ids).last_hidden_state
-        theirs = unet(x, 500, tokens).sample
+        theirs = unet(x, 500, tokens, class_labels=encoder(ids).pooler_output).sample
         condition = pipe.prompts.condition(PROMPTS, (8, 8))
         ours = pipe.unet(x, 500, **condition)
     torch.testing.assert_close(condition["encoder_hidden_states"], tokens, atol=1e-5, rtol=1e-5)
