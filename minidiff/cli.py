@@ -396,7 +396,7 @@ def train(options: argparse.Namespace) -> None:
     config = merged(*layers)
     saving = Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
     source = _source(options, preset)
-    data = _data(source, device, config.seed)
+    data = _data(source, device, config.seed, options.download)
     say = _nothing if rank() else print
     say(
         f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
@@ -466,11 +466,13 @@ def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any
     return source if options.vae is None else source | {"vae": str(Path(options.vae).absolute())}
 
 
-def _data(source: Mapping[str, Any], device: torch.device, seed: int) -> Data:
+def _data(
+    source: Mapping[str, Any], device: torch.device, seed: int, download: bool = False
+) -> Data:
     """What `load` gives, or the latents that an autoencoder makes of it on the device."""
     others = dict(source)
     vae = others.pop("vae", None)
-    data = load(**others)
+    data = load(**others, download=download)
     if vae is None:
         return data
     device = own_device(device)

@@ -1,0 +1,54 @@
+"""The models that come with the package."""
+
+import pytest
+import torch
+
+from minidiff import Pipeline, shipped
+from minidiff.cli import main
+from minidiff.errors import InvalidArgument
+from minidiff.metrics import load_classifier
+from minidiff.metrics.classifier import features
+
+LARGEST = 4 << 20
+
+
+@pytest.mark.parametrize("name", shipped.MODELS)
+def test_a_model_is_small_and_holds_nothing_but_a_pipeline(name):
+    folder = shipped.folder(name)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= LARGEST
+    assert {file.suffix for file in files} == {".json", ".safetensors"}
+
+
+def test_the_model_of_mnist_draws_the_digits_that_it_is_asked_for():
+    pipe = Pipeline.from_pretrained(shipped.folder("mnist"))
+    result = pipe(num_images=50, seed=0, output_type="np")
+    images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
+    predicted, _ = features(load_classifier("mnist"), images)
+    assert (predicted == result.labels).float().mean() >= 0.96
+
+
+def test_sample_draws_with_a_model_that_comes_along(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "--model", "mnist", "--class", "7", "--num", "2", "--steps", "2"]) == 0
+    assert capsys.readouterr().out == "wrote samples.png\n"
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sample", "give a run or --model"),
+        ("sample --model mnist RUN text", "with --model there is no run: got 'RUN'"),
+        ("evaluate --model mnist RUN", "with --model there is no run: got 'RUN'"),
+    ],
+)
+def test_a_run_and_a_model_exclude_each_other(line, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_refused_by_name():
+    with pytest.raises(InvalidArgument, match="model must be one of mnist"):
+        shipped.folder("cifar")
