@@ -308,7 +308,7 @@ def _evaluate_parser(commands: Any) -> None:
     add("--model", choices=list(shipped.MODELS), help="a model that comes with minidiff")
     add("--quick", action="store_true", help="10,000 samples a seed, and less of the rest")
     add("--num", type=int, help="samples a seed; default: 50,000, or as many as there are images")
-    add("--seeds", type=int, default=3, help="how many seeds, from --seed on; captions: one")
+    add("--seeds", type=int, help="how many seeds, from --seed on; default: 3; captions: one")
     add("--parts", type=_words, help=f"some of {','.join(evaluation.PARTS)}; default: all")
     add("--data", help="a name or a folder; default: what the run was trained on")
     add("--data-dir", help=f"where the published files of the data are (or set {DATA_VARIABLE})")
@@ -554,8 +554,9 @@ def evaluate(options: argparse.Namespace) -> None:
         return _evaluate_captions(pipe, options)
     train_images, test_images = _splits(name, options, pipe)
     plan = evaluation.plan_for(
-        train_images, options.num, quick=options.quick, seed=options.seed, seeds=options.seeds
-    )
+        train_images, options.num, quick=options.quick, seed=options.seed,
+        seeds=3 if options.seeds is None else options.seeds,
+    )  # fmt: skip
     plan = replace(
         plan,
         parts=options.parts or evaluation.PARTS,
@@ -647,8 +648,8 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
     from minidiff import plot
     from minidiff.metrics import SceneEvaluator
 
-    for name in ("quick", "parts", "classifier", "json"):
-        if getattr(options, name):
+    for name in ("quick", "parts", "classifier", "json", "seeds"):
+        if getattr(options, name) not in (None, False):
             raise InvalidArgument(
                 f"--{name} is for pictures of classes or of nothing, not of texts"
             )
