@@ -241,7 +241,7 @@ class LearnedVariance(Objective):
                 f = (v + 1)/2 (eq. 15).
             guess: the x̂0 that the network's prediction implies.
         """
-        table = self._posterior().to(x0.device)[:, t]
+        table = self._posterior(x0.device)[:, t]
         gain, log_beta, log_small = table.view(3, -1, *(1,) * (x0.ndim - 1))
         fraction = (interpolation + 1) / 2
         log_variance = fraction * log_beta + (1 - fraction) * log_small
@@ -251,7 +251,7 @@ class LearnedVariance(Objective):
         decoder = -byte_log_likelihood(x0, guess, log_variance / 2)
         return torch.where(t == 0, decoder.flatten(1).mean(1), kl.flatten(1).mean(1))
 
-    def _posterior(self) -> Tensor:
+    def _posterior(self, device: torch.device) -> Tensor:
         """Of all steps: what x0 counts in the posterior's mean, ln β and ln β̃, (3, T) float32."""
         if not hasattr(self, "_table"):
             levels = self.scheduler.schedule.levels()
@@ -266,6 +266,8 @@ class LearnedVariance(Objective):
             )  # 0 has no logarithm
             table[2] = np.log(table[2])
             self._table = torch.from_numpy(table).float()
+        if self._table.device != device:  # once: a copy at every step would make the host wait
+            self._table = self._table.to(device, non_blocking=True)
         return self._table
 
 

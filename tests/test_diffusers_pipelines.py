@@ -221,7 +221,7 @@ def test_text_to_image_draws_the_same_pictures(
     assert_same(mine, theirs)
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("strength", [0.3, pytest.param(0.8, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("task", ["Img2Img", "Inpaint"])
