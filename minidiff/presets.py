@@ -27,8 +27,8 @@ PRESETS = {
         TrainConfig(minutes=1.25, channels=(32, 64), guidance_scale=2.0),
     ),
     "mnist": Preset(
-        "ten minutes on two cores: v on 14×14 positions, batches of 128, which cost a CPU little "
-        "more than 64; guidance at the middle levels, where classes are decided",
+        "made for ten minutes on two cores, not measured there yet: v on 14×14 positions, batches "
+        "of 128, guidance at the middle levels alone",
         "mnist",
         TrainConfig(
             minutes=10,

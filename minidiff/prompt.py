@@ -81,8 +81,8 @@ class WordPrompts(Prompts):
     """The text side of a model that is trained here.
 
     The network looks at the tokens, and their summary, the token that ends the text, is added to
-    its embedding of time as a class would be. A network without it drew the right colours, but
-    digits at random, after two million pictures.
+    its embedding of time as a class would be. In sixteen pictures of one prompt a network
+    without it drew the right colours and hardly ever the digit, after two million pictures.
 
     Args:
         tokenizer: of whole words.
