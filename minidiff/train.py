@@ -70,6 +70,8 @@ class Training:
     ) -> None:
         self.config, self.device, self.world = config, device, world or World()
         _check_parts(config, self.world)
+        if config.compile:
+            _check_compiler(device)
         pipe, self.objective = build(config, data), config.objective()
         self.learner = Learner.of(pipe).to(device).train()
         self.average = EMA(self.learner, config.ema_half_life)
@@ -91,6 +93,8 @@ class Training:
             device,
         )
         self.synced = self.world.wrap(self.learner)
+        if config.compile:
+            self.learner.compile()
         self.asks: Callable[[], int] = lambda: 0
         self.asked = 0
         self.budget, self.guard = Budget(config), Guard(config, device)
@@ -217,6 +221,15 @@ def _check_parts(config: TrainConfig, world: World) -> None:
             f"batch_size must be at least {least}, an image for each of {config.accumulate} parts "
             f"on each of {world.size} processes; got {config.batch_size}"
         )
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile next to nothing, so that a machine that cannot is known before a run begins."""
+    try:
+        torch.compile(torch.exp)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever torch, Triton or the compiler have to say
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidArgument(f"compile must be False on this machine: {why}") from error
 
 
 def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:

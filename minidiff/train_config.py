@@ -109,6 +109,10 @@ class TrainConfig(LoopConfig):
     """A run. Checked when built; raises InvalidArgument naming the field."""
 
     accumulate: int = _option(1, "parts of a batch that are in memory one after the other")
+    compile: bool = _option(
+        False, "compile the network first, which takes minutes and a C++ compiler, on a GPU "
+        "Triton too; a long run on a GPU gains"
+    )  # fmt: skip
 
     # The objective, see `minidiff.objective`
     prediction_type: str = _option("v_prediction", ", ".join(PREDICTION_TYPES))
@@ -156,6 +160,7 @@ class TrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole_number("accumulate", self.accumulate, 1)
+        true_or_false("compile", self.compile)
         if self.accumulate > self.batch_size:
             raise InvalidArgument(
                 f"accumulate must be at most batch_size, {self.batch_size}, got {self.accumulate}"

@@ -229,6 +229,16 @@ def test_a_training_step_never_waits_for_the_device(options, never_waiting):
         run.step()
 
 
+def test_a_compiled_network_takes_the_same_steps_on_a_gpu():
+    losses = []
+    for choice in (False, True):
+        run = training(compile=choice)
+        for _ in range(20):
+            run.step()
+        losses.append(float(run.meter.sum))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("options", OBJECTIVES, ids=str)
 def test_training_takes_the_same_first_steps_on_both_devices(options):
     """Only levels and labels are drawn on the CPU: noise is the device's, so losses are alike."""

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,6 +115,7 @@ def test_training_does_not_touch_the_callers_random_state():
         ({"steps": 1, "seed": 2**32}, "seed"),
         ({"steps": 1, "accumulate": 65}, "accumulate must be at most batch_size, 64, got 65"),
         ({"steps": 1, "final_batch_size": 63}, "final_batch_size must be in 64..65536"),
+        ({"steps": 1, "compile": 1}, "compile must be True or False"),
         ({"steps": 1, "clip": -1}, "clip"),
         ({"steps": 1, "dropout": 1}, "dropout"),
         ({"steps": 1, "skip_nonfinite": -1}, "skip_nonfinite"),
@@ -169,6 +173,28 @@ def test_a_batch_in_parts_is_the_batch():
         weights(TrainConfig(steps=3, accumulate=n, **TINY), optimizer=descent) for n in (1, 3)
     )
     assert torch.allclose(whole, parts, atol=1e-6)
+
+
+@pytest.mark.slow  # minutes of a compiler
+def test_a_compiled_network_takes_the_same_steps():
+    plain, compiled = (
+        weights(TrainConfig(steps=3, compile=choice, **TINY), optimizer=descent)
+        for choice in (False, True)
+    )
+    assert torch.allclose(plain, compiled, atol=1e-6)
+
+
+@pytest.mark.slow  # starts a compiler
+def test_a_machine_without_a_compiler_is_named_before_the_first_step(tmp_path):
+    command = "-m minidiff train --data digits --steps 1 --channels 8,8 --device cpu --compile --out"
+    run = subprocess.run(
+        [sys.executable, *command.split(), tmp_path / "run"],
+        env=os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "minidiff: compile must be False on this machine" in run.stderr.splitlines()[-1]
 
 
 def descent(parameters):
