@@ -197,10 +197,9 @@ def runs_in(folders: Iterable[Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def draw(
-    who: Contender, network: nn.Module, n: int, steps: int, seed: int, batch: int
-) -> tuple[Tensor, float]:
+def draw(who: Contender, network: nn.Module, n: int, steps: int, seed: int) -> tuple[Tensor, float]:
     """n samples, uint8 (n, C, H, W), and how many evaluations of the network each has taken."""
+    batch = BATCHES[next(network.parameters()).device.type]
     with counted(network.get_submodule(who.counted)) as count:
         parts = [
             to_uint8(who.sample(network, min(batch, n - first), steps, seed + first)).cpu()
@@ -228,7 +227,8 @@ def score(
         steps: of the sampler; by default the contender's own number.
         last: only the last snapshot of every run.
     Raises:
-        CheckpointError: a snapshot is damaged, or is not one of the contender that it says.
+        CheckpointError: a run's own files cannot be read. A snapshot that is damaged, or not of the
+            contender that it says, is passed over and named.
     """
     known = {_key(row): row for row in rows_of(table)}
     images, scored = without_labels(evaluator.train), []
@@ -239,6 +239,11 @@ def score(
         rows = rows_of(run / LOG)
         for row in rows[-1:] if last else rows:
             file = run / row["file"]
+            try:
+                load_weights(network, headers([file]))
+            except CheckpointError as error:  # the others are worth their scores
+                print(f"passed over: {error}", file=sys.stderr, flush=True)
+                continue
             wanted = {
                 "sha256": sha256(file),
                 "sampler_steps": who.steps if steps is None else steps,
@@ -246,28 +251,27 @@ def score(
                 "sample_seed": seed,
             }
             if _key(wanted) not in known:
-                load_weights(network, headers([file]))
                 start = time.monotonic()
-                samples, evaluations = draw(
-                    who,
-                    network.to(device),
-                    num,
-                    wanted["sampler_steps"],
-                    seed,
-                    BATCHES[device.type],
-                )
-                found = evaluator.score(samples)
-                about = {"evaluations": evaluations, "fd": found.fd, "coverage": found.coverage}
-                known[_key(wanted)] = {**row, "run": run.name, **wanted, **about}
+                network = network.to(device)
+                found = _measured(who, network, evaluator, num, wanted["sampler_steps"], seed)
+                known[_key(wanted)] = {**row, "run": run.name, **wanted, **found}
                 append(table, known[_key(wanted)])
                 print(
-                    f"{run.name}, {row['seconds'] / 60:.2f} min: FD {found.fd:.2f} ‰, coverage "
-                    f"{found.coverage:.3f}, {evaluations:.0f} evaluations an image "
+                    f"{run.name}, {row['seconds'] / 60:.2f} min: FD {found['fd']:.2f} ‰, coverage "
+                    f"{found['coverage']:.3f}, {found['evaluations']:.0f} evaluations an image "
                     f"({time.monotonic() - start:.0f} s)",
                     flush=True,
                 )
             scored.append(known[_key(wanted)])
     return scored
+
+
+def _measured(
+    who: Contender, network: nn.Module, evaluator: Evaluator, n: int, steps: int, seed: int
+) -> dict[str, float]:
+    samples, evaluations = draw(who, network, n, steps, seed)
+    found = evaluator.score(samples)
+    return {"evaluations": evaluations, "fd": found.fd, "coverage": found.coverage}
 
 
 def _key(row: Mapping[str, Any]) -> tuple:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from minidiff.average import EMA
 from minidiff.data import ImageData, Stream, to_float
 from minidiff.device import DTYPES
+from minidiff.errors import TrainingError
 from minidiff.progress import Budget, learning_rate
 from minidiff.train_config import LoopConfig
 
@@ -155,7 +156,9 @@ class Peer:
                 group["lr"] = self._rate_now(loop, budget)
             for _ in range(self.passes):
                 batch = images[stream.take(self.batch_size).to(device)]
-                self._pass(model, batch, dtype, layout)
+                loss = self._pass(model, batch, dtype, layout)
+                if not torch.isfinite(loss):
+                    raise TrainingError(f"the loss is {loss:g} at step {budget.step}")
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, self.clip)
             optimizer.step()
@@ -172,8 +175,8 @@ class Peer:
 
     def _pass(
         self, model: nn.Module, images: Tensor, dtype: torch.dtype, layout: torch.memory_format
-    ) -> None:
-        """Loss and gradient of a batch of bytes."""
+    ) -> Tensor:
+        """The loss of a batch of bytes, with its gradient added to the parameters'."""
         x = to_float(images)
         if self.flip:
             mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
@@ -182,6 +185,7 @@ class Peer:
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             loss = self.loss(model, x) / self.passes
         loss.backward()
+        return loss.detach()
 
     def _quicker(self, model: nn.Module, images: Tensor, dtype: torch.dtype) -> torch.memory_format:
         """The memory format in which a pass takes less time; measured before the clock starts."""
