@@ -2,7 +2,9 @@
 
 Shipped: the MNIST tutorial of its documentation, without the labels: no flip, no average.
 
-Tuned: a wider network with the faster of its norms, and its multistep sampler of second order.
+Tuned: a wider network with the faster of its norms, on the cosine schedule, and the sampler that
+comes nearest to the right spread of normally distributed data, for which the best network is known;
+the one for x̂0 (`xEABSampler`) leaves noise in the last step of an even grid.
 """
 
 from functools import partial
@@ -10,8 +12,8 @@ from functools import partial
 import torch
 from azula.denoise import KarrasDenoiser
 from azula.nn.unet import UNet
-from azula.noise import VPSchedule
-from azula.sample import DDIMSampler, Sampler, xEABSampler
+from azula.noise import CosineSchedule, Schedule, VPSchedule
+from azula.sample import DDIMSampler, Sampler, vABSampler
 from torch import Tensor, nn
 
 from peers.contender import Latest, Peer
@@ -31,8 +33,8 @@ class _Backbone(nn.Module):
         return self.unet(x_t, self.time_embedding(log_snr_t[..., None]))
 
 
-def _build(**network: object) -> KarrasDenoiser:
-    return KarrasDenoiser(backbone=_Backbone(**network), schedule=VPSchedule())
+def _build(schedule: Schedule, **network: object) -> KarrasDenoiser:
+    return KarrasDenoiser(backbone=_Backbone(**network), schedule=schedule)
 
 
 def _loss(model: KarrasDenoiser, x: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def _draw(
 
 def shipped() -> Peer:
     return Peer(
-        build=partial(_build, hid_channels=(16, 32, 64), hid_blocks=(2, 2, 2)),
+        build=partial(_build, VPSchedule(), hid_channels=(16, 32, 64), hid_blocks=(2, 2, 2)),
         loss=_loss,
         draw=partial(_draw, DDIMSampler),
         steps=64,
@@ -66,8 +68,8 @@ def shipped() -> Peer:
 
 def tuned() -> Peer:
     network = {"hid_channels": (32, 64, 96), "hid_blocks": (1, 1, 2), "norm": "group"}
-    build, draw = partial(_build, **network), partial(_draw, xEABSampler)
-    return Peer(build=build, loss=_loss, draw=draw, steps=32, counted="backbone")
+    build, draw = partial(_build, CosineSchedule(), **network), partial(_draw, vABSampler)
+    return Peer(build=build, loss=_loss, draw=draw, steps=50, counted="backbone")
 
 
 FORMS = {"shipped": shipped, "tuned": tuned}

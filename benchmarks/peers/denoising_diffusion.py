@@ -5,7 +5,8 @@ schedule, v-prediction, two batches of 32 a step, and the trainer's default flip
 to 32×32, which three halvings divide. Its mixed precision is float16, which needs a GPU; bfloat16
 takes its place where the processor has it.
 
-Tuned: a network of 0.6 million weights on 28×28, with one head of attention a level.
+Tuned: a network of 0.6 million weights on 28×28, with one head of attention a level. Its DDIM has
+as many steps as the README's: with 50 the spread of normal data comes out 6 % too small.
 """
 
 from functools import partial
@@ -71,7 +72,7 @@ def tuned() -> Peer:
     build = partial(
         _build, 28, dim=16, dim_mults=(1, 2, 4), attn_heads=1, attn_dim_head=32, flash_attn=True
     )
-    return Peer(build=build, loss=_loss, draw=_draw, steps=50, counted="model")
+    return Peer(build=build, loss=_loss, draw=_draw, steps=250, counted="model")
 
 
 FORMS = {"shipped": shipped, "tuned": tuned}

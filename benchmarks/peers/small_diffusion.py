@@ -72,7 +72,7 @@ def tuned() -> Peer:
         ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, attn_resolutions=(7,), dropout=0.0,
     )  # fmt: skip
     loss, draw = partial(_loss, schedule), partial(_draw, schedule, 1.6)
-    return Peer(build=build, loss=loss, draw=draw, steps=20)
+    return Peer(build=build, loss=loss, draw=draw, steps=50)
 
 
 FORMS = {"shipped": shipped, "tuned": tuned}
