@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minidiff.average import EMA
 from minidiff.batches import DROPOUT, Batch, Batches
 from minidiff.data import Data
-from minidiff.device import DTYPES, pick_device
+from minidiff.device import DTYPES, pick_device, training_layout
 from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve, seen
@@ -73,7 +73,8 @@ class Training:
         if config.compile:
             _check_compiler(device)
         pipe, self.objective = build(config, data), config.objective()
-        self.learner = Learner.of(pipe).to(device).train()
+        layout = training_layout(device)
+        self.learner = Learner.of(pipe).to(device, memory_format=layout).train()
         self.average = EMA(self.learner, config.ema_half_life)
         splits = self.world.splits
         self._whole = copy.deepcopy(self.average.model) if splits else self.average.model
@@ -212,7 +213,9 @@ def train(
                 pictures = training.pictures()
                 picture(training.result, training.budget.step)
             stopped = after(training)
-    return training.result
+    result = training.result
+    result.unet.to(memory_format=torch.channels_last)  # the quicker one to sample with
+    return result
 
 
 def _check_parts(config: TrainConfig, world: World) -> None:
