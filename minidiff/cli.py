@@ -10,13 +10,13 @@ import sys
 import textwrap
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, replace
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from minidiff import __version__, checkpoint, evaluation, metrics, run, shipped
+from minidiff import __version__, checkpoint, evaluation, metrics, run, run_vae, shipped
 from minidiff.data import DATA_VARIABLE, NAMES, PUBLISHED, SPLITS, TOYS, ImageData, load
 from minidiff.data.protocol import Data
 from minidiff.device import (
@@ -43,11 +43,15 @@ from minidiff.noise import MAX_SEED
 from minidiff.pictures import MODES, read_picture
 from minidiff.pipeline import Pipeline
 from minidiff.presets import PRESETS, Preset
-from minidiff.run_vae import PICTURE, open_vae, train_vae_into
+from minidiff.run_folder import Settings, data_of, read_settings
+from minidiff.run_vae import open_vae
 from minidiff.samplers import SAMPLERS, sampler
 from minidiff.train_config import (
     OPTIONS,
     VAE_OPTIONS,
+    Kind,
+    LoopConfig,
+    TrainConfig,
     VAEConfig,
     merged,
     options_of,
@@ -185,21 +189,13 @@ def _train_parser(commands: Any) -> None:
     _add_files(command)
     add("--vae", metavar="RUN", help="train on the latents of this autoencoder, a run of train-vae "
         "or a vae folder; --block is 1 then")  # fmt: skip
-    add("--out", help="folder of the run; must be new or empty")
-    add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
-        "newest snapshot that is whole; everything else is in its config.json")  # fmt: skip
-    add("--save-every", type=int, metavar="N", help="steps between snapshots; default: every five "
-        "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
-    add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
-        "beside the one of the lowest running loss; default: 2")  # fmt: skip
+    _add_keeping(command)
     add("--shard", action="store_true", help="under torchrun: the processes share the weights "
         "(FSDP2), for a model that outgrows one GPU")  # fmt: skip
     add("--preset", choices=list(PRESETS), help="a recipe, see below")
     add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
         "TrainConfig; or a run's config.json")  # fmt: skip
-    for name, option in OPTIONS.items():
-        if option.metadata["flag"] != "":
-            _add_option(command, name, option)
+    _add_options(command, OPTIONS)
 
 
 def _train_vae_parser(commands: Any) -> None:
@@ -214,14 +210,12 @@ def _train_vae_parser(commands: Any) -> None:
         dtype=argparse.SUPPRESS,
     )
     add = command.add_argument
-    add("--data", required=True, help="digits, mnist, cifar10, or a folder of images")
+    add("--data", help="digits, mnist, cifar10, or a folder of images")
     _add_files(command)
-    add("--out", required=True, help="folder of the run; must be new or empty")
+    _add_keeping(command)
     add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
         "VAEConfig; or a run's config.json")  # fmt: skip
-    for name, option in VAE_OPTIONS.items():
-        if option.metadata["flag"] != "":
-            _add_option(command, name, option)
+    _add_options(command, VAE_OPTIONS)
 
 
 def _add_files(command: Parser) -> None:
@@ -231,6 +225,25 @@ def _add_files(command: Parser) -> None:
     add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
         "where its files are not there; checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="crop and resize the images of a folder to this side")
+
+
+def _add_keeping(command: Parser) -> None:
+    """Where a run is kept, how often it is saved, and how it goes on."""
+    add = command.add_argument
+    add("--out", help="folder of the run; must be new or empty")
+    add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
+        "newest snapshot that is whole; everything else is in its config.json")  # fmt: skip
+    add("--save-every", type=int, metavar="N", help="steps between snapshots; default: every five "
+        "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
+    add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
+        "beside the one of the lowest running loss; default: 2")  # fmt: skip
+
+
+def _add_options(command: Parser, options: Mapping[str, Field]) -> None:
+    """Flags for the fields of a config, but for those that every command has."""
+    for name, option in options.items():
+        if option.metadata["flag"] != "":
+            _add_option(command, name, option)
 
 
 def _add_option(command: Parser, name: str, option: Field) -> None:
@@ -245,10 +258,18 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
     )
     if values := option.metadata["values"]:
         how |= {"nargs": len(values), "metavar": values}
-    flag = option.metadata["flag"] or name.replace("_", "-")
     command.add_argument(
-        f"--{flag}", dest=name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how
+        _flag(name, option),
+        dest=name,
+        default=argparse.SUPPRESS,
+        help=help.replace("%", "%%"),
+        **how,
     )
+
+
+def _flag(name: str, option: Field | None = None) -> str:
+    """The flag of an argument, or of a field of a config."""
+    return "--" + ((option and option.metadata["flag"]) or name.replace("_", "-"))
 
 
 def _described(preset: tuple[str, Preset]) -> str:
@@ -384,61 +405,88 @@ def train(options: argparse.Namespace) -> None:
     """minidiff train"""
     if options.resume is not None:
         return _resume(options)
-    if options.out is None:
-        raise InvalidArgument("give --out FOLDER, or --resume RUN")
+    _want_a_folder(options)
     device = pick_device(options.device)
     preset = PRESETS.get(options.preset)
-    layers = [{} if options.vae is None else {"block": 1}]
-    layers.append({} if preset is None else options_of(preset.train))
-    layers.append(read_options(options.config) if options.config else {})
-    layers.append({name: value for name, value in vars(options).items() if name in OPTIONS})
-    layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
-    config = merged(*layers)
-    saving = Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
-    source = _source(options, preset)
+    config = _config(
+        TrainConfig,
+        options,
+        device,
+        {} if options.vae is None else {"block": 1},
+        {} if preset is None else options_of(preset.train),
+    )
+    saving = _saving(options)
+    name = options.data or (preset and preset.data)
+    if name is None:
+        raise InvalidArgument("give --data or --preset")
+    source = _source(name, options)
+    if options.vae is not None:
+        source["vae"] = str(Path(options.vae).absolute())
     data = _data(source, device, config.seed, options.download)
     say = _nothing if rank() else print
-    say(
-        f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
-    )
+    say(_under_way(device, config, data))
     run.train_into(
         options.out, config, data, device, saving=saving, load=source, shard=options.shard
     )
     say(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
 
 
+def _want_a_folder(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise InvalidArgument("give --out FOLDER, or --resume RUN")
+
+
+def _config(
+    kind: type[Kind],
+    options: argparse.Namespace,
+    device: torch.device,
+    *layers: Mapping[str, Any],
+) -> Kind:
+    """The config that flags, --config and the layers below these make."""
+    file = read_options(options.config) if options.config else {}
+    names = {option.name for option in fields(kind)}
+    flags = {name: value for name, value in vars(options).items() if name in names}
+    layers = [*layers, file, flags]
+    dtype = ChainMap(*layers[::-1]).get("dtype", "auto")
+    return merged(*layers, {"dtype": _dtype_name(dtype, device)}, kind=kind)
+
+
+def _saving(options: argparse.Namespace) -> Saving:
+    return Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
+
+
+def _under_way(device: torch.device, config: LoopConfig, data: Data) -> str:
+    where = describe(device, DTYPES[config.dtype])
+    return f"device: {where}; data: {len(data)} images of {data.name}"
+
+
 def _resume(options: argparse.Namespace) -> None:
     """minidiff train --resume"""
-    own = (
-        "out",
-        "data",
-        "data_dir",
-        "download",
-        "image_size",
-        "vae",
-        "preset",
-        "config",
-        "save_every",
-        "keep_last",
-        "shard",
-    )
-    given = [name for name in (*own, *OPTIONS) if getattr(options, name, None) not in (None, False)]
-    if given:
-        raise InvalidArgument(
-            f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "
-            f"--{given[0].replace('_', '-')}"
-        )
-    device = None if options.device == "auto" else options.device
-    say = _nothing if rank() else print
-    settings = _told_all(options.resume, "minidiff.run.resume")
-    data = _data(settings.data, pick_device(device or settings.device), settings.config.seed)
+    settings, device = _to_go_on(options, run.COMMAND, OPTIONS, "minidiff.run.resume")
+    data = _data(settings.data, device, settings.config.seed)
     run.resume(options.resume, data, device)
+    say = _nothing if rank() else print
     say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
 
 
-def _told_all(folder: str, otherwise: str) -> run.Settings:
+def _to_go_on(
+    options: argparse.Namespace, command: str, known: Mapping[str, Field], otherwise: str
+) -> tuple[Settings, torch.device]:
+    """What the run of --resume was told, and where it goes on; nothing else may be given."""
+    beside = ("command", "resume", "device", "debug")
+    for name, value in vars(options).items():
+        if name not in beside and value is not None and value is not False:
+            raise InvalidArgument(
+                f"--resume goes on with what {options.resume}/{run.CONFIG} says; leave out "
+                f"{_flag(name, known.get(name))}"
+            )
+    settings = _told_all(options.resume, command, otherwise)
+    return settings, pick_device(settings.device if options.device == "auto" else options.device)
+
+
+def _told_all(folder: str, command: str, otherwise: str) -> Settings:
     """What a run was told, its data included. Raises CheckpointError."""
-    settings = run.read_settings(folder)
+    settings = read_settings(folder, command)
     if not settings.data:
         raise CheckpointError(
             f"{folder}: was trained from Python on data that only its program knows; use "
@@ -451,19 +499,15 @@ def _nothing(text: str) -> None:
     """What a process that does not lead prints."""
 
 
-def _source(options: argparse.Namespace, preset: Preset | None) -> dict[str, Any]:
+def _source(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `load`, the same whatever the working directory and the environment."""
-    name = options.data or (preset and preset.data)
-    if name is None:
-        raise InvalidArgument("give --data or --preset")
     folder = options.data_dir
     if name in PUBLISHED:
         folder = folder or os.environ.get(DATA_VARIABLE)
     elif Path(name).is_dir():
         name = str(Path(name).absolute())
     place = folder and str(Path(folder).absolute())
-    source = {"name": name, "data_dir": place, "image_size": options.image_size}
-    return source if options.vae is None else source | {"vae": str(Path(options.vae).absolute())}
+    return {"name": name, "data_dir": place, "image_size": options.image_size}
 
 
 def _data(
@@ -481,23 +525,35 @@ def _data(
 
 def train_vae(options: argparse.Namespace) -> None:
     """minidiff train-vae"""
+    if options.resume is not None:
+        return _resume_vae(options)
+    _want_a_folder(options)
+    if options.data is None:
+        raise InvalidArgument("give --data")
     device = pick_device(options.device)
-    layers = [read_options(options.config) if options.config else {}]
-    layers.append({name: value for name, value in vars(options).items() if name in VAE_OPTIONS})
-    layers.append({"dtype": _dtype_name(ChainMap(*layers[::-1]).get("dtype", "auto"), device)})
-    config = merged(*layers, kind=VAEConfig)
-    data, held_out = (
-        load(options.data, split, options.data_dir, options.image_size, options.download)
-        for split in SPLITS
+    config, saving = _config(VAEConfig, options, device), _saving(options)
+    source = _source(options.data, options)
+    data, held_out = (load(**source, split=split, download=options.download) for split in SPLITS)
+    print(_under_way(device, config, data))
+    _, quality = run_vae.train_vae_into(
+        options.out, config, data, held_out, device, saving=saving, load=source
     )
-    print(
-        f"device: {describe(device, DTYPES[config.dtype])}; data: {len(data)} images of {data.name}"
-    )
-    _, quality = train_vae_into(options.out, config, data, held_out, device)
+    _measured(options.out, options.data, held_out, quality)
+
+
+def _resume_vae(options: argparse.Namespace) -> None:
+    """minidiff train-vae --resume"""
+    settings, device = _to_go_on(options, run_vae.COMMAND, VAE_OPTIONS, "minidiff.run_vae.resume")
+    data, held_out = (load(**settings.data | {"split": split}) for split in SPLITS)
+    _, quality = run_vae.resume(options.resume, data, held_out, device)
+    _measured(options.resume, settings.data["name"], held_out, quality)
+
+
+def _measured(out: str, name: str, held_out: ImageData, quality: run_vae.Quality) -> None:
     print(f"{len(held_out)} held-out images\n{quality}")
     print(
-        f"wrote {options.out}, look at {options.out}/{PICTURE}. Next: minidiff train --vae "
-        f"{options.out} --data {options.data} --minutes 5 --out RUN"
+        f"wrote {out}, look at {out}/{run_vae.PICTURE}. Next: minidiff train --vae {out} "
+        f"--data {name} --minutes 5 --out RUN"
     )
 
 
@@ -549,7 +605,7 @@ def evaluate(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.json)):
         checkpoint.ensure_writable(path)
     pipe = _pipeline(options)
-    name = options.data or run.data_of(options.run)
+    name = options.data or data_of(options.run)
     if name == "captions":
         return _evaluate_captions(pipe, options)
     train_images, test_images = _splits(name, options, pipe)
@@ -580,7 +636,7 @@ def check(options: argparse.Namespace) -> None:
     """minidiff check"""
     from minidiff.check import examine
 
-    settings = _told_all(options.run, "minidiff.check.examine")
+    settings = _told_all(options.run, run.COMMAND, "minidiff.check.examine")
     device, bad = pick_device(options.device), []
     data = _data(settings.data, device, settings.config.seed)
     for finding in examine(options.run, data, device):
