@@ -25,6 +25,7 @@ from minidiff.learner import Learner, check
 from minidiff.nn import SpaceToDepth
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import edm_row, row, solve
+from minidiff.run_folder import read_settings
 from minidiff.sample import trajectory
 from minidiff.schedule import Level, add_noise
 from minidiff.schedulers import FlowMatchEulerDiscreteScheduler, Scheduler
@@ -96,7 +97,7 @@ def examine(path: str | Path, data: Data, device: torch.device | str = "cpu") ->
 
 
 def _patient(path: Path, data: Data, device: torch.device) -> Patient:
-    config = run.read_settings(path).config
+    config = read_settings(path, run.COMMAND).config
     check(config, data)
     data = data.to(device)
     raw, pipe = None, None

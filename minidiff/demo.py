@@ -13,6 +13,7 @@ from minidiff.device import DTYPES, describe
 from minidiff.errors import CheckpointError
 from minidiff.metrics import Evaluator, Scores
 from minidiff.pipeline import Pipeline
+from minidiff.run_folder import Settings, about
 from minidiff.sample import Step
 from minidiff.samplers import SAMPLERS, sampler
 from minidiff.train import TrainConfig
@@ -47,7 +48,8 @@ def demo(
     if (out / run.LOG).exists():
         raise CheckpointError(f"{out}: holds a run, which the demo would overwrite; choose another")
     data = load("digits")
-    run.write_config(out, config, data)  # refused now if `out` cannot be written
+    settings = Settings("demo", config, {"name": "digits"}, about(data), device.type)
+    settings.write(out)  # refused now if `out` cannot be written
     print(f"device: {describe(device, DTYPES[config.dtype])}")
     evaluator = Evaluator("digits", device=device)
     pipe = run.train_with_bar(config, data, device)

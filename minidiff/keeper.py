@@ -11,8 +11,9 @@ from pathlib import Path
 
 from minidiff import snapshot
 from minidiff.distributed import launched
-from minidiff.errors import CheckpointError, TrainingError, whole_number
-from minidiff.train import Progress, Training
+from minidiff.errors import CheckpointError, Stopped, TrainingError, whole_number
+from minidiff.loop import Loop
+from minidiff.progress import Progress
 
 SAVE_SECONDS = 300.0  # between snapshots, where save_every does not say otherwise
 
@@ -110,26 +111,26 @@ class Keeper:
 
     Args:
         run: the run's folder.
+        command: of minidiff, that goes on with it.
         log: None for a process that does not lead: it writes nothing.
         say: told which snapshots were passed over, and where the run goes on.
-    Attributes:
-        stopped: the step at which a signal ended the run, and its number; None if none did.
     """
 
     def __init__(
         self,
         run: Path,
+        command: str,
         saving: Saving,
         log: Log | None,
         signals: Signals,
         say: Callable[[str], None],
     ) -> None:
-        self.run, self.saving, self.log, self.signals, self.say = run, saving, log, signals, say
+        self.run, self.command, self.saving = run, command, saving
+        self.log, self.signals, self.say = log, signals, say
         self.leads = log is not None
         self.saved_at = 0.0
-        self.stopped: tuple[int, int] | None = None
 
-    def begin(self, training: Training) -> None:
+    def begin(self, training: Loop) -> None:
         """Go on from the newest snapshot that verifies, or begin. Raises CheckpointError."""
         training.asks = lambda: self.signals.caught or 0
         folder = snapshot.newest(self.run, self.say)
@@ -143,18 +144,22 @@ class Keeper:
         if folder is not None:
             self.say(f"going on from step {step}")
 
-    def after(self, training: Training) -> bool:
-        """Save where it is due; True ends the run."""
+    def after(self, training: Loop) -> None:
+        """Save where it is due. Raises Stopped where a signal asked for it before the end."""
         budget, every = training.budget, self.saving.save_every
-        done, stop = budget.progress >= 1, bool(training.asked)
+        done, asked = budget.progress >= 1, training.asked
         due = budget.step % every == 0 if every else budget.elapsed - self.saved_at >= SAVE_SECONDS
-        if due or stop or done:
+        if due or asked or done:
             self.save(training)
-        if stop and not done:
-            self.stopped = (budget.step, training.asked)
-        return stop
+        if asked and not done:
+            training.world.largest(0)  # no process leaves before the snapshot is there
+            raise Stopped(
+                f"stopped by {signal.Signals(asked).name} and saved at step {budget.step}; go on "
+                f"with: minidiff {self.command} --resume {self.run}",
+                asked,
+            )
 
-    def save(self, training: Training) -> None:
+    def save(self, training: Loop) -> None:
         """Write a snapshot and delete those that are not kept. Raises CheckpointError."""
         content = snapshot.content(training)
         if not self.leads:

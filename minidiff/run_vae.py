@@ -1,35 +1,35 @@
-"""A run of `minidiff train-vae` is a folder, too.
+"""A run of `minidiff train-vae`: what it adds to the folder of any run, see `minidiff.run_folder`.
 
-RUN/config.json          the data and every option of the training
-RUN/log.jsonl            one row about every second
 RUN/vae/                 the autoencoder with the averaged weights, which diffusers reads as well
 RUN/reconstructions.png  held-out images, each above what the autoencoder makes of it
 """
 
 import math
-from contextlib import closing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch import device as Device
 
-from minidiff import plot, run
+from minidiff import plot
 from minidiff.data import ImageData, to_uint8
 from minidiff.device import pick_device
-from minidiff.errors import CheckpointError
-from minidiff.keeper import Log
+from minidiff.distributed import launched
+from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.keeper import Saving
 from minidiff.latents import BATCH, LatentData
 from minidiff.metrics import Evaluator, Scores, load_classifier, shipped
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.model import CONFIG
+from minidiff.run_folder import RECONSTRUCTIONS, VAE, Say, Settings, about, create, kept, resumed
 from minidiff.train_config import VAEConfig
 from minidiff.train_vae import check, train_vae
 
-VAE = "vae"
-PICTURE = "reconstructions.png"
+COMMAND = "train-vae"
+PICTURE = f"{RECONSTRUCTIONS}.png"
 SHOWN = 40  # images in the picture
 
 
@@ -67,23 +67,73 @@ def train_vae_into(
     data: ImageData,
     held_out: ImageData,
     device: Device | str = "cpu",
+    *,
+    saving: Saving | None = None,
+    load: Mapping[str, Any] | None = None,
 ) -> tuple[AutoencoderKL, Quality]:
     """Train with a progress bar, measure, and keep everything in the folder `out`, see the module.
 
     Args:
         held_out: images of the same kind, for the measurement and the picture.
+        load: the arguments of `minidiff.data.load` that gave both, but for the split, so that the
+            run can be continued without being told them again.
     Raises:
-        InvalidArgument: config and data do not fit together; nothing is written then.
+        InvalidArgument: config and data do not fit together, or torchrun started several
+            processes; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
-        TrainingError: the loss is not finite. The log stays.
+        TrainingError: the loss is not finite. The log and the snapshots stay.
+        Stopped: by SIGINT or SIGTERM, after the step under way, with everything saved.
     """
     device = pick_device(device)
+    _check(config, data, held_out)
+    settings = Settings(
+        COMMAND, config, dict(load or {}), about(data), device.type, saving or Saving()
+    )
+    return _run(create(out, settings), settings, data, held_out, device, print)
+
+
+def resume(
+    out: str | Path,
+    data: ImageData,
+    held_out: ImageData,
+    device: Device | str | None = None,
+    *,
+    say: Say = print,
+) -> tuple[AutoencoderKL, Quality]:
+    """Go on with a run from its newest snapshot that verifies, or from its beginning.
+
+    Args:
+        out: the run's folder.
+        data, held_out: as they were given to `train_vae_into`.
+        device: where to train; by default where the run was.
+        say: told which snapshots were passed over, and where the run goes on.
+    Raises:
+        CheckpointError: the folder is no run of train-vae, none of its snapshots verifies, or the
+            data are not those of the run; otherwise as `train_vae_into`.
+    """
+    settings = resumed(out, COMMAND, data)
+    device = pick_device(settings.device if device is None else device)
+    _check(settings.config, data, held_out)
+    return _run(Path(out), settings, data, held_out, device, say)
+
+
+def _check(config: VAEConfig, data: ImageData, held_out: ImageData) -> None:
+    if launched():
+        raise InvalidArgument("train-vae is for one process: start it without torchrun")
     check(config, data)
     check(config, held_out)
-    out = run.create(out, config, data)
-    log = Log(out / run.LOG)
-    with closing(log), run.progress_bar(config, log.append) as report:
-        vae = train_vae(config, data, device, report)
+
+
+def _run(
+    out: Path,
+    settings: Settings,
+    data: ImageData,
+    held_out: ImageData,
+    device: Device,
+    say: Say,
+) -> tuple[AutoencoderKL, Quality]:
+    with kept(out, settings, say) as (report, keeper):
+        vae = train_vae(settings.config, data, device, report, keeper.begin, keeper.after)
     vae.save_pretrained(out / VAE)
     made = reconstructed(vae, held_out)
     plot.save(side_by_side(held_out.images[:SHOWN], made[:SHOWN]), out / PICTURE)

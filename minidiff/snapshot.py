@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minidiff import checkpoint
 from minidiff.distributed import laid_out
 from minidiff.errors import CheckpointError
-from minidiff.train import Training
+from minidiff.loop import Loop
 from minidiff.weights import SUFFIX, check_fit, headers, read_one, write_tensors
 
 FOLDER = "checkpoints"
@@ -50,7 +50,7 @@ class Content(NamedTuple):
     state: dict[str, Any]
 
 
-def content(training: Training) -> Content:
+def content(training: Loop) -> Content:
     """What a snapshot of a training holds; the live weights are only read.
 
     Where the weights are shared out, all processes call this.
@@ -70,7 +70,7 @@ def content(training: Training) -> Content:
         "version": VERSION,
         "step": training.budget.step,
         "seconds": training.budget.elapsed,
-        "images": training.batches.stream.position,
+        "images": training.stream.position,
         "averaged": training.average.updates,
         "meter": training.meter.state(),
         "optimizer": optimizer,
@@ -209,7 +209,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder / name}: is not what was written (size or SHA-256)")
 
 
-def restore(folder: Path, training: Training) -> int:
+def restore(folder: Path, training: Loop) -> int:
     """Put a training where the snapshot's was; returns the length of the log that belongs to it.
 
     Raises:
@@ -229,7 +229,7 @@ def restore(folder: Path, training: Training) -> int:
         _load_optimizer(training.optimizer, state["optimizer"], tensors)
         training.average.updates = state["averaged"]
         training.budget.step, training.budget.elapsed = state["step"], state["seconds"]
-        training.batches.stream.position = state["images"]
+        training.stream.position = state["images"]
         training.meter.load(state["meter"])
         return state["log_bytes"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from minidiff.average import EMA
 from minidiff.batches import DROPOUT, Batch, Batches
-from minidiff.data import Data
+from minidiff.data import Data, Stream
 from minidiff.device import DTYPES, pick_device, training_layout
 from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve, seen
+from minidiff.loop import Loop, steps
 from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
 from minidiff.pipeline import Pipeline
-from minidiff.progress import Budget, Guard, Meter, Progress, batch_size, learning_rate
+from minidiff.progress import Progress, batch_size, learning_rate
 from minidiff.train_config import TrainConfig
 
 __all__ = [
@@ -43,8 +44,8 @@ __all__ = [
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-class Training:
-    """A run under way: all of it that changes from step to step, and the step itself.
+class Training(Loop):
+    """A run under way, and its step.
 
     Args:
         config: the run, with σ_data where its objective needs it (`resolve`).
@@ -53,12 +54,12 @@ class Training:
         make_optimizer: see `train`.
         world: the processes that train together.
     Attributes:
-        learner: all that is trained, with the raw weights.
-        average: of its weights.
-        optimizer, budget, batches, meter: what else a snapshot keeps.
-        asks: says which signal asks this process to stop, 0 for none.
-        asked: the same, as all processes agree on it at the end of a step.
+        learner, average, optimizer, budget, meter: see `Loop`.
+        batches: images, levels and noise of every step.
     """
+
+    config: TrainConfig
+    learner: Learner
 
     def __init__(
         self,
@@ -68,43 +69,42 @@ class Training:
         make_optimizer: MakeOptimizer | None = None,
         world: World | None = None,
     ) -> None:
-        self.config, self.device, self.world = config, device, world or World()
-        _check_parts(config, self.world)
+        world = world or World()
+        _check_parts(config, world)
         if config.compile:
             _check_compiler(device)
         pipe, self.objective = build(config, data), config.objective()
         layout = training_layout(device)
-        self.learner = Learner.of(pipe).to(device, memory_format=layout).train()
-        self.average = EMA(self.learner, config.ema_half_life)
-        splits = self.world.splits
-        self._whole = copy.deepcopy(self.average.model) if splits else self.average.model
+        learner = Learner.of(pipe).to(device, memory_format=layout).train()
+        average = EMA(learner, config.ema_half_life)
+        self._whole = copy.deepcopy(average.model) if world.splits else average.model
         self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
-        for module in (self.learner, self.average.model):
-            self.world.share(module)
-        self.optimizer = (make_optimizer or _adamw(config))(self.learner.trained())
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        for module in (learner, average.model):
+            world.share(module)
+        optimizer = (make_optimizer or _adamw(config))(learner.trained())
+        super().__init__(config, learner, average, optimizer, device, world)
         encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         self.batches = Batches(
             config,
             seen(config, data).to(device),
-            self.learner,
+            learner,
             self.objective,
             encode,
-            self.world.part,
+            world.part,
             device,
         )
-        self.synced = self.world.wrap(self.learner)
+        self.synced = world.wrap(learner)
         if config.compile:
-            self.learner.compile()
-        self.asks: Callable[[], int] = lambda: 0
-        self.asked = 0
-        self.budget, self.guard = Budget(config), Guard(config, device)
-        self.meter = Meter(config, self.guard)
+            learner.compile()
+
+    @property
+    def stream(self) -> Stream:
+        return self.batches.stream
 
     def step(self) -> None:
         """Batch → level → target → loss → step → average. Raises TrainingError."""
-        config, progress = self.config, self.budget.progress
-        batch = self.batches.take(self.budget.step, batch_size(config, progress))
+        config = self.config
+        batch = self.batches.take(self.budget.step, batch_size(config, self.budget.progress))
         self._seed_dropout()
         total = torch.zeros((), device=self.device)
         for last, part in _marking_the_last(batch.parts(config.accumulate)):
@@ -114,17 +114,7 @@ class Training:
             total += loss.detach()
         total = self.world.total(total)
         norm = self.world.clip(self.learner.trained(), config.clip or math.inf)
-        if self.guard.passes(self.budget.step, total, norm):
-            share = learning_rate(config, progress) / (config.learning_rate or 1)
-            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * share
-            self.optimizer.step()
-            self.average.update(self.learner)
-            self.meter.add(total)
-        self.optimizer.zero_grad(set_to_none=True)
-        now, asked = self.world.largest(self.budget.now(), self.asks())
-        self.budget.tick(now)
-        self.asked = int(asked)
+        self.update(total, norm, total)
 
     def _loss(self, part: Batch) -> Tensor:
         """What a part of the batch adds to the mean loss of all of it."""
@@ -158,10 +148,6 @@ class Training:
             self._whole.load_state_dict(self.world.whole(self.average.model.state_dict()))
         return self._result
 
-    def row(self, last: bool = False) -> Progress | None:
-        """A row for the log, where one is due."""
-        return self.meter.row(self.budget, self.batches.stream.position, last)
-
     def pictures(self) -> int:
         """How many grids of samples should exist by now."""
         return int(min(self.budget.progress, 1) * self.config.pictures)
@@ -175,7 +161,7 @@ def train(
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
     optimizer: MakeOptimizer | None = None,
     begin: Callable[[Training], None] = lambda training: None,
-    after: Callable[[Training], bool] = lambda training: False,
+    after: Callable[[Training], None] = lambda training: None,
     world: World | None = None,
 ) -> Pipeline:
     """Train a pipeline until the budget is spent; returns it with the averaged weights.
@@ -191,7 +177,7 @@ def train(
         optimizer: makes one of the parameters, in place of AdamW; the learning rate of its groups
             then rises and falls as the config's would.
         begin: called before the first step; may put the training where another one was.
-        after: called after every step; True ends the run.
+        after: called after every step; what it raises ends the run.
         world: the processes that train together, each of which calls this; report, picture and
             after are called on all of them.
     Raises:
@@ -201,18 +187,12 @@ def train(
     device = pick_device(device)
     training = Training(resolve(config, data), data, device, optimizer, world)
     begin(training)
-    stopped, pictures = False, training.pictures()
-    training.budget.start()
+    pictures = training.pictures()
     with _own_random_state(device):
-        while training.budget.progress < 1 and not stopped:
-            training.step()
-            last = training.budget.progress >= 1
-            if row := training.row(last):
-                report(row)
+        for last in steps(training, report, after):
             if training.pictures() > pictures and not last:
                 pictures = training.pictures()
                 picture(training.result, training.budget.step)
-            stopped = after(training)
     result = training.result
     result.unet.to(memory_format=torch.channels_last)  # the quicker one to sample with
     return result

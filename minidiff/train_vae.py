@@ -33,14 +33,16 @@ from torch import Tensor, nn
 from minidiff.average import EMA
 from minidiff.data import ImageData, Stream
 from minidiff.device import DTYPES, pick_device
+from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
 from minidiff.latents import check_stored, with_unit_latents
 from minidiff.learner import groups_of
+from minidiff.loop import Loop, steps
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.discriminator import PatchDiscriminator
 from minidiff.nn.gaussian import DiagonalGaussian
 from minidiff.noise import stream_seed
-from minidiff.progress import Budget, Guard, Meter, Progress, batch_size, learning_rate
+from minidiff.progress import Progress, batch_size
 from minidiff.train_config import VAEConfig
 
 _NOISE = 3  # the stream of random numbers, see `noise.stream_seed`; training has the ones before
@@ -152,7 +154,7 @@ def balance(error: Tensor, judged: Tensor, last: Tensor) -> Tensor:
 # --- the loop --------------------------------------------------------------------------------
 
 
-class VAETraining:
+class VAETraining(Loop):
     """A run under way, and its step.
 
     Args:
@@ -160,23 +162,27 @@ class VAETraining:
         data: the images, moved to `device` whole.
         device: where to train.
     Attributes:
-        vae, judge: the networks, with the raw weights.
+        vae, judge: the networks, with the raw weights; together they are the `learner`.
         average: of the autoencoder's weights.
     Raises:
         InvalidArgument: as `check`.
     """
 
+    config: VAEConfig
+
     def __init__(self, config: VAEConfig, data: ImageData, device: torch.device) -> None:
-        self.config, self.device, self.data = config, device, data.to(device)
-        self.vae, self.judge = (
-            network.to(device, memory_format=torch.channels_last).train()
-            for network in build(config, data)
-        )
-        self.average = EMA(self.vae, config.ema_half_life)
-        self.optimizer = _adamw(config, self.vae, self.judge)
-        self.stream, self.noise = Stream(len(data), config.seed), torch.Generator(device)
-        self.budget, self.guard = Budget(config), Guard(config, device)
-        self.meter = Meter(config, self.guard)
+        networks = nn.ModuleDict(build(config, data)._asdict())
+        networks.to(device, memory_format=torch.channels_last).train()
+        self.vae, self.judge = networks["vae"], networks["judge"]
+        average = EMA(self.vae, config.ema_half_life)
+        optimizer = _adamw(config, self.vae, self.judge)
+        super().__init__(config, networks, average, optimizer, device, World())
+        self.data, self.stream = data.to(device), Stream(len(data), config.seed)
+        self.noise = torch.Generator(device)
+
+    @property
+    def averaged(self) -> AutoencoderKL:
+        return self.vae
 
     def step(self) -> None:
         """Image → latents → image → loss → step → average. Raises TrainingError."""
@@ -198,14 +204,7 @@ class VAETraining:
             total = total + mistakes
         clip = config.clip or math.inf
         norms = [nn.utils.clip_grad_norm_(n.parameters(), clip) for n in (self.vae, self.judge)]
-        if self.guard.passes(self.budget.step, total.detach(), sum(norms)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(config, progress)
-            self.optimizer.step()
-            self.average.update(self.vae)
-            self.meter.add(loss.detach())
-        self.optimizer.zero_grad(set_to_none=True)
-        self.budget.tick(self.budget.now())
+        self.update(total.detach(), sum(norms), loss.detach())
 
     def _push(self, loss: Tensor, made: Tensor) -> Tensor:
         """The third term of the loss: λ·w·(−D(x̂))."""
@@ -223,16 +222,14 @@ class VAETraining:
         dtype = DTYPES[self.config.dtype]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def row(self) -> Progress | None:
-        """A row for the log, where one is due."""
-        return self.meter.row(self.budget, self.stream.position, self.budget.progress >= 1)
-
 
 def train_vae(
     config: VAEConfig,
     data: ImageData,
     device: torch.device | str = "cpu",
     report: Callable[[Progress], None] = lambda row: None,
+    begin: Callable[[VAETraining], None] = lambda training: None,
+    after: Callable[[VAETraining], None] = lambda training: None,
 ) -> AutoencoderKL:
     """Train an autoencoder until the budget is spent; returns it with the averaged weights.
 
@@ -241,15 +238,15 @@ def train_vae(
         data: the images, moved to `device` whole.
         device: where to train.
         report: called with every row for the log; its loss is that of `bound`.
+        begin, after: called before the first step and after every one, see `minidiff.train.train`.
     Raises:
         InvalidArgument: config and data do not fit together, or the device is not there.
         TrainingError: a loss or a gradient is not finite.
     """
     training = VAETraining(config, data, pick_device(device))
-    while training.budget.progress < 1:
-        training.step()
-        if row := training.row():
-            report(row)
+    begin(training)
+    for _ in steps(training, report, after):
+        pass
     return with_unit_latents(training.average.model, training.data)
 
 

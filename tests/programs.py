@@ -1,16 +1,19 @@
-"""Starts the command line in processes of their own, without importing torch for each."""
+"""Starts the command line in processes of their own, without importing torch for each; compares
+what they leave."""
 
 import contextlib
 import json
 import multiprocessing
 import os
+import random
 import resource
 import socket
+import time
 from pathlib import Path
 
 import torch
 
-from minidiff import run
+from minidiff import run, snapshot
 from minidiff.cli import main
 from minidiff.weights import headers, read_one
 
@@ -43,6 +46,28 @@ def finished(arguments: list[str], log: Path, limit: int | None = None) -> int:
     return process.exitcode
 
 
+def killed_and_resumed(
+    kills: int, seed: int, arguments: list[str], out: Path, said: Path, steps: int
+) -> None:
+    """Run a training of so many rows to its end, killing it at random moments on the way."""
+    command, chance = arguments[0], random.Random(seed)
+    for _ in range(kills):
+        process = started(arguments, said)
+        reach = chance.randrange(0, steps + 3)
+        deadline = time.monotonic() + 60
+        while process.is_alive() and time.monotonic() < deadline:
+            log = out / run.LOG
+            if log.is_file() and log.read_bytes().count(b"\n") >= reach:
+                break
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.1)  # in a step, in a write, or after the end
+        process.kill()
+        process.join()
+        arguments = [command, "--resume", str(out)] if (out / run.CONFIG).is_file() else arguments
+    assert finished(arguments, said) == 0, said.read_text()
+    assert not list((out / snapshot.FOLDER).glob(".*"))  # nothing half written is left
+
+
 def started_together(k: int, arguments: list[str], logs: list[Path]) -> list:
     """k processes of one run, with the variables that torchrun would give them."""
     with socket.socket() as probe:
@@ -61,3 +86,21 @@ def rows(out: Path) -> list[dict]:
 def tensors(file: Path) -> dict[str, torch.Tensor]:
     """All of a safetensors file."""
     return {name: read_one(entry) for name, entry in headers([file]).items()}
+
+
+def assert_same_training(first: Path, second: Path) -> None:
+    """The last snapshots of two runs, and their logs, bit for bit."""
+    last = snapshot.snapshots(first)[-1].name
+    assert snapshot.snapshots(second)[-1].name == last
+    for name in (snapshot.WEIGHTS, snapshot.AVERAGE, snapshot.OPTIMIZER):
+        one, other = (tensors(out / snapshot.FOLDER / last / name) for out in (first, second))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    states = [
+        json.loads((out / snapshot.FOLDER / last / snapshot.STATE).read_text())
+        for out in (first, second)
+    ]
+    for state in states:  # what the clock says
+        del state["seconds"], state["log_bytes"], state["meter"]["reported_at"]
+    assert states[0] == states[1]
+    assert rows(first) == rows(second)

@@ -1,8 +1,6 @@
 """A run cannot be lost: killed, stopped, out of disk or damaged, it goes on as if nothing was."""
 
-import json
 import os
-import random
 import shutil
 import signal
 import time
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import finished, rows, started, tensors
+from programs import assert_same_training, finished, killed_and_resumed, rows, started, tensors
 
 from minidiff import checkpoint, run, snapshot
 from minidiff.cli import main
@@ -23,7 +21,6 @@ from minidiff.train import TrainConfig, Training
 
 STEPS = 24
 TINY = {"channels": (4, 4), "batch_size": 8, "pictures": 0, "dropout": 0.1}
-SAVED = (snapshot.WEIGHTS, snapshot.AVERAGE, snapshot.OPTIMIZER)
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +42,7 @@ def call(photos: Path, out: Path, *others: str) -> list[str]:
 
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, average, optimizer, log and model, bit for bit."""
-    last = snapshot.snapshots(first)[-1].name
-    assert snapshot.snapshots(second)[-1].name == last
-    for name in SAVED:
-        one, other = (tensors(out / snapshot.FOLDER / last / name) for out in (first, second))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
-    states = [
-        json.loads((out / snapshot.FOLDER / last / snapshot.STATE).read_text())
-        for out in (first, second)
-    ]
-    for state in states:  # what the clock says
-        del state["seconds"], state["log_bytes"], state["meter"]["reported_at"]
-    assert states[0] == states[1]
-    assert rows(first) == rows(second)
+    assert_same_training(first, second)
     unet = Path(run.MODEL) / "unet" / "diffusion_pytorch_model.safetensors"
     assert (first / unet).read_bytes() == (second / unet).read_bytes()
 
@@ -71,37 +55,20 @@ def whole(photos, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def killed_and_resumed(kills: int, seed: int, photos, whole, folder) -> None:
-    out, said, chance = folder / "run", folder / "said", random.Random(seed)
-    arguments = call(photos, out)
-    for _ in range(kills):
-        process = started(arguments, said)
-        reach = chance.randrange(0, STEPS + 3)
-        deadline = time.monotonic() + 60
-        while process.is_alive() and time.monotonic() < deadline:
-            log = out / run.LOG
-            if log.is_file() and log.read_bytes().count(b"\n") >= reach:
-                break
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.1)  # in a step, in a write, or after the end
-        process.kill()
-        process.join()
-        arguments = ["train", "--resume", str(out)] if (out / run.CONFIG).is_file() else arguments
-    assert finished(arguments, said) == 0, said.read_text()
-    assert_same_run(whole, out)
-    assert not list((out / snapshot.FOLDER).glob(".*"))  # nothing half written is left
-
-
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(
     photos, whole, tmp_path
 ):
-    killed_and_resumed(3, 1, photos, whole, tmp_path)
+    out = tmp_path / "run"
+    killed_and_resumed(3, 1, call(photos, out), out, tmp_path / "said", STEPS)
+    assert_same_run(whole, out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 6))
 def test_so_does_a_run_killed_twenty_times(seed, photos, whole, tmp_path):
-    killed_and_resumed(20, seed, photos, whole, tmp_path)
+    out = tmp_path / "run"
+    killed_and_resumed(20, seed, call(photos, out), out, tmp_path / "said", STEPS)
+    assert_same_run(whole, out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -322,7 +289,7 @@ def test_a_run_without_a_snapshot_begins_again(tmp_path, monkeypatch):
 def test_the_last_snapshots_and_the_best_are_kept(tmp_path, monkeypatch):
     out = tmp_path / "run"
     losses = {2: 0.1}  # the running loss of other steps is what it is, far above
-    state = snapshot.Training.row
+    state = Training.row
 
     def row(self, last=False):
         found = state(self, last)
@@ -410,6 +377,10 @@ def test_a_loss_that_is_not_finite_never_replaces_a_good_snapshot(tmp_path, monk
         (lambda out: edit(out, train={"steps": 0}), 1, "not the config of a run (steps must be"),
         (lambda out: edit(out, data={"name": "digits", "images": 3}), 1, "was trained on"),
         (lambda out: edit(out, load={}), 1, "minidiff.run.resume"),
+        (lambda out: edit(out, load={"image_size": 3}), 1, "not the config of a run ('name')"),
+        (lambda out: edit(out, load={"name": "digits", "x": 1}), 1, "load must be one of name, s"),
+        (lambda out: edit(out, load={"name": "moons"}), 1, "was trained on"),
+        (lambda out: edit(out, command=["train"]), 1, "is a run of minidiff ['train']"),
     ],
 )
 def test_a_run_that_cannot_go_on_is_refused_in_one_line(change, code, message, crash, capsys):

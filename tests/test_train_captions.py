@@ -38,7 +38,6 @@ def test_the_text_encoder_learns_with_the_network_and_is_averaged_like_it():
 
     def after(training):
         seen.append(weights(training.learner.condition.text_encoder).detach().clone())
-        return False
 
     pipe = train(config, load("captions"), after=after)
     encoder = pipe.prompts.text_encoder

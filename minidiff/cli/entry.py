@@ -1,0 +1,61 @@
+"""The whole grammar, and the way in: runs a command, and turns what fails into one line."""
+
+import sys
+from collections.abc import Sequence
+
+from minidiff import __version__
+from minidiff.cli import check, demo, evaluate, sample, train, train_vae
+from minidiff.cli.arguments import Parser
+from minidiff.device import keep_freed_memory
+from minidiff.distributed import rank
+from minidiff.errors import InvalidArgument, MinidiffError, Stopped, TrainingError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that has no "‰" shows "?", not a traceback
+            stream.reconfigure(errors="replace")
+    keep_freed_memory()
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except Stopped as stopped:
+        if not rank():
+            print(f"minidiff: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print("\nminidiff: interrupted", file=sys.stderr)
+        return 130
+    except (MinidiffError, OSError) as error:
+        if options.debug:
+            raise
+        if rank() and not isinstance(error, TrainingError):
+            return 1  # the process of rank 0 says it
+        print(f"minidiff: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, InvalidArgument) else 1
+    except (MemoryError, RuntimeError) as error:
+        if options.debug or not _is_out_of_memory(error):
+            raise
+        print("minidiff: out of memory; take a smaller --batch-size or model", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has one type for this on GPUs, and on the CPU only a message."""
+    words = ("out of memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def parser() -> Parser:
+    """The grammar of the command line."""
+    root = Parser(
+        prog="minidiff",
+        description="Diffusion models from scratch. Begin with: minidiff demo",
+    )
+    root.add_argument("--version", action="version", version=f"minidiff {__version__}")
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
+    for command in (demo, train, train_vae, sample, evaluate, check):
+        command.add_to(commands)
+    return root
