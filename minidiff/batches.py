@@ -86,7 +86,7 @@ class Batches:
         z = self.encode(images).contiguous(memory_format=self.layout)
         hidden = torch.rand(size, generator=self.host) < self.config.label_dropout
         levels = self.objective.levels(quantiles(size, self.host)[own])
-        eps = torch.empty(
-            (size, *z.shape[1:]), device=z.device, memory_format=self.layout
-        ).normal_(generator=self.noise)[own]
+        eps = torch.empty((size, *z.shape[1:]), device=z.device, memory_format=self.layout).normal_(
+            generator=self.noise
+        )[own]
         return Batch(size, z, self.learner.hide(told, hidden[own]), eps, levels)

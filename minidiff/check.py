@@ -350,8 +350,8 @@ def overfit(p: Patient) -> Finding:
     """A fresh network learns one batch by heart: gradients arrive, and the rate is not absurd."""
     config = replace(
         p.config, steps=OVERFIT_STEPS, minutes=None, batch_size=8, final_batch_size=None,
-        accumulate=1, compile=False, dropout=0.0, shift=0, flip=False, label_dropout=0.0, warmup=0.1,
-        dtype="float32",
+        accumulate=1, compile=False, dropout=0.0, shift=0, flip=False, label_dropout=0.0,
+        warmup=0.1, dtype="float32",
     )  # fmt: skip
     training = Training(config, p.data, p.z.device)
     training.batches.stream = Stream(min(8, len(p.data)), seed=0)

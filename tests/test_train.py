@@ -186,7 +186,9 @@ def test_a_compiled_network_takes_the_same_steps():
 
 @pytest.mark.slow  # starts a compiler
 def test_a_machine_without_a_compiler_is_named_before_the_first_step(tmp_path):
-    command = "-m minidiff train --data digits --steps 1 --channels 8,8 --device cpu --compile --out"
+    command = (
+        "-m minidiff train --data digits --steps 1 --channels 8,8 --device cpu --compile --out"
+    )
     run = subprocess.run(
         [sys.executable, *command.split(), tmp_path / "run"],
         env=os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},

@@ -130,7 +130,7 @@ class Peer:
     learning_rate: float = 1e-3
     fixed_rate: bool = False
     dtype: str = "auto"
-    batch_size: int = 64
+    batch_size: int = 16
     passes: int = 1
     flip: bool = False
     clip: float | None = 1.0
