@@ -14,7 +14,6 @@ from torch import Tensor
 
 from minidiff.data import Stream
 from minidiff.data.protocol import Data
-from minidiff.device import training_layout
 from minidiff.learner import Learner
 from minidiff.noise import stream_seed
 from minidiff.objective import Levels, Objective, quantiles
@@ -28,7 +27,7 @@ class Batch(NamedTuple):
 
     Attributes:
         size: of the whole batch, on all processes.
-        z: clean images in the network's space, (B, C, *space), in the layout of training.
+        z: clean images in the network's space, (B, C, *space), channels last.
         told: what the data tell of them, (B, …), some of it hidden; or None.
         eps: standard normal noise like z.
         levels: on the host.
@@ -69,7 +68,7 @@ class Batches:
         device: torch.device,
     ) -> None:
         self.config, self.data, self.learner, self.objective = config, data, learner, objective
-        self.encode, self.part, self.layout = encode, part, training_layout(device)
+        self.encode, self.part = encode, part
         self.stream = Stream(len(data), config.seed)
         self.host, self.noise = torch.Generator(), torch.Generator(device)
 
@@ -83,10 +82,10 @@ class Batches:
         self.noise.manual_seed(stream_seed(self.config.seed, NOISE, step))
         own, position = self.part(size), self.stream.position
         images, told = self.data.batch(self.stream.take(size)[own], position + own.start)
-        z = self.encode(images).contiguous(memory_format=self.layout)
+        z = self.encode(images).to(memory_format=torch.channels_last)
         hidden = torch.rand(size, generator=self.host) < self.config.label_dropout
         levels = self.objective.levels(quantiles(size, self.host)[own])
-        eps = torch.empty((size, *z.shape[1:]), device=z.device, memory_format=self.layout).normal_(
-            generator=self.noise
-        )[own]
+        eps = torch.empty(
+            (size, *z.shape[1:]), device=z.device, memory_format=torch.channels_last
+        ).normal_(generator=self.noise)[own]
         return Batch(size, z, self.learner.hide(told, hidden[own]), eps, levels)

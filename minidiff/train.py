@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minidiff.average import EMA
 from minidiff.batches import DROPOUT, Batch, Batches
 from minidiff.data import Data, Stream
-from minidiff.device import DTYPES, pick_device, training_layout
+from minidiff.device import DTYPES, pick_device
 from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve, seen
@@ -74,8 +74,7 @@ class Training(Loop):
         if config.compile:
             _check_compiler(device)
         pipe, self.objective = build(config, data), config.objective()
-        layout = training_layout(device)
-        learner = Learner.of(pipe).to(device, memory_format=layout).train()
+        learner = Learner.of(pipe).to(device).train()
         average = EMA(learner, config.ema_half_life)
         self._whole = copy.deepcopy(average.model) if world.splits else average.model
         self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
@@ -193,9 +192,7 @@ def train(
             if training.pictures() > pictures and not last:
                 pictures = training.pictures()
                 picture(training.result, training.budget.step)
-    result = training.result
-    result.unet.to(memory_format=torch.channels_last)  # the quicker one to sample with
-    return result
+    return training.result
 
 
 def _check_parts(config: TrainConfig, world: World) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 import denoising_diffusion_pytorch.denoising_diffusion_pytorch as package
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from denoising_diffusion_pytorch.attend import Attend
 from ema_pytorch import EMA
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ def _loss(model: GaussianDiffusion, x: Tensor) -> Tensor:
 
 def _draw(model: GaussianDiffusion, n: int, steps: int, device: torch.device) -> Tensor:
     package.tqdm = lambda it, **_: it  # its progress bar cannot be turned off
+    for module in model.modules():
+        if isinstance(module, Attend):
+            module.flash = False  # the same sums; on a GPU its kernel takes no float32
     model.sampling_timesteps, model.is_ddim_sampling = steps, steps < model.num_timesteps
     return model.sample(batch_size=n).clone() * 2 - 1
 
