@@ -47,12 +47,13 @@ PRESETS = {
     ),
     "cifar10": Preset(
         "25 minutes of one GPU: full resolution, three levels of 128 to 256 channels, a little "
-        "dropout, large batches",
+        "dropout, mirrored images",
         "cifar10",
         TrainConfig(
             minutes=25,
             prediction_type="edm",
-            batch_size=256,
+            batch_size=128,
+            flip=True,
             learning_rate=5e-4,
             block=1,
             channels=(128, 256, 256),
