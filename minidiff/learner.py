@@ -195,6 +195,9 @@ def _network(config: TrainConfig, data: Data) -> UNet:
         layers_per_block=config.layers,
         dropout=config.dropout,
         norm_num_groups=groups_of(config.channels),
+        # Time and class scale the features as well as shift them: adaptive group normalization
+        # (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, section 3).
+        resnet_time_scale_shift="scale_shift",
         **_attention(config, data),
     )
 
