@@ -59,7 +59,7 @@ class LoopConfig:
     seed: int = _option(0, "of weights, order of the data, levels and noise", flag="")
 
     # Optimization
-    batch_size: int = _option(64, "images a step")
+    batch_size: int = _option(32, "images a step; on a CPU many small steps teach more in the time")
     final_batch_size: int | None = _option(
         None, "images a step at the end: the batch doubles on the way, each size for an equal "
         "share of the budget; default: as at the start", int,
