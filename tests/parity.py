@@ -25,7 +25,7 @@ diffusers = pytest.importorskip("diffusers")
 diffusers.logging.set_verbosity_error()
 
 QUICK = settings(
-    max_examples=80,
+    max_examples=120,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
