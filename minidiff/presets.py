@@ -63,8 +63,8 @@ PRESETS = {
         ),
     ),
     "captions": Preset(
-        "15 minutes on two cores: pictures from text, with a text encoder that learns along; a "
-        "batch that grows, so that the words are bound to what they mean in many small steps",
+        "pictures from text, with a text encoder that learns along, in batches that grow; made for "
+        "15 minutes on two cores, not measured there yet",
         "captions",
         TrainConfig(
             minutes=15,

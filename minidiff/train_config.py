@@ -59,7 +59,7 @@ class LoopConfig:
     seed: int = _option(0, "of weights, order of the data, levels and noise", flag="")
 
     # Optimization
-    batch_size: int = _option(32, "images a step; on a CPU many small steps teach more in the time")
+    batch_size: int = _option(32, "images a step")
     final_batch_size: int | None = _option(
         None, "images a step at the end: the batch doubles on the way, each size for an equal "
         "share of the budget; default: as at the start", int,
@@ -111,7 +111,7 @@ class TrainConfig(LoopConfig):
     accumulate: int = _option(1, "parts of a batch that are in memory one after the other")
     compile: bool = _option(
         False, "compile the network first, which takes minutes and a C++ compiler, on a GPU "
-        "Triton too; a long run on a GPU gains"
+        "Triton too"
     )  # fmt: skip
 
     # The objective, see `minidiff.objective`

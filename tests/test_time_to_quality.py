@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,6 @@ from minidiff import data
 from minidiff.data import ImageData
 from minidiff.errors import CheckpointError
 from minidiff.metrics import Evaluator, load_classifier
-from minidiff.presets import PRESETS
 from minidiff.progress import Budget
 from minidiff.train_config import LoopConfig
 
@@ -63,15 +63,19 @@ def test_snapshots_are_evenly_spaced_and_saving_them_is_not_counted(
     assert rows[0]["parameters"] == 9
 
 
-def test_a_run_is_saved_and_scored_once(bench: ModuleType, tmp_path: Path) -> None:
+def test_a_run_is_saved_and_scored_once(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peers import ours
+
+    monkeypatch.setattr(ours, "_PRESET", replace(ours._PRESET, final_batch_size=None))
     run, table = tmp_path / "run", tmp_path / "scores.jsonl"
     job = bench.Job("minidiff", "preset", 0.1 / 60, 3e-3, 0, "float32")
     cpu, images, net = torch.device("cpu"), part_of("train"), load_classifier("digits")
     bench.train(job, images, cpu, run, 2)
     rows = bench.rows_of(run / bench.LOG)
     assert rows[-1]["seconds"] >= 0.1
-    sizes = PRESETS["mnist"].train.batch_sizes()
-    assert min(sizes) <= rows[-1]["images"] / rows[-1]["steps"] <= max(sizes)
+    assert rows[-1]["images"] == rows[-1]["steps"] * ours._PRESET.batch_size
 
     evaluator = Evaluator.of(images, part_of("test"), net)
     first = bench.score([run], evaluator, cpu, table, num=200, steps=2)
