@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
+from minidiff.schedule import Level
 from minidiff.schedulers import SCHEDULERS, Scheduler
 
 diffusers = pytest.importorskip("diffusers")
@@ -294,6 +295,13 @@ def sensitivity(case: Case, roundings: float = 1.0) -> float:
         scheduler.set_timesteps(**case.grid)
         runs.append(outputs(scheduler, case, jitter=jitter))
     return max(distances(*runs))
+
+
+def levels_of(case: Case) -> list[Level]:
+    """The levels that ours visits, the last one included."""
+    mine = ours_of(case)
+    mine.set_timesteps(**case.grid)
+    return mine.levels
 
 
 def tolerance(case: Case, roundings: Sequence[Rounding] = ()) -> float:

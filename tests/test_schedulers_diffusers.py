@@ -21,6 +21,7 @@ from parity import (
     diffusers,
     dtypes,
     falling_timesteps,
+    levels_of,
     number_of_steps,
     ours_of,
     sample_or_refuse,
@@ -31,7 +32,6 @@ from parity import (
 
 import minidiff.schedulers as ours
 from minidiff.errors import InvalidArgument
-from minidiff.schedule import Level
 from minidiff.schedulers import SCHEDULERS
 
 pytestmark = [
@@ -116,12 +116,6 @@ def solver_options(draw: st.DrawFn) -> dict[str, Any]:
 
 def multistep(case: Case) -> bool:
     return case.name == "DPMSolverMultistep"
-
-
-def levels_of(case: Case) -> list[Level]:
-    mine = ours_of(case)
-    mine.set_timesteps(**case.grid)
-    return mine.levels
 
 
 def stretch(case: Case) -> float:
