@@ -4,8 +4,8 @@
         [--png FILE]
 
 The right half of held-out MNIST images is drawn anew, with the image's own class as label and
-without one, by replacing the known half at every step and by RePaint (each step taken several
-times). For each way:
+without one: by replacing the known half at every step, by RePaint too (each step taken several
+times), or by reconstruction guidance too (`minidiff/inpaint.py`). For each way:
 
     right       share that the classifier reads as the image's digit
     as before   the same with the left half alone, the right one black: what the model has to add
@@ -28,6 +28,7 @@ from minidiff.pipeline import Pipeline
 WAYS = {
     "replaced": {},
     "RePaint, 5 times": {"resamples": 5, "jump_length": 2},
+    "guided, w = 5": {"reconstruction_guidance": 5.0},
 }
 
 NOTHING = {"guidance_scale": 0.0, "guidance_interval": (0, math.inf)}  # the label has no say

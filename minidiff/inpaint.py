@@ -9,10 +9,15 @@ goes back up, by the forward process from s to t < s,
 
     x_t = (α_t/α_s)·x_s + √(σ_t² − (α_t/α_s)²·σ_s²)·z
 
-and walks down again, several times at every level.
+and walks down again, several times at every level. Reconstruction guidance looks ahead instead:
+what the network guesses of the kept part, x̂0, is wrong by (1 − m)·(x0 − x̂0), and a picture whose
+guess is less wrong lies along the gradient,
+
+    x̂0 ← x̂0 − w·(α/2)·∇ₓ ‖(1 − m)·(x0 − x̂0(x))‖²
 
 Sources: Song et al. 2021, arXiv:2011.13456, appendix I.2; Lugmayr et al. 2022, "RePaint: Inpainting
-using Denoising Diffusion Probabilistic Models", arXiv:2201.09865, eq. 8 and algorithm 1.
+using Denoising Diffusion Probabilistic Models", arXiv:2201.09865, eq. 8 and algorithm 1; Ho et al.
+2022, "Video Diffusion Models", arXiv:2204.03458, eq. 7.
 """
 
 import math
@@ -23,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff.guidance import Denoiser
+from minidiff.guidance import Denoiser, Reader
 from minidiff.noise import Generators, randn
 from minidiff.pictures import blended
 from minidiff.sample import Change, Step, trajectory
@@ -49,6 +54,35 @@ def keeping(x0: Tensor, mask: Tensor, noise: Callable[[], Tensor], scheduler: Sc
         return blended(add_noise(x0, noise(), scheduler.levels[entry]), step.next_x, mask)
 
     return kept
+
+
+def reconstructing(
+    denoise: Denoiser, x0: Tensor, mask: Tensor, meaning: Reader, scale: float
+) -> Denoiser:
+    """Led to pictures in which the network's guess of the kept part is what is kept.
+
+    It takes a pass backward through the denoiser at every step.
+
+    Args:
+        denoise: differentiable in x_t.
+        x0, mask: see `keeping`.
+        meaning: of the denoiser's output.
+        scale: w; 0 for none.
+    """
+
+    def led(x: Tensor, t: float) -> Tensor:
+        at = meaning(t)
+        if at.level.alpha == 0 or at.level.sigma == 0:
+            return denoise(x, t)  # the guess does not depend on x, or is x
+        with torch.enable_grad():
+            here = x.detach().requires_grad_()
+            out = denoise(here, t)
+            guess, _ = at.split(out, here)
+            miss = (1 - mask) * (x0 - guess.detach())
+            (gradient,) = torch.autograd.grad((miss * guess).sum(), here)
+        return at.moved(out.detach(), gradient * (scale * at.level.alpha))
+
+    return led
 
 
 class Stretch(NamedTuple):

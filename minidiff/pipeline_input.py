@@ -343,6 +343,19 @@ def walks_of(
     return stretches(begin, end, jump_length, resamples)
 
 
+def reconstruction_of(scale: object, original: Original | None, is_told_mask: bool) -> float:
+    """w of reconstruction guidance. Raises InvalidArgument: below 0, or there is nothing to keep
+    to, or the network is shown what is kept."""
+    scale = real_number("reconstruction_guidance", scale, 0)
+    if scale and (original is None or original.mask is None):
+        raise InvalidArgument(f"reconstruction_guidance needs a mask_image, got {scale:g}")
+    if scale and is_told_mask:
+        raise InvalidArgument(
+            f"reconstruction_guidance must be 0: this network is shown what is kept, got {scale:g}"
+        )
+    return scale
+
+
 def parts_of(n: int, batch_size: int) -> list[slice]:
     """n images in batches. Raises InvalidArgument: a batch of none."""
     size = whole_number("batch_size", batch_size, 1)

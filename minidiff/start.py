@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from minidiff.inpaint import keeping
+from minidiff.guidance import Denoiser
+from minidiff.inpaint import keeping, reconstructing
 from minidiff.noise import Generators, randn
 from minidiff.pictures import Original
-from minidiff.sample import Change
+from minidiff.sample import Change, meaning_of
 from minidiff.schedule import add_noise
 from minidiff.schedulers import Scheduler
 from minidiff.space import Space
@@ -22,12 +23,14 @@ class Start(NamedTuple):
     Attributes:
         x: the sample to begin with, (B, C, h, w).
         after: of `trajectory`.
+        lead: what becomes of the denoiser.
         finish: what becomes of the decoded pictures.
         shown: what the network is shown beside x, (B, C', h, w), or None.
     """
 
     x: Tensor
     after: Change = attrgetter("next_x")
+    lead: Callable[[Denoiser], Denoiser] = lambda denoise: denoise
     finish: Callable[[Tensor], Tensor] = lambda made: made
     shown: Tensor | None = None
 
@@ -41,6 +44,7 @@ def start_of(
     source: Generators,
     *,
     fresh: bool = False,
+    reconstruction: float = 0.0,
 ) -> Start:
     """The start of text-to-image, image-to-image or inpainting.
 
@@ -52,6 +56,7 @@ def start_of(
         noise: gives the standard normal noise to start from, (B, C, h, w).
         source: of other noise; an autoencoder draws before `noise`, as in diffusers.
         fresh: whether what is kept gets new noise in every step (RePaint).
+        reconstruction: w of `inpaint.reconstructing`, 0 for none.
     """
     spread = scheduler.init_noise_sigma
     if original is None:
@@ -68,5 +73,9 @@ def start_of(
         shown = space.with_hole(original.pixels, original.mask, source)
         return Start(x, finish=original.put_back, shown=shown)
     again = partial(randn, z.shape, source, z.device) if fresh else lambda: eps
-    kept = keeping(z, space.shrink(original.mask), again, scheduler)
-    return Start(x, kept, original.put_back)
+    mask = space.shrink(original.mask)
+    start = Start(x, keeping(z, mask, again, scheduler), finish=original.put_back)
+    if not reconstruction:
+        return start
+    meaning = meaning_of(scheduler)
+    return start._replace(lead=lambda f: reconstructing(f, z, mask, meaning, reconstruction))

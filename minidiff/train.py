@@ -80,7 +80,7 @@ class Training(Loop):
         self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
         for module in (learner, average.model):
             world.share(module)
-        optimizer = (make_optimizer or _adamw(config))(learner.trained())
+        optimizer = make_optimizer(learner.trained()) if make_optimizer else _adamw(config, learner)
         super().__init__(config, learner, average, optimizer, device, world)
         encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         self.batches = Batches(
@@ -218,13 +218,14 @@ def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:
     yield True, last
 
 
-def _adamw(config: TrainConfig) -> MakeOptimizer:
-    return lambda parameters: torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=config.weight_decay,
-        fused=True,
+def _adamw(config: TrainConfig, learner: Learner) -> torch.optim.Optimizer:
+    groups = [
+        {"params": parameters, "lr": config.learning_rate * share}
+        for part, share in ((learner.unet, 1.0), (learner.condition, config.text_learning_rate))
+        if (parameters := [p for p in part.parameters() if p.requires_grad])
+    ]
+    return torch.optim.AdamW(
+        groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
 
 

@@ -147,6 +147,10 @@ class TrainConfig(LoopConfig):
     dropout: float = _option(0.0, "in the residual blocks")
     text_width: int = _option(64, "channels of a token, for data with captions")
     text_layers: int = _option(2, "of the text encoder, for data with captions")
+    text_learning_rate: float = _option(
+        0.1, "of the text encoder, as a share of learning_rate; at all of it the encoder changes "
+        "sooner than the network learns what rare words mean"
+    )  # fmt: skip
 
     # What is stored for sampling, and seen on the way
     guidance_scale: float = _option(1.5, "stored with the model", flag="guidance")
@@ -187,6 +191,7 @@ class TrainConfig(LoopConfig):
             whole_number(name, getattr(self, name), 1)
         _check_widths("channels", self.channels)
         real_number("dropout", self.dropout, 0, 0.99)
+        real_number("text_learning_rate", self.text_learning_rate, 0, 1)
 
     @property
     def measures_data(self) -> bool:

@@ -1,5 +1,6 @@
 """Pictures that are given: image-to-image and inpainting against diffusers, and what stays."""
 
+import math
 from itertools import pairwise
 
 import diffusers
@@ -13,11 +14,22 @@ from minidiff import DDIMScheduler, NoiseSchedule, Pipeline, UNet, add_noise
 from minidiff.data import to_float, to_uint8
 from minidiff.errors import InvalidArgument
 from minidiff.exact import GaussianMixture
-from minidiff.inpaint import keeping, length, noised_again, repaint, stretches
+from minidiff.guidance import Meaning
+from minidiff.inpaint import (
+    keeping,
+    length,
+    noised_again,
+    reconstructing,
+    repaint,
+    stretches,
+)
 from minidiff.noise import image_generators, randn
 from minidiff.order import output_of
 from minidiff.pictures import mask_of
+from minidiff.prediction import edm_row, row
+from minidiff.sample import meaning_of, trajectory
 from minidiff.samplers import sampler
+from minidiff.schedule import Level
 from minidiff.schedulers import SCHEDULERS
 
 SIDE = 32
@@ -370,6 +382,80 @@ def test_resampling_brings_what_is_made_into_agreement_with_what_is_kept():
     assert 1 - often < (1 - once) / 2
 
 
+def test_reconstruction_guidance_brings_what_is_made_into_agreement_with_what_is_kept():
+    """The same two coordinates, in one descent."""
+    joint = GaussianMixture([0.5, 0.5], [[-1.0, -1.0], [1.0, 1.0]], [0.15, 0.15])
+    scheduler = DDIMScheduler(clip_sample=False, compat="exact", timestep_spacing="trailing")
+    scheduler.set_timesteps(8)
+    x = randn((2000, 2), torch.Generator().manual_seed(0), dtype=torch.float64)
+    known = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(2000, 2)
+    hole = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+
+    def agreeing(scale: float) -> float:
+        led = reconstructing(denoise, known, hole, meaning_of(scheduler), scale)
+        kept = keeping(known, hole, lambda: x, scheduler)
+        *_, last = trajectory(led, scheduler, x, after=kept)
+        assert torch.equal(last.next_x[:, 0], known[:, 0])
+        return (last.next_x[:, 1] > 0).double().mean().item()
+
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        return joint.noise(x, scheduler.level(t))
+
+    without, with_guidance = agreeing(0), agreeing(5)
+    assert 1 - without > 0.05
+    assert 1 - with_guidance < (1 - without) / 5
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow", "edm"])
+@pytest.mark.parametrize("t", [0.3, 0.9])
+def test_reconstruction_guidance_moves_the_guess_by_equation_7(kind, t):
+    """On normal data with covariance C the guess is linear, x̂0 = K·x with
+    K = αC(α²C + σ²)⁻¹, so its gradient is known; for any meaning of the output."""
+    root = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.5, 0.0], [-0.3, 0.4, 0.6]], dtype=torch.float64)
+    cov, one = root @ root.T, torch.eye(3, dtype=torch.float64)
+    level = {"flow": Level(1 - t, t), "edm": Level(1.0, 4 * t)}.get(
+        kind, Level(math.cos(t * math.pi / 2), math.sin(t * math.pi / 2))
+    )
+    alpha, sigma = level
+    gain = alpha * cov @ torch.linalg.inv(alpha**2 * cov + sigma**2 * one)
+    at = Meaning(level, edm_row(level, 0.5) if kind == "edm" else row(kind, level))
+    p, q = at.row
+
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        guess = x @ gain.T
+        return p * guess + q * (x - alpha * guess) / sigma
+
+    x, x0 = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask = torch.tensor([[0.0, 1.0, 0.25]], dtype=torch.float64)
+    out = reconstructing(denoise, x0, mask, lambda t: at, 3.0)(x, t)
+    guess = x @ gain.T
+    expected = guess + 3 * alpha * ((1 - mask) * (x0 - guess)) @ gain
+    torch.testing.assert_close(at.split(out, x)[0], expected)
+    assert not out.requires_grad
+    unmoved = reconstructing(denoise, x0, mask, lambda t: at, 0.0)(x, t)
+    torch.testing.assert_close(unmoved, denoise(x, t))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpm++", "euler"])
+def test_reconstruction_guidance_keeps_what_is_kept_and_changes_the_rest(pipe_of_digits, name):
+    pipe = pipe_of_digits
+    pipe.scheduler = sampler(name, pipe.scheduler)
+    given = image(3)[:, :1, :16, :16]
+    hole = torch.zeros(16, 16)
+    hole[:, 8:] = 1
+    options = {"image": given, "mask_image": hole, "seed": 1, "num_inference_steps": 4}
+    options |= {"output_type": "pt", "guidance_scale": 2.0}
+
+    def made(**more: object) -> torch.Tensor:
+        return pipe([1, 2, 3], **options, **more).images
+
+    plain, led = made(), made(reconstruction_guidance=5)
+    assert torch.equal(led[..., :8], given[..., :8])
+    assert not torch.allclose(led[..., 8:], plain[..., 8:], atol=1e-3)
+    assert torch.equal(made(reconstruction_guidance=0), plain)
+    torch.testing.assert_close(made(reconstruction_guidance=5, batch_size=1), led)
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -429,6 +515,11 @@ BYTES = np.zeros((SIDE, SIDE, 3), np.uint8)
         (
             {"image": image(), "mask_image": mask(), "resamples": 2, "jump_length": 50},
             "jump_length must be in 1..49, got 50",
+        ),
+        ({"reconstruction_guidance": 1}, "reconstruction_guidance needs a mask_image, got 1"),
+        (
+            {"image": image(), "mask_image": mask(), "reconstruction_guidance": -1},
+            "reconstruction_guidance must be finite and at least 0, got -1",
         ),
         ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\]"),
