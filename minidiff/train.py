@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve, seen
 from minidiff.loop import Loop, steps
+from minidiff.muon import Muon, split_groups
 from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
 from minidiff.objective import Network
@@ -80,7 +82,8 @@ class Training(Loop):
         self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
         for module in (learner, average.model):
             world.share(module)
-        optimizer = make_optimizer(learner.trained()) if make_optimizer else _adamw(config, learner)
+        make = make_optimizer or partial(_optimizer, config, learner)
+        optimizer = make(learner.trained())
         super().__init__(config, learner, average, optimizer, device, world)
         encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         self.batches = Batches(
@@ -201,6 +204,8 @@ def _check_parts(config: TrainConfig, world: World) -> None:
             f"batch_size must be at least {least}, an image for each of {config.accumulate} parts "
             f"on each of {world.size} processes; got {config.batch_size}"
         )
+    if config.optimizer == "muon" and world.splits:
+        raise InvalidArgument("optimizer must be 'adamw' where processes share the weights (shard)")
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -218,15 +223,20 @@ def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:
     yield True, last
 
 
-def _adamw(config: TrainConfig, learner: Learner) -> torch.optim.Optimizer:
+def _optimizer(
+    config: TrainConfig, learner: Learner, trained: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The config's optimizer, where a text encoder has its own learning rate."""
+    text = set(learner.condition.parameters())
     groups = [
         {"params": parameters, "lr": config.learning_rate * share}
-        for part, share in ((learner.unet, 1.0), (learner.condition, config.text_learning_rate))
-        if (parameters := [p for p in part.parameters() if p.requires_grad])
+        for encodes, share in ((False, 1.0), (True, config.text_learning_rate))
+        if (parameters := [p for p in trained if (p in text) == encodes])
     ]
-    return torch.optim.AdamW(
-        groups, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    options = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        return Muon(split_groups(groups, learner), **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from minidiff.schedule import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
 
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
 MAX_CONFIG_BYTES = 1 << 20
+OPTIMIZERS = ("adamw", "muon")
 RECONSTRUCTIONS = ("l1", "l2")
 
 
@@ -64,9 +65,9 @@ class LoopConfig:
         None, "images a step at the end: the batch doubles on the way, each size for an equal "
         "share of the budget; default: as at the start", int,
     )  # fmt: skip
-    learning_rate: float = _option(2e-3, "of AdamW, at its peak")
+    learning_rate: float = _option(2e-3, "of the optimizer, at its peak")
     warmup: float = _option(0.02, "share of the budget in which the learning rate rises from zero")
-    weight_decay: float = _option(0.01, "of AdamW")
+    weight_decay: float = _option(0.01, "of the optimizer")
     clip: float = _option(1.0, "norm that the gradient is cut to; 0 for none")
     ema_half_life: float = _option(
         0.05, "share of the run, counted back from its end, that holds half the weight of the "
@@ -108,6 +109,9 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     """A run. Checked when built; raises InvalidArgument naming the field."""
 
+    optimizer: str = _option(
+        "adamw", "adamw, or muon: more is learnt in a step, which takes longer (minidiff/muon.py)"
+    )
     accumulate: int = _option(1, "parts of a batch that are in memory one after the other")
     compile: bool = _option(
         False, "compile the network first, which takes minutes and a C++ compiler, on a GPU "
@@ -163,6 +167,7 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         whole_number("accumulate", self.accumulate, 1)
         true_or_false("compile", self.compile)
         if self.accumulate > self.batch_size:
