@@ -9,7 +9,7 @@
 "Good" is a Fréchet distance of at most 15 ‰ (minidiff/EVALUATION.md). Contenders are minidiff's
 preset mnist without classes, and denoising-diffusion-pytorch, smalldiffusion, azula and diffusers'
 recipe for unconditional images, each "shipped" (as its README says) and "tuned" (without a flip, a
-network of about minidiff's size, the best of three learning rates; optimizer, average and
+network of about minidiff's size, the best of three learning rates; AdamW, and average and
 precision as in minidiff's own runs). benchmarks/peers/ has what that means for each.
 
 `train` trains one of them by the clock, with all images in memory, and saves the averaged weights

@@ -23,10 +23,11 @@ class Preset:
 PRESETS = {
     "digits": Preset(
         "a minute on a laptop: a small network on 8×8 positions, as little as looks good; many "
-        "small steps, which teach more than the same images in few large ones",
+        "small steps, which teach more than the same images in few large ones, by Muon",
         "digits",
         TrainConfig(
             minutes=1.25,
+            optimizer="muon",
             batch_size=16,
             channels=(32, 64),
             guidance_scale=2.0,
@@ -38,6 +39,7 @@ PRESETS = {
         "mnist",
         TrainConfig(
             minutes=10,
+            optimizer="muon",
             batch_size=16,
             final_batch_size=32,
             channels=(32, 64),
@@ -63,14 +65,15 @@ PRESETS = {
         ),
     ),
     "captions": Preset(
-        "pictures from text, with a text encoder that learns along; mostly noisy levels, where "
-        "it is decided what a picture shows",
+        "pictures from text, with a text encoder that learns along, and more of the noisy "
+        "levels, where it is decided what a picture shows; not measured yet",
         "captions",
         TrainConfig(
             minutes=15,
+            optimizer="muon",
             noise_levels="log_normal",
-            level_mean=1.2,
-            level_std=1.4,
+            level_mean=0.6,
+            level_std=1.6,
             batch_size=16,
             final_batch_size=32,
             channels=(32, 64),

@@ -69,8 +69,13 @@ def test_sample_changes_a_picture_and_keeps_what_the_mask_keeps(run_folder, tmp_
     filled = made("--mask", str(tmp_path / "mask.png"))
     assert np.array_equal(filled[:, 8:], np.stack([shades[8:]] * 2))
     assert (filled[:, :8] != shades[:8]).mean() > 0.5
-    part = ["--guidance-rescale", "0.5", "--guidance-interval", "0.5", "3"]
-    assert not np.array_equal(made("--mask", str(tmp_path / "mask.png"), *part), filled)
+    for more in (
+        ("--guidance-rescale", "0.5", "--guidance-interval", "0.5", "3"),
+        ("--reconstruction-guidance", "5"),
+    ):
+        again = made("--mask", str(tmp_path / "mask.png"), *more)
+        assert np.array_equal(again[:, 8:], filled[:, 8:])
+        assert not np.array_equal(again, filled)
 
 
 def test_train_writes_a_run_that_says_everything_about_itself(run_folder, tmp_path):
@@ -188,6 +193,7 @@ def bad_mnist(folder, damage):
         ),
         ("sample RUN --image PICTURE --mask WIDE --png OUT/x.png", 2, "mask_image must have the"),
         ("sample RUN --mask PICTURE --png OUT/x.png", 2, "mask_image needs an image"),
+        ("sample RUN --reconstruction-guidance 5 --png OUT/x.png", 2, "reconstruction_guidance"),
         ("sample RUN --guidance-rescale 2 --png OUT/x.png", 2, "guidance_rescale must be in"),
         ("sample RUN --guidance-interval 2 1 --png OUT/x.png", 2, "guidance_interval must rise"),
         ("evaluate RUN --num 5", 2, "192"),

@@ -33,6 +33,8 @@ def add_to(commands: Any) -> None:
     add("--strength", type=float, help="how far to go from --image, 0 to 1; default: 0.8, or 1 "
         "with --mask")  # fmt: skip
     add("--mask", help="a picture, white where --image is to be replaced, grey where blended")
+    add("--reconstruction-guidance", type=float, default=0.0, metavar="W", help="with --mask: how "
+        "much what is kept leads what is made; 5 closes seams")  # fmt: skip
     add("--guidance-rescale", type=float, default=0.0, help="0 to 1: keep the spread of what is "
         "guided")  # fmt: skip
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide between "
@@ -66,6 +68,7 @@ def sample(options: argparse.Namespace) -> None:
         image=None if options.image is None else read_picture(options.image, mode),
         mask_image=None if options.mask is None else read_picture(options.mask, "L"),
         strength=options.strength,
+        reconstruction_guidance=options.reconstruction_guidance,
         guidance_rescale=options.guidance_rescale,
         guidance_interval=options.guidance_interval,
     )  # fmt: skip
