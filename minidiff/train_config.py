@@ -110,7 +110,7 @@ class TrainConfig(LoopConfig):
     """A run. Checked when built; raises InvalidArgument naming the field."""
 
     optimizer: str = _option(
-        "adamw", "adamw, or muon: more is learnt in a step, which takes longer (minidiff/muon.py)"
+        "adamw", "adamw, or muon: more is learnt in a step, which takes longer; not with --shard"
     )
     accumulate: int = _option(1, "parts of a batch that are in memory one after the other")
     compile: bool = _option(
