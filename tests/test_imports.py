@@ -40,6 +40,7 @@ FLOORS = {
     "prompt": 3,
     "objective": 3,
     "average": 4.5,
+    "muon": 4.5,
     "train_config": 3.6,
     "presets": 4,
     "pipeline_folder": 3.5,
