@@ -112,8 +112,10 @@ def check_outputs_and_gradients(config: dict, height: int, width: int, seed: int
         posteriors = [ours.encode(images[0]), theirs.encode(images[1]).latent_dist]
         for what in ("mean", "logvar", "std", "var"):
             assert distance(*(getattr(p, what) for p in posteriors)) < tolerance, what
-        for what in ("mode", "kl"):
-            assert distance(*(getattr(p, what)() for p in posteriors)) < tolerance, what
+        assert distance(*(p.mode() for p in posteriors)) < tolerance
+        # Near the standard normal, diffusers' var − 1 − logvar is all rounding in float32.
+        exact = type(posteriors[1])(posteriors[1].parameters.double())
+        assert distance(posteriors[0].kl(), exact.kl()) < tolerance
         z = torch.randn_like(posteriors[0].mean)
         assert distance(*(p.nll(z) for p in posteriors)) < tolerance
         moments = torch.randn_like(posteriors[0].mean).repeat(1, 2, 1, 1)
