@@ -64,10 +64,15 @@ def reconstructing(
     It takes a pass backward through the denoiser at every step.
 
     Args:
-        denoise: differentiable in x_t.
+        denoise: differentiable in x_t, (B, C, *space).
         x0, mask: see `keeping`.
         meaning: of the denoiser's output.
-        scale: w; 0 for none.
+        scale: w, at least 0; 0 for none.
+    Raises:
+        InvalidArgument: when it is asked: the output is not of the shape of x_t, or says nothing
+            of x0.
+
+    Source: Ho et al. 2022, arXiv:2204.03458, eq. 7.
     """
 
     def led(x: Tensor, t: float) -> Tensor:

@@ -1,6 +1,7 @@
 """PNDM: diffusers' trajectory, the order of its two warm-ups, and DDIM inside it."""
 
 import math
+from itertools import pairwise
 
 import diffusers
 import numpy as np
@@ -90,10 +91,10 @@ CORNERS = [
 def rise(case: Case) -> float:
     """How many times the signal grows within one step, at most."""
     levels = levels_of(case)
-    stages = 1 if case.options["skip_prk_steps"] else 3  # a Runge-Kutta step's begin and end
-    return max(
-        (b.alpha / a.alpha for a, b in zip(levels, levels[stages:], strict=False)), default=1
-    )
+    steps = list(pairwise(levels))
+    if not case.options["skip_prk_steps"]:
+        steps += [(levels[i], levels[i + 3]) for i in (0, 4, 8)]  # begin and end of Runge-Kutta's
+    return max(b.alpha / a.alpha for a, b in steps)
 
 
 ROUNDINGS = [
