@@ -17,9 +17,10 @@ from minidiff.data.protocol import Data
 from minidiff.learner import Learner
 from minidiff.noise import stream_seed
 from minidiff.objective import Levels, Objective, quantiles
+from minidiff.stable_target import Reference, stable_pair
 from minidiff.train_config import TrainConfig
 
-LEVELS, NOISE, DROPOUT = range(3)  # streams of random numbers, see `noise.stream_seed`
+LEVELS, NOISE, DROPOUT, REFERENCE = range(4)  # streams of random numbers, see `noise.stream_seed`
 
 
 class Batch(NamedTuple):
@@ -31,6 +32,8 @@ class Batch(NamedTuple):
         told: what the data tell of them, (B, …), some of it hidden; or None.
         eps: standard normal noise like z.
         levels: on the host.
+        reference: what may explain what the network sees, in its space; or None.
+        hidden: whether nothing is told of an image, bool (B,) on the host.
     """
 
     size: int
@@ -38,6 +41,8 @@ class Batch(NamedTuple):
     told: Tensor | None
     eps: Tensor
     levels: Levels
+    hidden: Tensor
+    reference: Reference | None
 
     def parts(self, n: int) -> Iterator["Batch"]:
         """n parts of nearly the same size."""
@@ -45,8 +50,25 @@ class Batch(NamedTuple):
         for start, end in pairwise(ends):
             images = slice(start, end)
             told = None if self.told is None else self.told[images]
-            levels = self.levels.part(images)
-            yield Batch(self.size, self.z[images], told, self.eps[images], levels)
+            yield Batch(
+                self.size,
+                self.z[images],
+                told,
+                self.eps[images],
+                self.levels.part(images),
+                self.hidden[images],
+                self.reference,
+            )
+
+    def pair(self, levels: Levels) -> tuple[Tensor, Tensor]:
+        """What an objective is shown as clean images and noise at these levels."""
+        if self.reference is None:
+            return self.z, self.eps
+        allowed, labels = None, self.reference.labels
+        if labels is not None:
+            hidden = self.hidden.to(labels.device, non_blocking=True)
+            allowed = hidden[:, None] | (self.told[:, None] == labels)
+        return stable_pair(self.z, self.eps, levels.level, allowed, self.reference)
 
 
 class Batches:
@@ -88,4 +110,14 @@ class Batches:
         eps = torch.empty(
             (size, *z.shape[1:]), device=z.device, memory_format=torch.channels_last
         ).normal_(generator=self.noise)[own]
-        return Batch(size, z, self.learner.hide(told, hidden[own]), eps, levels)
+        told = self.learner.hide(told, hidden[own])
+        return Batch(size, z, told, eps, levels, hidden[own], self._reference(step))
+
+    def _reference(self, step: int) -> Reference | None:
+        """The reference batch of a step, the same on every process; see `stable_target`."""
+        if not (count := self.config.stable_target):
+            return None
+        self.host.manual_seed(stream_seed(self.config.seed, REFERENCE, step))
+        index = torch.randint(len(self.data), (count,), generator=self.host)
+        images, labels = self.data.batch(index, step * count)
+        return Reference(self.encode(images), labels)

@@ -21,7 +21,7 @@ from minidiff import run, snapshot
 from minidiff.data import Data, Stream
 from minidiff.errors import CheckpointError
 from minidiff.latents import LatentData
-from minidiff.learner import Learner, check
+from minidiff.learner import Learner, check, scheduler_of
 from minidiff.nn import SpaceToDepth
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import edm_row, row, solve
@@ -236,7 +236,7 @@ def prediction_type(p: Patient) -> Finding:
 
 def same_as_trained(p: Patient) -> Finding:
     """The model's scheduler walks the levels that were trained on."""
-    wanted, found = p.config.objective().scheduler.config, p.pipe.scheduler.config
+    wanted, found = scheduler_of(p.config).config, p.pipe.scheduler.config
     names = ("_class_name", "prediction_type", "beta_schedule", "num_train_timesteps", "sigma_data",
              "use_flow_sigmas", "rescale_betas_zero_snr", "trained_betas")  # fmt: skip
     other = [name for name in names if wanted.get(name) != found.get(name)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.data import ImageData
 from minidiff.data.augment import augmented
 from minidiff.data.captions import CaptionedDigits
 from minidiff.data.protocol import Data
@@ -22,6 +23,8 @@ from minidiff.latents import LatentData
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
 from minidiff.prompt import WordPrompts
+from minidiff.samplers import sampler
+from minidiff.schedulers import Scheduler
 from minidiff.train_config import TrainConfig
 
 
@@ -119,7 +122,7 @@ def build(config: TrainConfig, data: Data) -> Pipeline:
     guidable = config.label_dropout and (prompts or data.num_classes)
     return Pipeline(
         unet.to(memory_format=torch.channels_last),
-        config.objective().scheduler,
+        scheduler_of(config),
         _decoder(config, data),
         data.class_names,
         config.guidance_scale if guidable else 1.0,
@@ -127,6 +130,12 @@ def build(config: TrainConfig, data: Data) -> Pipeline:
         prompts,
         config.guidance_interval if guidable else None,
     )
+
+
+def scheduler_of(config: TrainConfig) -> Scheduler:
+    """What is stored with the model to sample it. Raises InvalidArgument, see `sampler`."""
+    own = config.objective().scheduler
+    return sampler(config.sampler, own) if config.sampler else own
 
 
 def resolve(config: TrainConfig, data: Data) -> TrainConfig:
@@ -151,10 +160,17 @@ def check(config: TrainConfig, data: Data) -> None:
     """Refuse what cannot be trained, without taking memory.
 
     Raises:
-        InvalidArgument: there are no images, `block` does not divide their size, or a network
-            refuses its sizes.
+        InvalidArgument: there are no images, `block` does not divide their size, a network refuses
+            its sizes, a sampler the objective, or a reference batch would be of images that are
+            not stored.
     """
     seen(config, data)
+    scheduler_of(replace(config, sigma_data=1.0) if config.measures_data else config)
+    if config.stable_target and not isinstance(data, ImageData | LatentData):
+        raise InvalidArgument(
+            f"stable_target must be 0 for {data.name}: it draws from stored images or latents, "
+            f"got {config.stable_target}"
+        )
     with torch.device("meta"):
         _network(config, data)
         _prompts(config, data)

@@ -120,8 +120,8 @@ class Training(Loop):
 
     def _loss(self, part: Batch) -> Tensor:
         """What a part of the batch adds to the mean loss of all of it."""
-        _, z, told, eps, levels = part
-        losses = self.objective.loss(self._network(told), z, eps, levels.on(z))
+        levels = part.levels.on(part.z)
+        losses = self.objective.loss(self._network(part.told), *part.pair(levels), levels)
         return losses.sum() / part.size
 
     def _network(self, told: Tensor | None) -> Network:

@@ -27,6 +27,7 @@ from minidiff.errors import (
 from minidiff.noise import MAX_SEED
 from minidiff.objective import LOSS_WEIGHTS, NOISE_LEVELS, PREDICTION_TYPES, Objective
 from minidiff.pipeline_input import interval_of
+from minidiff.samplers import SAMPLERS
 from minidiff.schedule import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
 
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
@@ -131,6 +132,10 @@ class TrainConfig(LoopConfig):
     sigma_data: float | None = _option(
         None, "standard deviation of the data, for edm; default: measured", float
     )
+    stable_target: int = _option(
+        0, "training images a step whose mean, weighed by how well each explains a noisy image, is "
+        "learnt in place of the one behind it; 0 for that one alone; see `minidiff.stable_target`"
+    )  # fmt: skip
     learn_variance: bool = _option(False, "learn the variance of DDPM's steps as well")
     beta_schedule: str | None = _option(
         None, f"{', '.join(BETA_SCHEDULES)}, for epsilon, sample and v; default: "
@@ -162,6 +167,10 @@ class TrainConfig(LoopConfig):
         None, "σ/α between which guidance leads, stored with the model; default: everywhere", float,
         values=("LOW", "HIGH"),
     )  # fmt: skip
+    sampler: str | None = _option(
+        None, f"stored with the model: {', '.join(SAMPLERS)}; default: dpm++, for learn_variance "
+        "ddpm", str,
+    )  # fmt: skip
     num_inference_steps: int = _option(10, "stored with the model", flag="sampling-steps")
     pictures: int = _option(4, "how many grids of samples to save along the way, the end included")
 
@@ -178,6 +187,8 @@ class TrainConfig(LoopConfig):
         self._check_network()
         real_number("guidance_scale", self.guidance_scale, -math.inf)
         interval_of(self.guidance_interval)
+        if self.sampler is not None:
+            one_of("sampler", self.sampler, SAMPLERS)
         whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
         whole_number("pictures", self.pictures, 0)
 
@@ -186,6 +197,12 @@ class TrainConfig(LoopConfig):
         whole_number("shift", self.shift, 0)
         true_or_false("flip", self.flip)
         true_or_false("learn_variance", self.learn_variance)
+        whole_number("stable_target", self.stable_target, 0, MAX_BATCH)
+        if self.stable_target and self.learn_variance:
+            raise InvalidArgument(
+                "stable_target must be 0 for learn_variance, whose bound asks for the image "
+                f"itself; got {self.stable_target}"
+            )
         real_number("label_dropout", self.label_dropout, 0, 0.99)
         objective.check(**{name: getattr(self, name) for name in _OBJECTIVE})
         if self.beta_schedule is not None:

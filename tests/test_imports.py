@@ -41,6 +41,7 @@ FLOORS = {
     "objective": 3,
     "average": 4.5,
     "muon": 4.5,
+    "stable_target": 1,
     "train_config": 3.6,
     "presets": 4,
     "pipeline_folder": 3.5,

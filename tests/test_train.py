@@ -251,7 +251,8 @@ class Readings(TorchDispatchMode):
 @pytest.mark.parametrize(
     "options",
     [{}, {"prediction_type": "edm", "sigma_data": 0.6, "accumulate": 2, "shift": 1},
-     {"prediction_type": "flow", "dtype": "bfloat16"}, {"learn_variance": True}],
+     {"prediction_type": "flow", "dtype": "bfloat16"}, {"learn_variance": True},
+     {"stable_target": 32}],
 )  # fmt: skip
 def test_a_step_reads_no_number_back_from_the_device(options):
     config = TrainConfig(steps=10, **TINY | options)
