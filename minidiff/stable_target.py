@@ -54,5 +54,6 @@ def stable_pair(
     if allowed is not None:
         fits = fits.masked_fill(~allowed, -torch.inf)
     weights = torch.cat([own_fits, fits], dim=1).softmax(dim=1)
-    mean = (weights[:, :1] * own + weights[:, 1:] @ y).view(x0.shape)
+    mean = torch.empty_like(x0)  # in the same memory format, which convolutions are fast in
+    mean.copy_((weights[:, :1] * own + weights[:, 1:] @ y).view(x0.shape))
     return mean, eps + ratio.view(level.alpha.shape) * (x0 - mean)
