@@ -61,7 +61,11 @@ class Batch(NamedTuple):
             )
 
     def pair(self, levels: Levels) -> tuple[Tensor, Tensor]:
-        """What an objective is shown as clean images and noise at these levels."""
+        """What an objective is shown as clean images and noise, each like z.
+
+        Args:
+            levels: those of the batch, after `Levels.on`.
+        """
         if self.reference is None:
             return self.z, self.eps
         allowed, labels = None, self.reference.labels
@@ -119,5 +123,5 @@ class Batches:
             return None
         self.host.manual_seed(stream_seed(self.config.seed, REFERENCE, step))
         index = torch.randint(len(self.data), (count,), generator=self.host)
-        images, labels = self.data.batch(index, step * count)
+        images, labels = self.data.batch(index, step * count)  # augmented by the step, as all else
         return Reference(self.encode(images), labels)

@@ -165,6 +165,7 @@ def check(config: TrainConfig, data: Data) -> None:
             not stored.
     """
     seen(config, data)
+    # Whether a sampler fits does not depend on σ_data, which is only measured when a run begins.
     scheduler_of(replace(config, sigma_data=1.0) if config.measures_data else config)
     if config.stable_target and not isinstance(data, ImageData | LatentData):
         raise InvalidArgument(

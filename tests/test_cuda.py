@@ -211,6 +211,7 @@ OBJECTIVES = [
     {"prediction_type": "edm", "dropout": 0.1, "accumulate": 2, "shift": 1},
     {"prediction_type": "flow", "loss_weight": "min_snr", "dtype": "bfloat16"},
     {"prediction_type": "epsilon", "learn_variance": True},
+    {"stable_target": 64},
 ]
 
 

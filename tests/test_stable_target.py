@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from minidiff import data
 from minidiff.data.captions import CaptionedDigits
 from minidiff.errors import InvalidArgument
+from minidiff.latents import LatentData
+from minidiff.nn import AutoencoderKL
 from minidiff.schedule import Level
 from minidiff.stable_target import MAX_RATIO, Reference, stable_pair
 from minidiff.train import TrainConfig, Training, build, check, train
@@ -151,6 +153,20 @@ def test_every_objective_learns_it(options):
     config = TrainConfig(steps=40, stable_target=128, optimizer="muon", **TINY | options)
     train(config, data.load("digits"), report=rows.append)
     assert rows[-1].loss < rows[0].loss
+
+
+def test_latents_have_a_reference_of_latents():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=1, out_channels=1, block_out_channels=[8, 8], norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    latents = LatentData(vae, data.load("digits", "test"))
+    config = TrainConfig(steps=2, stable_target=50, block=1, **TINY)
+    y, labels = Training(config, latents, torch.device("cpu")).batches.take(0, 12).reference
+    assert y.shape == (50, *latents.shape)
+    assert labels.shape == (50,)
+    train(config, latents)
 
 
 def test_what_has_no_reference_is_refused():
