@@ -60,6 +60,11 @@ class Batch(NamedTuple):
                 self.reference,
             )
 
+    def tensors(self) -> list[Tensor]:
+        """What the loss is of, on the device: clean images, noise, the levels' four, and `told`."""
+        levels = self.levels.on(self.z)
+        return [*self.pair(levels), *levels, *([] if self.told is None else [self.told])]
+
     def pair(self, levels: Levels) -> tuple[Tensor, Tensor]:
         """What an objective is shown as clean images and noise, each like z.
 

@@ -19,7 +19,7 @@ https://kellerjordan.github.io/posts/muon/ (the iteration and its coefficients);
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Muon(torch.optim.AdamW):
             alone, a kernel's columns counting as columns of the matrix; `split_groups` makes them.
         lr, weight_decay, betas: as of AdamW; of Muon's groups the first two alone.
         momentum: β.
+        orthogonalize: `orthogonalized`, or another way to call it.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Muon(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.01,
         momentum: float = 0.95,
+        orthogonalize: Callable[..., Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self.orthogonalize = orthogonalize or orthogonalized
         for group in self.param_groups:
             group.setdefault("muon", False)
             group.setdefault("momentum", momentum)
@@ -83,7 +86,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, orthogonalized(ahead), alpha=-group["lr"])
+        torch._foreach_add_(matrices, self.orthogonalize(*ahead), alpha=-group["lr"])
 
 
 def as_matrix(x: Tensor, like: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def as_matrix(x: Tensor, like: Tensor) -> Tensor:
     return x.flatten(1)
 
 
-def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+def orthogonalized(*matrices: Tensor) -> list[Tensor]:
     """0.2·√max(rows, columns)·U·Vᵀ of every matrix U·S·Vᵀ, nearly, see above."""
     by_side: dict[int, list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):

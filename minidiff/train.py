@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from minidiff.average import EMA
 from minidiff.batches import DROPOUT, Batch, Batches
 from minidiff.data import Data, Stream
+from minidiff.data.captions import CaptionedDigits
 from minidiff.device import DTYPES, pick_device
 from minidiff.distributed import World
 from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve, seen
 from minidiff.loop import Loop, steps
-from minidiff.muon import Muon, split_groups
+from minidiff.muon import Muon, orthogonalized, split_groups
 from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
-from minidiff.objective import Network
+from minidiff.objective import Levels, Network
 from minidiff.pipeline import Pipeline
 from minidiff.progress import Progress, batch_size, learning_rate
+from minidiff.recorded import Recorded
 from minidiff.train_config import TrainConfig
 
 __all__ = [
@@ -72,7 +74,7 @@ class Training(Loop):
         world: World | None = None,
     ) -> None:
         world = world or World()
-        _check_parts(config, world)
+        _check_parts(config, device, world)
         if config.compile:
             _check_compiler(device)
         pipe, self.objective = build(config, data), config.objective()
@@ -86,9 +88,12 @@ class Training(Loop):
         optimizer = make(learner.trained())
         super().__init__(config, learner, average, optimizer, device, world)
         encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
+        data = seen(config, data).to(device)
+        if config.cuda_graph and isinstance(data, CaptionedDigits):
+            data = data.recorded()
         self.batches = Batches(
             config,
-            seen(config, data).to(device),
+            data,
             learner,
             self.objective,
             encode,
@@ -96,6 +101,7 @@ class Training(Loop):
             device,
         )
         self.synced = world.wrap(learner)
+        self.recorded = Recorded(self._backward)
         if config.compile:
             learner.compile()
 
@@ -108,21 +114,41 @@ class Training(Loop):
         config = self.config
         batch = self.batches.take(self.budget.step, batch_size(config, self.budget.progress))
         self._seed_dropout()
-        total = torch.zeros((), device=self.device)
-        for last, part in _marking_the_last(batch.parts(config.accumulate)):
-            with nullcontext() if last else self.world.without_sync(self.synced):
-                loss = self._loss(part)
-                (loss * self.world.size).backward()  # gradients are averaged over processes
-            total += loss.detach()
-        total = self.world.total(total)
-        norm = self.world.clip(self.learner.trained(), config.clip or math.inf)
+        total, norm = (self._replay if config.cuda_graph else self._gradients)(batch)
         self.update(total, norm, total)
 
-    def _loss(self, part: Batch) -> Tensor:
-        """What a part of the batch adds to the mean loss of all of it."""
-        levels = part.levels.on(part.z)
-        losses = self.objective.loss(self._network(part.told), *part.pair(levels), levels)
-        return losses.sum() / part.size
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Leave them at the parameters; returns the mean loss and their norm before the cut."""
+        total = torch.zeros((), device=self.device)
+        for last, part in _marking_the_last(batch.parts(self.config.accumulate)):
+            with nullcontext() if last else self.world.without_sync(self.synced):
+                loss = self._loss(batch.size, *part.tensors())
+                (loss * self.world.size).backward()  # gradients are averaged over processes
+            total += loss.detach()
+        return self.world.total(total), self._clip()
+
+    def _replay(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same by a recording, whose gradients lie where the recording has them."""
+        total, norm, *gradients = self.recorded(*batch.tensors())
+        for parameter, gradient in zip(self.learner.trained(), gradients, strict=True):
+            parameter.grad = gradient
+        return total, norm
+
+    def _backward(self, x0: Tensor, *others: Tensor) -> list[Tensor | None]:
+        """What is recorded: from `Batch.tensors` to mean loss, norm and gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(len(x0), x0, *others)
+        loss.backward()
+        norm = self._clip()
+        return [loss.detach(), norm, *(p.grad for p in self.learner.trained())]
+
+    def _clip(self) -> Tensor:
+        return self.world.clip(self.learner.trained(), self.config.clip or math.inf)
+
+    def _loss(self, size: int, x0: Tensor, eps: Tensor, *others: Tensor) -> Tensor:
+        """What `Batch.tensors` of a part add to the mean loss of a batch of that size."""
+        levels, told = Levels(*others[:4]), others[4] if others[4:] else None
+        return self.objective.loss(self._network(told), x0, eps, levels).sum() / size
 
     def _network(self, told: Tensor | None) -> Network:
         """The network under what it is told, its matrix work in the config's dtype."""
@@ -198,7 +224,7 @@ def train(
     return training.result
 
 
-def _check_parts(config: TrainConfig, world: World) -> None:
+def _check_parts(config: TrainConfig, device: torch.device, world: World) -> None:
     if config.batch_size < (least := world.size * config.accumulate):
         raise InvalidArgument(
             f"batch_size must be at least {least}, an image for each of {config.accumulate} parts "
@@ -206,6 +232,11 @@ def _check_parts(config: TrainConfig, world: World) -> None:
         )
     if config.optimizer == "muon" and world.splits:
         raise InvalidArgument("optimizer must be 'adamw' where processes share the weights (shard)")
+    if config.cuda_graph and (device.type != "cuda" or world.size > 1):
+        raise InvalidArgument(
+            f"cuda_graph must be False on {device.type} with {world.size} processes: it is of one "
+            "process on a GPU"
+        )
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -235,7 +266,8 @@ def _optimizer(
     ]
     options = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
-        return Muon(split_groups(groups, learner), **options)
+        call = Recorded(orthogonalized) if config.cuda_graph else orthogonalized
+        return Muon(split_groups(groups, learner), **options, orthogonalize=call)
     return torch.optim.AdamW(groups, **options, fused=True)
 
 

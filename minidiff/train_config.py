@@ -118,6 +118,10 @@ class TrainConfig(LoopConfig):
         False, "compile the network first, which takes minutes and a C++ compiler, on a GPU "
         "Triton too"
     )  # fmt: skip
+    cuda_graph: bool = _option(
+        False, "record the kernels of a step once and replay them: a GPU then need not wait for "
+        "Python between any two; for one process, not with --compile"
+    )  # fmt: skip
 
     # The objective, see `minidiff.objective`
     prediction_type: str = _option("v_prediction", ", ".join(PREDICTION_TYPES))
@@ -179,6 +183,7 @@ class TrainConfig(LoopConfig):
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         whole_number("accumulate", self.accumulate, 1)
         true_or_false("compile", self.compile)
+        self._check_cuda_graph()
         if self.accumulate > self.batch_size:
             raise InvalidArgument(
                 f"accumulate must be at most batch_size, {self.batch_size}, got {self.accumulate}"
@@ -191,6 +196,14 @@ class TrainConfig(LoopConfig):
             one_of("sampler", self.sampler, SAMPLERS)
         whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
         whole_number("pictures", self.pictures, 0)
+
+    def _check_cuda_graph(self) -> None:
+        if not true_or_false("cuda_graph", self.cuda_graph):
+            return
+        if self.compile:
+            raise InvalidArgument("compile must be False with cuda_graph, got True")
+        if self.accumulate != 1:
+            raise InvalidArgument(f"accumulate must be 1 with cuda_graph, got {self.accumulate}")
 
     def _check_objective(self) -> None:
         whole_number("num_train_timesteps", self.num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)

@@ -3,6 +3,8 @@
 pytest -m cuda
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import distance
@@ -212,11 +214,12 @@ OBJECTIVES = [
     {"prediction_type": "flow", "loss_weight": "min_snr", "dtype": "bfloat16"},
     {"prediction_type": "epsilon", "learn_variance": True},
     {"stable_target": 64},
+    {"data": "captions", "optimizer": "muon", "cuda_graph": True},
 ]
 
 
-def training(device: str = "cuda", world=None, **options) -> Training:
-    data, config = load("digits"), TrainConfig(steps=1000, **TRAIN | options)
+def training(device: str = "cuda", world=None, data: str = "digits", **options) -> Training:
+    data, config = load(data), TrainConfig(steps=1000, **TRAIN | options)
     return Training(resolve(config, data), data, torch.device(device), world=world)
 
 
@@ -228,6 +231,40 @@ def test_a_training_step_never_waits_for_the_device(options, never_waiting):
     never_waiting()
     for _ in range(3):
         run.step()
+
+
+RECORDED = [
+    {"optimizer": "muon", "stable_target": 64},
+    {"prediction_type": "edm", "dropout": 0.1, "shift": 1, "dtype": "bfloat16"},
+    {"prediction_type": "epsilon", "learn_variance": True},
+    {"data": "captions", "optimizer": "muon", "dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("options", RECORDED, ids=str)
+def test_a_recording_takes_the_steps_that_it_is_of(options):
+    """With a second size of the batch, and dropout's random numbers."""
+    plain, replayed = (training(cuda_graph=choice, **options) for choice in (False, True))
+    for run in (plain, replayed):
+        for size in (64, 64, 48, 64, 48, 48):
+            run.config = replace(run.config, batch_size=size)
+            run.step()
+    assert float(plain.meter.sum) == pytest.approx(float(replayed.meter.sum), rel=1e-5)
+    for ours, theirs in zip(plain.learner.parameters(), replayed.learner.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_recorded_run_goes_on_from_a_snapshot_to_the_bit(tmp_path):
+    options = {"cuda_graph": True, "dropout": 0.1, "optimizer": "muon"}
+    first, second = training(**options), training(**options)
+    for _ in range(5):
+        first.step()
+    snapshot.restore(snapshot.write(tmp_path, snapshot.content(first), 0), second)
+    for run in (first, second):
+        for _ in range(3):
+            run.step()
+    for ours, theirs in zip(first.learner.parameters(), second.learner.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_compiled_network_takes_the_same_steps_on_a_gpu():
@@ -245,7 +282,8 @@ def test_training_takes_the_same_first_steps_on_both_devices(options):
     """Only levels and labels are drawn on the CPU: noise is the device's, so losses are alike."""
     losses = []
     for device in ("cpu", "cuda"):
-        run = training(device, **{**options, "dtype": "float32"})
+        on_device = {"dtype": "float32", "cuda_graph": "cuda_graph" in options and device == "cuda"}
+        run = training(device, **options | on_device)
         for _ in range(20):
             run.step()
         losses.append(float(run.meter.sum) / run.meter.count)

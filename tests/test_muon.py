@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_every_direction_counts_about_the_same(shapes, seed, exponent):
     """Singular vectors stay, singular values come near 1; of each matrix as if it were alone."""
     matrices = [10**exponent * normal(*shape, seed=seed + i) for i, shape in enumerate(shapes)]
-    for before, after in zip(matrices, orthogonalized(matrices), strict=True):
+    for before, after in zip(matrices, orthogonalized(*matrices), strict=True):
         size = MATCH * max(before.shape) ** 0.5
         u, s, v = torch.linalg.svd(before.double(), full_matrices=False)
         inside = u.T @ (after.double() / size) @ v.T
@@ -37,7 +37,7 @@ def test_every_direction_counts_about_the_same(shapes, seed, exponent):
         large = s > 0.02 * s.norm()  # five iterations do not lift the others all the way
         assert values[large].min() > 0.6
         assert values.max() < 1.25
-        (alone,) = orthogonalized([before])
+        (alone,) = orthogonalized(before)
         torch.testing.assert_close(after, alone, rtol=1e-3, atol=1e-4 * size)
 
 

@@ -116,6 +116,12 @@ def test_training_does_not_touch_the_callers_random_state():
         ({"steps": 1, "accumulate": 33}, "accumulate must be at most batch_size, 32, got 33"),
         ({"steps": 1, "final_batch_size": 31}, "final_batch_size must be in 32..65536"),
         ({"steps": 1, "compile": 1}, "compile must be True or False"),
+        ({"steps": 1, "cuda_graph": 1}, "cuda_graph must be True or False"),
+        (
+            {"steps": 1, "cuda_graph": True, "compile": True},
+            "compile must be False with cuda_graph",
+        ),
+        ({"steps": 1, "cuda_graph": True, "accumulate": 2}, "accumulate must be 1 with cuda_graph"),
         ({"steps": 1, "clip": -1}, "clip"),
         ({"steps": 1, "dropout": 1}, "dropout"),
         ({"steps": 1, "skip_nonfinite": -1}, "skip_nonfinite"),

@@ -23,6 +23,7 @@ from minidiff.data.grammar import CHOICES, PHRASES, grammar, say, tokenizer
 from minidiff.data.images import to_float
 from minidiff.data.scenes import NONE, Scenes
 from minidiff.errors import InvalidArgument, one_of, whole_number
+from minidiff.recorded import Recorded
 from minidiff.words import WordTokenizer
 
 EPOCH = 1 << 20
@@ -64,6 +65,7 @@ class CaptionedDigits:
         self._key = np.random.default_rng((seed, which)).integers(1 << 64, dtype=np.uint64)
         self._rules = scenes.rules(seen=pairs != "held out", held_out=pairs != "seen")
         self._glyphs, self._grammar = scenes.glyphs(split), grammar()
+        self._draw = self._drawn
 
     def __len__(self) -> int:
         return self.length
@@ -76,10 +78,17 @@ class CaptionedDigits:
     def to(self, device: torch.device | str) -> "CaptionedDigits":
         """The same data, made on another device."""
         moved = copy.copy(self)
+        moved._draw = moved._drawn
         for name in ("_rules", "_glyphs", "_grammar"):
             tables = getattr(self, name)
             setattr(moved, name, type(tables)(*(table.to(device) for table in tables)))
         return moved
+
+    def recorded(self) -> "CaptionedDigits":
+        """The same data, whose batches are drawn by replaying a CUDA graph; for one on a GPU."""
+        other = copy.copy(self)
+        other._draw = Recorded(self._drawn)
+        return other
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor]:
         """The pictures at `index`, as a network sees them, and their captions.
@@ -94,9 +103,8 @@ class CaptionedDigits:
         Raises:
             InvalidArgument: a number outside that range.
         """
-        u = self._random(self._number(index, position))
-        shown = scenes.draw(u[:, _SCENE], self._rules)
-        return to_float(self._pictures(u, shown)), say(u[:, _CAPTION], shown, self._grammar).ids
+        pictures, ids = self._draw(self._random(self._number(index, position)))
+        return to_float(pictures), ids.clone()  # a recording's memory stays here
 
     def scenes(self, index: Tensor) -> Scenes:
         """What the pictures at `index` show; see `batch`."""
@@ -155,6 +163,11 @@ class CaptionedDigits:
         # Of 22 bits, two fewer than float32 holds: n·u is then below n whatever the rounding.
         u = torch.from_numpy(top.astype(np.float32)).mul_(2**-22)
         return u.to(self._rules.palette.device, non_blocking=True)
+
+    def _drawn(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures, uint8 (B, 3, 32, 32), and token numbers."""
+        shown = scenes.draw(u[:, _SCENE], self._rules)
+        return self._pictures(u, shown), say(u[:, _CAPTION], shown, self._grammar).ids
 
     def _pictures(self, u: Tensor, shown: Scenes) -> Tensor:
         digit = shown.digit.clamp(min=0)
