@@ -1,6 +1,7 @@
 """How well a model of captioned digits draws what it is told.
 
-    python benchmarks/text_to_image.py MODEL [--num 1000] [--seed 0] [--device cuda] [--png FILE]
+    python benchmarks/text_to_image.py minidiff/models/digits-text [--num 1000] [--seed 0]
+        [--device cuda] [--parts captions,guidance,negative,strength] [--png FILE]
 
 Four tables, all scored by the classifier of real pictures (`minidiff.metrics.SceneEvaluator`), with
 the model's own sampler and number of steps, beside what real pictures of the same captions score:
@@ -31,10 +32,15 @@ from minidiff.pipeline import Pipeline
 GUIDANCE = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 STRENGTHS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 UNWANTED = "blue"
+PARTS = ("captions", "guidance", "negative", "strength")  # methods of Bench
 
 
 class Bench:
-    """A model, what scores it, and how many samples a figure is of."""
+    """A model, what scores it, and how many samples a figure is of.
+
+    Attributes:
+        sweep: the first twelve pictures of every guidance, after `guidance`.
+    """
 
     def __init__(self, pipe: Pipeline, n: int, seed: int, device: str) -> None:
         self.pipe, self.n, self.seed = pipe, n, seed
@@ -49,7 +55,7 @@ class Bench:
         for line in self.evaluator.table(self.draw, self.n):
             print(line, flush=True)
 
-    def guidance(self, png: str | None) -> None:
+    def guidance(self) -> None:
         asked = task(self.n)
         real = CaptionedDigits("test").images(asked.index)
         _, reference = self.evaluator.read(real)
@@ -63,9 +69,7 @@ class Bench:
             together = compare(answers, asked.wanted).together
             print(f"{scale:8g}{together:14.1%}{coverage(reference, features):10.3f}", flush=True)
             rows.append(images[:12])
-        if png:
-            pictures = torch.cat(rows).permute(0, 2, 3, 1).numpy()
-            plot.save(plot.grid(pictures, 12), png)
+        self.sweep = torch.cat(rows).permute(0, 2, 3, 1).numpy()
 
     def negative(self) -> None:
         digits = np.arange(self.n) % DIGITS
@@ -114,18 +118,24 @@ def main() -> None:
     add("--num", type=int, default=1000, help="samples a figure")
     add("--seed", type=int, default=0, help="of the samples' noise")
     add("--device", default="cpu", help="cpu or cuda")
+    add("--parts", default=",".join(PARTS), help="which tables, separated by commas")
     add("--png", help="write the guidance sweep as a picture: a row a scale")
     options = parser.parse_args()
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    if options.png and "guidance" not in parts:
+        parser.error("--png is a picture of the part guidance, which --parts leaves out")
     pipe = run.open_pipeline(options.model, options.device)
     bench = Bench(pipe, options.num, options.seed, options.device)
     print(
         f"{options.num} samples, seed {options.seed}: {type(pipe.scheduler).__name__}, "
         f"{pipe.num_inference_steps} steps, guidance {pipe.guidance_scale:g}"
     )
-    bench.captions()
-    bench.guidance(options.png)
-    bench.negative()
-    bench.strength()
+    for part in parts:
+        getattr(bench, part)()
+    if options.png:
+        plot.save(plot.grid(bench.sweep, 12), options.png)
 
 
 if __name__ == "__main__":

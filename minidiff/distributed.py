@@ -168,9 +168,14 @@ def _is_of_the_network(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
+def processes() -> int:
+    """How many torchrun started, this one included; 1 where it did not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched() -> bool:
     """Whether torchrun started this process, one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return processes() > 1
 
 
 def rank() -> int:

@@ -73,20 +73,22 @@ PRESETS = {
         ),
     ),
     "captions": Preset(
-        "pictures from text, with a text encoder that learns along, and more of the noisy "
-        "levels, where it is decided what a picture shows; not measured yet",
+        "eight minutes of one GPU (with --cuda-graph): pictures from text at full resolution, with "
+        "a text encoder that learns along, and more of the noisy levels, where it is decided what "
+        "a picture shows",
         "captions",
         TrainConfig(
-            minutes=15,
+            minutes=8,
             optimizer="muon",
             noise_levels="log_normal",
             level_mean=0.6,
             level_std=1.6,
-            batch_size=16,
-            final_batch_size=32,
-            channels=(32, 64),
+            batch_size=128,
+            final_batch_size=256,
+            block=1,
+            channels=(32, 48, 80),
             guidance_scale=3.0,
-            num_inference_steps=16,
+            num_inference_steps=20,
         ),
     ),
     "research": Preset(

@@ -17,7 +17,7 @@ from minidiff import plot
 from minidiff.data.captions import CaptionedDigits
 from minidiff.data.protocol import Data
 from minidiff.device import pick_device
-from minidiff.distributed import launched, own_device, rank, world
+from minidiff.distributed import launched, own_device, processes, rank, world
 from minidiff.errors import CheckpointError, InvalidArgument, true_or_false
 from minidiff.keeper import Saving
 from minidiff.pipeline import Pipeline
@@ -36,7 +36,7 @@ from minidiff.run_folder import (
     progress_bar,
     resumed,
 )
-from minidiff.train import TrainConfig, check, resolve, train
+from minidiff.train import TrainConfig, check, check_machine, resolve, train
 
 __all__ = [
     "CONFIG",
@@ -78,6 +78,7 @@ def train_into(
     if true_or_false("shard", shard) and not launched():
         raise InvalidArgument("shard is for several processes: torchrun --nproc_per_node K …")
     check(config, data)
+    check_machine(config, device, processes(), shard)
     config = resolve(config, data)
     settings = Settings(
         COMMAND, config, dict(load or {}), about(data), device.type, saving or Saving(), shard
@@ -119,11 +120,11 @@ def _run(out: Path, settings: Settings, data: Data, device: Device, say: Say) ->
         if leads:
             write_samples(pipe, out / f"{SAMPLES}-{step:06d}.png", prompts=prompts)
 
-    with world(device, settings.shard) as processes:
+    with world(device, settings.shard) as all_of_us:
         with kept(out, settings, say) as (report, keeper):
             pipe = train(
                 settings.config, data, device, report, picture,
-                begin=keeper.begin, after=keeper.after, world=processes,
+                begin=keeper.begin, after=keeper.after, world=all_of_us,
             )  # fmt: skip
         if leads:
             pipe.save_pretrained(out / MODEL)

@@ -1,6 +1,7 @@
 """Models that come with the package: folders of `Pipeline`, weights rounded to float16.
 
     minidiff sample --model mnist --class 7
+    minidiff sample --model digits-text "a green 5 on a white background"
 
 How each was trained, and what it scores, is in the README.
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 from minidiff.errors import one_of
 
 FOLDER = Path(__file__).with_name("models")
-MODELS = {"mnist": "mnist"}  # name → the data it was trained on
+MODELS = {"mnist": "mnist", "digits-text": "captions"}  # name → the data it was trained on
 
 
 def folder(name: str) -> Path:

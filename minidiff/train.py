@@ -74,7 +74,7 @@ class Training(Loop):
         world: World | None = None,
     ) -> None:
         world = world or World()
-        _check_parts(config, device, world)
+        check_machine(config, device, world.size, world.splits)
         if config.compile:
             _check_compiler(device)
         pipe, self.objective = build(config, data), config.objective()
@@ -224,19 +224,24 @@ def train(
     return training.result
 
 
-def _check_parts(config: TrainConfig, device: torch.device, world: World) -> None:
-    if config.batch_size < (least := world.size * config.accumulate):
+def check_machine(config: TrainConfig, device: torch.device, size: int, splits: bool) -> None:
+    """Refuse what this device, or so many processes, cannot do. Raises InvalidArgument.
+
+    Args:
+        size: how many processes train.
+        splits: whether they share the weights.
+    """
+    if config.batch_size < (least := size * config.accumulate):
         raise InvalidArgument(
             f"batch_size must be at least {least}, an image for each of {config.accumulate} parts "
-            f"on each of {world.size} processes; got {config.batch_size}"
+            f"on each of {size} processes; got {config.batch_size}"
         )
-    if config.optimizer == "muon" and world.splits:
+    if config.optimizer == "muon" and splits:
         raise InvalidArgument("optimizer must be 'adamw' where processes share the weights (shard)")
-    if config.cuda_graph and (device.type != "cuda" or world.size > 1):
-        raise InvalidArgument(
-            f"cuda_graph must be False on {device.type} with {world.size} processes: it is of one "
-            "process on a GPU"
-        )
+    if config.cuda_graph and device.type != "cuda":
+        raise InvalidArgument(f"cuda_graph must be False on {device.type}: it is of NVIDIA's GPUs")
+    if config.cuda_graph and (size > 1 or splits):
+        raise InvalidArgument("cuda_graph must be False where several processes train")
 
 
 def _check_compiler(device: torch.device) -> None:

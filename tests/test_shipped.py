@@ -6,8 +6,9 @@ import torch
 from minidiff import Pipeline, shipped
 from minidiff.cli import main
 from minidiff.errors import InvalidArgument
-from minidiff.metrics import load_classifier
+from minidiff.metrics import SceneEvaluator, load_classifier
 from minidiff.metrics.classifier import features
+from minidiff.metrics.scenes import task
 
 LARGEST = 4 << 20
 
@@ -26,6 +27,14 @@ def test_the_model_of_mnist_draws_the_digits_that_it_is_asked_for():
     images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
     predicted, _ = features(load_classifier("mnist"), images)
     assert (predicted == result.labels).float().mean() >= 0.96
+
+
+def test_the_model_of_captions_draws_what_it_is_told_of_pairs_that_training_never_showed():
+    pipe = Pipeline.from_pretrained(shipped.folder("digits-text"))
+    asked = task(40, "held out")
+    images = pipe(asked.prompts, seed=0, num_inference_steps=12, output_type="np").images
+    scores = SceneEvaluator().score(torch.from_numpy(images).permute(0, 3, 1, 2), asked.wanted)
+    assert scores.together >= 0.9
 
 
 def test_sample_draws_with_a_model_that_comes_along(tmp_path, monkeypatch, capsys):
@@ -50,5 +59,5 @@ def test_a_run_and_a_model_exclude_each_other(line, message, capsys, tmp_path, m
 
 
 def test_an_unknown_model_is_refused_by_name():
-    with pytest.raises(InvalidArgument, match="model must be one of mnist"):
+    with pytest.raises(InvalidArgument, match="model must be one of mnist, digits-text"):
         shipped.folder("cifar")
