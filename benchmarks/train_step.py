@@ -1,0 +1,84 @@
+"""How long a training step of a preset takes: plain, compiled, and recorded as a CUDA graph.
+
+    python benchmarks/train_step.py PRESET [--variants plain,compile] [--data-dir DIR]
+        [--device cpu] [--dtype float32] [--batch-size N] [--threads N] [--rounds N]
+
+The variants take turns, each some steps a round, on batches of one size, so that a busy machine
+slows all of them. Printed are the seconds until the first steps were done, which compiling and
+recording take, then a step's median and quartiles in milliseconds, and how many times as long the
+first variant takes.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from import_time import cpu_name
+
+from minidiff import data
+from minidiff.device import DTYPES, keep_freed_memory, pick_device
+from minidiff.presets import PRESETS
+from minidiff.train import Training, resolve
+
+VARIANTS = {"plain": {}, "compile": {"compile": True}, "cuda-graph": {"cuda_graph": True}}
+WARM_UP, STEPS = 4, 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("preset", choices=PRESETS)
+    add("--variants", default="plain,compile", help=f"of {', '.join(VARIANTS)}")
+    add("--data-dir", help="where the preset's data are; default: MINIDIFF_DATA")
+    add("--device", default="cpu")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--batch-size", type=int, help="default: the preset's first one")
+    add("--threads", type=int, default=2)
+    add("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    names = options.variants.split(",")
+    if unknown := set(names) - set(VARIANTS):
+        parser.error(f"--variants must be of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+    device = pick_device(options.device)
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    preset = PRESETS[options.preset]
+    images = data.load(preset.data, "train", options.data_dir)
+    size = options.batch_size or preset.train.batch_size
+    config = replace(
+        preset.train, steps=10**6, minutes=None, batch_size=size, final_batch_size=size,
+        dtype=options.dtype,
+    )  # fmt: skip
+    config = resolve(config, images)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    print(f"{where}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")
+    print(f"{options.threads} threads; {options.preset}, batches of {size}, {options.dtype}")
+
+    def take(training: Training, steps: int) -> float:
+        """The seconds of so many steps."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            training.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    runs = {}
+    for name in names:
+        runs[name] = Training(replace(config, **VARIANTS[name]), images, device)
+        print(f"{name:12} ready after {take(runs[name], WARM_UP):.0f} s", flush=True)
+    spent = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, training in runs.items():
+            spent[name].append(1e3 * take(training, STEPS) / STEPS)
+    first = statistics.median(spent[names[0]])
+    for name, values in spent.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"{name:12}{middle:8.1f} ms ({low:.1f} … {high:.1f}), {first / middle:.2f}")
+
+
+if __name__ == "__main__":
+    main()
