@@ -21,6 +21,7 @@ from minidiff.stable_target import Reference, stable_pair
 from minidiff.train_config import TrainConfig
 
 LEVELS, NOISE, DROPOUT, REFERENCE = range(4)  # streams of random numbers, see `noise.stream_seed`
+HELD = 8  # steps that have one reference batch: to draw it takes longer than to compare with it
 
 
 class Batch(NamedTuple):
@@ -102,6 +103,7 @@ class Batches:
         self.encode, self.part = encode, part
         self.stream = Stream(len(data), config.seed)
         self.host, self.noise = torch.Generator(), torch.Generator(device)
+        self.held, self.reference = -1, None
 
     def take(self, step: int, size: int) -> Batch:
         """The next `size` images, with the levels and the noise of this step.
@@ -126,7 +128,9 @@ class Batches:
         """The reference batch of a step, the same on every process; see `stable_target`."""
         if not (count := self.config.stable_target):
             return None
-        self.host.manual_seed(stream_seed(self.config.seed, REFERENCE, step))
-        index = torch.randint(len(self.data), (count,), generator=self.host)
-        images, labels = self.data.batch(index, step * count)  # augmented by the step, as all else
-        return Reference(self.encode(images), labels)
+        if (number := step // HELD) != self.held:
+            self.host.manual_seed(stream_seed(self.config.seed, REFERENCE, number))
+            index = torch.randint(len(self.data), (count,), generator=self.host)
+            images, labels = self.data.batch(index, number * count)  # augmented by their number
+            self.held, self.reference = number, Reference(self.encode(images), labels)
+        return self.reference

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidiff import data
+from minidiff.batches import HELD
 from minidiff.data.captions import CaptionedDigits
 from minidiff.errors import InvalidArgument
 from minidiff.latents import LatentData
@@ -108,16 +109,18 @@ def test_classes_explain_their_own():
         torch.testing.assert_close(mean[i], every.mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_every_step_and_process_has_its_reference():
-    """Another one each step, the same for all processes, and the same when a step is repeated."""
+def test_every_process_has_the_same_reference_and_some_steps_share_one():
+    """Which one depends on the step alone, not on those before it."""
     digits = data.load("digits")
     config = TrainConfig(steps=1, stable_target=40, shift=1, **TINY)
     one = Training(config, digits, torch.device("cpu")).batches
     other = Training(config, digits, torch.device("cpu")).batches
     other.part = lambda size: slice(size // 2, size)
-    batches = [one.take(step, 12).reference.y for step in (0, 1)]
-    assert not torch.equal(*batches)
-    assert torch.equal(batches[0], other.take(0, 12).reference.y)
+    first, same, next_one = (one.take(step, 12).reference.y for step in (0, HELD - 1, HELD))
+    assert torch.equal(first, same)
+    assert not torch.equal(same, next_one)
+    assert torch.equal(next_one, other.take(HELD + 1, 12).reference.y)
+    assert torch.equal(first, other.take(1, 12).reference.y)
 
 
 def test_parts_of_a_batch_learn_what_the_whole_does():

@@ -307,11 +307,11 @@ def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
 
 
 def test_dropout_repeats_and_leaves_the_callers_random_state():
-    config = TrainConfig(steps=2, dropout=0.5, **TINY)
+    config = TrainConfig(steps=4, dropout=0.5, **TINY)  # at first all that it drops meets zeros
     state = torch.random.get_rng_state()
     first, second = weights(config), weights(config)
     assert torch.equal(first, second)
-    assert not torch.equal(first, weights(TrainConfig(steps=2, **TINY)))
+    assert not torch.equal(first, weights(TrainConfig(steps=4, **TINY)))
     assert torch.equal(state, torch.random.get_rng_state())
 
 
