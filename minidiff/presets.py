@@ -22,9 +22,9 @@ class Preset:
 
 PRESETS = {
     "digits": Preset(
-        "a minute on a laptop: a small network on 8×8 positions, as little as looks good; many "
-        "small steps, which teach more than the same images in few large ones, by Muon, towards a "
-        "target with less noise",
+        "a minute on a laptop: a small network, as little as looks good, at full resolution, where "
+        "strokes are learnt sooner than on blocks of pixels; many small steps, which teach more "
+        "than the same images in few large ones, by Muon, towards a target with less noise",
         "digits",
         TrainConfig(
             minutes=1.25,
@@ -32,7 +32,8 @@ PRESETS = {
             learning_rate=3e-3,
             stable_target=1024,
             batch_size=16,
-            channels=(32, 64),
+            block=1,
+            channels=(16, 48),
             guidance_scale=2.0,
         ),
     ),

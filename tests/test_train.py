@@ -306,6 +306,22 @@ def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
         train(TrainConfig(steps=6, skip_nonfinite=1, **TINY), broken)
 
 
+@pytest.mark.parametrize("name", ["digits", "captions"])
+def test_a_fresh_network_says_nothing_and_soon_every_layer_learns(name):
+    config = TrainConfig(steps=4, **TINY)
+    training = Training(config, load(name), torch.device("cpu"))
+    batch = training.batches.take(0, 8)
+    with torch.no_grad():
+        assert not training.learner(batch.z, torch.arange(8.0), batch.told).any()
+    before = {key: p.clone() for key, p in training.learner.named_parameters()}
+    training.budget.start()
+    for _ in range(4):
+        training.step()
+    for key, parameter in training.learner.named_parameters():
+        if parameter.requires_grad:
+            assert not torch.equal(parameter, before[key]), key
+
+
 def test_dropout_repeats_and_leaves_the_callers_random_state():
     config = TrainConfig(steps=4, dropout=0.5, **TINY)  # at first all that it drops meets zeros
     state = torch.random.get_rng_state()
