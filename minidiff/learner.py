@@ -226,8 +226,7 @@ def silenced(unet: UNet) -> UNet:
     """The same network with every residual branch and the output at zero, to begin training with.
 
     A block then passes on what it is given, and what it adds is learnt from there, as in the code
-    of Ho et al. 2020 and Dhariwal & Nichol 2021 (`zero_module`). On MNIST the error on held-out
-    images was 1.5 to 9 % lower after 900 steps at σ/α up to 2, and the same above.
+    of Ho et al. 2020 and Dhariwal & Nichol 2021 (`zero_module`). The network's layers are changed.
     """
     last = [unet.conv_out]
     for module in unet.modules():
