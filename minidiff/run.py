@@ -6,6 +6,7 @@ RUN/model/          the pipeline with the averaged weights, replaced as a whole
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,9 @@ def resume(
     """
     settings = resumed(out, COMMAND, data)
     device = own_device(pick_device(settings.device if device is None else device))
+    if settings.config.cuda_graph and (device.type != "cuda" or launched()):
+        say("going on without --cuda-graph, which is for one process on a GPU")
+        settings = settings._replace(config=replace(settings.config, cuda_graph=False))
     return _run(Path(out), settings, data, device, say)
 
 

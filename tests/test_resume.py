@@ -286,6 +286,16 @@ def test_a_run_without_a_snapshot_begins_again(tmp_path, monkeypatch):
     assert_same_run(whole, out)
 
 
+def test_a_run_of_cuda_graphs_goes_on_without_them_off_a_gpu(crash, tmp_path):
+    said = []
+    config = checkpoint.read_json(crash / run.CONFIG)["train"]
+    edit(crash, train=config | {"cuda_graph": True})
+    run.resume(crash, load("digits"), device="cpu", say=said.append)
+    assert "without --cuda-graph" in said[0]
+    run.train_into(tmp_path / "whole", TrainConfig(steps=10, **TINY), load("digits"))
+    assert_same_run(tmp_path / "whole", crash)
+
+
 def test_the_last_snapshots_and_the_best_are_kept(tmp_path, monkeypatch):
     out = tmp_path / "run"
     losses = {2: 0.1}  # the running loss of other steps is what it is, far above
