@@ -241,7 +241,9 @@ def check_machine(config: TrainConfig, device: torch.device, size: int, splits: 
     if config.cuda_graph and device.type != "cuda":
         raise InvalidArgument(f"cuda_graph must be False on {device.type}: it is of NVIDIA's GPUs")
     if config.cuda_graph and (size > 1 or splits):
-        raise InvalidArgument("cuda_graph must be False where several processes train")
+        raise InvalidArgument(
+            f"cuda_graph must be False where several processes train, got {size} of them"
+        )
 
 
 def _check_compiler(device: torch.device) -> None:

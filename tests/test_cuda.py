@@ -277,9 +277,11 @@ def test_training_takes_the_same_first_steps_on_both_devices(options):
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_run_goes_on_from_a_snapshot_made_on_a_gpu(recorded, tmp_path):
-    first, second = (training(dropout=0.1, cuda_graph=recorded) for _ in range(2))
+def test_a_run_goes_on_from_a_snapshot_made_on_a_gpu(recorded, optimizer, tmp_path):
+    options = {"dropout": 0.1, "optimizer": optimizer}
+    first, second = (training(**options, cuda_graph=recorded) for _ in range(2))
     for _ in range(5):
         first.step()
     snapshot.restore(snapshot.write(tmp_path, snapshot.content(first), 0), second)
@@ -288,7 +290,7 @@ def test_a_run_goes_on_from_a_snapshot_made_on_a_gpu(recorded, tmp_path):
             run.step()
     for ours, theirs in zip(first.learner.parameters(), second.learner.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
-    there = training("cpu", dropout=0.1)
+    there = training("cpu", **options)
     snapshot.restore(snapshot.snapshots(tmp_path)[-1], there)
     assert there.budget.step == 5
 
