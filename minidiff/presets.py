@@ -53,7 +53,7 @@ PRESETS = {
             stable_target=2048,
             sampler="sde-dpm++",
             num_inference_steps=15,
-            guidance_scale=1.75,
+            guidance_scale=1.45,
             guidance_interval=(0.4, 6.0),
         ),
     ),
