@@ -38,15 +38,15 @@ PRESETS = {
         ),
     ),
     "mnist": Preset(
-        "ten minutes on two cores: v at full resolution, with few channels there, many small "
-        "steps, a target with less noise; a sampler that takes back its errors by fresh noise, "
+        "ten minutes on two cores: v at full resolution, with few channels there, small batches, "
+        "Muon, a target with less noise; a sampler that takes back its errors by fresh noise, "
         "guidance at the middle levels alone",
         "mnist",
         TrainConfig(
             minutes=10,
             optimizer="muon",
-            batch_size=16,
-            final_batch_size=32,
+            batch_size=32,
+            final_batch_size=64,
             block=1,
             channels=(16, 32, 64),
             learning_rate=3e-3,
