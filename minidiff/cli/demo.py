@@ -43,5 +43,5 @@ def demo(options: argparse.Namespace) -> None:
         f"  minidiff sample {out} --class 7 --num 64 --png sevens.png\n"
         f"  minidiff sample {out} --sampler ddim --steps 5 --guidance 4 --png few-steps.png\n"
         f"  minidiff evaluate {out} --guidance 1\n"
-        f"  minidiff train --data mnist --data-dir DIR --minutes 10 --out runs/mnist"
+        f"  minidiff train --preset mnist --data-dir DIR --out runs/mnist"
     )
