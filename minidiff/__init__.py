@@ -9,6 +9,7 @@ from minidiff.guidance import classifier_free
 from minidiff.nn import UNet
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import split, target
+from minidiff.presets import PRESETS
 from minidiff.sample import trajectory
 from minidiff.schedule import Level, NoiseSchedule, add_noise
 from minidiff.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -17,6 +18,7 @@ from minidiff.train import TrainConfig, train
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",

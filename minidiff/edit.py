@@ -137,6 +137,7 @@ def swap(
     noise = invert(pipe, image, prompt, num_inference_steps=num_inference_steps)
     down = copy.copy(pipe)
     down.scheduler = ddim_of(pipe.scheduler)
+    down.autoguidance_scale = 1.0  # as on the way up
     return down(
         other,
         num_images=len(noise),

@@ -36,6 +36,7 @@ PARTS = ("samples", "classifier", "copying", "likelihood")
 SAMPLES, QUICK_SAMPLES = 50_000, 10_000
 LEAST = 10  # images of a kind, where there is no classifier that wants more
 MODEL, UNGUIDED, HELD_OUT, TRAINING = "model", "unguided", "held out", "training"
+NONE = (1.0, 1.0)  # scales of guidance and autoguidance that leave the network's output as it is
 COLUMNS = (MODEL, UNGUIDED, HELD_OUT, TRAINING)
 FLOW_STEPS = 16  # within 0.002 bits of 64, less than the probes' noise
 BOUND_DRAWS = 64
@@ -75,7 +76,7 @@ class Plan:
         compared: how many are compared with their nearest neighbours.
         likely: images of either split whose likelihood is taken, other ones for every seed.
         parts: which of `PARTS` to measure.
-        steps, guidance, eta: of sampling; None for the model's own.
+        steps, guidance, autoguidance, eta: of sampling; None for the model's own.
         batch_size: images in the network at once.
     """
 
@@ -87,6 +88,7 @@ class Plan:
     parts: tuple[str, ...] = PARTS
     steps: int | None = None
     guidance: float | None = None
+    autoguidance: float | None = None
     eta: float | None = None
     batch_size: int = 250
 
@@ -262,9 +264,13 @@ def _about(pipe: Pipeline, train: ImageData, plan: Plan) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "data": train.name,
         "model_sha256": digest(pipe.unet),
+        "weaker_sha256": None if pipe.weaker is None else digest(pipe.weaker),
         "scheduler": type(pipe.scheduler).__name__,
         "steps": pipe.num_inference_steps if plan.steps is None else plan.steps,
         "guidance": pipe.guidance_scale if plan.guidance is None else plan.guidance,
+        "autoguidance": (
+            pipe.autoguidance_scale if plan.autoguidance is None else plan.autoguidance
+        ),
         "eta": plan.eta,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": str(pipe.device),
@@ -282,21 +288,23 @@ def digest(network: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def counted(network: nn.Module) -> Iterator[list[int]]:
-    """Count the images that pass through a network, by a hook inside it, as [count].
+def counted(*networks: nn.Module | None) -> Iterator[list[int]]:
+    """Count the images that pass through networks, by a hook inside each, as [count].
 
-    A guided evaluation runs the network on both conditions, so it counts as two.
+    A guided evaluation runs the network on both conditions, so it counts as two, and one away from
+    a weaker network counts that as well. None is no network.
     """
     count = [0]
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         count[0] += len(output)
 
-    handle = network.register_forward_hook(hook)
+    handles = [network.register_forward_hook(hook) for network in networks if network is not None]
     try:
         yield count
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -326,29 +334,32 @@ class _Job:
 
     def measure_samples(self, first_samples: list[Tensor]) -> None:
         """The model's columns, seed after seed."""
-        scale = self.report.about["guidance"]
-        columns = {MODEL: scale} if scale == 1 else {MODEL: scale, UNGUIDED: 1.0}
+        scales = self.report.about["guidance"], self.report.about["autoguidance"]
+        columns = {MODEL: scales} if scales == NONE else {MODEL: scales, UNGUIDED: NONE}
         for seed in self.plan.seeds:
-            for column, guidance in columns.items():
+            for column, led in columns.items():
                 with self.timed("sampling"):
-                    images, labels = self.draw(seed, column, guidance)
+                    images, labels = self.draw(seed, column, *led)
                 if not first_samples:
                     first_samples.append(images[:100])
                 self.measure(column, images, labels, learn=column == MODEL)
 
-    def draw(self, seed: int, column: str, guidance: float) -> tuple[Tensor, Tensor | None]:
+    def draw(
+        self, seed: int, column: str, guidance: float, autoguidance: float
+    ) -> tuple[Tensor, Tensor | None]:
         """Samples uint8 (N, C, H, W) of classes in the proportions of the training labels."""
         n = self.samples
         labels = None
         if self.pipe.class_names:
             order = fixed_order(self.train)
             labels = self.train.labels[order[torch.arange(n) % len(order)]]
-        with counted(self.pipe.unet) as count:
+        with counted(self.pipe.unet, self.pipe.weaker) as count:
             images = self.pipe(
                 class_labels=labels,
                 num_images=n,
                 num_inference_steps=self.plan.steps,
                 guidance_scale=guidance,
+                autoguidance_scale=autoguidance,
                 eta=self.plan.eta,
                 seed=seed,
                 batch_size=self.plan.batch_size,

@@ -9,6 +9,7 @@ Most methods extrapolate from an output u that is not wanted through one, c, tha
 
     pair = both(network, condition, null)      (x_t, t) → (c, u), from one batch of twice the size
     pair = pair_of(good, bad)                  the same from any two denoisers
+    pair = autoguided(pair, bad, w)            … with a c that is led away from a weaker network's
 
     extrapolated(pair, w)                      u + w·(c − u)
     rescaled(pair, w, φ)                       … with the spread of c (Lin et al. 2023)
@@ -171,6 +172,24 @@ def autoguidance(good: Denoiser, bad: Denoiser, scale: float) -> Denoiser:
         InvalidArgument: a scale that is not finite.
     """
     return extrapolated(pair_of(good, bad), scale)
+
+
+def autoguided(pair: Pair, bad: Denoiser, scale: float) -> Pair:
+    """The pair whose wanted output c is led away from a weaker network's by `autoguidance`.
+
+    Any method that extrapolates from u then does so through a better c: two kinds of guidance at
+    once, of which this one changes nothing where the weaker network agrees.
+
+    Raises:
+        InvalidArgument: a scale that is not finite.
+    """
+    real_number("autoguidance_scale", scale, -math.inf)
+
+    def ask(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        c, u = pair(x, t)
+        return torch.lerp(bad(x, t), c, scale), u
+
+    return ask
 
 
 def rescaled(pair: Pair, scale: float, share: float) -> Denoiser:

@@ -164,8 +164,8 @@ def check(config: TrainConfig, data: Data) -> None:
 
     Raises:
         InvalidArgument: there are no images, `block` does not divide their size, a network refuses
-            its sizes, a sampler the objective, or a reference batch would be of images that are
-            not stored.
+            its sizes, a sampler the objective, a reference batch would be of images that are not
+            stored, or a weaker network would read a text encoder that has learnt on.
     """
     seen(config, data)
     # Whether a sampler fits does not depend on σ_data, which is only measured when a run begins.
@@ -174,6 +174,11 @@ def check(config: TrainConfig, data: Data) -> None:
         raise InvalidArgument(
             f"stable_target must be 0 for {data.name}: it draws from stored images or latents, "
             f"got {config.stable_target}"
+        )
+    if config.autoguidance_scale != 1 and isinstance(data, CaptionedDigits):
+        raise InvalidArgument(
+            f"autoguidance_scale must be 1 for {data.name}, whose text encoder learns on when the "
+            f"weaker network does not; got {config.autoguidance_scale:g}"
         )
     with torch.device("meta"):
         _network(config, data)

@@ -32,9 +32,11 @@ class Loop:
         budget, meter: what else a snapshot keeps.
         asks: says which signal asks this process to stop, 0 for none.
         asked: the same, as all processes agree on it at the end of a step.
+        weaker: a network of an earlier time that is kept as well; None for none.
     """
 
     stream: Stream
+    weaker: nn.Module | None = None
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ from minidiff.guidance import (
     Denoiser,
     Network,
     autocast,
+    autoguidance,
+    autoguided,
     beside,
     both,
     conditional,
@@ -40,7 +42,9 @@ from minidiff.pipeline_input import (
     Guide,
     StepEnd,
     against_of,
+    autoguidance_of,
     check_parts,
+    check_weaker,
     class_names_of,
     entry_of,
     guidance_of,
@@ -91,8 +95,12 @@ class Pipeline:
             guidance_scale 1 is possible.
         guidance_scale, num_inference_steps, guidance_interval: used where a call gives none.
         prompts: what makes of a text the tokens that the network looks at.
+        weaker: a network that is told and says the same, smaller or less trained, which
+            autoguidance leads away from.
+        autoguidance_scale: used where a call gives none; other than 1 only with `weaker`.
     Raises:
-        InvalidArgument: the network does not fit vae, class_names, prompts or guidance_scale.
+        InvalidArgument: the network does not fit vae, class_names, prompts, guidance_scale or
+            weaker.
     """
 
     def __init__(
@@ -105,10 +113,14 @@ class Pipeline:
         num_inference_steps: int = 50,
         prompts: Prompts | PromptsXL | None = None,
         guidance_interval: Sequence[float] | None = None,
+        weaker: UNet | None = None,
+        autoguidance_scale: float = 1.0,
     ) -> None:
         self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
-        self.class_names = tuple(class_names_of(class_names, unet))
+        self.class_names, self.weaker = tuple(class_names_of(class_names, unet)), weaker
         check_parts(unet, vae, prompts, self.class_names, self.space.channels)
+        check_weaker(weaker, unet)
+        self.autoguidance_scale = autoguidance_of(autoguidance_scale, weaker)
         if guidance_scale is None:
             guidance_scale = 1.0 if prompts is None else prompts.guidance_scale
         self.guidance_scale = scale_of(guidance_scale, self.is_guidable)
@@ -137,6 +149,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
+        autoguidance_scale: float | None = None,
         guide: Guide | None = None,
         eta: float | None = None,
         seed: int | None = None,
@@ -180,6 +193,8 @@ class Pipeline:
             guidance_rescale: φ of `guidance.rescaled`, in [0, 1].
             guidance_interval: two σ/α; guidance between them alone, see `guidance.within`. (0, inf)
                 is everywhere, also where the model has an interval of its own.
+            autoguidance_scale: w of `guidance.autoguidance`, away from the model's weaker network,
+                1 for none; between the same σ/α, and before all other guidance.
             guide: another way of guidance, (pair, w) → denoiser, such as
                 `lambda pair, w: projected(pair, w, meaning_of(pipe.scheduler))`.
             eta: DDIM's η; only for schedulers whose step has it.
@@ -220,7 +235,9 @@ class Pipeline:
             guidance_rescale,
             guidance_interval or self.guidance_interval,
             guide,
+            self.autoguidance_scale if autoguidance_scale is None else autoguidance_scale,
             self.is_guidable and not self.is_told_guidance,
+            self.weaker,
         )
         options = step_options(self.scheduler, eta)
         shape = space.shape(*sides_of(height, width, original))
@@ -308,19 +325,22 @@ class Pipeline:
         condition = self._condition(told, size)
         if self.is_told_guidance:
             condition = {**condition, "timestep_cond": self._guidance(scale, len(told))}
-        condition, network = self._on_network(condition), self._network(shown)
-        plain = conditional(network, condition)
-        if self.is_told_guidance or (scale == 1 and guidance.guide is extrapolated):
-            return plain
-        null = self._null(told, size) if negative is None else self._condition(negative, size)
-        guided = guidance.guide(both(network, condition, self._on_network(null)), scale)
-        if guidance.interval is None:
-            return guided
-        return within(guided, plain, meaning_of(self.scheduler), *guidance.interval)
+        condition, network = self._on_network(condition), self._network(self.unet, shown)
+        led = plain = conditional(network, condition)
+        auto = guidance.autoguidance
+        if auto != 1:
+            weaker = conditional(self._network(self.weaker, shown), condition)
+            led = autoguidance(plain, weaker, auto)
+        if not self.is_told_guidance and (scale != 1 or guidance.guide is not extrapolated):
+            null = self._null(told, size) if negative is None else self._condition(negative, size)
+            pair = both(network, condition, self._on_network(null))
+            led = guidance.guide(pair if auto == 1 else autoguided(pair, weaker, auto), scale)
+        if led is plain or guidance.interval is None:
+            return led
+        return within(led, plain, meaning_of(self.scheduler), *guidance.interval)
 
-    def _network(self, shown: Tensor | None) -> Network:
-        """The U-Net in its number type, float32 outside."""
-        network = self.unet
+    def _network(self, network: UNet, shown: Tensor | None) -> Network:
+        """A U-Net in its number type, float32 outside."""
         weights = next(network.parameters()).dtype
         if weights != torch.float32:
             network = in_dtype(network, weights)
@@ -402,7 +422,7 @@ class Pipeline:
             raise InvalidArgument(f"dtype must be one of {allowed}, got {dtype}")
         place = None if device is None else pick_device(device)
         encoders = () if self.prompts is None else self.prompts.encoders
-        for network in (self.unet, self.vae, *encoders):
+        for network in (self.unet, self.weaker, self.vae, *encoders):
             if network is not None:
                 network.to(place)
         self.dtype = dtype or self.dtype
@@ -429,16 +449,23 @@ class Pipeline:
 
         Raises:
             CheckpointError: the folder cannot be written, or holds something else.
+            InvalidArgument: there is a weaker network, which diffusers' pipelines do not know.
         """
         pipeline_folder.write(
             folder,
-            {"unet": self.unet, "scheduler": self.scheduler, "vae": self.vae},
+            {
+                "unet": self.unet,
+                "scheduler": self.scheduler,
+                "vae": self.vae,
+                "weaker": self.weaker,
+            },
             self.prompts,
             {
                 "class_names": list(self.class_names),
                 "guidance_scale": self.guidance_scale,
                 "num_inference_steps": self.num_inference_steps,
                 "guidance_interval": self.guidance_interval,
+                "autoguidance_scale": self.autoguidance_scale,
             },
         )
 

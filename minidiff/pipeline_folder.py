@@ -35,6 +35,7 @@ CLASSES = {
     "unet": UNet.class_names,
     "scheduler": tuple(SCHEDULERS),
     "vae": ("AutoencoderKL", "SpaceToDepth"),
+    "weaker": UNet.class_names,
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder": TextEncoder.class_names,
 }
@@ -42,7 +43,7 @@ _OWN_CLASSES = {"tokenizer": (WordTokenizer.__name__,)}
 # Parts that pictures do not depend on, and options of the index.
 UNUSED = ("feature_extractor", "image_encoder")
 OPTIONS = ("class_names", "guidance_scale", "num_inference_steps")
-LATER_OPTIONS = ("guidance_interval",)  # that older folders lack
+LATER_OPTIONS = ("guidance_interval", "autoguidance_scale")  # that older folders lack
 XL_OPTIONS = ("force_zeros_for_empty_prompt",)
 NOTES = ("requires_safety_checker", "add_watermarker")
 
@@ -74,6 +75,8 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         "unet": network("unet", UNet),
         "scheduler": _scheduler(folder / "scheduler", SCHEDULERS[index["scheduler"][1]]),
     }
+    if "weaker" in index:
+        arguments["weaker"] = network("weaker", UNet)
     if "vae" in index:
         arguments["vae"] = _vae(folder / "vae", index["vae"][1], torch_dtype, variant)
     texts = [part for part in (*TEXT, *SECOND) if part in parts]
@@ -108,6 +111,7 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
     allowed = {
         *parts,
         "vae",
+        *(["weaker"] if index["_class_name"] == OWN else []),
         "safety_checker",
         *UNUSED,
         *OPTIONS,
@@ -161,11 +165,12 @@ def write(
     """Write a pipeline; an existing one is replaced as a whole.
 
     Args:
-        parts: unet, scheduler, and vae, which may be None.
+        parts: unet, scheduler, and vae and weaker, which may be None.
         options: of the index, written where there is no CLIP tokenizer: diffusers has no place
             for them.
     Raises:
         CheckpointError: the folder cannot be written, or holds something else.
+        InvalidArgument: there is a weaker network, which diffusers' pipelines do not know.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
@@ -178,6 +183,10 @@ def write(
         if not isinstance(prompts, WordPrompts):
             index = _XL_INDEX if second else _INDEX
             index = index | {name: getattr(prompts, name) for name in XL_OPTIONS if second}
+            if "weaker" in parts:
+                raise InvalidArgument(
+                    f"weaker must be None: {index['_class_name']} has no place for it"
+                )
     with checkpoint.atomic_folder(folder) as temporary:
         for name, part in parts.items():
             part.save_pretrained(temporary / name)

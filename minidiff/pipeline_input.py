@@ -32,10 +32,12 @@ class Guidance(NamedTuple):
     Attributes:
         guide: of what is wanted and what is not.
         interval: the σ/α between which it leads; None for all.
+        autoguidance: the scale of autoguidance, 1 for none.
     """
 
     guide: Guide = extrapolated
     interval: tuple[float, float] | None = None
+    autoguidance: float = 1.0
 
 
 EXTRAPOLATED = Guidance()
@@ -79,6 +81,35 @@ def check_parts(
             f"prompts must {'' if summary else 'not '}be WordPrompts for a network with "
             f"projection_class_embeddings_input_dim={summary}"
         )
+
+
+# What a network must have in common with a weaker one: what it is shown, is told and says.
+_ALIKE = (
+    "in_channels", "out_channels", "num_class_embeds", "class_embed_type", "cross_attention_dim",
+    "encoder_hid_dim_type", "addition_embed_type", "projection_class_embeddings_input_dim",
+    "time_cond_proj_dim",
+)  # fmt: skip
+
+
+def check_weaker(weaker: UNet | None, unet: UNet) -> None:
+    """Refuse a weaker network that is told or says something else. Raises InvalidArgument."""
+    for name in () if weaker is None else _ALIKE:
+        given, wanted = weaker.config.get(name), unet.config.get(name)
+        if given != wanted:
+            raise InvalidArgument(
+                f"weaker must have {name}={wanted!r}, as the network that it is to guide; "
+                f"got {given!r}"
+            )
+
+
+def autoguidance_of(scale: float, weaker: UNet | None) -> float:
+    """The scale of autoguidance. Raises InvalidArgument: not finite, or nothing to lead from."""
+    scale = real_number("autoguidance_scale", scale, -math.inf)
+    if scale != 1 and weaker is None:
+        raise InvalidArgument(
+            f"autoguidance_scale must be 1 for a model without a weaker network, got {scale:g}"
+        )
+    return scale
 
 
 def class_names_of(names: Sequence[str], unet: UNet) -> Sequence[str]:
@@ -234,19 +265,27 @@ def number_of(num_images: int | None, copies: int, original: Original | None) ->
 
 
 def guidance_of(
-    rescale: float, interval: Sequence[float] | None, guide: Guide | None, possible: bool
+    rescale: float,
+    interval: Sequence[float] | None,
+    guide: Guide | None,
+    autoguidance: float,
+    possible: bool,
+    weaker: UNet | None,
 ) -> Guidance:
     """The way of guidance that a call asks for.
 
     Args:
-        possible: whether there is anything to lead the network away from.
+        autoguidance: its scale.
+        possible: whether there is another condition to lead the network away from.
+        weaker: the network that autoguidance leads away from, or None.
     Raises:
         InvalidArgument: an argument is out of range, two exclude each other, or one is given where
             nothing can be led.
     """
     rescale = real_number("guidance_rescale", rescale, 0, 1)
-    asked = {"guidance_rescale": rescale != 0, "guidance_interval": interval is not None,
-             "guide": guide is not None}  # fmt: skip
+    autoguidance = autoguidance_of(autoguidance, weaker)
+    asked = {"guidance_rescale": rescale != 0, "guide": guide is not None,
+             "guidance_interval": interval is not None and weaker is None}  # fmt: skip
     if any(asked.values()) and not possible:
         (name, *_) = (name for name, given in asked.items() if given)
         raise InvalidArgument(f"{name} needs guidance, which this model cannot have")
@@ -256,7 +295,7 @@ def guidance_of(
         guide = partial(rescaled, share=rescale) if rescale else extrapolated
     elif rescale:
         raise InvalidArgument("give either guide or guidance_rescale, not both")
-    return Guidance(guide, interval)
+    return Guidance(guide, interval, autoguidance)
 
 
 def interval_of(interval: Sequence[float] | None) -> tuple[float, float] | None:

@@ -3,6 +3,7 @@
 RUN/checkpoints/step-N/
     weights.safetensors     the raw weights
     average.safetensors     their average, apart
+    weaker.safetensors      the average of an earlier time, where autoguidance is to have it
     optimizer.safetensors   the tensors of the optimizer's state
     state.json              its numbers; step, seconds, position in the data and in the log, the
                             losses of the row under way
@@ -14,6 +15,7 @@ a step depend on (seed, step) alone (`minidiff.batches`), and nothing reads torc
 Python's global state. bfloat16 needs no scaler of gradients.
 """
 
+import copy
 import hashlib
 import math
 import re
@@ -33,7 +35,9 @@ from minidiff.weights import SUFFIX, check_fit, headers, read_one, write_tensors
 
 FOLDER = "checkpoints"
 STATE, MANIFEST = "state.json", "manifest.json"
-WEIGHTS, AVERAGE, OPTIMIZER = (f"{stem}{SUFFIX}" for stem in ("weights", "average", "optimizer"))
+WEIGHTS, AVERAGE, OPTIMIZER, WEAKER = (
+    f"{stem}{SUFFIX}" for stem in ("weights", "average", "optimizer", "weaker")
+)
 FILES = (WEIGHTS, AVERAGE, OPTIMIZER, STATE)
 MAX_STATE_BYTES = 1 << 26  # the numbers of an optimizer, a few for every parameter
 VERSION = 1
@@ -66,6 +70,8 @@ def content(training: Loop) -> Content:
         AVERAGE: training.average.model.state_dict(),
         OPTIMIZER: moments,
     }
+    if training.weaker is not None:
+        found[WEAKER] = training.weaker.state_dict()
     state = {
         "version": VERSION,
         "step": training.budget.step,
@@ -97,7 +103,8 @@ def write(run: Path, content: Content, log_bytes: int) -> Path:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    return {name: _seal(folder / name) for name in FILES}
+    names = [*FILES, *([WEAKER] if (folder / WEAKER).is_file() else [])]
+    return {name: _seal(folder / name) for name in names}
 
 
 def _seal(path: Path) -> dict[str, Any]:
@@ -200,7 +207,7 @@ def newest(run: Path, say: Callable[[str], None]) -> Path | None:
 def verify(folder: Path) -> None:
     """Raises CheckpointError unless every file is there as the manifest says."""
     manifest = checkpoint.read_json(folder / MANIFEST)
-    for name in FILES:
+    for name in (*FILES, *({WEAKER} & manifest.keys())):
         if name not in manifest:
             raise CheckpointError(f"{folder / MANIFEST}: names no {name}")
         if not (folder / name).is_file():
@@ -224,6 +231,10 @@ def restore(folder: Path, training: Loop) -> int:
             )
         _load(training.learner, folder / WEIGHTS)
         _load(training.average.model, folder / AVERAGE)
+        if WEAKER in checkpoint.read_json(folder / MANIFEST):
+            weaker = copy.deepcopy(training.result.unet)
+            _load(weaker, folder / WEAKER)
+            training.set_aside(weaker)
         stored = headers([folder / OPTIMIZER])
         tensors = {name: read_one(entry) for name, entry in stored.items()}
         _load_optimizer(training.optimizer, state["optimizer"], tensors)

@@ -24,7 +24,7 @@ from minidiff.errors import InvalidArgument
 from minidiff.learner import Learner, build, check, resolve, seen
 from minidiff.loop import Loop, steps
 from minidiff.muon import Muon, orthogonalized, split_groups
-from minidiff.nn import SpaceToDepth
+from minidiff.nn import SpaceToDepth, UNet
 from minidiff.noise import stream_seed
 from minidiff.objective import Levels, Network
 from minidiff.pipeline import Pipeline
@@ -116,6 +116,19 @@ class Training(Loop):
         self._seed_dropout()
         total, norm = (self._replay if config.cuda_graph else self._gradients)(batch)
         self.update(total, norm, total)
+        if self._weaker_is_due:
+            self.set_aside(copy.deepcopy(self.result.unet))
+
+    @property
+    def _weaker_is_due(self) -> bool:
+        wanted = self.config.autoguidance_scale != 1 and self.weaker is None
+        return wanted and self.budget.progress >= self.config.weaker_at
+
+    def set_aside(self, weaker: UNet) -> None:
+        """Keep a network of the averaged weights so far, for autoguidance to lead away from."""
+        self.weaker = self._result.weaker = weaker
+        self._result.autoguidance_scale = self.config.autoguidance_scale
+        self._result.guidance_interval = self.config.guidance_interval
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Leave them at the parameters; returns the mean loss and their norm before the cut."""

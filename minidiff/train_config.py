@@ -171,6 +171,14 @@ class TrainConfig(LoopConfig):
         None, "σ/α between which guidance leads, stored with the model; default: everywhere", float,
         values=("LOW", "HIGH"),
     )  # fmt: skip
+    autoguidance_scale: float = _option(
+        1.0, "stored with the model, as is then a second network, which it leads away from: the "
+        "averaged weights of an earlier time; 1 for none; see `guidance.autoguidance`",
+        flag="autoguidance",
+    )  # fmt: skip
+    weaker_at: float = _option(
+        0.0625, "share of the run after which that second network is set aside"
+    )  # fmt: skip
     sampler: str | None = _option(
         None, f"stored with the model: {', '.join(SAMPLERS)}; default: dpm++, for learn_variance "
         "ddpm", str,
@@ -192,6 +200,8 @@ class TrainConfig(LoopConfig):
         self._check_network()
         real_number("guidance_scale", self.guidance_scale, -math.inf)
         interval_of(self.guidance_interval)
+        real_number("autoguidance_scale", self.autoguidance_scale, -math.inf)
+        real_number("weaker_at", self.weaker_at, 0, 0.99)
         if self.sampler is not None:
             one_of("sampler", self.sampler, SAMPLERS)
         whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)

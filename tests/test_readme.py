@@ -1,14 +1,29 @@
 """What the README shows is what happens."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from minidiff import trajectory
+from minidiff import PRESETS, trajectory
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_example_trains_saves_and_draws(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "train(" in b)
+    short = replace(PRESETS["digits"].train, minutes=None, steps=3, pictures=0)
+    monkeypatch.setitem(PRESETS, "digits", replace(PRESETS["digits"], train=short))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "model" / "model_index.json").is_file()
+    assert [image.size for image in names["images"]] == [(16, 16)] * 3
+    assert names["pipe"](num_images=1, num_inference_steps=2).images
 
 
 def test_the_sampler_of_ones_own_has_the_order_it_says(capsys: pytest.CaptureFixture) -> None:

@@ -20,7 +20,8 @@ from minidiff.keeper import Saving
 from minidiff.train import TrainConfig, Training
 
 STEPS = 24
-TINY = {"channels": (4, 4), "batch_size": 8, "pictures": 0, "dropout": 0.1}
+TINY = {"channels": (4, 4), "batch_size": 8, "pictures": 0, "dropout": 0.1,
+        "autoguidance_scale": 2.0, "weaker_at": 0.1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +38,16 @@ def photos(tmp_path_factory) -> Path:
 def call(photos: Path, out: Path, *others: str) -> list[str]:
     return ["train", "--data", str(photos), "--out", str(out), "--steps", str(STEPS),
             "--channels", "4,4", "--batch-size", "8", "--pictures", "0", "--dropout", "0.1",
-            "--save-every", "2", "--dtype", "float32", "--stable-target", "9", *others]  # fmt: skip
+            "--save-every", "2", "--dtype", "float32", "--stable-target", "9",
+            "--autoguidance", "2", "--weaker-at", "0.5", *others]  # fmt: skip
 
 
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, average, optimizer, log and model, bit for bit."""
     assert_same_training(first, second)
-    unet = Path(run.MODEL) / "unet" / "diffusion_pytorch_model.safetensors"
-    assert (first / unet).read_bytes() == (second / unet).read_bytes()
+    for part in ("unet", "weaker"):
+        weights = Path(run.MODEL) / part / "diffusion_pytorch_model.safetensors"
+        assert (first / weights).read_bytes() == (second / weights).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,7 @@ def crash(crashed, tmp_path) -> Path:
     return shutil.copytree(crashed, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", snapshot.FILES)
+@pytest.mark.parametrize("name", [*snapshot.FILES, snapshot.WEAKER])
 @pytest.mark.parametrize("how", ["changed", "cut", "gone"])
 def test_a_damaged_snapshot_is_passed_over_and_named(name, how, crash):
     newest, earlier = snapshot.snapshots(crash)[:0:-1]

@@ -63,14 +63,16 @@ def test_snapshots_are_evenly_spaced_and_saving_them_is_not_counted(
     assert rows[0]["parameters"] == 9
 
 
+# Of two steps one is at a level where samples are led, and asks both networks.
+@pytest.mark.parametrize(("form", "evaluations"), [("preset", 2), ("autoguided", 3)])
 def test_a_run_is_saved_and_scored_once(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, evaluations: int, bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peers import ours
 
     monkeypatch.setattr(ours, "_PRESET", replace(ours._PRESET, final_batch_size=None))
     run, table = tmp_path / "run", tmp_path / "scores.jsonl"
-    job = bench.Job("minidiff", "preset", 0.1 / 60, 3e-3, 0, "float32")
+    job = bench.Job("minidiff", form, 0.1 / 60, 3e-3, 0, "float32")
     cpu, images, net = torch.device("cpu"), part_of("train"), load_classifier("digits")
     bench.train(job, images, cpu, run, 2)
     rows = bench.rows_of(run / bench.LOG)
@@ -80,7 +82,7 @@ def test_a_run_is_saved_and_scored_once(
     evaluator = Evaluator.of(images, part_of("test"), net)
     first = bench.score([run], evaluator, cpu, table, num=200, steps=2)
     written = table.read_text()
-    assert [row["evaluations"] for row in first] == [2] * len(rows)
+    assert [row["evaluations"] for row in first] == [evaluations] * len(rows)
     assert bench.score([run], evaluator, cpu, table, num=200, steps=2) == first
     assert table.read_text() == written
 
@@ -111,6 +113,7 @@ def test_the_best_run_counts_and_what_was_not_reached_is_said(bench: ModuleType)
         row("minidiff", "preset", 3e-3, 60, 20.0),
         row("minidiff", "preset", 3e-3, 120, 15.0),
         row("minidiff", "preset", 3e-3, 180, 9.0),
+        row("minidiff", "autoguided", 3e-3, 180, 13.0),
         row("azula", "tuned", 1e-3, 600, 14.0),
         row("azula", "tuned", 1e-3, 300, 30.0),
         row("azula", "tuned", 2e-3, 300, 14.9),
@@ -118,10 +121,12 @@ def test_the_best_run_counts_and_what_was_not_reached_is_said(bench: ModuleType)
         row("azula", "tuned", 5e-4, 600, 1e9),
         row("azula", "shipped", 3e-4, 600, 80.0),
     ]
-    ours, tuned, shipped = bench.results(rows)
-    assert (ours.minutes, tuned.minutes, tuned.learning_rate) == (2.0, 5.0, 2e-3)
+    ours, slower, tuned, shipped = bench.results(rows)
+    assert (ours.minutes, slower.minutes) == (2.0, 3.0)
+    assert (tuned.minutes, tuned.learning_rate) == (5.0, 2e-3)
     assert (shipped.minutes, shipped.budget, shipped.fd) == (None, 10.0, 80.0)
-    _, first, second, third = bench.lines([ours, tuned, shipped])
+    _, last, first, second, third = bench.lines([slower, ours, tuned, shipped])
+    assert last.endswith("3.00")
     assert first.endswith("2.00")
     assert second.endswith("2.5 × minidiff")
     assert "not in 10.0, then FD 80.0 ‰" in third

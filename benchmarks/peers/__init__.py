@@ -46,7 +46,7 @@ def contender(name: str, form: str | None = None) -> Contender:
 
     Args:
         name: one of `NAMES`.
-        form: "shipped" or "tuned"; minidiff's one form is "preset".
+        form: "shipped" or "tuned"; of minidiff "preset" or "autoguided".
     Raises:
         InvalidArgument: name or form is unknown, or the contender is not installed.
     """

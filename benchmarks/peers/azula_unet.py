@@ -54,7 +54,7 @@ def shipped() -> Peer:
         loss=_loss,
         draw=partial(_draw, DDIMSampler),
         steps=64,
-        counted="backbone",
+        counted=("backbone",),
         learning_rate=3e-4,
         fixed_rate=True,
         dtype="float32",
@@ -69,7 +69,7 @@ def shipped() -> Peer:
 def tuned() -> Peer:
     network = {"hid_channels": (32, 64, 96), "hid_blocks": (1, 1, 2), "norm": "group"}
     build, draw = partial(_build, CosineSchedule(), **network), partial(_draw, vABSampler)
-    return Peer(build=build, loss=_loss, draw=draw, steps=50, counted="backbone")
+    return Peer(build=build, loss=_loss, draw=draw, steps=50, counted=("backbone",))
 
 
 FORMS = {"shipped": shipped, "tuned": tuned}

@@ -35,14 +35,14 @@ class Contender(Protocol):
         learning_rate: the one to use where none is given.
         fixed_rate: whether that is part of the form and no other may be given.
         dtype: of the matrix work, "float32", "bfloat16" or "auto", where none is given.
-        counted: name of a sub-network that runs once an evaluation and returns a tensor.
+        counted: names of sub-networks that return a tensor, one for every network that is asked.
         steps: of the sampler, where no other number is given.
     """
 
     learning_rate: float
     fixed_rate: bool
     dtype: str
-    counted: str
+    counted: tuple[str, ...]
     steps: int
 
     def train(self, loop: LoopConfig, data: ImageData, device: torch.device, keep: Keep) -> None:
@@ -125,7 +125,7 @@ class Peer:
     loss: Callable[[nn.Module, Tensor], Tensor]
     draw: Callable[[nn.Module, int, int, torch.device], Tensor]
     steps: int
-    counted: str = ""
+    counted: tuple[str, ...] = ("",)
     side: int = MNIST
     learning_rate: float = 1e-3
     fixed_rate: bool = False

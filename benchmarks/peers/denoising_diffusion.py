@@ -58,7 +58,7 @@ def shipped() -> Peer:
         loss=_loss,
         draw=_draw,
         steps=250,
-        counted="model",
+        counted=("model",),
         side=32,
         learning_rate=8e-5,
         fixed_rate=True,
@@ -76,7 +76,7 @@ def tuned() -> Peer:
     build = partial(
         _build, 28, dim=16, dim_mults=(1, 2, 4), attn_heads=1, attn_dim_head=32, flash_attn=True
     )
-    return Peer(build=build, loss=_loss, draw=_draw, steps=250, counted="model")
+    return Peer(build=build, loss=_loss, draw=_draw, steps=250, counted=("model",))
 
 
 FORMS = {"shipped": shipped, "tuned": tuned}

@@ -80,7 +80,7 @@ def shipped() -> Peer:
         loss=partial(_loss, noise_scheduler),
         draw=partial(_draw, DDIMScheduler.from_config(noise_scheduler.config)),
         steps=100,
-        counted="conv_out",
+        counted=("conv_out",),
         side=32,
         learning_rate=1e-4,
         fixed_rate=True,
@@ -119,7 +119,7 @@ def tuned() -> Peer:
         loss=partial(_loss, noise_scheduler),
         draw=partial(_draw, scheduler),
         steps=50,
-        counted="conv_out",
+        counted=("conv_out",),
     )
 
 

@@ -113,6 +113,8 @@ def add_sampling(command: Parser) -> None:
     add("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own")
     add("--steps", type=int, help="steps of the sampler; default: the model's own")
     add("--guidance", type=float, help="scale of guidance, 1 for none; default: the model's own")
+    add("--autoguidance", type=float, help="scale of guidance away from the model's weaker "
+        "network, 1 for none; default: the model's own")  # fmt: skip
     add("--eta", type=float, help="randomness of ddim, 0 to 1")
     add("--batch-size", type=int, default=250, help="pictures in memory at once")
 

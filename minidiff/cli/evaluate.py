@@ -68,7 +68,10 @@ def evaluate(options: argparse.Namespace) -> None:
     plan = replace(
         plan,
         parts=options.parts or evaluation.PARTS,
-        **{name: getattr(options, name) for name in ("steps", "guidance", "eta", "batch_size")},
+        **{
+            name: getattr(options, name)
+            for name in ("steps", "guidance", "autoguidance", "eta", "batch_size")
+        },
     )
     samples: list[torch.Tensor] = []
     report = evaluation.evaluate(

@@ -18,7 +18,8 @@ def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
     device = pick_device(options.device)
     pipe = run.open_pipeline(_folder(options), device)
     if device.type == "cpu":
-        pipe.unet.to(memory_format=torch.channels_last)
+        for network in filter(None, (pipe.unet, pipe.weaker)):
+            network.to(memory_format=torch.channels_last)
     pipe.to(dtype=pick_dtype(dtype, device))
     if options.sampler is not None:
         pipe.scheduler = sampler(options.sampler, pipe.scheduler)
@@ -42,6 +43,7 @@ def draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tu
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
+        autoguidance_scale=options.autoguidance,
         eta=options.eta,
         seed=options.seed,
         batch_size=options.batch_size,
@@ -56,5 +58,7 @@ def setting(pipe: Pipeline, options: argparse.Namespace) -> str:
     """How the model is sampled, for people."""
     steps = pipe.num_inference_steps if options.steps is None else options.steps
     scale = pipe.guidance_scale if options.guidance is None else options.guidance
+    auto = pipe.autoguidance_scale if options.autoguidance is None else options.autoguidance
     name = options.sampler or f"{type(pipe.scheduler).__name__} (the model's own)"
-    return f"{name}, {steps} steps, guidance {scale:g}"
+    beside = "" if auto == 1 else f", autoguidance {auto:g}"
+    return f"{name}, {steps} steps, guidance {scale:g}{beside}"
