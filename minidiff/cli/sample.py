@@ -1,6 +1,7 @@
 """minidiff sample"""
 
 import argparse
+import math
 from typing import Any
 
 from minidiff import checkpoint, plot, shipped
@@ -26,7 +27,7 @@ def add_to(commands: Any) -> None:
     add("text", nargs="?", help="what to draw, for a model that was trained on captions")
     add("--model", choices=list(shipped.MODELS), help="a model that comes with minidiff")
     add("--negative", metavar="TEXT", help="what not to draw")
-    add("--num", type=int, help="how many pictures; default: 100, and 16 of a text")
+    add("--num", type=int, help="how many pictures; default: 100, and 16 of one class or text")
     add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
     add("--image", help="a picture to start from, of the size to be made; read in the model's "
         "colours")  # fmt: skip
@@ -57,7 +58,7 @@ def sample(options: argparse.Namespace) -> None:
         options.run, options.text = None, options.run  # the one word beside --model is the text
     pipe = open_model(options, "float32" if options.dtype == "auto" else options.dtype)
     if options.num is None:
-        options.num = 100 if options.text is None else 16
+        options.num = 100 if options.text is None and options.label is None else 16
     mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
     text = "" if options.text is None and pipe.prompts is not None else options.text
     images, labels = draw(
@@ -73,7 +74,8 @@ def sample(options: argparse.Namespace) -> None:
         guidance_interval=options.guidance_interval,
     )  # fmt: skip
     if options.png:
-        columns = len(pipe.class_names) if pipe.class_names and options.label is None else 10
+        alike = options.label is not None or pipe.prompts is not None
+        columns = min(10, 1 + math.isqrt(len(images) - 1)) if alike else len(pipe.class_names) or 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
         print(f"wrote {options.png}")
     if options.npz:
