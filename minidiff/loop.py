@@ -37,6 +37,7 @@ class Loop:
 
     stream: Stream
     weaker: nn.Module | None = None
+    weaker_is_due = False  # whether one should be kept by now and is not
 
     def __init__(
         self,

@@ -231,16 +231,18 @@ def restore(folder: Path, training: Loop) -> int:
             )
         _load(training.learner, folder / WEIGHTS)
         _load(training.average.model, folder / AVERAGE)
-        if WEAKER in checkpoint.read_json(folder / MANIFEST):
-            weaker = copy.deepcopy(training.result.unet)
-            _load(weaker, folder / WEAKER)
-            training.set_aside(weaker)
         stored = headers([folder / OPTIMIZER])
         tensors = {name: read_one(entry) for name, entry in stored.items()}
         _load_optimizer(training.optimizer, state["optimizer"], tensors)
         training.average.updates = state["averaged"]
         training.budget.step, training.budget.elapsed = state["step"], state["seconds"]
         training.stream.position = state["images"]
+        if (folder / WEAKER).is_file():
+            weaker = copy.deepcopy(training.result.unet)
+            _load(weaker, folder / WEAKER)
+            training.set_aside(weaker)
+        elif training.weaker_is_due:  # a later average in its place would be another run
+            raise CheckpointError(f"{folder / WEAKER}: no such file")
         training.meter.load(state["meter"])
         return state["log_bytes"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

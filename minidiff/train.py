@@ -116,11 +116,12 @@ class Training(Loop):
         self._seed_dropout()
         total, norm = (self._replay if config.cuda_graph else self._gradients)(batch)
         self.update(total, norm, total)
-        if self._weaker_is_due:
+        if self.weaker_is_due:
             self.set_aside(copy.deepcopy(self.result.unet))
 
     @property
-    def _weaker_is_due(self) -> bool:
+    def weaker_is_due(self) -> bool:
+        """See `Loop`."""
         wanted = self.config.autoguidance_scale != 1 and self.weaker is None
         return wanted and self.budget.progress >= self.config.weaker_at
 
@@ -128,6 +129,7 @@ class Training(Loop):
         """Keep a network of the averaged weights so far, for autoguidance to lead away from."""
         self.weaker = self._result.weaker = weaker
         self._result.autoguidance_scale = self.config.autoguidance_scale
+        # A pipeline that nothing can guide is built without it.
         self._result.guidance_interval = self.config.guidance_interval
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:

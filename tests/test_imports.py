@@ -151,4 +151,6 @@ def test_importing_loads_no_drawing_library_and_reads_no_data() -> None:
 
 def test_the_public_names_are_there() -> None:
     assert all(hasattr(minidiff, name) for name in minidiff.__all__)
-    assert len(set(minidiff.__all__)) == len(minidiff.__all__)
+    kinds = {name: (not name.isupper(), name[0].islower()) for name in minidiff.__all__}
+    ordered = sorted(kinds, key=lambda name: (kinds[name], name))  # constants, classes, functions
+    assert minidiff.__all__ == ordered

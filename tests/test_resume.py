@@ -210,6 +210,17 @@ def test_a_snapshot_without_an_average_is_an_error(crash):
         run.resume(crash, data, say=lambda text: None)
 
 
+def test_a_snapshot_without_the_weaker_network_of_its_time_is_an_error(crash):
+    *_, folder = snapshot.snapshots(crash)
+    (folder / snapshot.WEAKER).unlink()
+    manifest = checkpoint.read_json(folder / snapshot.MANIFEST)
+    del manifest[snapshot.WEAKER]
+    checkpoint.write_json(folder / snapshot.MANIFEST, manifest)
+    training = Training(TrainConfig(steps=10, **TINY), load("digits"), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=rf"{snapshot.WEAKER}: no such file"):
+        snapshot.restore(folder, training)
+
+
 def test_raw_and_averaged_weights_are_apart_and_saving_touches_neither(tmp_path):
     config, data = TrainConfig(steps=10, **TINY), load("digits")
     training = Training(config, data, torch.device("cpu"))
@@ -265,7 +276,7 @@ def test_an_optimizer_of_ones_own_goes_on_as_well(tmp_path):
 
 
 def test_a_budget_in_minutes_goes_on_with_the_seconds_that_are_left(tmp_path, monkeypatch):
-    config = TrainConfig(minutes=0.05, **TINY)
+    config = TrainConfig(minutes=0.05, **TINY | {"weaker_at": 0.9})  # not due by then
     training = Training(config, load("digits"), torch.device("cpu"))
     training.step()
     training.budget.elapsed = 1.5

@@ -1,10 +1,11 @@
 """The models that come with the package."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minidiff import Pipeline, shipped
+from minidiff import Pipeline, plot, shipped
 from minidiff.cli import main
 from minidiff.errors import InvalidArgument
 from minidiff.metrics import SceneEvaluator, load_classifier
@@ -42,8 +43,11 @@ def test_sample_draws_with_a_model_that_comes_along(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert main(["sample", "--model", "mnist", "--class", "7", "--steps", "2"]) == 0
     assert capsys.readouterr().out == "wrote samples.png\n"
-    width, height = Image.open(tmp_path / "samples.png").size
-    assert width == height  # sixteen of one class, four by four
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    sixteen = plot.grid(np.zeros((16, 28, 28, 1), np.uint8), 4)
+    plot.save(sixteen, tmp_path / "sixteen.png")
+    sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("samples", "sixteen")]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize(
