@@ -20,7 +20,8 @@ from minidiff.learner import ClassLabels, Learner
 from minidiff.train import TrainConfig, Training
 
 CALL = ["--data", "digits", "--channels", "8,8", "--batch-size", "14", "--final-batch-size", "20",
-        "--pictures", "0", "--dtype", "float32", "--stable-target", "9"]  # fmt: skip
+        "--pictures", "0", "--dtype", "float32", "--stable-target", "9",
+        "--autoguidance", "2", "--weaker-at", "0.3"]  # fmt: skip
 
 
 def call(out: Path, *others: str) -> list[str]:
@@ -43,7 +44,7 @@ def apart(first: Path, second: Path) -> float:
     last = [snapshot.snapshots(out)[-1] for out in (first, second)]
     assert last[0].name == last[1].name
     gaps = []
-    for name in (snapshot.WEIGHTS, snapshot.AVERAGE):
+    for name in (snapshot.WEIGHTS, snapshot.AVERAGE, snapshot.WEAKER):
         one, other = (tensors(folder / name) for folder in last)
         assert one.keys() == other.keys()
         gaps += [float((one[key] - other[key]).abs().max()) for key in one]
