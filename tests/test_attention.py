@@ -1,0 +1,57 @@
+"""Which of torch's kernels attention is computed by."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minidiff.nn.attention import attend, without_cudnn
+
+ENABLED = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+}
+
+
+def allowed() -> set[SDPBackend]:
+    return {kernel for kernel, enabled in ENABLED.items() if enabled()}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "within"),
+    [
+        (set(ENABLED), set(ENABLED) - {SDPBackend.CUDNN_ATTENTION}),
+        ({SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION}, {SDPBackend.MATH}),
+        ({SDPBackend.MATH}, {SDPBackend.MATH}),
+        ({SDPBackend.CUDNN_ATTENTION}, {SDPBackend.CUDNN_ATTENTION}),  # there is no other
+    ],
+)
+def test_cudnn_s_kernel_alone_is_left_out_and_the_caller_s_choice_comes_back(chosen, within):
+    with sdpa_kernel(list(chosen)):
+        with without_cudnn():
+            assert allowed() == within
+        assert allowed() == chosen
+
+
+def test_the_choice_is_no_break_in_a_compiled_graph():
+    def attention(q: torch.Tensor) -> torch.Tensor:
+        with without_cudnn():
+            return attend(q, q, q, heads=2)
+
+    q = torch.randn(3, 5, 8)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q), attention(q), rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("positions", [49, 64, 192, 256])
+def test_gradients_are_finite_where_every_logit_of_a_position_is_far_below_zero(positions):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, positions, 64, device="cuda", dtype=torch.bfloat16) / 10
+    q[..., ::32], k[..., ::32] = 1.0, -120 * 32**0.5  # two heads of 32: every logit is about -120
+    for x in (q, k, v):
+        x.requires_grad_()
+    attend(q, k, v, heads=2).float().square().sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
