@@ -350,6 +350,7 @@ def make(
     beta_schedule: str | None = None,
     learn_variance: bool = False,
     num_train_timesteps: int = 1000,
+    kind: type[Objective] | None = None,
 ) -> Objective:
     """An objective with the scheduler that samples it.
 
@@ -362,6 +363,7 @@ def make(
         beta_schedule: of epsilon, sample and v; None for the cosine.
         learn_variance: whether the network learns the variance of DDPM's steps.
         num_train_timesteps: T.
+        kind: a subclass of the class that these options ask for, see `class_of`; None for that.
     Raises:
         InvalidArgument: names the option.
     """
@@ -369,12 +371,13 @@ def make(
         prediction_type, noise_levels, level_mean, level_std, loss_weight, min_snr_gamma,
         sigma_data, beta_schedule, learn_variance,
     )  # fmt: skip
+    kind = class_of(prediction_type, learn_variance, kind)
     if sigma_data is None and "edm" in (prediction_type, loss_weight):
         raise InvalidArgument("sigma_data must be given for 'edm': the data's standard deviation")
-    kind = noise_levels or SPREADS[prediction_type][0]
+    name = noise_levels or SPREADS[prediction_type][0]
     spread = None
-    if kind != "uniform":
-        mean, std = MOMENTS[kind]
+    if name != "uniform":
+        mean, std = MOMENTS[name]
         spread = Spread(mean if level_mean is None else level_mean, level_std or std)
     weight = _weight(loss_weight, min_snr_gamma or MIN_SNR_GAMMA, sigma_data)
     if prediction_type == "edm":
@@ -382,13 +385,13 @@ def make(
             sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=sigma_data,
             num_train_timesteps=num_train_timesteps, compat="exact",
         )  # fmt: skip
-        return EDMObjective(scheduler, spread, weight)
+        return kind(scheduler, spread, weight)
     if prediction_type == "flow":
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=num_train_timesteps, prediction_type="flow_prediction",
             use_flow_sigmas=True, compat="exact",
         )  # fmt: skip
-        return FlowObjective(scheduler, spread, weight)
+        return kind(scheduler, spread, weight)
     options = {
         "num_train_timesteps": num_train_timesteps,
         "beta_schedule": beta_schedule or "squaredcos_cap_v2",
@@ -399,8 +402,32 @@ def make(
         scheduler = DDPMScheduler(
             **options, variance_type="learned_range", timestep_spacing="trailing"
         )
-        return LearnedVariance(scheduler, spread, weight)
-    return Objective(DPMSolverMultistepScheduler(**options), spread, weight)
+        return kind(scheduler, spread, weight)
+    return kind(DPMSolverMultistepScheduler(**options), spread, weight)
+
+
+def class_of(
+    prediction_type: str, learn_variance: bool, own: type[Objective] | None = None
+) -> type[Objective]:
+    """The class of an objective: LearnedVariance, FlowObjective, EDMObjective or Objective.
+
+    Args:
+        own: one of one's own in its place, which must be a subclass of it, and ask for as many
+            channels of the network's output.
+    Raises:
+        InvalidArgument: it is not.
+    """
+    of_type = {"flow": FlowObjective, "edm": EDMObjective}
+    usual = LearnedVariance if learn_variance else of_type.get(prediction_type, Objective)
+    if own is None:
+        return usual
+    if not (isinstance(own, type) and issubclass(own, usual) and own.channels == usual.channels):
+        raise InvalidArgument(
+            f"objective must be a subclass of {usual.__name__} for prediction_type "
+            f"{prediction_type!r}{' and learn_variance' if learn_variance else ''}, with channels "
+            f"{usual.channels}; got {own!r}"
+        )
+    return own
 
 
 def _weight(name: str, gamma: float, sigma_data: float | None) -> Weight:

@@ -26,7 +26,7 @@ from minidiff.loop import Loop, steps
 from minidiff.muon import Muon, orthogonalized, split_groups
 from minidiff.nn import SpaceToDepth, UNet
 from minidiff.noise import stream_seed
-from minidiff.objective import Levels, Network
+from minidiff.objective import Levels, Network, Objective
 from minidiff.pipeline import Pipeline
 from minidiff.progress import Progress, batch_size, learning_rate
 from minidiff.recorded import Recorded
@@ -57,6 +57,7 @@ class Training(Loop):
         device: where to train.
         make_optimizer: see `train`.
         world: the processes that train together.
+        objective: see `train`.
     Attributes:
         learner, average, optimizer, budget, meter: see `Loop`.
         batches: images, levels and noise of every step.
@@ -72,12 +73,14 @@ class Training(Loop):
         device: torch.device,
         make_optimizer: MakeOptimizer | None = None,
         world: World | None = None,
+        objective: type[Objective] | None = None,
     ) -> None:
         world = world or World()
+        self.objective = config.objective(objective)
         check_machine(config, device, world.size, world.splits)
         if config.compile:
             _check_compiler(device)
-        pipe, self.objective = build(config, data), config.objective()
+        pipe = build(config, data)
         learner = Learner.of(pipe).to(device).train()
         average = EMA(learner, config.ema_half_life)
         self._whole = copy.deepcopy(average.model) if world.splits else average.model
@@ -206,6 +209,7 @@ def train(
     begin: Callable[[Training], None] = lambda training: None,
     after: Callable[[Training], None] = lambda training: None,
     world: World | None = None,
+    objective: type[Objective] | None = None,
 ) -> Pipeline:
     """Train a pipeline until the budget is spent; returns it with the averaged weights.
 
@@ -223,12 +227,14 @@ def train(
         after: called after every step; what it raises ends the run.
         world: the processes that train together, each of which calls this; report, picture and
             after are called on all of them.
+        objective: a class of one's own in place of the config's, of which it is a subclass (see
+            `minidiff.objective.class_of`): another error, other levels, several evaluations.
     Raises:
-        InvalidArgument: config and data do not fit together, or the device is not there.
+        InvalidArgument: config, data and objective do not fit together, or the device is not there.
         TrainingError: the loss or the gradient is not finite, or a process is lost.
     """
     device = pick_device(device)
-    training = Training(resolve(config, data), data, device, optimizer, world)
+    training = Training(resolve(config, data), data, device, optimizer, world, objective)
     begin(training)
     pictures = training.pictures()
     with _own_random_state(device):

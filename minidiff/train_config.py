@@ -243,10 +243,16 @@ class TrainConfig(LoopConfig):
         """Whether the objective needs the data's standard deviation and was not told it."""
         return self.sigma_data is None and "edm" in (self.prediction_type, self.loss_weight)
 
-    def objective(self) -> Objective:
-        """The objective, with its scheduler. Raises InvalidArgument for an unmeasured σ_data."""
+    def objective(self, kind: type[Objective] | None = None) -> Objective:
+        """The objective, with its scheduler.
+
+        Args:
+            kind: a class of one's own, see `minidiff.objective.class_of`.
+        Raises:
+            InvalidArgument: for an unmeasured σ_data, or a class that does not fit.
+        """
         options = {name: getattr(self, name) for name in _OBJECTIVE}
-        return objective.make(**options, num_train_timesteps=self.num_train_timesteps)
+        return objective.make(**options, num_train_timesteps=self.num_train_timesteps, kind=kind)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from minidiff.objective import (
     PREDICTION_TYPES,
     PRESERVING,
     SPREADS,
+    FlowObjective,
     LearnedVariance,
+    Objective,
     byte_log_likelihood,
     make,
     quantiles,
@@ -23,7 +25,7 @@ from minidiff.objective import (
 from minidiff.prediction import solve
 from minidiff.sample import trajectory
 from minidiff.samplers import SAMPLERS, sampler
-from minidiff.schedule import Level
+from minidiff.schedule import Level, add_noise
 from minidiff.train import TrainConfig, build, resolve, train
 
 STD = 0.7  # of Gaussian data, for which everything is known
@@ -359,3 +361,70 @@ def test_a_sampler_chosen_by_name_walks_the_levels_that_were_learnt_or_is_refuse
     for step in trajectory(denoise, scheduler, start, torch.Generator().manual_seed(1)):
         x = step.next_x
     assert float(x.std()) == pytest.approx(STD, rel=0.05)
+
+
+class Doubled(Objective):
+    """The same, twice as large."""
+
+    def loss(self, network, x0, eps, levels):
+        return 2 * super().loss(network, x0, eps, levels)
+
+
+class OwnVariance(LearnedVariance):
+    """The same."""
+
+
+class Consistent(FlowObjective):
+    """Two evaluations: half of the noise is to give the same slope."""
+
+    def loss(self, network, x0, eps, levels):
+        half = levels._replace(alpha=1 - levels.sigma / 2, sigma=levels.sigma / 2, t=levels.t / 2)
+        first, second = (network(add_noise(x0, eps, of.level), of.t) for of in (levels, half))
+        apart = (first - second).square().flatten(1).mean(1)
+        return super().loss(network, x0, eps, levels) + apart
+
+
+def descended(own, **options):
+    """The weights after three steps of plain descent, of the size of the loss."""
+    config = TrainConfig(steps=3, batch_size=4, channels=(8, 8), warmup=0, clip=0, **options)
+    pipe = train(
+        config, load("digits"), objective=own, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)
+    )
+    return weights_of(pipe)
+
+
+def weights_of(pipe):
+    return torch.cat([parameter.detach().flatten() for parameter in pipe.unet.parameters()])
+
+
+def test_an_objective_of_ones_own_is_what_is_trained():
+    same = type("Same", (Objective,), {})
+    assert torch.equal(descended(same), descended(None))
+    start = weights_of(build(TrainConfig(steps=3, channels=(8, 8)), load("digits")))
+    once, twice = (descended(own) - start for own in (None, Doubled))
+    cosine = torch.nn.functional.cosine_similarity(once, twice, dim=0)
+    assert cosine > 0.999
+    assert twice.norm() / once.norm() == pytest.approx(2, rel=0.02)
+
+
+def test_an_objective_of_ones_own_may_ask_the_network_twice():
+    options = {"prediction_type": "flow"}
+    consistent, usual = descended(Consistent, **options), descended(None, **options)
+    assert torch.isfinite(consistent).all()
+    assert not torch.equal(consistent, usual)
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "usual"),
+    [
+        (Objective, {"prediction_type": "flow"}, "FlowObjective"),
+        (FlowObjective, {"prediction_type": "edm"}, "EDMObjective"),
+        (Doubled, {"learn_variance": True}, "LearnedVariance"),
+        (OwnVariance, {}, "Objective"),  # the network has half of its channels
+        (make(), {}, "Objective"),
+        ("epsilon", {}, "Objective"),
+    ],
+)
+def test_an_objective_that_the_config_does_not_name_is_refused(own, options, usual):
+    with pytest.raises(InvalidArgument, match=f"objective must be a subclass of {usual} for"):
+        train(TrainConfig(steps=1, **options), load("digits"), objective=own)

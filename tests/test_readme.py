@@ -4,10 +4,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from minidiff import PRESETS, trajectory
+from minidiff import PRESETS, train, trajectory
+from minidiff.data import load
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -48,6 +50,23 @@ def test_the_sampler_of_ones_own_begins_anew_without_being_told() -> None:
             last = step.next_x
         ends.append(last)
     assert torch.equal(*ends)
+
+
+def test_the_objective_of_ones_own_is_learnt_and_can_be_sampled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "objective=" in b)
+    short = replace(PRESETS["digits"].train, minutes=None, steps=3, pictures=0)
+    monkeypatch.setitem(PRESETS, "digits", replace(PRESETS["digits"], train=short))
+    names = {"PRESETS": PRESETS, "load": load, "train": train}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["pipe"](num_images=1, num_inference_steps=2).images
+    huber = short.objective(names["Huber"])
+    nothing = torch.zeros(2, 1, 4, 4)  # of which the target is 0 as well
+    levels = huber.levels(np.zeros(2)).on(nothing)
+    for far, expected in ((0.1, 0.1**2 / 2), (3.0, 0.5 * (3.0 - 0.25))):  # δ·(|a| − δ/2)
+        error = huber.error(nothing + far, nothing, nothing, nothing, levels)
+        torch.testing.assert_close(error, torch.full((2,), expected))
 
 
 def test_the_table_of_contents_names_what_exists() -> None:
