@@ -202,7 +202,7 @@ def _append(
     response: http.client.HTTPResponse, source: Source, part: Path, begin: int, timeout: float
 ) -> None:
     """Write the body at `begin`, watching its length and its pace, and show a bar on a terminal."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     bar = tqdm(total=source.size, initial=begin, unit="B", unit_scale=True, desc=source.name,
                disable=None)  # fmt: skip
