@@ -38,6 +38,9 @@ KNOWN = 2000  # among which the floor of the loss looks for the image
 GRID = 50  # steps of the sampler, from which levels are taken
 RATIOS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)  # σ/α of the levels that are looked at
 OVERFIT_STEPS = 60
+CLEARLY = 0.8  # of the error as what is read: a network that says something else errs less as that
+CAUSES = ("scheduler", "prediction type")  # while one of these is wrong,
+FOLLOWING = ("average", "loss by level", "samples")  # these say little of themselves
 
 
 class Finding(NamedTuple):
@@ -81,7 +84,7 @@ class Patient(NamedTuple):
 
 
 def examine(path: str | Path, data: Data, device: torch.device | str = "cpu") -> Iterator[Finding]:
-    """Check a run; yields the findings one after the other.
+    """Check a run; yields the findings one after the other, as far as the data fit the model.
 
     Args:
         path: the run's folder; a model, a snapshot or both must be in it.
@@ -91,9 +94,19 @@ def examine(path: str | Path, data: Data, device: torch.device | str = "cpu") ->
         InvalidArgument: the data are not such as the run's network takes.
     """
     patient = _patient(Path(path), data, torch.device(device))
+    cause = None
     for look in CHECKS:
         with torch.random.fork_rng(devices=[]):
-            yield look(patient)
+            finding = look(patient)
+        if finding.good is False and cause and finding.name in FOLLOWING:
+            finding = finding._replace(
+                advice=f"This may follow from the {cause} above: mend that first."
+            )
+        yield finding
+        if finding.good is False and finding.name in CAUSES:
+            cause = cause or finding.name
+        if finding.good is False and finding.name == "shape":
+            return  # nothing below can be asked of the network
 
 
 def _patient(path: Path, data: Data, device: torch.device) -> Patient:
@@ -227,7 +240,7 @@ def prediction_type(p: Patient) -> Finding:
     if misses[said] > 0.9:
         return Finding("prediction type", None, text,
                        "The network says nothing yet: see the loss below.")  # fmt: skip
-    if said == read:
+    if misses[said] > CLEARLY * misses[read]:
         return Finding("prediction type", True, text)
     return Finding("prediction type", False, text,
                    f"The network says {said}: set prediction_type in the scheduler_config.json of "

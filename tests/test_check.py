@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff import checkpoint, run, snapshot
+from minidiff import DDPMScheduler, Pipeline, checkpoint, run, snapshot
 from minidiff.check import CHECKS, Finding, _patient, examine
 from minidiff.cli import main
 from minidiff.data import ImageData, load
 from minidiff.errors import CheckpointError
+from minidiff.nn import UNet
 from minidiff.train import TrainConfig, build
 
 NAMES = ["data", "shape", "scheduler", "start", "prediction type", "average", "loss by level",
@@ -92,6 +93,37 @@ def test_a_scheduler_that_reads_another_prediction_type(said, ill):
     assert f"prediction_type is {said}, trained v_prediction" in finding.text
     if said == "epsilon":  # v read as x0 is a blurred picture, not noise
         assert look("samples", ill).good is False
+
+
+def test_a_young_network_that_errs_alike_as_anything_is_not_said_to_say_something_else(tmp_path):
+    run.train_into(tmp_path / "run", TrainConfig(**CONFIG | {"steps": 20}), shades())
+    assert look("prediction type", tmp_path / "run").good is True
+
+
+def test_a_model_of_other_pictures_is_not_asked_anything(ill):
+    three = UNet(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        sample_size=8,
+    )
+    shutil.rmtree(ill / run.MODEL)
+    Pipeline(three, DDPMScheduler()).save_pretrained(ill / run.MODEL)
+    findings = found(ill)
+    assert list(findings) == ["data", "shape"]
+    assert findings["shape"].text == "the model's network takes (3, 8, 8), the data give (1, 8, 8)"
+    assert failed(findings) == {"shape"}
+
+
+def test_what_follows_from_a_wrong_prediction_type_points_to_it(ill):
+    edit(ill / run.MODEL / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
+    findings = found(ill)
+    assert {"scheduler", "prediction type", "samples"} <= failed(findings)
+    for name in failed(findings) - {"scheduler", "prediction type"}:
+        assert findings[name].advice == "This may follow from the scheduler above: mend that first."
+    assert "was changed since" in findings["scheduler"].advice
+    assert "The network says v_prediction" in findings["prediction type"].advice
 
 
 def test_a_schedule_that_leaves_signal_at_its_end(ill):
