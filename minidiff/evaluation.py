@@ -14,8 +14,8 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,46 +23,23 @@ from torch import Tensor, nn
 from minidiff import likelihood
 from minidiff.data import ImageData, to_uint8
 from minidiff.errors import InvalidArgument, one_of, whole_number
-from minidiff.metrics import Evaluator, Scores, accuracy, copying, features, fixed_order
+from minidiff.metrics import Evaluator, accuracy, copying, features, fixed_order
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.classifier import Classifier
 from minidiff.noise import MAX_SEED, image_generators
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline_input import MAX_IMAGES
+from minidiff.report import HELD_OUT, MODEL, TRAINING, UNGUIDED, Report
 from minidiff.train_classifier import Recipe, train
 
 PROTOCOL = 1  # of EVALUATION.md; figures of different versions cannot be compared
 PARTS = ("samples", "classifier", "copying", "likelihood")
 SAMPLES, QUICK_SAMPLES = 50_000, 10_000
 LEAST = 10  # images of a kind, where there is no classifier that wants more
-MODEL, UNGUIDED, HELD_OUT, TRAINING = "model", "unguided", "held out", "training"
 NONE = (1.0, 1.0)  # scales of guidance and autoguidance that leave the network's output as it is
-COLUMNS = (MODEL, UNGUIDED, HELD_OUT, TRAINING)
 FLOW_STEPS = 16  # within 0.002 bits of 64, less than the probes' noise
 BOUND_DRAWS = 64
 LEARNT = Recipe(epochs=10, batch_size=100, augment="none")  # of the classifier of samples
-
-
-class Figure(NamedTuple):
-    """How a row is printed: its title, what to multiply by, and digits behind the point."""
-
-    title: str
-    factor: float
-    digits: int
-
-
-FIGURES = {
-    "accuracy": Figure("accuracy, %", 100, 2),
-    "fd": Figure("Fréchet distance, ‰", 1, 2),
-    "kd": Figure("kernel distance, ‰", 1, 2),
-    "density": Figure("density", 1, 3),
-    "coverage": Figure("coverage", 1, 3),
-    "learnt": Figure("accuracy learnt from them, %", 100, 2),
-    "copying": Figure("nearest training image", 1, 3),
-    "bound": Figure("bits/dimension, bound", 1, 3),
-    "flow": Figure("bits/dimension, flow", 1, 3),
-    "evaluations": Figure("evaluations an image", 1, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -125,69 +102,6 @@ def plan_for(
     first, count = whole_number("seed", seed, 0), whole_number("seeds", seeds, 1, 100)
     plan = Plan(num, tuple(range(first, first + count)))
     return replace(plan, learnt=2_000, compared=2_000, likely=32) if quick else plan
-
-
-@dataclass
-class Report:
-    """What `evaluate` found.
-
-    Attributes:
-        about: protocol, data, setting, seeds, digest of the model: what the figures depend on.
-        cells: figure → column → one value a seed, or one where no seed enters.
-        absent: figure or part → why it could not be measured.
-        seconds: part → how long it took.
-    """
-
-    about: dict[str, Any]
-    cells: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, figure: str, column: str, value: float) -> None:
-        """Enter a value behind those of earlier seeds."""
-        self.cells.setdefault(figure, {}).setdefault(column, []).append(value)
-
-    def add_scores(self, column: str, scores: Scores) -> None:
-        """Enter all figures that are taken on features."""
-        for figure, value in scores._asdict().items():
-            if value is not None:
-                self.add(figure, column, value)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for a file: every value, and mean and standard deviation over seeds."""
-        figures = {
-            figure: {
-                column: {"values": values, "mean": statistics.fmean(values), "std": _std(values)}
-                for column, values in columns.items()
-            }
-            for figure, columns in self.cells.items()
-        }
-        return {**self.about, "figures": figures, "absent": self.absent, "seconds": self.seconds}
-
-    def __str__(self) -> str:
-        columns = [c for c in COLUMNS if any(c in found for found in self.cells.values())]
-        titles = {HELD_OUT: "real, held out", TRAINING: "real, training"}
-        lines = [" " * 30 + "".join(f"{titles.get(c, c):>18}" for c in columns)]
-        for name, figure in FIGURES.items():
-            found = self.cells.get(name)
-            if found:
-                cells = [_cell(found.get(column), figure) for column in columns]
-                lines.append(f"{figure.title:<30}" + "".join(f"{cell:>18}" for cell in cells))
-        lines += [f"not measured: {name}: {why}" for name, why in self.absent.items()]
-        took = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.seconds.items())
-        return "\n".join([*lines, f"took: {took}"])
-
-
-def _std(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _cell(values: list[float] | None, figure: Figure) -> str:
-    if values is None:
-        return "–"
-    mean, std = statistics.fmean(values), _std(values)
-    text = f"{figure.factor * mean:.{figure.digits}f}"
-    return text if std is None else f"{text} ± {figure.factor * std:.{figure.digits}f}"
 
 
 def evaluate(

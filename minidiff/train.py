@@ -227,8 +227,8 @@ def train(
         after: called after every step; what it raises ends the run.
         world: the processes that train together, each of which calls this; report, picture and
             after are called on all of them.
-        objective: a class of one's own in place of the config's, of which it is a subclass (see
-            `minidiff.objective.class_of`): another error, other levels, several evaluations.
+        objective: a class of one's own in place of the config's, of which it is a subclass, see
+            `minidiff.objective_options.class_of`.
     Raises:
         InvalidArgument: config, data and objective do not fit together, or the device is not there.
         TrainingError: the loss or the gradient is not finite, or a process is lost.

@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minidiff import objective
+from minidiff import objective_options
 from minidiff.device import DTYPES
 from minidiff.errors import (
     CheckpointError,
@@ -227,7 +227,7 @@ class TrainConfig(LoopConfig):
                 f"itself; got {self.stable_target}"
             )
         real_number("label_dropout", self.label_dropout, 0, 0.99)
-        objective.check(**{name: getattr(self, name) for name in _OBJECTIVE})
+        objective_options.check(**{name: getattr(self, name) for name in _OBJECTIVE})
         if self.beta_schedule is not None:
             one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
 
@@ -247,12 +247,14 @@ class TrainConfig(LoopConfig):
         """The objective, with its scheduler.
 
         Args:
-            kind: a class of one's own, see `minidiff.objective.class_of`.
+            kind: a class of one's own, see `minidiff.objective_options.class_of`.
         Raises:
             InvalidArgument: for an unmeasured σ_data, or a class that does not fit.
         """
         options = {name: getattr(self, name) for name in _OBJECTIVE}
-        return objective.make(**options, num_train_timesteps=self.num_train_timesteps, kind=kind)
+        return objective_options.make(
+            **options, num_train_timesteps=self.num_train_timesteps, kind=kind
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from minidiff.data import ImageData, load
 from minidiff.errors import InvalidArgument
 from minidiff.evaluation import Plan, counted, digest, evaluate, plan_for
 from minidiff.metrics import fixed_order
+from minidiff.report import FIGURES
 
 FAST = Plan(200, seeds=(0, 1), learnt=60, compared=40, likely=2, steps=1)
 
@@ -45,7 +46,7 @@ def test_the_hook_counts_what_the_network_is_shown_both_halves_of_guidance(pipe)
 def test_every_figure_has_its_columns_and_a_value_a_seed(pipe, splits):
     report = evaluate(pipe, *splits, metrics.load_classifier("digits"), FAST)
     assert report.absent == {}
-    assert set(report.cells) == set(evaluation.FIGURES)
+    assert set(report.cells) == set(FIGURES)
     for figure, columns in report.cells.items():
         lengths = {column: len(values) for column, values in columns.items()}
         real = {"held out": 1, "training": 2}

@@ -19,9 +19,9 @@ from minidiff.objective import (
     LearnedVariance,
     Objective,
     byte_log_likelihood,
-    make,
     quantiles,
 )
+from minidiff.objective_options import make
 from minidiff.prediction import solve
 from minidiff.sample import trajectory
 from minidiff.samplers import SAMPLERS, sampler

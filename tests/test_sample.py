@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from minidiff.errors import InvalidArgument
 from minidiff.guidance import autocast, classifier_free, conditional
 from minidiff.noise import MAX_SEED, _mix, image_generators, randn
-from minidiff.objective import make, quantiles
+from minidiff.objective import quantiles
+from minidiff.objective_options import make
 from minidiff.prediction import split
 from minidiff.sample import Step, trajectory
 from minidiff.schedulers import (

@@ -1,0 +1,204 @@
+"""Objectives by the names of their options, as a `TrainConfig` and the command line have them."""
+
+import numpy as np
+
+from minidiff.errors import InvalidArgument, one_of, real_number
+from minidiff.objective import (
+    LOSS_WEIGHTS,
+    MIN_SNR_GAMMA,
+    MOMENTS,
+    NOISE_LEVELS,
+    PREDICTION_TYPES,
+    PRESERVING,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    SPREADS,
+    EDMObjective,
+    FlowObjective,
+    LearnedVariance,
+    Objective,
+    Spread,
+    Weight,
+)
+from minidiff.schedule import Level
+from minidiff.schedulers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    Scheduler,
+)
+
+
+def check(
+    prediction_type: str,
+    noise_levels: str | None,
+    level_mean: float | None,
+    level_std: float | None,
+    loss_weight: str,
+    min_snr_gamma: float | None,
+    sigma_data: float | None,
+    beta_schedule: str | None,
+    learn_variance: bool,
+) -> None:
+    """Refuse options that are wrong or make no sense together. Raises InvalidArgument."""
+    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
+    one_of("loss_weight", loss_weight, LOSS_WEIGHTS)
+    if noise_levels is not None:
+        one_of("noise_levels", noise_levels, NOISE_LEVELS)
+        if noise_levels not in (allowed := SPREADS[prediction_type]):
+            raise InvalidArgument(
+                f"noise_levels of prediction_type {prediction_type!r} must be one of "
+                f"{', '.join(allowed)}; got {noise_levels!r}"
+            )
+    spread = noise_levels or SPREADS[prediction_type][0]
+    measured = prediction_type == "edm" or loss_weight == "edm"
+    for name, value, used, where in (
+        ("level_mean", level_mean, spread != "uniform", "noise_levels other than 'uniform'"),
+        ("level_std", level_std, spread != "uniform", "noise_levels other than 'uniform'"),
+        ("min_snr_gamma", min_snr_gamma, loss_weight == "min_snr", "loss_weight 'min_snr'"),
+        ("sigma_data", sigma_data, measured, "prediction_type or loss_weight 'edm'"),
+        ("beta_schedule", beta_schedule, prediction_type in PRESERVING, "epsilon, sample and v"),
+    ):
+        if value is not None and not used:
+            raise InvalidArgument(f"{name} is of {where}; leave it out, got {value!r}")
+    if level_mean is not None:
+        real_number("level_mean", level_mean, -10, 10)
+    for name, value in (
+        ("level_std", level_std),
+        ("min_snr_gamma", min_snr_gamma),
+        ("sigma_data", sigma_data),
+    ):
+        if value is not None and real_number(name, value, 0, 1e4) == 0:
+            raise InvalidArgument(f"{name} must be above 0, got 0")
+    if learn_variance and (prediction_type not in PRESERVING or spread != "uniform"):
+        raise InvalidArgument(
+            "learn_variance is of epsilon, sample and v_prediction with noise_levels 'uniform': "
+            f"got prediction_type {prediction_type!r} and noise_levels {spread!r}"
+        )
+    if learn_variance and loss_weight != "none":
+        raise InvalidArgument(
+            f"learn_variance has its own weights: loss_weight must be 'none', got {loss_weight!r}"
+        )
+
+
+def make(
+    prediction_type: str = "v_prediction",
+    noise_levels: str | None = None,
+    level_mean: float | None = None,
+    level_std: float | None = None,
+    loss_weight: str = "none",
+    min_snr_gamma: float | None = None,
+    sigma_data: float | None = None,
+    beta_schedule: str | None = None,
+    learn_variance: bool = False,
+    num_train_timesteps: int = 1000,
+    kind: type[Objective] | None = None,
+) -> Objective:
+    """An objective with the scheduler that samples it.
+
+    Args:
+        prediction_type, noise_levels, loss_weight: see `minidiff.objective`; noise_levels None is
+            the usual of the prediction type.
+        level_mean, level_std: of the normal distribution; None for the paper's.
+        min_snr_gamma: γ; None for 5.
+        sigma_data: standard deviation of the data, needed where "edm" is asked for.
+        beta_schedule: of epsilon, sample and v; None for the cosine.
+        learn_variance: whether the network learns the variance of DDPM's steps.
+        num_train_timesteps: T.
+        kind: a class of one's own, see `class_of`.
+    Raises:
+        InvalidArgument: names the option.
+    """
+    check(
+        prediction_type, noise_levels, level_mean, level_std, loss_weight, min_snr_gamma,
+        sigma_data, beta_schedule, learn_variance,
+    )  # fmt: skip
+    kind = class_of(prediction_type, learn_variance, kind)
+    if sigma_data is None and "edm" in (prediction_type, loss_weight):
+        raise InvalidArgument("sigma_data must be given for 'edm': the data's standard deviation")
+    return kind(
+        _scheduler(prediction_type, beta_schedule, sigma_data, learn_variance, num_train_timesteps),
+        _spread(noise_levels or SPREADS[prediction_type][0], level_mean, level_std),
+        _weight(loss_weight, min_snr_gamma or MIN_SNR_GAMMA, sigma_data),
+    )
+
+
+def class_of(
+    prediction_type: str, learn_variance: bool, own: type[Objective] | None = None
+) -> type[Objective]:
+    """The class of an objective: LearnedVariance, FlowObjective, EDMObjective or Objective.
+
+    Args:
+        own: one of one's own in its place, which must be a subclass of it, and ask for as many
+            channels of the network's output.
+    Raises:
+        InvalidArgument: it is not.
+    """
+    of_type = {"flow": FlowObjective, "edm": EDMObjective}
+    usual = LearnedVariance if learn_variance else of_type.get(prediction_type, Objective)
+    if own is None:
+        return usual
+    if not (isinstance(own, type) and issubclass(own, usual) and own.channels == usual.channels):
+        raise InvalidArgument(
+            f"objective must be a subclass of {usual.__name__} for prediction_type "
+            f"{prediction_type!r}{' and learn_variance' if learn_variance else ''}, with channels "
+            f"{usual.channels}; got {own!r}"
+        )
+    return own
+
+
+def _scheduler(
+    prediction_type: str,
+    beta_schedule: str | None,
+    sigma_data: float | None,
+    learn_variance: bool,
+    num_train_timesteps: int,
+) -> Scheduler:
+    """What samples what is learnt, by the papers."""
+    common = {"num_train_timesteps": num_train_timesteps, "compat": "exact"}
+    if prediction_type == "edm":
+        return EDMDPMSolverMultistepScheduler(
+            sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=sigma_data, **common
+        )
+    if prediction_type == "flow":
+        return DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, **common
+        )
+    common |= {
+        "beta_schedule": beta_schedule or "squaredcos_cap_v2",
+        "prediction_type": prediction_type,
+    }
+    if learn_variance:
+        return DDPMScheduler(**common, variance_type="learned_range", timestep_spacing="trailing")
+    return DPMSolverMultistepScheduler(**common)
+
+
+def _spread(name: str, mean: float | None, std: float | None) -> Spread | None:
+    """Of the levels, by its name; None is uniform."""
+    if name == "uniform":
+        return None
+    usual_mean, usual_std = MOMENTS[name]
+    return Spread(usual_mean if mean is None else mean, std or usual_std)
+
+
+def _weight(name: str, gamma: float, sigma_data: float | None) -> Weight:
+    """The weight of the network's error, without a division by the σ of a clean level.
+
+    The network's error is (p − q·α/σ) times that of x̂0, so a weight w of x̂0's error is
+    w·σ²/(p·σ − q·α)² of the network's.
+    """
+
+    def factor(level: Level, row: tuple) -> np.ndarray:
+        p, q = row
+        return (p * level.sigma - q * level.alpha) ** 2
+
+    weights: dict[str, Weight] = {
+        "none": lambda level, row: np.ones_like(level.sigma),
+        "min_snr": lambda level, row: (
+            np.minimum(level.alpha**2, gamma * level.sigma**2) / factor(level, row)
+        ),
+        "edm": lambda level, row: (
+            (level.sigma**2 / sigma_data**2 + level.alpha**2) / factor(level, row)
+        ),
+    }
+    return weights[name]
