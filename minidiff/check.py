@@ -98,15 +98,16 @@ def examine(path: str | Path, data: Data, device: torch.device | str = "cpu") ->
     for look in CHECKS:
         with torch.random.fork_rng(devices=[]):
             finding = look(patient)
-        if finding.good is False and cause and finding.name in FOLLOWING:
+        wrong = finding.good is False
+        if wrong and cause and finding.name in FOLLOWING:
             finding = finding._replace(
                 advice=f"This may follow from the {cause} above: mend that first."
             )
         yield finding
-        if finding.good is False and finding.name in CAUSES:
-            cause = cause or finding.name
-        if finding.good is False and finding.name == "shape":
+        if wrong and finding.name == "shape":
             return  # nothing below can be asked of the network
+        if wrong and finding.name in CAUSES:
+            cause = cause or finding.name
 
 
 def _patient(path: Path, data: Data, device: torch.device) -> Patient:
@@ -240,8 +241,11 @@ def prediction_type(p: Patient) -> Finding:
     if misses[said] > 0.9:
         return Finding("prediction type", None, text,
                        "The network says nothing yet: see the loss below.")  # fmt: skip
-    if misses[said] > CLEARLY * misses[read]:
+    if said == read:
         return Finding("prediction type", True, text)
+    if misses[said] > CLEARLY * misses[read]:
+        return Finding("prediction type", None, text,
+                       f"Perhaps {said}; too little is learnt to tell: train on.")  # fmt: skip
     return Finding("prediction type", False, text,
                    f"The network says {said}: set prediction_type in the scheduler_config.json of "
                    "the model to that, or train with the one that is read.")  # fmt: skip

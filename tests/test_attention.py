@@ -42,16 +42,3 @@ def test_the_choice_is_no_break_in_a_compiled_graph():
     q = torch.randn(3, 5, 8)
     compiled = torch.compile(attention, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(q), attention(q), rtol=0, atol=0)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("positions", [49, 64, 192, 256])
-def test_gradients_are_finite_where_every_logit_of_a_position_is_far_below_zero(positions):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, positions, 64, device="cuda", dtype=torch.bfloat16) / 10
-    q[..., ::32], k[..., ::32] = 1.0, -120 * 32**0.5  # two heads of 32: every logit is about -120
-    for x in (q, k, v):
-        x.requires_grad_()
-    attend(q, k, v, heads=2).float().square().sum().backward()
-    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))

@@ -97,7 +97,8 @@ def test_a_scheduler_that_reads_another_prediction_type(said, ill):
 
 def test_a_young_network_that_errs_alike_as_anything_is_not_said_to_say_something_else(tmp_path):
     run.train_into(tmp_path / "run", TrainConfig(**CONFIG | {"steps": 20}), shades())
-    assert look("prediction type", tmp_path / "run").good is True
+    finding = look("prediction type", tmp_path / "run")
+    assert finding.good or "too little is learnt to tell" in finding.advice
 
 
 def test_a_model_of_other_pictures_is_not_asked_anything(ill):

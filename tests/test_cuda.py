@@ -15,6 +15,7 @@ from minidiff.distributed import Processes, Shards
 from minidiff.errors import TrainingError
 from minidiff.latents import LatentData, normals
 from minidiff.nn import AutoencoderKL, TextEncoder, UNet
+from minidiff.nn.attention import attend
 from minidiff.noise import image_generators, randn
 from minidiff.sample import trajectory
 from minidiff.schedulers import SCHEDULERS, DDIMScheduler
@@ -162,6 +163,17 @@ def test_16_bit_networks_stay_finite_with_large_activations_on_every_attention_k
                 parameter *= 3e3
             assert torch.isfinite(unet(x, t, tokens)).all()
             assert torch.isfinite(unet(x, t, tokens, encoder_attention_mask=mask)).all()
+
+
+@pytest.mark.parametrize("positions", [49, 64, 192, 256])
+def test_gradients_are_finite_where_every_logit_of_a_position_is_far_below_zero(positions):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, positions, 64, device="cuda", dtype=torch.bfloat16) / 10
+    q[..., ::32], k[..., ::32] = 1.0, -120 * 32**0.5  # two heads of 32: every logit is about -120
+    for x in (q, k, v):
+        x.requires_grad_()
+    attend(q, k, v, heads=2).float().square().sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
 
 
 def test_gradients_are_those_of_the_cpu():

@@ -77,9 +77,10 @@ def attend(
 def without_cudnn() -> AbstractContextManager:
     """Within it, attention takes none of cuDNN's kernels where another one is allowed.
 
-    On an H100 the backward pass of cuDNN 9.20's, torch 2.13's first choice for 16 bits, says NaN
-    for q at 64 positions (those of 8×8; 64 more than a multiple of 128), wherever all logits of a
-    position come to less than -88.7: https://github.com/pytorch/pytorch/issues/196678.
+    Theirs are torch 2.13's first choice for 16 bits on an H100, and their backward pass is reported
+    to say NaN for q at 64 positions, those of 8×8, or 64 more than a multiple of 128, wherever all
+    logits of a position are below about -89: https://github.com/pytorch/pytorch/issues/196678,
+    seen there with a mask. Whether it happens without one has not been tried here.
     """
     return sdpa_kernel(allowed) if (allowed := _allowed()) else nullcontext()
 
