@@ -13,12 +13,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import numpy as np
 from safetensors import SafetensorError
 
 from minidiff.errors import CheckpointError
 
 MAX_JSON_BYTES = 1 << 20  # a config is a page of text; anything larger is not a config
+TEMPORARY = ".minidiff-tmp"  # ends every temporary name, so that no other hidden file is ever ours
 
 
 class Config(dict):
@@ -56,7 +62,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     with _naming(path):
         _refuse_other_than_a_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -82,7 +88,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if path.exists() and not path.is_dir():
             raise CheckpointError(f"{path}: is a file, expected a folder to write into")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.", path.parent))
     try:
         with _naming(path):
             yield temporary
@@ -122,7 +128,7 @@ def _swap_in(temporary: Path, path: Path) -> None:
     if not path.exists():
         os.rename(temporary, path)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    aside = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.old.", path.parent))
     os.rename(path, aside / path.name)
     try:
         os.rename(temporary, path)
@@ -131,6 +137,48 @@ def _swap_in(temporary: Path, path: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a name is one that `atomic_file` or `atomic_folder` makes."""
+    return path.name.startswith(".") and path.name.endswith(TEMPORARY)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Delete what a process that was killed left in a folder under temporary names.
+
+    Call it only for a folder of minidiff's own, and under its lock: a process that is still
+    writing has temporary names as well.
+    """
+    for entry in folder.iterdir():
+        if is_temporary(entry):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock of a folder, where the system and the file system have locks.
+
+    Args:
+        folder: an existing folder; nothing is written into it.
+        wait: wait until the other process is done.
+    Raises:
+        CheckpointError: another process holds the lock, and `wait` is False.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise CheckpointError(f"{folder}: in use by another process of minidiff") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks
 
 
 def _umask() -> int:
@@ -149,7 +197,9 @@ def ensure_writable(path: str | Path) -> None:
     with _naming(path):
         _refuse_other_than_a_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+        with tempfile.NamedTemporaryFile(
+            prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent
+        ):
             pass
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minidiff import plot, run
+from minidiff import checkpoint, plot, run
 from minidiff.data import ImageData, load, to_float
 from minidiff.device import DTYPES, describe
 from minidiff.errors import CheckpointError
@@ -42,11 +42,10 @@ def demo(
     Returns:
         One row a sampler.
     Raises:
-        CheckpointError: `out` cannot be written, or holds a run.
+        CheckpointError: `out` cannot be written, or holds anything but an earlier demo.
     """
     out = Path(out)
-    if (out / run.LOG).exists():
-        raise CheckpointError(f"{out}: holds a run, which the demo would overwrite; choose another")
+    _refuse_foreign(out)
     data = load("digits")
     settings = Settings("demo", config, {"name": "digits"}, about(data), device.type)
     settings.write(out)  # refused now if `out` cannot be written
@@ -59,6 +58,21 @@ def demo(
     print(table(rows, evaluator, samples))
     draw(pipe, data, out)
     return rows
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a folder with anything in it but what an earlier demo wrote."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        command = checkpoint.read_json(out / run.CONFIG).get("command")
+    except CheckpointError:
+        command = None
+    if command != "demo":
+        raise CheckpointError(
+            f"{out}: not empty and not of an earlier demo, which alone is replaced; choose another "
+            "--out"
+        )
 
 
 def measure(pipe: Pipeline, name: str, steps: int, evaluator: Evaluator, n: int) -> Row:

@@ -8,7 +8,6 @@ A run that is continued equals one that was never interrupted, bit for bit on th
 threads, in everything but the column "seconds" of its log.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
@@ -82,19 +81,22 @@ def create(out: str | Path, settings: Settings) -> Path:
         CheckpointError: the folder is not empty or cannot be written.
     """
     out = Path(out)
-    if out.is_dir():
-        _clear_leftovers(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty folder; choose another --out")
-    settings.write(out)
+    _refuse_unless_empty(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror})") from error
+    with checkpoint.locked(out, wait=False):
+        _refuse_unless_empty(out)  # now that nobody else can begin here
+        checkpoint.clear_temporaries(out)  # of a run that was killed before it had a config.json
+        settings.write(out)
     return out
 
 
-def _clear_leftovers(out: Path) -> None:
-    """Delete what a kill in the middle of a write left under temporary names."""
-    for stem in (CONFIG, MODEL, SAMPLES, VAE, RECONSTRUCTIONS):
-        for entry in out.glob(f".{stem}*"):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _refuse_unless_empty(out: Path) -> None:
+    """Refuse what is no folder, or holds anything but temporary names of minidiff."""
+    if out.exists() and not (out.is_dir() and all(map(checkpoint.is_temporary, out.iterdir()))):
+        raise CheckpointError(f"{out}: exists and is not an empty folder; choose another --out")
 
 
 def read_settings(out: str | Path, command: str) -> Settings:
@@ -151,11 +153,9 @@ def kept(out: Path, settings: Settings, say: Say) -> Iterator[tuple[Report, Keep
         every one. Of several processes only that of rank 0 writes.
     """
     leads, signals = rank() == 0, Signals()
-    if leads:
-        _clear_leftovers(out)
-    log = Log(out / LOG) if leads else None
     with (
-        closing(log) if leads else nullcontext(),
+        checkpoint.locked(out, wait=False) if leads else nullcontext(),
+        closing(_begun_log(out)) if leads else nullcontext() as log,
         progress_bar(settings.config, log.append if leads else _nothing) as report,
         signals.watch(),
     ):
@@ -165,6 +165,12 @@ def kept(out: Path, settings: Settings, say: Say) -> Iterator[tuple[Report, Keep
                 out, settings.command, settings.saving, log, signals, say if leads else _nothing
             ),
         )
+
+
+def _begun_log(out: Path) -> Log:
+    """Open the log of a run, whose folder is locked, and clear what a kill left there."""
+    checkpoint.clear_temporaries(out)
+    return Log(out / LOG)
 
 
 def _nothing(_: object) -> None:

@@ -150,7 +150,7 @@ def prune(run: Path, keep_last: int) -> None:
     for folder in found[:-keep_last]:
         if folder != best:
             # Aside first: half a folder must not bear a snapshot's name.
-            aside = folder.with_name(f".{folder.name}.old")
+            aside = folder.with_name(f".{folder.name}.old{checkpoint.TEMPORARY}")
             folder.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -176,8 +176,8 @@ def snapshots(run: Path) -> list[Path]:
 
 def clear_leftovers(run: Path) -> None:
     """Delete what a run that was killed in the middle of a write left under temporary names."""
-    for entry in (run / FOLDER).glob(".step-*"):
-        shutil.rmtree(entry, ignore_errors=True)
+    if (run / FOLDER).is_dir():
+        checkpoint.clear_temporaries(run / FOLDER)
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path | None:

@@ -36,7 +36,7 @@ def test_the_demo_trains_samples_measures_and_draws(tmp_path, capsys):
 
 def test_the_demo_does_not_overwrite_a_run(run_folder):
     config = TrainConfig(steps=1, pictures=0)
-    with pytest.raises(CheckpointError, match="holds a run"):
+    with pytest.raises(CheckpointError, match="not of an earlier demo"):
         demo(run_folder, config, torch.device("cpu"))
 
 

@@ -151,6 +151,24 @@ def test_importing_loads_no_drawing_library_and_reads_no_data() -> None:
     assert not [p for p in opened.split("|") if p and not p.endswith((".py", ".pyc"))]
 
 
+BEYOND_TORCH = """
+import sys
+import torch
+before = set(sys.modules)
+import minidiff
+print(*sorted({".".join(name.split(".")[:2]) for name in set(sys.modules) - before}))
+"""
+
+
+def test_importing_brings_nothing_beyond_torch_but_safetensors() -> None:
+    out = subprocess.run(
+        [sys.executable, "-c", BEYOND_TORCH], capture_output=True, text=True, check=True
+    )
+    others = {name for name in out.stdout.split() if name.split(".")[0] != "minidiff"}
+    # torch._dynamo, torch.distributed.fsdp or sympy would cost every command a second.
+    assert others <= {"safetensors", "safetensors._safetensors_rust", "safetensors.torch"}
+
+
 def test_the_public_names_are_there() -> None:
     assert all(hasattr(minidiff, name) for name in minidiff.__all__)
     kinds = {name: (not name.isupper(), name[0].islower()) for name in minidiff.__all__}

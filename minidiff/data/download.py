@@ -8,18 +8,11 @@ that torchvision and TensorFlow use; A. Krizhevsky, https://www.cs.toronto.edu/~
 (MD5 c32a1d4ab5d03f1284b67883e8d87530).
 """
 
-import contextlib
-import os
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+from minidiff.checkpoint import locked
 from minidiff.data import archive, cifar10, mnist
 from minidiff.data.fetch import Source, fetch, sha256_of
 from minidiff.errors import DataError, one_of
@@ -95,7 +88,7 @@ def download(name: str, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error.strerror})") from error
-    with _alone(folder):
+    with locked(folder, wait=True):  # a part that two have written fails its checksum
         if name == "mnist":
             for file in MNIST:
                 if not _has(folder, file):
@@ -112,22 +105,6 @@ def _unpack_cifar10(folder: Path) -> None:
         raise _other(packed, CIFAR10.sha256)
     archive.unpack(packed, folder, cifar10.FOLDER, cifar10.MOST)
     packed.unlink()
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is here, where the system has locks; else a part that two have
-    written is found out by its checksum."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)  # which unlocks
 
 
 def _has(folder: Path, wanted: IdxFile) -> bool:

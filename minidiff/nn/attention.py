@@ -85,9 +85,13 @@ def without_cudnn() -> AbstractContextManager:
     return sdpa_kernel(allowed) if (allowed := _allowed()) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # else reading the caller's choice would break the graph
 def _allowed() -> list[SDPBackend]:
     return [kernel for kernel, enabled in _KERNELS.items() if enabled()]
+
+
+# Reading the caller's choice would break a compiled graph. The decorator that sets this mark,
+# torch.compiler.assume_constant_result, imports torch._dynamo, which takes as long as torch.
+_allowed._dynamo_marked_constant = True
 
 
 class NoAttention(nn.Module):
