@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from minidiff import DDIMScheduler, NoiseSchedule, trajectory
-from minidiff.checkpoint import atomic_file
 from minidiff.exact import GaussianMixture, LabelledMixture, energy_distance
 from minidiff.guidance import (
     Denoiser,
@@ -34,6 +33,7 @@ from minidiff.guidance import (
     thresholded,
     within,
 )
+from minidiff.runtime.files import atomic_file
 
 SAMPLES = 4000
 STEPS = 100

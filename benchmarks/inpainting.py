@@ -19,11 +19,13 @@ import math
 import torch
 from torch import Tensor
 
-from minidiff import plot, run, shipped
+from minidiff import shipped
 from minidiff.data import load
+from minidiff.images import plot
 from minidiff.metrics import load_classifier
 from minidiff.metrics.classifier import accuracy, features
 from minidiff.pipeline import Pipeline
+from minidiff.runs.folder import open_pipeline
 
 WAYS = {
     "replaced": {},
@@ -56,7 +58,7 @@ def main() -> None:
     add("--device", default="cpu", help="cpu or cuda")
     add("--png", help="write ten images, halved and completed in each way, a row a way")
     options = parser.parse_args()
-    pipe = run.open_pipeline(options.model or shipped.folder("mnist"), options.device)
+    pipe = open_pipeline(options.model or shipped.folder("mnist"), options.device)
     net = load_classifier("mnist").to(options.device)
     test = load("mnist", "test", data_dir=options.data_dir)
     images, labels = test.images[: options.num], test.labels[: options.num]

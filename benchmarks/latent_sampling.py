@@ -16,10 +16,11 @@ import time
 
 import torch
 
-from minidiff import run, shipped
-from minidiff.device import keep_freed_memory
+from minidiff import shipped
 from minidiff.metrics import Evaluator
 from minidiff.pipeline import Pipeline
+from minidiff.runs.folder import open_pipeline
+from minidiff.runtime.device import keep_freed_memory
 
 TIMED = 128
 
@@ -51,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     pixel, latent = (
-        run.open_pipeline(model, options.device)
+        open_pipeline(model, options.device)
         for model in (options.pixel or shipped.folder("mnist"), options.latent)
     )
     evaluator = Evaluator("mnist", options.data_dir, torch.device(options.device))

@@ -2,7 +2,7 @@
 
     python benchmarks/solver_order.py [--compat diffusers] [--png FILE]
 
-Errors are those of `minidiff.order`: on a mixture of Gaussians along the exact probability flow,
+Errors are those of `lab.order`: on a mixture of Gaussians along the exact probability flow,
 and for stochastic samplers of the variance on Gaussian data. The picture has them log-log, coloured
 by the declared order, with a dotted line of that slope through the last point of each. A step is
 one evaluation of the network, but two for Heun.
@@ -13,8 +13,8 @@ from collections import Counter
 
 from matplotlib.figure import Figure
 
-from minidiff.checkpoint import atomic_file
-from minidiff.order import METHODS
+from minidiff.lab.order import METHODS
+from minidiff.runtime.files import atomic_file
 
 COLOURS = {1: "tab:blue", 2: "tab:green", 3: "tab:red", 4: "tab:purple"}  # by declared order
 MARKERS = "osDv^<>PhX*d8p"

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import plot, run
-from minidiff.data import to_float
-from minidiff.data.captions import CaptionedDigits
-from minidiff.data.scenes import COLOURS, DIGITS, NONE, QUESTIONS
+from minidiff.data.captioned.captions import CaptionedDigits
+from minidiff.data.captioned.scenes import COLOURS, DIGITS, NONE, QUESTIONS
+from minidiff.images import plot
+from minidiff.images.pixels import to_float
 from minidiff.metrics import SceneEvaluator, coverage
 from minidiff.metrics.scenes import compare, task
 from minidiff.pipeline import Pipeline
+from minidiff.runs.folder import open_pipeline
 
 GUIDANCE = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 STRENGTHS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -126,7 +127,7 @@ def main() -> None:
         parser.error(f"--parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     if options.png and "guidance" not in parts:
         parser.error("--png is a picture of the part guidance, which --parts leaves out")
-    pipe = run.open_pipeline(options.model, options.device)
+    pipe = open_pipeline(options.model, options.device)
     bench = Bench(pipe, options.num, options.seed, options.device)
     print(
         f"{options.num} samples, seed {options.seed}: {type(pipe.scheduler).__name__}, "

@@ -40,16 +40,17 @@ from torch import Tensor, nn
 
 import minidiff
 from minidiff import data
-from minidiff.checkpoint import read_json, write_json
-from minidiff.data import ImageData, to_uint8
-from minidiff.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
+from minidiff.data import ImageData
 from minidiff.errors import CheckpointError, InvalidArgument, MinidiffError, whole_number
-from minidiff.evaluation import counted
+from minidiff.images.pixels import to_uint8
 from minidiff.metrics import Evaluator, sha256
+from minidiff.metrics.protocol import counted
 from minidiff.noise import MAX_SEED
-from minidiff.progress import Budget
-from minidiff.train_config import LoopConfig
-from minidiff.weights import headers, load_weights, write_tensors
+from minidiff.runtime.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
+from minidiff.runtime.files import read_json, write_json
+from minidiff.runtime.tensors import headers, load_weights, write_tensors
+from minidiff.training.config import LoopConfig
+from minidiff.training.progress import Budget
 
 GOOD = 15.0  # FD‰
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)  # to try for every tuned peer
@@ -163,7 +164,7 @@ def train(job: Job, images: ImageData, device: torch.device, out: Path, snapshot
 
     Raises:
         CheckpointError: `out` is not an empty folder, or cannot be written.
-        InvalidArgument, TrainingError: see `minidiff.train.train`.
+        InvalidArgument, TrainingError: see `minidiff.training.diffusion.train`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty folder; choose another --out")

@@ -19,9 +19,10 @@ import torch
 from import_time import cpu_name
 
 from minidiff import data
-from minidiff.device import DTYPES, keep_freed_memory, pick_device
-from minidiff.presets import PRESETS
-from minidiff.train import Training, resolve
+from minidiff.runtime.device import DTYPES, keep_freed_memory, pick_device
+from minidiff.training.build import resolve
+from minidiff.training.diffusion import Training
+from minidiff.training.presets import PRESETS
 
 VARIANTS = {"plain": {}, "compile": {"compile": True}, "cuda-graph": {"cuda_graph": True}}
 WARM_UP, STEPS = 4, 10

@@ -20,8 +20,8 @@ import torch
 from import_time import cpu_name
 from torch import nn
 
-from minidiff.device import keep_freed_memory
 from minidiff.nn import UNet
+from minidiff.runtime.device import keep_freed_memory
 
 
 class Shape(NamedTuple):

@@ -9,11 +9,12 @@ from minidiff.guidance import classifier_free
 from minidiff.nn import UNet
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import split, target
-from minidiff.presets import PRESETS
 from minidiff.sample import trajectory
 from minidiff.schedule import Level, NoiseSchedule, add_noise
 from minidiff.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from minidiff.train import TrainConfig, train
+from minidiff.training.config import TrainConfig
+from minidiff.training.diffusion import train
+from minidiff.training.presets import PRESETS
 
 __version__ = "0.1.0"
 

@@ -24,13 +24,13 @@ t means; `meaning_of` in `sample.py` tells it for a scheduler, `reading` for a n
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, real_number
+from minidiff.errors import InvalidArgument, listed, real_number
 from minidiff.prediction import dynamic_threshold, row, solve
 from minidiff.schedule import Level
 
@@ -458,3 +458,15 @@ def beside(network: Network, more: Tensor) -> Network:
         return network(torch.cat([x, copies], dim=1), t, **condition)
 
     return shown
+
+
+def interval_of(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """Two σ/α, the second of which may be infinite. Raises InvalidArgument."""
+    if interval is None:
+        return None
+    low, high = listed("guidance_interval", interval, 2)
+    low = real_number("guidance_interval", low, 0)
+    high = high if high == math.inf else real_number("guidance_interval", high, 0)
+    if low >= high:
+        raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
+    return low, high

@@ -39,9 +39,7 @@ from torch import Tensor
 
 from minidiff.prediction import edm_row, row, split
 from minidiff.schedule import Level, add_noise
-from minidiff.schedulers import (
-    Scheduler,
-)
+from minidiff.schedulers import Scheduler
 from minidiff.schedulers.base import split_variance
 
 PRESERVING = ("epsilon", "sample", "v_prediction")

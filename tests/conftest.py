@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minidiff import run
 from minidiff.data import load
 from minidiff.pipeline import Pipeline
-from minidiff.train import TrainConfig
+from minidiff.runs import diffusion
+from minidiff.runs.folder import open_pipeline
+from minidiff.training.config import TrainConfig
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do their children
     torch.set_num_threads(1)
@@ -23,14 +24,14 @@ SMALL = {"channels": (24, 32), "batch_size": 64, "pictures": 1}
 def run_folder(tmp_path_factory) -> Path:
     """A run on the embedded digits: 120 steps of a small network."""
     out = tmp_path_factory.mktemp("runs") / "digits"
-    run.train_into(out, TrainConfig(steps=120, **SMALL), load("digits"))
+    diffusion.train_into(out, TrainConfig(steps=120, **SMALL), load("digits"))
     return out
 
 
 @pytest.fixture
 def pipe(run_folder) -> Pipeline:
     """The pipeline of that run, fresh for every test."""
-    return run.open_pipeline(run_folder)
+    return open_pipeline(run_folder)
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from minidiff import run, snapshot
 from minidiff.cli import main
-from minidiff.weights import headers, read_one
+from minidiff.runs import diffusion, snapshot
+from minidiff.runtime.tensors import headers, read_one
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["minidiff.cli", "minidiff.run", "torch._dynamo"])
+SERVER.set_forkserver_preload(["minidiff.cli", "minidiff.runs.diffusion", "torch._dynamo"])
 
 
 def _program(arguments: list[str], log: str, limit: int | None, environment: dict) -> None:
@@ -56,14 +56,16 @@ def killed_and_resumed(
         reach = chance.randrange(0, steps + 3)
         deadline = time.monotonic() + 60
         while process.is_alive() and time.monotonic() < deadline:
-            log = out / run.LOG
+            log = out / diffusion.LOG
             if log.is_file() and log.read_bytes().count(b"\n") >= reach:
                 break
             time.sleep(0.001)
         time.sleep(chance.random() * 0.1)  # in a step, in a write, or after the end
         process.kill()
         process.join()
-        arguments = [command, "--resume", str(out)] if (out / run.CONFIG).is_file() else arguments
+        arguments = (
+            [command, "--resume", str(out)] if (out / diffusion.CONFIG).is_file() else arguments
+        )
     assert finished(arguments, said) == 0, said.read_text()
     assert not list((out / snapshot.FOLDER).glob(".*"))  # nothing half written is left
 
@@ -79,7 +81,7 @@ def started_together(k: int, arguments: list[str], logs: list[Path]) -> list:
 
 def rows(out: Path) -> list[dict]:
     """The log of a run, without the seconds of the clock on the wall."""
-    lines = [json.loads(line) for line in (out / run.LOG).read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / diffusion.LOG).read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in lines]
 
 

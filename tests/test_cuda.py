@@ -9,20 +9,22 @@ import pytest
 import torch
 from networks import distance
 
-from minidiff import Pipeline, snapshot
+from minidiff import Pipeline
 from minidiff.data import load
-from minidiff.distributed import Processes, Shards
+from minidiff.data.latents import LatentData, normals
 from minidiff.errors import TrainingError
-from minidiff.latents import LatentData, normals
 from minidiff.nn import AutoencoderKL, TextEncoder, UNet
-from minidiff.nn.attention import attend
+from minidiff.nn.blocks.attention import attend
 from minidiff.noise import image_generators, randn
+from minidiff.runs import snapshot
+from minidiff.runtime.distributed import Processes, Shards
 from minidiff.sample import trajectory
 from minidiff.schedulers import SCHEDULERS, DDIMScheduler
-from minidiff.train import TrainConfig, Training, resolve, train
-from minidiff.train_config import VAEConfig
-from minidiff.train_vae import VAETraining
-from minidiff.train_vae import build as build_vae
+from minidiff.training.autoencoder import VAETraining
+from minidiff.training.autoencoder import build as build_vae
+from minidiff.training.build import resolve
+from minidiff.training.config import TrainConfig, VAEConfig
+from minidiff.training.diffusion import Training, train
 
 pytestmark = [
     pytest.mark.cuda,

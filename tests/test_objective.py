@@ -21,12 +21,14 @@ from minidiff.objective import (
     byte_log_likelihood,
     quantiles,
 )
-from minidiff.objective_options import make
 from minidiff.prediction import solve
 from minidiff.sample import trajectory
-from minidiff.samplers import SAMPLERS, sampler
 from minidiff.schedule import Level, add_noise
-from minidiff.train import TrainConfig, build, resolve, train
+from minidiff.schedulers.core.names import SAMPLERS, sampler
+from minidiff.training.build import build, resolve
+from minidiff.training.config import TrainConfig
+from minidiff.training.diffusion import train
+from minidiff.training.objectives import make
 
 STD = 0.7  # of Gaussian data, for which everything is known
 EVERY = [

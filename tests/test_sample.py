@@ -13,16 +13,13 @@ from minidiff.errors import InvalidArgument
 from minidiff.guidance import autocast, classifier_free, conditional
 from minidiff.noise import MAX_SEED, _mix, image_generators, randn
 from minidiff.objective import quantiles
-from minidiff.objective_options import make
 from minidiff.prediction import split
 from minidiff.sample import Step, trajectory
-from minidiff.schedulers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    Scheduler,
-)
-from minidiff.train import EMA, TrainConfig, learning_rate
+from minidiff.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, Scheduler
+from minidiff.training.config import TrainConfig
+from minidiff.training.objectives import make
+from minidiff.training.optim import EMA
+from minidiff.training.progress import learning_rate
 
 SHAPE = (3, 2, 4, 4)
 LABELS, NULL = torch.tensor([0, 1, 2]), torch.full((3,), 3)

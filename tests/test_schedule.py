@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minidiff.errors import InvalidArgument
 from minidiff.schedule import BETA_SCHEDULES, CLEAN, Level, NoiseSchedule, add_noise
 from minidiff.schedulers import DDPMScheduler
-from minidiff.schedulers.quirks import READINGS
+from minidiff.schedulers.core.quirks import READINGS
 
 T = 1000
 NAMED = [(name, zero) for name in BETA_SCHEDULES for zero in (False, True)]

@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff import Pipeline, plot, shipped
+from minidiff import Pipeline, shipped
 from minidiff.cli import main
 from minidiff.errors import InvalidArgument
+from minidiff.images import plot
 from minidiff.metrics import SceneEvaluator, load_classifier
 from minidiff.metrics.classifier import features
 from minidiff.metrics.scenes import task

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minidiff.average import EMA
-from minidiff.data import ImageData, Stream, to_float
-from minidiff.device import DTYPES
+from minidiff.data import ImageData, Stream
 from minidiff.errors import TrainingError
-from minidiff.progress import Budget, learning_rate
-from minidiff.train_config import LoopConfig
+from minidiff.images.pixels import to_float
+from minidiff.runtime.device import DTYPES
+from minidiff.training.config import LoopConfig
+from minidiff.training.optim import EMA
+from minidiff.training.progress import Budget, learning_rate
 
 # Called after every step: the budget, the images seen so far, what gives the averaged network.
 Keep = Callable[[Budget, int, Callable[[], nn.Module]], None]

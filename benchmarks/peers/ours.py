@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from minidiff.data import ImageData
 from minidiff.pipeline import Pipeline
-from minidiff.presets import PRESETS
-from minidiff.train import Training, build, train
-from minidiff.train_config import LoopConfig, TrainConfig
+from minidiff.training.build import build
+from minidiff.training.config import LoopConfig, TrainConfig
+from minidiff.training.diffusion import Training, train
+from minidiff.training.presets import PRESETS
 from peers.contender import Keep
 
 _PRESET = PRESETS["mnist"].train

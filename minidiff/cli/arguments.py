@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import Field
 from typing import Any, NoReturn
 
-from minidiff.device import DEVICES, DTYPES
 from minidiff.noise import MAX_SEED
-from minidiff.samplers import SAMPLERS
+from minidiff.runtime.device import DEVICES, DTYPES
+from minidiff.schedulers.core.names import SAMPLERS
 
 
 class Parser(argparse.ArgumentParser):

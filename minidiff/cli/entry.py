@@ -4,11 +4,11 @@ import sys
 from collections.abc import Sequence
 
 from minidiff import __version__
-from minidiff.cli import check, demo, evaluate, sample, train, train_vae
 from minidiff.cli.arguments import Parser
-from minidiff.device import keep_freed_memory
-from minidiff.distributed import rank
+from minidiff.cli.commands import check, demo, evaluate, sample, train, train_classifier, train_vae
 from minidiff.errors import InvalidArgument, MinidiffError, Stopped, TrainingError
+from minidiff.runtime.device import keep_freed_memory
+from minidiff.runtime.distributed import rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +56,6 @@ def parser() -> Parser:
     )
     root.add_argument("--version", action="version", version=f"minidiff {__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, train, train_vae, sample, evaluate, check):
+    for command in (demo, train, train_vae, train_classifier, sample, evaluate, check):
         command.add_to(commands)
     return root

@@ -12,11 +12,12 @@ import os
 from pathlib import Path
 
 from minidiff.data import toys
-from minidiff.data.images import ImageData, to_float, to_uint8
+from minidiff.data.images import ImageData
 from minidiff.data.protocol import Data
 from minidiff.data.stream import Stream, batches
 from minidiff.data.toys import PointData
 from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
+from minidiff.images.pixels import to_float, to_uint8
 
 __all__ = [
     "DATA_VARIABLE",
@@ -87,7 +88,7 @@ def load(
 
         return digits.load(split)
     if name == "captions":
-        from minidiff.data import captions
+        from minidiff.data.captioned import captions
 
         return captions.CaptionedDigits(split)
     if name in PUBLISHED:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from minidiff.checkpoint import atomic_folder
 from minidiff.errors import DataError
+from minidiff.runtime.files import atomic_folder
 
 _SUSPICIOUS = ("\\", ":", "\0")  # path syntax of other systems, and the end of a C string
 

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from minidiff.data import batches
-from minidiff.data.images import to_float
 from minidiff.data.protocol import Purpose, random_words
 from minidiff.errors import DataError, InvalidArgument, listed, real_number, whole_number
+from minidiff.images.pixels import to_float
 from minidiff.noise import MAX_SEED
 
 MAX_WORKERS = 256

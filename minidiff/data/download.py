@@ -12,10 +12,10 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from minidiff.checkpoint import locked
 from minidiff.data import archive, cifar10, mnist
 from minidiff.data.fetch import Source, fetch, sha256_of
 from minidiff.errors import DataError, one_of
+from minidiff.runtime.files import locked
 
 NAMES = ("mnist", "cifar10")
 _MOST = 1 << 28  # bytes; what is longer is none of these files

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from minidiff.checkpoint import atomic_file, read_json, write_json
 from minidiff.errors import CheckpointError, DataError
+from minidiff.runtime.files import atomic_file, read_json, write_json
 
 ATTEMPTS = 5  # over all mirrors
 TIMEOUT = 30.0  # seconds

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minidiff.data.protocol import check_labels
 from minidiff.errors import InvalidArgument
+from minidiff.images.pixels import to_float
 
 
 @dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value to compare by
@@ -79,17 +80,3 @@ class ImageData:
         index = index.to(self.images.device, non_blocking=True)
         labels = None if self.labels is None else self.labels[index]
         return to_float(self.images[index]), labels
-
-
-def to_float(u: Tensor) -> Tensor:
-    """Bytes 0..255 as float32 in [−1, 1]: x = u / 127.5 − 1."""
-    return u.float().div_(127.5).sub_(1)
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Floats in [−1, 1] as bytes, rounded and clamped: the inverse of `to_float`.
-
-    Values outside [−1, 1] saturate. bfloat16 and float16 are widened first: neither can tell
-    255 levels apart after the scaling.
-    """
-    return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)

@@ -20,16 +20,11 @@ from minidiff.metrics.classifier import (
     sha256,
     shipped,
 )
-from minidiff.metrics.distances import (
-    Moments,
-    frechet_distance,
-    kernel_distance,
-    moments,
-)
+from minidiff.metrics.distances import Moments, frechet_distance, kernel_distance, moments
 from minidiff.metrics.evaluator import Evaluator, Scores, fixed_order
 from minidiff.metrics.neighbours import NEIGHBOURS, copying, coverage, density_and_coverage
 from minidiff.metrics.scenes import SceneEvaluator, SceneScores
-from minidiff.weights import read_metadata
+from minidiff.runtime.tensors import read_metadata
 
 __all__ = [
     "NEIGHBOURS",

@@ -1,6 +1,6 @@
 """The classifiers whose features samples are measured on: shipped, or read from a file.
 
-`minidiff.train_classifier` writes them, on real images only. A shipped file must be the published
+`minidiff train-classifier` writes them, on real images only. A shipped file must be the published
 one, byte for byte: figures measured with other weights cannot be compared.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from minidiff import data
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.nn.classifier import Classifier, build_classifier
-from minidiff.weights import headers, load_weights, read_metadata
+from minidiff.runtime.tensors import headers, load_weights, read_metadata
 
 WEIGHTS = Path(__file__).parent.with_name("weights")
 SUMS = "SHA256SUMS"
@@ -35,7 +35,7 @@ def load_classifier(name: str, folder: str | Path = WEIGHTS) -> Classifier:
     if name not in (names := shipped()):
         raise InvalidArgument(
             f"a classifier is shipped for {' and '.join(names)}, not for {str(name)!r}, and "
-            "these metrics need one of that data: python -m minidiff.train_classifier trains it"
+            "these metrics need one of that data: minidiff train-classifier trains it"
         )
     path = Path(folder) / f"{name}.safetensors"
     expected = read_digests(path.with_name(SUMS)).get(path.name)
@@ -52,7 +52,7 @@ def load_classifier(name: str, folder: str | Path = WEIGHTS) -> Classifier:
 
 
 def read_classifier(path: str | Path) -> Classifier:
-    """A classifier from the file that `minidiff.train_classifier` wrote; in eval mode.
+    """A classifier from the file that `minidiff.metrics.train_classifier` wrote; in eval mode.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not one of those.
@@ -65,7 +65,7 @@ def read_classifier(path: str | Path) -> Classifier:
     except (KeyError, ValueError) as error:  # an InvalidArgument is a ValueError
         raise CheckpointError(
             f"{path}: says of no classifier how it is built ({error}); "
-            "python -m minidiff.train_classifier writes such files"
+            "minidiff train-classifier writes such files"
         ) from error
     load_weights(net, headers([path]))
     return net.to(memory_format=torch.channels_last).eval()

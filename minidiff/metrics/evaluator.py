@@ -14,12 +14,12 @@ from torch import Tensor
 
 from minidiff import data
 from minidiff.data import ImageData
-from minidiff.device import pick_device
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.metrics.classifier import accuracy, features, load_classifier
 from minidiff.metrics.distances import Moments, frechet_distance, kernel_distance, moments
 from minidiff.metrics.neighbours import density_and_coverage, radii
 from minidiff.nn.classifier import Classifier
+from minidiff.runtime.device import pick_device
 
 MAX_COVERAGE = 10_000  # images a side; the work grows with the square
 _ORDER_SEED = 0  # fixes which training images stand for the data

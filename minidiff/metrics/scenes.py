@@ -1,7 +1,7 @@
 """Pictures scored against their captions: is every thing as it was asked for?
 
 A classifier of real pictures (`weights/captions.safetensors`) answers the questions of
-`minidiff.data.scenes` about each sample; a caption asks for some of the answers. An attribute's
+`data.captioned.scenes` about each sample; a caption asks for some of the answers. An attribute's
 score is the share of samples that have it right among those of which it was asked, and a sample
 is right altogether when all that its caption says is. Real pictures of other glyphs, scored in
 the same way, are the ceiling.
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff.data.captions import CaptionedDigits
-from minidiff.data.scenes import NONE, QUESTIONS, SIDE
-from minidiff.device import pick_device
+from minidiff.data.captioned.captions import CaptionedDigits
+from minidiff.data.captioned.scenes import NONE, QUESTIONS, SIDE
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.metrics.classifier import features, load_classifier
+from minidiff.runtime.device import pick_device
 
 SIMPLE = ("digit", "colour", "background")  # what the captions of the first table say
 _SEARCHED = 8  # captions looked through for each that is wanted; every second one is simple

@@ -21,15 +21,15 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument
-from minidiff.nn.attention import Attention
-from minidiff.nn.autoencoder_config import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
-from minidiff.nn.gaussian import DiagonalGaussian
-from minidiff.nn.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample, per_channel
+from minidiff.nn.blocks.attention import Attention
+from minidiff.nn.blocks.gaussian import DiagonalGaussian
+from minidiff.nn.blocks.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample, per_channel
+from minidiff.nn.blocks.tiling import ImageMap, sliced, tiled
+from minidiff.nn.configs.autoencoder import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
 from minidiff.nn.model import Model, options_of
-from minidiff.nn.tiling import ImageMap, sliced, tiled
-from minidiff.weights import Stored
+from minidiff.runtime.files import Config
+from minidiff.runtime.tensors import Stored
 
 EPS = 1e-6  # of every norm; no option in diffusers
 # What attention was called in the VAEs of 2022, which published checkpoints still use.
@@ -50,7 +50,7 @@ class AutoencoderKL(Model):
 
     Large batches and images: `enable_slicing()` takes one image at a time, `enable_tiling()` takes
     images larger than `tile_sample_min_size` (latents larger than `tile_latent_min_size`) in tiles
-    of that size that overlap by `tile_overlap_factor`; see minidiff.nn.tiling. As in diffusers
+    of that size that overlap by `tile_overlap_factor`; see `nn.blocks.tiling`. As in diffusers
     these are attributes, and no part of the configuration.
 
     Number types: norms and softmax work in float32 whatever the weights are. bfloat16 holds any

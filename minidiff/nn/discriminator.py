@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from minidiff.nn.layers import GroupNorm
+from minidiff.nn.blocks.layers import GroupNorm
 
 EPS = 1e-5
 SLOPE = 0.2  # of the leaky ReLU for negative values

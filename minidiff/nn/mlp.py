@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument, whole_number
-from minidiff.nn.embeddings import (
+from minidiff.nn.blocks.embeddings import (
     LabelTable,
     NoLabels,
     SinusoidalTime,
@@ -28,6 +27,7 @@ from minidiff.nn.embeddings import (
     times_of,
 )
 from minidiff.nn.model import Model, options_of
+from minidiff.runtime.files import Config
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from minidiff.checkpoint import Config, atomic_folder, read_json, write_json
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
-from minidiff.weights import (
+from minidiff.runtime.files import Config, atomic_folder, read_json, write_json
+from minidiff.runtime.tensors import (
     DTYPES,
     Stored,
     find_weights,

@@ -21,13 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoint import Config
 from minidiff.errors import CheckpointError, InvalidArgument
-from minidiff.nn.attention import attend
-from minidiff.nn.layers import ACTIVATIONS
+from minidiff.nn.blocks.attention import attend
+from minidiff.nn.blocks.layers import ACTIVATIONS
+from minidiff.nn.configs.text import MODEL_TYPE, PROJECTS, TextConfig, arguments_of
 from minidiff.nn.model import Model, options_of
-from minidiff.nn.text_config import MODEL_TYPE, PROJECTS, TextConfig, arguments_of
-from minidiff.weights import Stored, read_one
+from minidiff.runtime.files import Config
+from minidiff.runtime.tensors import Stored, read_one
 
 EMBEDDINGS = "text_model.embeddings"
 POSITIONS = f"{EMBEDDINGS}.position_ids"

@@ -24,10 +24,9 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument
-from minidiff.nn.attention import Attention, Context, NoAttention
-from minidiff.nn.embeddings import (
+from minidiff.nn.blocks.attention import Attention, Context, NoAttention
+from minidiff.nn.blocks.embeddings import (
     Add,
     Concatenate,
     FourierTime,
@@ -48,7 +47,7 @@ from minidiff.nn.embeddings import (
     check_sample,
     times_of,
 )
-from minidiff.nn.layers import (
+from minidiff.nn.blocks.layers import (
     ACTIVATIONS,
     CONVOLUTIONS,
     RESNET_BLOCKS,
@@ -60,10 +59,11 @@ from minidiff.nn.layers import (
     ResnetBlock,
     Upsample,
 )
+from minidiff.nn.blocks.transformer import Transformer
+from minidiff.nn.configs.unet import VOCABULARIES, unet_config
+from minidiff.nn.configs.unet_plan import AttentionPlan, PictureAttention, Stage, UNetConfig
 from minidiff.nn.model import Model
-from minidiff.nn.transformer import Transformer
-from minidiff.nn.unet_config import VOCABULARIES, unet_config
-from minidiff.nn.unet_plan import AttentionPlan, PictureAttention, Stage, UNetConfig
+from minidiff.runtime.files import Config
 
 
 class UNet(Model):

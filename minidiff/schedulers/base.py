@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff import checkpoint
-from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.noise import Generators, randn
 from minidiff.prediction import clip, dynamic_threshold, split, target
+from minidiff.runtime import files
+from minidiff.runtime.files import Config
 from minidiff.schedule import Level, NoiseSchedule, add_noise
-from minidiff.schedulers import options as option_rules
-from minidiff.schedulers import table
-from minidiff.schedulers.quirks import READINGS, Exact
+from minidiff.schedulers.core import options as option_rules
+from minidiff.schedulers.core import table
+from minidiff.schedulers.core.quirks import READINGS, Exact
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -215,7 +215,7 @@ class Scheduler:
     @classmethod
     def load_config(cls, folder: str | Path, subfolder: str | None = None) -> dict[str, Any]:
         """What `scheduler_config.json` holds, for `from_config`. Raises CheckpointError."""
-        content = checkpoint.read_json(Path(folder, subfolder or "") / CONFIG_NAME)
+        content = files.read_json(Path(folder, subfolder or "") / CONFIG_NAME)
         return {"compat": "diffusers"} | content  # a config without it is diffusers' own
 
     @classmethod
@@ -239,7 +239,7 @@ class Scheduler:
         content = {k: v for k, v in content.items() if k not in ("_carried", "_use_default_values")}
         if content["compat"] == "diffusers":
             del content["compat"]  # `load_config` puts it back
-        checkpoint.write_json(Path(folder) / CONFIG_NAME, content)
+        files.write_json(Path(folder) / CONFIG_NAME, content)
 
     save_config = save_pretrained  # of a scheduler there is nothing else to save
 

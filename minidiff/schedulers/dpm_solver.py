@@ -27,14 +27,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from minidiff.checkpoint import Config
 from minidiff.errors import InvalidArgument
 from minidiff.noise import Generators
 from minidiff.prediction import combine, split
+from minidiff.runtime.files import Config
 from minidiff.schedule import Level
 from minidiff.schedulers.base import Evaluation, SchedulerOutput, split_variance
-from minidiff.schedulers.quirks import Exact
-from minidiff.schedulers.sigmas import SolverSigmas
+from minidiff.schedulers.core.quirks import Exact
+from minidiff.schedulers.core.sigmas import SolverSigmas
 
 
 class Algorithm(NamedTuple):

@@ -25,9 +25,9 @@ from minidiff.noise import Generators
 from minidiff.prediction import combine, edm_row
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
+from minidiff.schedulers.core.sigmas import SigmaScheduler
 from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from minidiff.schedulers.euler import EulerDiscreteScheduler, churn, euler_step, falling_numbers
-from minidiff.schedulers.sigmas import SigmaScheduler
 
 
 class EDMSigmas(SigmaScheduler):

@@ -29,7 +29,7 @@ from minidiff.noise import Generators
 from minidiff.prediction import target
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
-from minidiff.schedulers.sigmas import FORMULAS, TrainedSigmas
+from minidiff.schedulers.core.sigmas import FORMULAS, TrainedSigmas
 
 
 class ExplodingSigmas(TrainedSigmas):

@@ -22,9 +22,9 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, shifted_sigmas, stretched_sigmas
-from minidiff.schedulers import options as option_rules
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
-from minidiff.schedulers.sigmas import FORMULAS, SigmaScheduler
+from minidiff.schedulers.core import options as option_rules
+from minidiff.schedulers.core.sigmas import FORMULAS, SigmaScheduler
 
 Tokens = tuple[Level, Level] | None  # of every token: now and next, tensors (B, N, 1)
 

@@ -32,9 +32,9 @@ from minidiff.errors import InvalidArgument, real_number
 from minidiff.noise import Generators
 from minidiff.schedule import Level, shifted_sigmas, stretched_sigmas
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
+from minidiff.schedulers.core.options import at_most_one
+from minidiff.schedulers.core.sigmas import FORMULAS, SolverSigmas
 from minidiff.schedulers.dpm_solver import Interval, check_noise_start
-from minidiff.schedulers.options import at_most_one
-from minidiff.schedulers.sigmas import FORMULAS, SolverSigmas
 
 CLOSEST_TO_NOISE = 1e-6  # a flow starts with this much signal: at none, λ is −∞
 

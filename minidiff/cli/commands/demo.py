@@ -1,0 +1,47 @@
+"""minidiff demo"""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from minidiff.cli.arguments import add_command
+from minidiff.cli.run_options import dtype_name
+from minidiff.runtime.device import pick_device
+from minidiff.training.presets import PRESETS
+
+
+def add_to(commands: Any) -> None:
+    """The grammar of minidiff demo."""
+    command = add_command(
+        commands,
+        "demo",
+        demo,
+        "train a small model on digits in a minute and look at it",
+        "Trains a class-conditional diffusion model on the embedded digits, samples it with DDPM, "
+        "DDIM and DPM-Solver++, prints a table, and writes pictures and the model.",
+    )
+    command.add_argument("--out", default="minidiff-demo", help="folder for pictures and model")
+    command.add_argument("--minutes", type=float, default=1.25, help="minutes of training")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """minidiff demo"""
+    from minidiff.lab.demo import demo as run_demo
+
+    device = pick_device(options.device)
+    config = replace(
+        PRESETS["digits"].train,
+        minutes=options.minutes,
+        seed=options.seed,
+        dtype=dtype_name(options.dtype, device),
+        pictures=0,
+    )
+    run_demo(options.out, config, device)
+    out = options.out
+    print(
+        f"\nLook at {out}/samples.png, {out}/forward.png and {out}/denoise.gif. Try next:\n"
+        f"  minidiff sample {out} --class 7 --num 64 --png sevens.png\n"
+        f"  minidiff sample {out} --sampler ddim --steps 5 --guidance 4 --png few-steps.png\n"
+        f"  minidiff evaluate {out} --guidance 1\n"
+        f"  minidiff train --preset mnist --data-dir DIR --out runs/mnist"
+    )

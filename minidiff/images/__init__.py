@@ -1,0 +1,1 @@
+"""Pictures: from and to files and arrays, and drawn."""

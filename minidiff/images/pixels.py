@@ -1,0 +1,260 @@
+"""Pictures on their way into a pipeline and out of it: PIL images, bytes, floats in [−1, 1].
+
+What comes in may be what came out: a list of PIL images, a uint8 array (N, H, W, C), a float
+tensor (N, C, H, W). Inside they are float32 (N, C, H, W), and bytes survive the way there and back
+to the bit. Nothing is converted, resized or clipped on the way: another size, another number of
+channels or another range is refused.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.errors import DataError, InvalidArgument, one_of
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+MODES = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # PIL's, by the number of channels
+READ = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs another program
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # which float32 holds to the bit
+
+
+class Original(NamedTuple):
+    """The pictures that a call starts from.
+
+    Attributes:
+        pixels: (N, C, H, W) in [−1, 1].
+        mask: (N, 1, H, W) in [0, 1], 1 where a picture is to be replaced; None for all of it.
+    """
+
+    pixels: Tensor
+    mask: Tensor | None = None
+
+    def part(self, part: slice, device: torch.device) -> "Original":
+        """Some of the pictures, on a device."""
+        mask = None if self.mask is None else self.mask[part].to(device)
+        return Original(self.pixels[part].to(device), mask)
+
+    def put_back(self, made: Tensor) -> Tensor:
+        """What was made where the mask is, and the original around it, to the bit."""
+        return blended(self.pixels, made, self.mask)
+
+    def times(self, n: int) -> "Original":
+        """One for each of n pictures; N divides n, and neighbours have the same original.
+
+        Raises InvalidArgument: N does not divide n.
+        """
+        if n % len(self.pixels):
+            raise InvalidArgument(
+                f"image must be one picture, or as many as there are to be made, {n}; "
+                f"got {len(self.pixels)}"
+            )
+        repeats = n // len(self.pixels)
+        mask = None if self.mask is None else self.mask.repeat_interleave(repeats, 0)
+        return Original(self.pixels.repeat_interleave(repeats, 0), mask)
+
+
+def original_of(
+    image: Any, mask: Any, channels: int, *, needs_mask: bool = False
+) -> Original | None:
+    """The pictures, and what is to be replaced in them, in any form that the pipeline takes.
+
+    Args:
+        image: see `pixels_of`; None if there is none.
+        mask: see `mask_of`; one for all pictures or one each; None for none.
+        channels: of a picture.
+        needs_mask: whether the network can do nothing without.
+    Raises:
+        InvalidArgument: names `image` or `mask_image` and what is wrong with it.
+    """
+    if needs_mask and (image is None or mask is None):
+        raise InvalidArgument(
+            "image and mask_image must be given: this network is shown what is to be replaced"
+        )
+    if image is None:
+        if mask is not None:
+            raise InvalidArgument("mask_image needs an image to keep a part of, got image=None")
+        return None
+    pixels = pixels_of(image, channels)
+    if mask is None:
+        return Original(pixels)
+    masks = mask_of(mask, pixels.shape[-2:])
+    if len(masks) not in (1, len(pixels)):
+        raise InvalidArgument(
+            f"mask_image must be one mask, or one for each of {len(pixels)} pictures; "
+            f"got {len(masks)}"
+        )
+    return Original(pixels, masks.expand(len(pixels), -1, -1, -1))
+
+
+def pixels_of(image: Any, channels: int) -> Tensor:
+    """Pictures as float32 (N, C, H, W) in [−1, 1].
+
+    Args:
+        image: a PIL image of mode L (one channel) or RGB (three); a uint8 array (H, W, C) or
+            (N, H, W, C), or (H, W) for one channel; a uint8 tensor (C, H, W) or (N, C, H, W); a
+            float tensor of that shape in [−1, 1]; or a list of these, of one size.
+        channels: C.
+    Raises:
+        InvalidArgument: anything else.
+    """
+    if isinstance(image, list | tuple):
+        return _joined("image", [pixels_of(one, channels) for one in image])
+    raw = _tensor("image", image, MODES.get(channels, ()))
+    if raw.ndim == 2 and channels == 1:
+        raw = raw[None]
+    if raw.ndim == 3:
+        raw = raw[None]
+    if raw.ndim != 4 or raw.shape[1] != channels or 0 in raw.shape:
+        raise InvalidArgument(
+            f"image must have {channels} channels: a tensor (N, {channels}, H, W) or an array "
+            f"(N, H, W, {channels}), N may be left out; got shape {_shape(image)}"
+        )
+    if raw.dtype == torch.uint8:
+        return to_float(raw)
+    if raw.dtype not in FLOATS or not isinstance(image, Tensor):
+        raise InvalidArgument(
+            "image must be uint8, or a tensor of float32 (or 16-bit floats) in [−1, 1]; "
+            f"got {type(image).__name__} of {image.dtype}"
+        )
+    return _within("image", raw.float(), -1)
+
+
+def mask_of(mask: Any, size: Sequence[int]) -> Tensor:
+    """Masks as float32 (N, 1, H, W) in [0, 1]: 1 (white) is replaced, 0 kept, grey blended.
+
+    Args:
+        mask: a PIL image of mode 1 or L; a uint8 (0 to 255), bool or float array or tensor (H, W),
+            (N, H, W), an array (N, H, W, 1) or a tensor (N, 1, H, W); or a list of these.
+        size: (H, W) of the pictures.
+    Raises:
+        InvalidArgument: anything else.
+    """
+    if isinstance(mask, list | tuple):
+        return _joined("mask_image", [mask_of(one, size) for one in mask])
+    raw = _tensor("mask_image", mask, ("L", "1"))
+    if raw.ndim == 3 and raw.shape[0] != 1 and not isinstance(mask, Tensor):
+        raw = raw.movedim(0, -1)  # (N, H, W): what was moved to the front was no channel
+    if raw.ndim == 4 and raw.shape[1] == 1:
+        raw = raw[:, 0]
+    raw = raw[None] if raw.ndim == 2 else raw
+    if raw.ndim != 3 or raw.shape[1:] != tuple(size) or len(raw) == 0:
+        raise InvalidArgument(
+            f"mask_image must have the size of image, {tuple(size)}, and one channel; "
+            f"got shape {_shape(mask)}"
+        )
+    if raw.dtype == torch.uint8:
+        if raw.max() == 1:
+            raise InvalidArgument(
+                "mask_image of uint8 counts from 0 (kept) to 255 (replaced), and this one holds "
+                "nothing above 1: give it as bool"
+            )
+        return raw[:, None].float() / 255
+    if raw.dtype != torch.bool and not raw.is_floating_point():
+        raise InvalidArgument(f"mask_image must be uint8, bool or float, got {mask.dtype}")
+    return _within("mask_image", raw[:, None].float(), 0)
+
+
+def _tensor(name: str, given: Any, modes: Sequence[str]) -> Tensor:
+    """A picture or an array of them as a tensor whose channels, if it has any, come first."""
+    if isinstance(given, Tensor):
+        return given.detach()
+    if not isinstance(given, np.ndarray):
+        from PIL import Image
+
+        if not isinstance(given, Image.Image):
+            raise InvalidArgument(
+                f"{name} must be a PIL image, an array or a tensor, or a list of them; "
+                f"got {type(given).__name__}"
+            )
+        if given.mode not in modes:
+            raise InvalidArgument(
+                f"{name} must be a picture of mode {' or '.join(modes) or '(none fits)'}, got "
+                f"{given.mode!r}: convert it"
+            )
+        given = np.asarray(given)
+    if given.dtype.kind not in "buif":
+        raise InvalidArgument(f"{name} must hold numbers, got an array of {given.dtype}")
+    # A copy in the order of this machine: PIL's memory cannot be written to.
+    raw = torch.from_numpy(np.array(given, given.dtype.newbyteorder("=")))
+    return raw.movedim(-1, -3) if raw.ndim > 2 else raw
+
+
+def _joined(name: str, parts: list[Tensor]) -> Tensor:
+    if not parts:
+        raise InvalidArgument(f"{name} must hold at least one picture, got an empty list")
+    sizes = {tuple(part.shape[-2:]) for part in parts}
+    if len(sizes) > 1:
+        raise InvalidArgument(f"{name} must hold pictures of one size, got {sorted(sizes)}")
+    return torch.cat(parts)
+
+
+def _within(name: str, x: Tensor, low: float) -> Tensor:
+    least, most = (bound.item() for bound in x.aminmax())
+    if not low <= least <= most <= 1:  # NaN is in no range
+        raise InvalidArgument(
+            f"{name} of floats must lie in [{low:g}, 1], got {least:g} to {most:g}"
+        )
+    return x
+
+
+def _shape(given: Any) -> tuple[int, ...]:
+    return tuple(given.shape) if hasattr(given, "shape") else (given.height, given.width)
+
+
+def read_picture(path: str | Path, mode: str) -> Any:
+    """A picture from a file, as a PIL image of this mode.
+
+    Raises:
+        DataError: there is no such file, or it is no picture, or a damaged one.
+    """
+    from PIL import Image, ImageOps
+
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with Image.open(path, formats=READ) as image:
+            return ImageOps.exif_transpose(image).convert(mode)
+    except Exception as error:  # Pillow's decoders raise what they like for damaged files
+        raise DataError(f"{path}: no readable picture ({error})") from error
+
+
+def blended(kept: Tensor, made: Tensor, mask: Tensor) -> Tensor:
+    """(1 − m)·kept + m·made, and `kept` to the bit where m is 0."""
+    return torch.where(mask == 0, kept, (1 - mask) * kept + mask * made)
+
+
+def check_output(output_type: str, channels: int) -> None:
+    """Refuse another type, or PIL images of such channels. Raises InvalidArgument."""
+    one_of("output_type", output_type, OUTPUT_TYPES)
+    if output_type == "pil" and channels not in MODES:
+        raise InvalidArgument(f"output_type must be np or pt for pictures of {channels} channels")
+
+
+def as_output(images: Tensor, output_type: str) -> Any:
+    """Pictures (N, C, H, W) in [−1, 1] as PIL images, as a uint8 array, or as they are."""
+    if output_type == "pt":
+        return images
+    array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    from PIL import Image
+
+    return [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in array]
+
+
+def to_float(u: Tensor) -> Tensor:
+    """Bytes 0..255 as float32 in [−1, 1]: x = u / 127.5 − 1."""
+    return u.float().div_(127.5).sub_(1)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Floats in [−1, 1] as bytes, rounded and clamped: the inverse of `to_float`.
+
+    Values outside [−1, 1] saturate. bfloat16 and float16 are widened first: neither can tell
+    255 levels apart after the scaling.
+    """
+    return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,126 @@
+"""The demo: train on the embedded digits, sample with three samplers, and measure the result."""
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from minidiff.data import ImageData, load
+from minidiff.errors import CheckpointError
+from minidiff.images import plot
+from minidiff.images.pixels import to_float
+from minidiff.metrics import Evaluator, Scores
+from minidiff.pipeline import Pipeline
+from minidiff.runs import diffusion
+from minidiff.runs.folder import Settings, about
+from minidiff.runtime import files
+from minidiff.runtime.device import DTYPES, describe
+from minidiff.sample import Step
+from minidiff.schedulers.core.names import SAMPLERS, sampler
+from minidiff.training.config import TrainConfig
+
+STEPS = {"ddpm": 50, "ddim": 20, "dpm++": 10}  # enough for each to be near its best
+
+
+class Row(NamedTuple):
+    """One line of the demo's table."""
+
+    sampler: str
+    steps: int
+    seconds: float
+    scores: Scores
+
+
+def demo(
+    out: str | Path, config: TrainConfig, device: torch.device, samples: int = 500
+) -> list[Row]:
+    """Train, sample and measure; print a table; write pictures and the model into `out`.
+
+    Args:
+        out: receives samples.png, forward.png, denoise.gif and model/; replaced if there.
+        config: budget, seed and guidance of the run.
+        samples: how many each sampler makes for the table.
+    Returns:
+        One row a sampler.
+    Raises:
+        CheckpointError: `out` cannot be written, or holds anything but an earlier demo.
+    """
+    out = Path(out)
+    _refuse_foreign(out)
+    data = load("digits")
+    settings = Settings("demo", config, {"name": "digits"}, about(data), device.type)
+    settings.write(out)  # refused now if `out` cannot be written
+    print(f"device: {describe(device, DTYPES[config.dtype])}")
+    evaluator = Evaluator("digits", device=device)
+    pipe = diffusion.train_with_bar(config, data, device)
+    pipe.save_pretrained(out / diffusion.MODEL)
+
+    rows = [measure(pipe, name, steps, evaluator, samples) for name, steps in STEPS.items()]
+    print(table(rows, evaluator, samples))
+    draw(pipe, data, out)
+    return rows
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a folder with anything in it but what an earlier demo wrote."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        command = files.read_json(out / diffusion.CONFIG).get("command")
+    except CheckpointError:
+        command = None
+    if command != "demo":
+        raise CheckpointError(
+            f"{out}: not empty and not of an earlier demo, which alone is replaced; choose another "
+            "--out"
+        )
+
+
+def measure(pipe: Pipeline, name: str, steps: int, evaluator: Evaluator, n: int) -> Row:
+    """Make n pictures with a sampler, classes in equal shares, and score them."""
+    pipe.scheduler = sampler(name, pipe.scheduler)
+    started = time.monotonic()
+    result = pipe(num_images=n, num_inference_steps=steps, seed=1, output_type="np")
+    seconds = time.monotonic() - started
+    images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
+    return Row(name, steps, seconds, evaluator.score(images, result.labels))
+
+
+def table(rows: list[Row], evaluator: Evaluator, n: int) -> str:
+    """The rows as text, with what real images score beside them."""
+    lines = [
+        f"{'sampler':<22}{'steps':>6}{'seconds':>9}{'accuracy':>10}{'FD ‰':>8}{'coverage':>10}"
+    ]
+    for name, steps, seconds, scores in rows:
+        lines.append(f"{SAMPLERS[name].title:<22}{steps:>6}{seconds:>9.1f}{_figures(scores)}")
+    for name, scores in (
+        ("real, held out", evaluator.ceiling(n)),
+        ("real, training", evaluator.floor(n)),
+    ):
+        lines.append(f"{name:<22}{'':>15}{_figures(scores)}")
+    return "\n".join(lines)
+
+
+def _figures(scores: Scores) -> str:
+    accuracy = "–" if scores.accuracy is None else f"{scores.accuracy:.1%}"
+    return f"{accuracy:>10}{scores.fd:>8.1f}{scores.coverage:>10.3f}"
+
+
+def draw(pipe: Pipeline, data: ImageData, out: Path) -> None:
+    """Write samples.png, forward.png and denoise.gif."""
+    pipe.scheduler = sampler("ddim", pipe.scheduler)
+    frames: list[np.ndarray] = []
+
+    def look(step: Step) -> None:
+        if not frames:
+            frames.append(plot.as_array(pipe.decode(step.x)))
+        frames.append(plot.as_array(pipe.decode(step.next_x)))
+
+    pipe(num_images=100, num_inference_steps=30, seed=0, output_type="np", callback=look)
+    plot.save(plot.grid(frames[-1], 10, scale=3), out / "samples.png")
+    plot.save_gif([plot.grid(frame[:50], 10, scale=3) for frame in frames], out / "denoise.gif")
+    first = [int((data.labels == c).nonzero()[0]) for c in range(0, 10, 3)]
+    clean = to_float(data.images[first])
+    plot.forward_figure(clean, pipe.scheduler.schedule, out / "forward.png")

@@ -1,0 +1,201 @@
+"""The ledger of diffusers' departures: what each does, and what it costs where the truth is known.
+
+    python -m minidiff.lab.ledger > minidiff/schedulers/QUIRKS.md
+
+A row is a method that `quirks.Diffusers` overrides. Its texts are the docstrings of the two
+readings; its cost is measured, by sampling once with the exact reading and once with this one
+departure switched on (`quirks.departing`), from the optimal network for data of which the
+probability flow, or the variance, is known: see `minidiff.lab.order`.
+"""
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from minidiff.lab.order import Method
+from minidiff.schedulers.core.quirks import Diffusers, Exact, departing, departures
+
+_SPACED = {"timestep_spacing": "linspace"}
+_DDIM = {"clip_sample": False}
+_ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_ROUNDED = ("dtype", "table", "clean")  # what needs diffusers' float32 tables beside it
+
+_MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+_EULER, _FLOWS = "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
+
+
+class Probe(NamedTuple):
+    """Where a departure shows.
+
+    Attributes:
+        scheduler, options: the class and how it is built.
+        n: steps.
+        weak: the error is that of the variance on Gaussian data, not of the end of a path.
+        step: options of `step`.
+        beside: departures that this one needs: without them its arithmetic has no meaning.
+        part: of the steps, when the error is read.
+    """
+
+    scheduler: str
+    options: dict[str, Any]
+    n: int = 20
+    weak: bool = False
+    step: Mapping[str, Any] = MappingProxyType({})
+    beside: tuple[str, ...] = ()
+    part: float = 1.0
+
+    def costs(self, name: str) -> tuple[float, float, float]:
+        """The error without this departure and with it, and how far it moves the result."""
+        method = Method(
+            self.scheduler, self.options, 0, self.weak, {"part": self.part, **self.step}
+        )
+        exact, truth = method.result_of(method.build().reread(departing(*self.beside)), self.n)
+        departed = method.build().reread(departing(name, *self.beside))
+        departed, departed_truth = method.result_of(departed, self.n)
+        errors = (exact - truth, departed - departed_truth, departed - exact)
+        return tuple(e.abs().max().item() for e in errors)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        step = "".join(f", {k}={v!r}" for k, v in self.step.items())
+        what = "variance" if self.weak else "path"
+        part = f" at {self.part:.0%}" if self.part < 1 else ""
+        return f"`{self.scheduler}({options})`, {self.n} steps{step}: {what}{part}"
+
+
+# A departure's probe, or why there is none.
+PROBES: dict[str, Probe | str] = {
+    "dtype": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True),
+    "laplace": Probe("DDIMScheduler", _DDIM | _SPACED | {"beta_schedule": "laplace"}, 100),
+    "timesteps": "refused, or one step from where there is nothing to do",
+    "solver_timesteps": Probe(
+        _MULTI,
+        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -3.0,
+         "timestep_spacing": "trailing"},
+    ),
+    "real_timesteps": "for one step, and where “trailing” is refused",
+    "spaced_sigmas": Probe(_EULER, {"interpolation_type": "log_linear"}),
+    "table": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True, beside=("dtype", "clean")),
+    "solver_schedule": Probe(_MULTI, _ZERO_SNR),
+    "formula_timesteps": Probe(_MULTI, {"use_exponential_sigmas": True}),
+    "lu_sigmas": Probe(_MULTI, {"use_lu_lambdas": True}),
+    "steps_in_reach": "the range of a formula is the caller's choice; λ is not clipped",
+    "flow_end": "ends at another level, correctly",
+    "preserving_levels": Probe(_MULTI, {"solver_order": 3}, 500),
+    "exploding_levels": Probe("HeunDiscreteScheduler", {}, 500),
+    "exploding_start": "the start has 1/(1 + σ²) too little variance: 4e-5 for the linear schedule",
+    "euler_end": Probe(
+        _EULER, {"use_karras_sigmas": True, "sigma_min": 0.001, "final_sigmas_type": "sigma_min"}
+    ),
+    "input_norm": "rounding alone",
+    "descent": Probe("HeunDiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}, 18),
+    "churned_sample": Probe(_EULER, {}, weak=True, step={"s_churn": 5.0}),
+    "ancestral_sigmas": Probe("EulerAncestralDiscreteScheduler", {}, 5, weak=True),
+    "check_ancestral": "refused by name",
+    "edm_start": "the start has a variance (1 − σ_data²)/σ_max² off: 1e-4 by default",
+    "edm_sigmas": Probe("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential"}),
+    "edm_end": "a single step that does nothing",
+    "check_edm_sigmas": "refused by name",
+    "check_edm_solver": "refused by name",
+    "edm_sample": "precision of the arithmetic alone",
+    "velocity_level": "a target for training, not a sampler: v of another timestep",
+    "flow_levels": Probe(_FLOWS, {}, 500),
+    "clean": "the same level, in the type of a float32 table",
+    "ddim_levels": Probe("DDIMScheduler", _DDIM | _SPACED, 300),
+    "ddim_direction": Probe(
+        "DDIMScheduler", _DDIM | _SPACED | _ZERO_SNR, weak=True, step={"eta": 1.0},
+        beside=_ROUNDED,
+    ),
+    "posterior": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True, beside=_ROUNDED),
+    "adds_noise_at_the_end": Probe(
+        "DDPMScheduler",
+        _DDIM | {"timestep_spacing": "trailing", "variance_type": "fixed_large"},
+        weak=True,
+    ),
+    "solver_sample": Probe(_MULTI, {}, 500),
+    "solver_row": Probe(_MULTI, _FLOW | {"prediction_type": "v_prediction"}),
+    "exp": Probe(_MULTI, _SDE, 500, weak=True),
+    "expm1": Probe(_MULTI, {}, 500),
+    "phi3": Probe(_MULTI, {"solver_order": 3}, 100, part=0.8),
+    "singlestep_phi3": Probe(
+        _SINGLE, _SDE | {"solver_order": 3, "solver_type": "heun"}, 30, weak=True
+    ),
+    "stage_noise": Probe(_SINGLE, _SDE | {"solver_order": 2}, weak=True),
+    "scalar": Probe("UniPCMultistepScheduler", {}, 500),
+    "unipc_expm1": Probe("UniPCMultistepScheduler", {}, 500),
+    "unipc_moments": Probe("UniPCMultistepScheduler", {"solver_order": 3}, 500),
+    "check_unipc": "refused by name",
+    "dynamic_shift": "rounding alone",
+    "inversion_grid": Probe("DDIMInverseScheduler", _DDIM),
+    "inversion_levels": Probe("DDIMInverseScheduler", _DDIM | {"timestep_spacing": "trailing"}, 30),
+    "consistency_weights": "rounding alone",
+    "consistency_end": "noise of the last level stays in the result",
+    "pndm_levels": Probe("PNDMScheduler", {"skip_prk_steps": True, **_SPACED}),
+    "runge_kutta_middle": Probe("PNDMScheduler", {"timestep_spacing": "trailing"}, 30),
+    "average_noise": Probe("PNDMScheduler", {"skip_prk_steps": True,
+                                             "prediction_type": "v_prediction"}),
+    "transfer": Probe("PNDMScheduler", {"skip_prk_steps": True}, 500, beside=_ROUNDED),
+    "flow_line": Probe(_FLOWS, {"shift": 3.0}),
+    "flow_sigmas_of": "for timesteps of one's own: the network is told less noise than x has",
+    "flow_path": "scale_noise and stochastic_sampling with invert_sigmas: noise for data",
+    "flow_row": "cancels `flow_path` in a deterministic step",
+    "token_output": "a sign that callers undo",
+}  # fmt: skip
+
+
+def text_of(reading: type[Exact], name: str) -> str:
+    """What a reading says of itself: the docstring of its method, on one line."""
+    if name == "dtype":
+        return f"Tables of β and ᾱ are {reading.dtype}.".replace("torch.", "")
+    return " ".join(inspect.getdoc(vars(reading)[name]).split())
+
+
+def table() -> str:
+    """The ledger in Markdown, with its costs measured now."""
+    rows = [
+        "| departure | the paper | diffusers 0.42.1 | where it shows | exact | with it | moves |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in departures():
+        probe = PROBES[name]
+        cost = "| | |"
+        if isinstance(probe, Probe):
+            cost = "".join(f"| {c:.1e} " for c in probe.costs(name)) + "|"
+        texts = (text_of(Exact, name), text_of(Diffusers, name))
+        cells = " | ".join(text.replace("|", "\\|") for text in texts)
+        rows.append(f"| `{name}` | {cells} | {probe} {cost}")
+    return "\n".join(rows)
+
+
+HEAD = """\
+# Where diffusers departs from the papers
+
+Written by `python -m minidiff.lab.ledger` from `schedulers/quirks.py`, where both readings of each
+departure are: do not edit. `compat="exact"` has none of the departures, `compat="diffusers"` all of
+them together; one alone is switched on by
+
+```python
+from minidiff.schedulers import DDIMScheduler
+from minidiff.schedulers.core.quirks import departing
+
+scheduler = DDIMScheduler(compat="exact", timestep_spacing="linspace")
+one_departure = scheduler.reread(departing("ddim_levels"))
+```
+
+The last columns are errors at the end of sampling with the optimal network, without and with the
+departure, and how far it moves the result: of the *path*, against the exact probability flow of a
+mixture of two Gaussians, or of the *variance* of the samples of one Gaussian of variance ¼. What is
+left without it is the solver's own error, which now and then a departure happens to reduce.
+"""
+
+
+def main() -> None:
+    print(HEAD)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

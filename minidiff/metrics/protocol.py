@@ -1,0 +1,425 @@
+"""One table that says how good a model is, by the fixed protocol of EVALUATION.md.
+
+    report = evaluate(pipe, load("mnist", "train"), load("mnist", "test"), net, Plan(10_000))
+    print(report)
+
+A row is a figure, a column is what it is measured on: the model's samples, the same without
+guidance, real held-out images (the ceiling), and real training images (the floor: what so few
+samples of a perfect model would score). Where a figure cannot be had, the report says why.
+"""
+
+import contextlib
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.data import ImageData
+from minidiff.errors import InvalidArgument, one_of, whole_number
+from minidiff.images.pixels import to_uint8
+from minidiff.metrics import Evaluator, accuracy, copying, features, fixed_order, likelihood
+from minidiff.metrics.report import HELD_OUT, MODEL, TRAINING, UNGUIDED, Report
+from minidiff.metrics.train_classifier import Recipe, train
+from minidiff.nn import AutoencoderKL
+from minidiff.nn.classifier import Classifier
+from minidiff.noise import MAX_SEED, image_generators
+from minidiff.pipeline import Pipeline
+from minidiff.pipeline.request import MAX_IMAGES
+
+PROTOCOL = 1  # of EVALUATION.md; figures of different versions cannot be compared
+PARTS = ("samples", "classifier", "copying", "likelihood")
+SAMPLES, QUICK_SAMPLES = 50_000, 10_000
+LEAST = 10  # images of a kind, where there is no classifier that wants more
+NONE = (1.0, 1.0)  # scales of guidance and autoguidance that leave the network's output as it is
+FLOW_STEPS = 16  # within 0.002 bits of 64, less than the probes' noise
+BOUND_DRAWS = 64
+LEARNT = Recipe(epochs=10, batch_size=100, augment="none")  # of the classifier of samples
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured. Checked when built.
+
+    Attributes:
+        samples: of every seed.
+        seeds: of the noise; each gives a figure, and ± is their standard deviation.
+        learnt: how many samples a classifier is trained on.
+        compared: how many are compared with their nearest neighbours.
+        likely: images of either split whose likelihood is taken, other ones for every seed.
+        parts: which of `PARTS` to measure.
+        steps, guidance, autoguidance, eta: of sampling; None for the model's own.
+        batch_size: images in the network at once.
+    """
+
+    samples: int
+    seeds: tuple[int, ...] = (0, 1, 2)
+    learnt: int = 5_000
+    compared: int = 5_000
+    likely: int = 128
+    parts: tuple[str, ...] = PARTS
+    steps: int | None = None
+    guidance: float | None = None
+    autoguidance: float | None = None
+    eta: float | None = None
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        whole_number("num", self.samples, 1, MAX_IMAGES)
+        for name in ("learnt", "compared", "likely", "batch_size"):
+            whole_number(name, getattr(self, name), 1)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InvalidArgument(f"seeds must be different and at least one, got {self.seeds}")
+        for seed in self.seeds:
+            whole_number("seed", seed, 0, MAX_SEED)
+        if not self.parts:
+            raise InvalidArgument(f"parts must name at least one of {', '.join(PARTS)}")
+        for part in self.parts:
+            one_of("parts", part, PARTS)
+
+
+def plan_for(
+    data: ImageData, num: int | None = None, *, quick: bool = False, seed: int = 0, seeds: int = 3
+) -> Plan:
+    """The protocol's sizes for this data.
+
+    Args:
+        data: the training images, which the samples stand for; there are no more samples than
+            these unless `num` says so.
+        num: samples of a seed; None for 50,000, or 10,000 if quick.
+        quick: less of everything, in a quarter of the time.
+        seed, seeds: the first seed, and how many.
+    Raises:
+        InvalidArgument: a number is out of range.
+    """
+    if num is None:
+        num = max(LEAST, min(QUICK_SAMPLES if quick else SAMPLES, len(data)))
+    first, count = whole_number("seed", seed, 0), whole_number("seeds", seeds, 1, 100)
+    plan = Plan(num, tuple(range(first, first + count)))
+    return replace(plan, learnt=2_000, compared=2_000, likely=32) if quick else plan
+
+
+def evaluate(
+    pipe: Pipeline,
+    train: ImageData,
+    test: ImageData,
+    net: Classifier | None,
+    plan: Plan,
+    *,
+    first_samples: list[Tensor] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Measure a model by the protocol.
+
+    Args:
+        pipe: of classes, or of nothing.
+        train, test: the two splits of what it was trained on.
+        net: the classifier whose features are used, on its device; None to measure what needs
+            none.
+        plan: how much, see `plan_for`.
+        first_samples: receives up to a hundred of the model's first samples, uint8 (N, C, H, W).
+        progress: show progress bars.
+    Raises:
+        InvalidArgument: before any work: model, data, classifier and plan do not fit together.
+    """
+    _check(pipe, train, test)
+    evaluator = None if net is None else Evaluator.of(train, test, net)
+    scored = evaluator is not None and "samples" in plan.parts
+    whole_number("num", plan.samples, evaluator.least if scored else LEAST)
+    report = Report(_about(pipe, train, plan))
+    if evaluator is None:
+        missing = [part for part in ("samples", "classifier") if part in plan.parts]
+        why = f"no classifier is shipped for {train.name}: train one with "
+        why += "minidiff train-classifier and name it with --classifier"
+        report.absent.update(dict.fromkeys(missing, why))
+    if "classifier" in plan.parts and evaluator is not None:
+        why = _why_nothing_is_learnt(pipe, train)
+        if why:
+            report.absent["classifier"] = why
+    job = _Job(pipe, train, test, evaluator, plan, report, progress)
+    if job.wants("samples", "classifier", "copying"):
+        job.measure_samples([] if first_samples is None else first_samples)
+        job.measure_real()
+    if job.wants("likelihood"):
+        job.measure_likelihood()
+    return report
+
+
+def _check(pipe: Pipeline, train: ImageData, test: ImageData) -> None:
+    if pipe.prompts is not None:
+        raise InvalidArgument("evaluate is for models of classes or of nothing, this one has texts")
+    shapes = (pipe.image_shape, tuple(train.images.shape[1:]), tuple(test.images.shape[1:]))
+    if len(set(shapes)) > 1:
+        raise InvalidArgument(
+            f"data {train.name} has images of shape {shapes[1]} (train) and {shapes[2]} (test), "
+            f"the model makes {shapes[0]}"
+        )
+    if pipe.class_names and len(pipe.class_names) != train.num_classes:
+        raise InvalidArgument(
+            f"data {train.name} has {train.num_classes} classes, the model {len(pipe.class_names)}"
+        )
+    for name, images in (("training", train), ("held-out", test)):
+        whole_number(f"number of {name} images", len(images), LEAST)
+
+
+def _why_nothing_is_learnt(pipe: Pipeline, train: ImageData) -> str | None:
+    if train.labels is None:
+        return f"{train.name} has no labels"
+    return None if pipe.class_names else "the model is told no class, so its samples have no labels"
+
+
+def _about(pipe: Pipeline, train: ImageData, plan: Plan) -> dict[str, Any]:
+    return {
+        "protocol": PROTOCOL,
+        "data": train.name,
+        "model_sha256": digest(pipe.unet),
+        "weaker_sha256": None if pipe.weaker is None else digest(pipe.weaker),
+        "scheduler": type(pipe.scheduler).__name__,
+        "steps": pipe.num_inference_steps if plan.steps is None else plan.steps,
+        "guidance": pipe.guidance_scale if plan.guidance is None else plan.guidance,
+        "autoguidance": (
+            pipe.autoguidance_scale if plan.autoguidance is None else plan.autoguidance
+        ),
+        "eta": plan.eta,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": str(pipe.device),
+        "plan": asdict(plan),
+    }
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 of a network's weights: of names, types, shapes and bytes, in order."""
+    total = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def counted(*networks: nn.Module | None) -> Iterator[list[int]]:
+    """Count the images that pass through networks, by a hook inside each, as [count].
+
+    A guided evaluation runs the network on both conditions, so it counts as two, and one away from
+    a weaker network counts that as well. None is no network.
+    """
+    count = [0]
+
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        count[0] += len(output)
+
+    handles = [network.register_forward_hook(hook) for network in networks if network is not None]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Job:
+    """One evaluation under way."""
+
+    pipe: Pipeline
+    train: ImageData
+    test: ImageData
+    evaluator: Evaluator | None
+    plan: Plan
+    report: Report
+    progress: bool
+
+    def wants(self, *parts: str) -> bool:
+        """Whether any of these parts is asked for and possible."""
+        return any(part in self.plan.parts and part not in self.report.absent for part in parts)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        spent = self.report.seconds.get(part, 0.0)
+        self.report.seconds[part] = spent + time.monotonic() - started
+
+    # --- samples ---------------------------------------------------------------------------
+
+    def measure_samples(self, first_samples: list[Tensor]) -> None:
+        """The model's columns, seed after seed."""
+        scales = self.report.about["guidance"], self.report.about["autoguidance"]
+        columns = {MODEL: scales} if scales == NONE else {MODEL: scales, UNGUIDED: NONE}
+        for seed in self.plan.seeds:
+            for column, led in columns.items():
+                with self.timed("sampling"):
+                    images, labels = self.draw(seed, column, *led)
+                if not first_samples:
+                    first_samples.append(images[:100])
+                self.measure(column, images, labels, learn=column == MODEL)
+
+    def draw(
+        self, seed: int, column: str, guidance: float, autoguidance: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Samples uint8 (N, C, H, W) of classes in the proportions of the training labels."""
+        n = self.samples
+        labels = None
+        if self.pipe.class_names:
+            order = fixed_order(self.train)
+            labels = self.train.labels[order[torch.arange(n) % len(order)]]
+        with counted(self.pipe.unet, self.pipe.weaker) as count:
+            images = self.pipe(
+                class_labels=labels,
+                num_images=n,
+                num_inference_steps=self.plan.steps,
+                guidance_scale=guidance,
+                autoguidance_scale=autoguidance,
+                eta=self.plan.eta,
+                seed=seed,
+                batch_size=self.plan.batch_size,
+                output_type="pt",
+                progress=self.progress,
+            ).images
+        self.report.add("evaluations", column, count[0] / n)
+        return to_uint8(images).cpu(), labels
+
+    @property
+    def samples(self) -> int:
+        """How many samples the parts that are asked for need."""
+        if self.wants("samples"):
+            return self.plan.samples
+        needs = {"classifier": self.plan.learnt, "copying": self.plan.compared}
+        return min(self.plan.samples, max(n for part, n in needs.items() if self.wants(part)))
+
+    def measure(
+        self, column: str, images: Tensor, labels: Tensor | None, *, learn: bool = True
+    ) -> None:
+        """All figures of images, model's or real, but their likelihood."""
+        if self.wants("samples"):
+            with self.timed("samples"):
+                self.report.add_scores(column, self.evaluator.score(images, labels))
+        if learn and self.wants("classifier"):
+            with self.timed("classifier"):
+                part = slice(self.plan.learnt)
+                self.report.add("learnt", column, self.learnt_from(images[part], labels[part]))
+        self.compare(column, images)
+
+    def learnt_from(self, images: Tensor, labels: Tensor) -> float:
+        """Accuracy on real held-out images of a classifier that saw only these."""
+        data = ImageData("samples", images, labels, self.train.class_names)
+        net = train(data.to(self.pipe.device), LEARNT, report=lambda *line: None)
+        predicted, _ = features(net, self.test.images)
+        return accuracy(predicted, self.test.labels)
+
+    def compare(self, column: str, images: Tensor) -> None:
+        """Whether images are copies of training images."""
+        if self.wants("copying"):
+            with self.timed("copying"):
+                samples = images[: self.plan.compared].to(self.pipe.device)
+                held_out, _ = self.halves
+                self.report.add("copying", column, copying(samples, self.train.images, held_out))
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The held-out images to be near to, and those that are compared as samples are."""
+        order = fixed_order(self.test)
+        middle = len(order) // 2
+        return self.test.images[order[:middle]], self.test.images[order[middle:]]
+
+    # --- real images -----------------------------------------------------------------------
+
+    def measure_real(self) -> None:
+        """The columns of real images."""
+        if self.wants("samples"):
+            with self.timed("samples"):
+                if len(self.test) < self.evaluator.least:
+                    why = f"{len(self.test)} held-out images are less than {self.evaluator.least}"
+                    self.report.absent["real, held out"] = why
+                else:
+                    n = min(self.plan.samples, len(self.test))
+                    self.report.add_scores(HELD_OUT, self.evaluator.ceiling(n))
+                for seed in self.plan.seeds:
+                    floor = self.evaluator.floor(self.plan.samples, seed)
+                    self.report.add_scores(TRAINING, floor)
+        order = fixed_order(self.train)
+        if self.wants("classifier"):
+            with self.timed("classifier"):
+                chosen = order[: self.plan.learnt]
+                found = self.learnt_from(self.train.images[chosen], self.train.labels[chosen])
+                self.report.add("learnt", TRAINING, found)
+        self.compare(HELD_OUT, self.halves[1])
+        self.compare(TRAINING, self.train.images[order])
+
+    # --- likelihood ------------------------------------------------------------------------
+
+    def measure_likelihood(self) -> None:
+        """Bits per dimension of held-out and of training images."""
+        if isinstance(self.pipe.vae, AutoencoderKL):
+            self.report.absent["likelihood"] = "the VAE maps many pictures to one latent"
+            return
+        bounds: dict[str, dict[str, list[float]]] = {}
+        with self.timed("likelihood"), counted(self.pipe.unet) as count:
+            images = 0
+            for column, data in ((HELD_OUT, self.test), (TRAINING, self.train)):
+                order, number = fixed_order(data), len(self.plan.seeds)
+                for i, seed in enumerate(self.plan.seeds):
+                    chosen = order[i::number][: self.plan.likely]
+                    try:
+                        bound, flow = self.bits(data, chosen, seed)
+                    except InvalidArgument as error:  # such as ε-prediction at zero SNR
+                        self.report.absent["likelihood"] = str(error)
+                        return
+                    images += len(chosen)
+                    self.report.add("flow", column, flow)
+                    for variance, value in bound.items():
+                        bounds.setdefault(variance, {}).setdefault(column, []).append(value)
+        # Which variance is the better is decided where nothing is at stake.
+        best = min(bounds, key=lambda variance: statistics.fmean(bounds[variance][TRAINING]))
+        self.report.cells["bound"] = bounds[best]
+        self.report.about["bounds"] = {"chosen": best, **bounds}
+        self.report.about["likelihood_evaluations"] = count[0] / images
+
+    def bits(self, data: ImageData, chosen: Tensor, seed: int) -> tuple[dict[str, float], float]:
+        """The mean bound, of either variance, and the mean of the flow, in bits per dimension."""
+        pipe = self.pipe
+        bounds: dict[str, list[Tensor]] = {variance: [] for variance in likelihood.VARIANCES}
+        flows = []
+        for part in range(0, len(chosen), self.plan.batch_size):
+            index = chosen[part : part + self.plan.batch_size]
+            sources = image_generators(seed, range(part, part + len(index)))
+            x0, labels = data.batch(index)
+            noise = torch.stack([torch.rand(x0.shape[1:], generator=g) - 0.5 for g in sources])
+            points = x0 + likelihood.PIXEL * noise  # dequantised: uniform in the bin of each byte
+            x0, points = (self.latents(x) for x in (x0, points))
+            signs = [likelihood.rademacher(x0.shape[1:], g, x0) for g in sources]
+            told = labels if pipe.class_names else None
+            # In float32, whatever samples are drawn in: bits are small differences of large sums.
+            denoise = _in_float32(pipe).denoiser(None if told is None else told.to(pipe.device))
+            bound = likelihood.variational_bound(
+                denoise, pipe.scheduler, x0,
+                draws=BOUND_DRAWS, generator=sources, bin_width=likelihood.PIXEL, seed=seed,
+            )  # fmt: skip
+            log_prob = likelihood.flow_log_prob(
+                denoise, pipe.scheduler, points,
+                steps=FLOW_STEPS, probes=torch.stack(signs, dim=1),
+            )  # fmt: skip
+            size = x0[0].numel()
+            for variance, parts in bounds.items():
+                parts.append(likelihood.bits_per_dimension(bound.total(variance), size))
+            flows.append(likelihood.bits_per_dimension(-log_prob, size, likelihood.PIXEL))
+        means = {variance: torch.cat(parts).mean().item() for variance, parts in bounds.items()}
+        flow = torch.cat(flows).mean().item()
+        if not math.isfinite(sum(means.values()) + flow):
+            raise InvalidArgument(f"the network gives a likelihood of {means} and {flow}")
+        return means, flow
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Images in the network's space, to which the pixels are only permuted."""
+        x = x.to(self.pipe.device)
+        z = x if self.pipe.vae is None else self.pipe.vae.to_latents(x)
+        return z.contiguous(memory_format=torch.channels_last)
+
+
+def _in_float32(pipe: Pipeline) -> Pipeline:
+    """A pipeline of the same network without autocast."""
+    return Pipeline(pipe.unet, pipe.scheduler, pipe.vae, pipe.class_names)

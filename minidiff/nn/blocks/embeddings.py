@@ -1,0 +1,374 @@
+"""What a network is told besides the picture: time, class, text, and numbers.
+
+Time becomes features, sines and cosines at many frequencies, and two linear layers make of them
+the embedding that every block is told. Whatever else there is, a class, a pooled text, the size of
+the picture, is brought to the same width and added. Submodules have the names of diffusers'
+checkpoints. A network without one of these has a part that adds nothing and refuses to be told.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.errors import InvalidArgument
+from minidiff.nn.blocks.attention import Context
+from minidiff.nn.blocks.layers import ACTIVATIONS
+
+# ------------------------------------------------------------------------------------ time
+
+
+class SinusoidalTime(nn.Module):
+    """Sines and cosines of t at `channels // 2` frequencies from 1 down to about 1/10000.
+
+        features(t)ᵢ = sin(t·ωᵢ), cos(t·ωᵢ);  ωᵢ = 10000^(−i / (half − freq_shift))
+
+    Args:
+        channels: number of features; an odd last one is zero.
+        flip_sin_to_cos: cosines first.
+        freq_shift: 1 makes the lowest frequency exactly 1/10000, as Ho et al. do; 0 not.
+
+    Source: Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762.
+    """
+
+    def __init__(self, channels: int, flip_sin_to_cos: bool, freq_shift: float):
+        super().__init__()
+        self.channels = channels
+        self.half = channels // 2
+        self.freq_shift = freq_shift
+        self.order = (1, 0) if flip_sin_to_cos else (0, 1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map times (B,) to features (B, channels), float32 whatever the dtype of the model."""
+        # Not a buffer: `.to(bfloat16)` would round the frequencies, and t runs to 1000.
+        i = torch.arange(self.half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * i / (self.half - self.freq_shift))
+        angles = t[:, None].float() * frequencies
+        waves = (angles.sin(), angles.cos())
+        first, second = self.order
+        features = torch.cat([waves[first], waves[second]], dim=1)
+        return F.pad(features, (0, self.channels - 2 * self.half))
+
+    def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
+        return out
+
+
+class FourierTime(nn.Module):
+    """Sines and cosines of t at random frequencies that are drawn once and never trained.
+
+        features(t) = sin(2π·t·w), cos(2π·t·w);  w ~ N(0, scale²)
+
+    Args:
+        features: even number of features.
+        flip_sin_to_cos: cosines first.
+        scale: standard deviation of the frequencies.
+
+    Source: Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency Functions",
+    https://arxiv.org/abs/2006.10739.
+    """
+
+    def __init__(self, features: int, flip_sin_to_cos: bool, scale: float = 1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features // 2) * scale, requires_grad=False)
+        self.order = (1, 0) if flip_sin_to_cos else (0, 1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map times (B,) to (B, features), float32 or wider."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        angles = t.to(wide)[:, None] * self.weight.to(wide) * 2 * math.pi
+        waves = (angles.sin(), angles.cos())
+        return torch.cat([waves[i] for i in self.order], dim=1)
+
+    def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
+        return out
+
+
+class LogFourierTime(FourierTime):
+    """The same of log σ: a network with these features is told a noise level σ in place of a step,
+    and its output is divided by it.
+
+    Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential
+    Equations", https://arxiv.org/abs/2011.13456, appendix C.
+    """
+
+    def __init__(self, features: int):
+        super().__init__(features, flip_sin_to_cos=False, scale=16.0)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map levels (B,), positive, to (B, features), float32 or wider."""
+        return super().forward(t.to(torch.promote_types(self.weight.dtype, torch.float32)).log())
+
+    def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
+        return out / t.view(-1, *(1,) * (out.dim() - 1)).to(out.dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers from features to the embedding that every block is told.
+
+    Args:
+        features, width: of the input and of the embedding.
+        act: names an entry of ACTIVATIONS, between the layers.
+        post_act: another one after them, or None.
+        condition: width of a second input that is added to the features (a distilled network's
+            guidance scale, for one), or None where there is no such input.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        act: str = "silu",
+        post_act: str | None = None,
+        condition: int | None = None,
+    ):
+        super().__init__()
+        self.linear_1 = nn.Linear(features, width)
+        self.act = ACTIVATIONS[act]()
+        self.linear_2 = nn.Linear(width, width)
+        self.post_act = ACTIVATIONS[post_act]() if post_act else nn.Identity()
+        self.cond_proj = Condition(condition, features) if condition else NoCondition()
+
+    def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Map (B, features) and (B, condition), which may be None, to (B, width)."""
+        features = features.to(self.linear_1.weight.dtype)
+        if condition is not None:
+            features = features + self.cond_proj(condition, len(features))
+        return self.post_act(self.linear_2(self.act(self.linear_1(features))))
+
+
+class Condition(nn.Linear):
+    """The second input of a TimestepEmbedding, brought to the width of the first."""
+
+    def __init__(self, width: int, features: int):
+        super().__init__(width, features, bias=False)
+
+    def forward(self, condition: Tensor, batch: int) -> Tensor:
+        check_tensor("timestep_cond", condition, (batch, self.in_features))
+        return super().forward(condition)
+
+
+class NoCondition(nn.Module):
+    """The second input of an embedding that has none."""
+
+    def forward(self, condition: Tensor, batch: int) -> Tensor:
+        raise InvalidArgument("timestep_cond must be None: time_cond_proj_dim is None")
+
+
+def check_sample(sample: object) -> None:
+    """Refuse what is no floating point tensor. Raises InvalidArgument."""
+    if not isinstance(sample, Tensor):
+        raise InvalidArgument(f"sample must be a tensor, got {type(sample).__name__}")
+    if not sample.is_floating_point():
+        raise InvalidArgument(f"sample must be floating point, got {sample.dtype}")
+
+
+def times_of(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
+    """The times of a batch, (B,) on the sample's device, from one number or one a sample.
+
+    Raises:
+        InvalidArgument: neither a number nor a tensor () or (B,).
+    """
+    if not isinstance(timestep, Tensor):
+        if isinstance(timestep, bool) or not hasattr(timestep, "__float__"):
+            raise InvalidArgument(f"timestep must be a number or a tensor, got {timestep!r}")
+        return torch.full((len(sample),), float(timestep), device=sample.device)
+    if timestep.shape not in ((), (len(sample),)):
+        raise InvalidArgument(
+            f"timestep must have shape () or ({len(sample)},), got {tuple(timestep.shape)}"
+        )
+    return timestep.to(sample.device).expand(len(sample))
+
+
+# --------------------------------------------------------------------------------- classes
+
+
+class NoLabels(nn.Module):
+    """The class embedding of a network without classes: adds nothing, refuses labels."""
+
+    def forward(self, labels: Tensor | None, batch: int) -> float:
+        if labels is not None:
+            raise InvalidArgument(
+                "class_labels must be None: this network is not class-conditional "
+                "(num_class_embeds and class_embed_type are None)"
+            )
+        return 0.0
+
+
+class LabelTable(nn.Embedding):
+    """One trained vector a class. Labels are whole numbers (B,); their range is not checked here,
+    because reading a value of a tensor would make the host wait for the device."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where torch takes seconds to draw nothing
+            super().reset_parameters()
+
+    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
+        check_tensor("class_labels", labels, (batch,))
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise InvalidArgument(f"class_labels must be int64 or int32, got {labels.dtype}")
+        return super().forward(labels)
+
+
+class LabelTimes(TimestepEmbedding):
+    """A number a label (B,), embedded the way the time is, with weights of its own."""
+
+    def __init__(self, times: nn.Module, features: int, width: int, act: str = "silu"):
+        super().__init__(features, width, act)
+        self._times = (times,)  # in a tuple: its weights belong to the time, not to this part
+
+    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
+        check_tensor("class_labels", labels, (batch,))
+        return super().forward(self._times[0](labels))
+
+
+class LabelVectors(nn.Module):
+    """Labels that are embeddings already, (B, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
+        check_tensor("class_labels", labels, (batch, self.width))
+        return labels
+
+
+class LabelFeatures(TimestepEmbedding):
+    """Labels that are vectors (B, features), embedded by two layers."""
+
+    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
+        check_tensor("class_labels", labels, (batch, self.linear_1.in_features))
+        return super().forward(labels)
+
+
+class LabelProjection(nn.Linear):
+    """Labels that are vectors (B, features), embedded by one layer."""
+
+    def forward(self, labels: Tensor | None, batch: int) -> Tensor:
+        check_tensor("class_labels", labels, (batch, self.in_features))
+        return super().forward(labels)
+
+
+class Add(nn.Module):
+    """Time and class embedding, added."""
+
+    def forward(self, time: Tensor, label: Tensor | float) -> Tensor:
+        return time + label
+
+
+class Concatenate(nn.Module):
+    """Time and class embedding side by side, (B, 2 · width)."""
+
+    def forward(self, time: Tensor, label: Tensor) -> Tensor:
+        return torch.cat([time, label], dim=1)
+
+
+# ------------------------------------------------------------------------- texts and numbers
+
+
+class NoAddition(nn.Module):
+    """The additional embedding of a network without one."""
+
+    def forward(self, given: Mapping[str, Tensor] | None, batch: int) -> float:
+        if given:
+            raise InvalidArgument(
+                f"added_cond_kwargs must be None: addition_embed_type is None, got {sorted(given)}"
+            )
+        return 0.0
+
+
+class TextTime(TimestepEmbedding):
+    """SDXL's additional embedding: a pooled text and a few numbers (sizes and crop of the picture).
+
+    Args:
+        sinusoids: features of every number.
+        features: of the pooled text and of all numbers together.
+        width: of the embedding.
+
+    Source: Podell et al. 2023, "SDXL", https://arxiv.org/abs/2307.01952, section 2.2.
+    """
+
+    def __init__(self, sinusoids: SinusoidalTime, features: int, width: int):
+        super().__init__(features, width)
+        self.sinusoids = sinusoids
+
+    def forward(self, given: Mapping[str, Tensor] | None, batch: int) -> Tensor:
+        """Map {"text_embeds": (B, D), "time_ids": (B, numbers)} to (B, width)."""
+        if not isinstance(given, Mapping) or given.keys() != {"text_embeds", "time_ids"}:
+            got = sorted(given) if isinstance(given, Mapping) else given
+            raise InvalidArgument(
+                f"added_cond_kwargs must hold text_embeds and time_ids, got {got!r}"
+            )
+        text, numbers = given["text_embeds"], given["time_ids"]
+        for name, tensor in given.items():
+            if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and len(tensor) == batch):
+                raise InvalidArgument(f"{name} must be a tensor ({batch}, n), got {_shape(tensor)}")
+        wanted = self.linear_1.in_features
+        if text.shape[1] + numbers.shape[1] * self.sinusoids.channels != wanted:
+            raise InvalidArgument(
+                f"text_embeds and time_ids must give {wanted} features (numbers count "
+                f"{self.sinusoids.channels} each), got {_shape(text)} and {_shape(numbers)}"
+            )
+        features = self.sinusoids(numbers.flatten()).view(batch, -1)
+        return super().forward(torch.cat([text, features.to(text.dtype)], dim=1))
+
+
+class NoText(nn.Module):
+    """The context of a network without cross-attention."""
+
+    def forward(self, states: Tensor | None, mask: Tensor | None, batch: int) -> None:
+        for name, value in (("encoder_hidden_states", states), ("encoder_attention_mask", mask)):
+            if value is not None:
+                raise InvalidArgument(f"{name} must be None: this network has no cross-attention")
+
+
+class Text(nn.Module):
+    """The context that cross-attention reads: tokens, and which of them count.
+
+    Args:
+        width: channels of a token.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, states: Tensor | None, mask: Tensor | None, batch: int) -> Context:
+        """Check tokens (B, L, width) and a mask (B, L), 1 or True for the tokens to read."""
+        if not isinstance(states, Tensor) or states.dim() != 3 or not states.is_floating_point():
+            raise InvalidArgument(
+                "encoder_hidden_states must be a floating point tensor "
+                f"({batch}, tokens, {self.width}), got {_shape(states)}"
+            )
+        check_tensor("encoder_hidden_states", states, (batch, states.shape[1], self.width))
+        if mask is None:
+            return Context(states, None)
+        check_tensor("encoder_attention_mask", mask, tuple(states.shape[:2]))
+        # As diffusers has it, and not −∞: a text without one token to read gives no NaN.
+        return Context(states, (1 - mask.to(states.dtype))[:, None, None] * -10000.0)
+
+
+class ProjectedText(nn.Linear):
+    """The same for tokens that a linear layer first brings to the width of the attention."""
+
+    def __init__(self, width: int, to: int):
+        super().__init__(width, to)
+        self.checked = Text(width)
+
+    def forward(self, states: Tensor | None, mask: Tensor | None, batch: int) -> Context:
+        tokens, bias = self.checked(states, mask, batch)
+        return Context(super().forward(tokens), bias)
+
+
+def check_tensor(name: str, value: object, shape: tuple[int, ...]) -> None:
+    """Refuse what is no tensor of this shape, by name. Raises InvalidArgument."""
+    if not isinstance(value, Tensor):
+        raise InvalidArgument(f"{name} must be a tensor of shape {shape}, got {value!r}")
+    if value.shape != shape:
+        raise InvalidArgument(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)

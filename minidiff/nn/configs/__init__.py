@@ -1,0 +1,1 @@
+"""The options of networks, checked and resolved before a network is built."""

@@ -1,0 +1,1 @@
+"""Folders of trainings: written while they run, and gone on with."""

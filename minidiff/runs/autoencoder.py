@@ -1,0 +1,193 @@
+"""A run of `minidiff train-vae`: what it adds to the folder of any run, see `minidiff.runs.folder`.
+
+RUN/vae/                 the autoencoder with the averaged weights, which diffusers reads as well
+RUN/reconstructions.png  held-out images, each above what the autoencoder makes of it
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch import device as Device
+
+from minidiff.data import ImageData
+from minidiff.data.latents import BATCH, LatentData
+from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.images import plot
+from minidiff.images.pixels import to_uint8
+from minidiff.metrics import Evaluator, Scores, load_classifier, shipped
+from minidiff.nn import AutoencoderKL
+from minidiff.nn.model import CONFIG
+from minidiff.runs.autosave import Saving
+from minidiff.runs.folder import RECONSTRUCTIONS, VAE, Say, Settings, about, create, kept, resumed
+from minidiff.runtime.device import pick_device
+from minidiff.runtime.distributed import launched
+from minidiff.training.autoencoder import check, train_vae
+from minidiff.training.config import VAEConfig
+
+COMMAND = "train-vae"
+PICTURE = f"{RECONSTRUCTIONS}.png"
+SHOWN = 40  # images in the picture
+
+
+class Quality(NamedTuple):
+    """What an autoencoder is worth on images that it was not trained on.
+
+    Attributes:
+        l1: mean absolute error of a pixel, in grey levels of 255.
+        psnr: 10·log₁₀(255² / mean square error), in dB; infinite for no error.
+        mean, std: of the latents of a diffusion model, one sample an image; meant to be 0 and 1.
+        made, real: the scores of the reconstructions, and of the images themselves; None where no
+            classifier is shipped for the data.
+    """
+
+    l1: float
+    psnr: float
+    mean: float
+    std: float
+    made: Scores | None
+    real: Scores | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"error of a pixel  {self.l1:.2f} of 255, PSNR {self.psnr:.1f} dB",
+            f"latents           mean {self.mean:.3f}, standard deviation {self.std:.3f}",
+        ]
+        if self.made is not None:
+            lines += [f"reconstructed     {self.made}", f"real, held out    {self.real}"]
+        return "\n".join(lines)
+
+
+def train_vae_into(
+    out: str | Path,
+    config: VAEConfig,
+    data: ImageData,
+    held_out: ImageData,
+    device: Device | str = "cpu",
+    *,
+    saving: Saving | None = None,
+    load: Mapping[str, Any] | None = None,
+) -> tuple[AutoencoderKL, Quality]:
+    """Train with a progress bar, measure, and keep everything in the folder `out`, see the module.
+
+    Args:
+        held_out: images of the same kind, for the measurement and the picture.
+        load: the arguments of `minidiff.data.load` that gave both, but for the split, so that the
+            run can be continued without being told them again.
+    Raises:
+        InvalidArgument: config and data do not fit together, or torchrun started several
+            processes; nothing is written then.
+        CheckpointError: the folder is not empty or cannot be written.
+        TrainingError: the loss is not finite. The log and the snapshots stay.
+        Stopped: by SIGINT or SIGTERM, after the step under way, with everything saved.
+    """
+    device = pick_device(device)
+    _check(config, data, held_out)
+    settings = Settings(
+        COMMAND, config, dict(load or {}), about(data), device.type, saving or Saving()
+    )
+    return _run(create(out, settings), settings, data, held_out, device, print)
+
+
+def resume(
+    out: str | Path,
+    data: ImageData,
+    held_out: ImageData,
+    device: Device | str | None = None,
+    *,
+    say: Say = print,
+) -> tuple[AutoencoderKL, Quality]:
+    """Go on with a run from its newest snapshot that verifies, or from its beginning.
+
+    Args:
+        out: the run's folder.
+        data, held_out: as they were given to `train_vae_into`.
+        device: where to train; by default where the run was.
+        say: told which snapshots were passed over, and where the run goes on.
+    Raises:
+        CheckpointError: the folder is no run of train-vae, none of its snapshots verifies, or the
+            data are not those of the run; otherwise as `train_vae_into`.
+    """
+    settings = resumed(out, COMMAND, data)
+    device = pick_device(settings.device if device is None else device)
+    _check(settings.config, data, held_out)
+    return _run(Path(out), settings, data, held_out, device, say)
+
+
+def _check(config: VAEConfig, data: ImageData, held_out: ImageData) -> None:
+    if launched():
+        raise InvalidArgument("train-vae is for one process: start it without torchrun")
+    check(config, data)
+    check(config, held_out)
+
+
+def _run(
+    out: Path,
+    settings: Settings,
+    data: ImageData,
+    held_out: ImageData,
+    device: Device,
+    say: Say,
+) -> tuple[AutoencoderKL, Quality]:
+    with kept(out, settings, say) as (report, keeper):
+        vae = train_vae(settings.config, data, device, report, keeper.begin, keeper.after)
+    vae.save_pretrained(out / VAE)
+    made = reconstructed(vae, held_out)
+    plot.save(side_by_side(held_out.images[:SHOWN], made[:SHOWN]), out / PICTURE)
+    return vae, measure(vae, made, data, held_out)
+
+
+def open_vae(path: str | Path) -> AutoencoderKL:
+    """Read the autoencoder of a run, of a pipeline folder, or its folder itself.
+
+    Raises:
+        CheckpointError: it is none of these, or it is damaged.
+    """
+    path = Path(path)
+    inside = (path / VAE / CONFIG).is_file()
+    if not inside and not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path}: neither a run (no {VAE}/{CONFIG}) nor a vae (no {CONFIG})")
+    return AutoencoderKL.from_pretrained(path / VAE if inside else path)
+
+
+@torch.no_grad()
+def reconstructed(vae: AutoencoderKL, data: ImageData) -> Tensor:
+    """What the decoder makes of the most likely latents of all images: uint8 like them."""
+    device = next(vae.parameters()).device
+    batches = (data.batch(index)[0] for index in torch.arange(len(data)).split(BATCH))
+    return torch.cat([to_uint8(vae(x.to(device))).cpu() for x in batches])
+
+
+def side_by_side(images: Tensor, made: Tensor, columns: int = 10) -> Image.Image:
+    """A grid of uint8 images (N, C, H, W), N a multiple of `columns`: below each row its twins."""
+    rows = zip(images.split(columns), made.split(columns), strict=True)
+    both = torch.cat([row for pair in rows for row in pair])
+    return plot.grid(both.permute(0, 2, 3, 1).numpy(), columns)
+
+
+def measure(vae: AutoencoderKL, made: Tensor, train: ImageData, held_out: ImageData) -> Quality:
+    """Compare held-out images with their reconstructions.
+
+    The Fréchet distance is that of `minidiff evaluate`: from all reconstructions to all training
+    images, so that it stands beside the scores of samples; a perfect autoencoder would reach that
+    of the held-out images themselves.
+
+    Args:
+        made: of the held-out images, see `reconstructed`.
+        train, held_out: what the autoencoder was trained on, and other images.
+    """
+    device = next(vae.parameters()).device
+    error = made.double() - held_out.images
+    square = float(error.square().mean())
+    latents, _ = LatentData(vae, held_out.to(device)).batch(torch.arange(len(held_out)))
+    std, mean = torch.std_mean(latents.cpu().double())
+    scores = (None, None)
+    if train.name in shipped():
+        scorer = Evaluator.of(train, held_out, load_classifier(train.name).to(device))
+        scores = (scorer.score(made, held_out.labels), scorer.ceiling(len(held_out)))
+    psnr = 10 * math.log10(255**2 / square) if square else math.inf
+    return Quality(float(error.abs().mean()), psnr, float(mean), float(std), *scores)

@@ -1,0 +1,1 @@
+"""What is not about diffusion: files, tensors in them, devices, processes."""

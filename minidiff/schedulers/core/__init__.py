@@ -1,0 +1,1 @@
+"""What the papers stand on: grids, options, readings, tables."""

@@ -1,0 +1,1 @@
+"""From a text to what a network is given of it."""

@@ -1,0 +1,98 @@
+"""Prompts to token numbers, by the tokenizer that lies in a checkpoint's folder.
+
+CLIP's vocabulary and merges are files of the checkpoint; the code that applies them is that of
+the `transformers` library, which only prompts need: `pip install minidiff[text]`. Nothing is
+downloaded, and nothing in the folder is run.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from minidiff.errors import CheckpointError, InvalidArgument, MinidiffError, whole_number
+from minidiff.runtime.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")  # as tokenizer_config.json names them
+
+
+def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
+    """Read the tokenizer that transformers or diffusers wrote to a folder.
+
+    Raises:
+        MinidiffError: transformers is not installed.
+        CheckpointError: a file is missing or damaged, or it is not CLIP's tokenizer, or one
+            that does not say how long a text may be (`model_max_length`).
+    """
+    try:
+        from transformers import CLIPTokenizer
+    except ImportError as error:
+        raise MinidiffError(
+            f"prompts need the tokenizer of transformers: pip install minidiff[text] ({error})"
+        ) from error
+    folder = Path(folder)
+    # Read here because transformers takes another class' files, with a warning at most.
+    options = read_json(folder / "tokenizer_config.json")
+    if (written_by := options.get("tokenizer_class", CLASSES[0])) not in CLASSES:
+        raise CheckpointError(
+            f"{folder}: tokenizer_class must be CLIPTokenizer, got {written_by!r}"
+        )
+    # Without these transformers takes the path for a name on the Hub, or starts an empty table.
+    if not (
+        (folder / "tokenizer.json").is_file()
+        or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
+    ):
+        raise CheckpointError(f"{folder}: holds neither tokenizer.json nor vocab.json, merges.txt")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        whole_number("model_max_length", tokenizer.model_max_length, 2, 1 << 16)
+        tokenize(tokenizer, [""])  # a tokenizer that cannot pad, or not encode, shows it here
+    except Exception as error:  # tokenizers raises Exception itself for files that are damaged
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: not a readable CLIP tokenizer ({reason})") from error
+    return tokenizer
+
+
+def tokenize(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> Tensor:
+    """Token numbers of every prompt, int64 (B, model_max_length), padded at the end.
+
+    A prompt that is too long loses its end, and a warning tells which part.
+
+    Raises:
+        InvalidArgument: not a list of texts, an empty one, or one that is not Unicode.
+    """
+    check_texts(prompts)
+    prompts, length = list(prompts), tokenizer.model_max_length
+    whole = tokenizer(prompts, verbose=False).input_ids
+    # A text that is cut keeps its first length - 1 tokens and then the one that ends it.
+    if cut := [tokenizer.decode(ids[length - 1 : -1]) for ids in whole if len(ids) > length]:
+        warnings.warn(
+            f"a prompt has at most {length} tokens; the end of "
+            f"{len(cut)} of {len(prompts)} is cut off: {', '.join(map(repr, cut))}",
+            stacklevel=2,
+        )
+    return tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def check_texts(prompts: Sequence[str]) -> None:
+    """Refuse what no tokenizer can cut into tokens.
+
+    Raises:
+        InvalidArgument: not a list of texts, an empty one, or one that is not Unicode.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise InvalidArgument(f"prompts must be a list of at least one text, got {prompts!r}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InvalidArgument(f"prompts must hold texts, got {prompt!r}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(f"prompts must be Unicode text, got {prompt!r}") from error

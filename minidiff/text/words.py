@@ -1,0 +1,146 @@
+"""A tokenizer of whole words, for models that are trained here on a few dozen of them.
+
+A text is lower-cased and cut at everything that is no letter and no digit. Each word that the
+vocabulary has becomes a number, between a mark that begins and one that ends the text, and padding
+follows up to a fixed length:
+
+    "A red 7!"  →  begin a red 7 end pad pad …
+
+A word that the vocabulary does not have is left out, with a warning that names it.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import CheckpointError, InvalidArgument, whole_number
+from minidiff.runtime.files import read_json, write_json
+from minidiff.text.clip import check_texts
+
+FILE = "tokenizer_config.json"
+CLASS = "WordTokenizer"
+MARKS = ("<pad>", "<end>", "<begin>")  # numbers 0, 1 and 2: a CLIP encoder takes 2 for no end
+PAD, END, BEGIN = range(len(MARKS))
+_WORD = re.compile(r"[^\W_]+")
+_MAX_LENGTH, _MAX_WORDS = 1 << 10, 1 << 16
+
+
+class WordTokenizer:
+    """Texts to numbers by a fixed vocabulary.
+
+    Args:
+        words: the vocabulary, in the order of the numbers that follow those of the marks.
+        model_max_length: tokens a text, the two marks included.
+    Attributes:
+        words, model_max_length: the arguments.
+        numbers: word → number.
+    Raises:
+        InvalidArgument: no words, one that is no lower-case word or there twice, or a length that
+            holds no word.
+    """
+
+    def __init__(self, words: Sequence[str], model_max_length: int) -> None:
+        if isinstance(words, str) or not isinstance(words, Sequence) or not words:
+            raise InvalidArgument(f"words must be a list of at least one word, got {words!r}")
+        for word in words:
+            if not isinstance(word, str) or words_of(word) != [word]:
+                raise InvalidArgument(f"words must hold lower-case words, got {word!r}")
+        if len(set(words)) < len(words):
+            twice = next(word for i, word in enumerate(words) if word in words[:i])
+            raise InvalidArgument(f"words must differ from each other, got {twice!r} twice")
+        whole_number("number of words", len(words), 1, _MAX_WORDS)
+        self.words = tuple(words)
+        self.model_max_length = whole_number(
+            "model_max_length", model_max_length, len(MARKS), _MAX_LENGTH
+        )
+        self.numbers = {word: number for number, word in enumerate(words, len(MARKS))}
+
+    def __len__(self) -> int:
+        """How many numbers there are."""
+        return len(MARKS) + len(self.words)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Token numbers of every text, int64 (B, model_max_length).
+
+        Words that are unknown, and those at the end of a text that is too long, are left out, and
+        a warning names them.
+
+        Raises:
+            InvalidArgument: not a list of texts, an empty one, or one that is not Unicode.
+        """
+        check_texts(texts)
+        ids = torch.full((len(texts), self.model_max_length), PAD)
+        unknown: dict[str, None] = {}  # a set that keeps the order
+        cut: list[str] = []
+        for row, text in zip(ids, texts, strict=True):
+            found = words_of(text)
+            known = [word for word in found if word in self.numbers]
+            unknown |= dict.fromkeys(word for word in found if word not in self.numbers)
+            room = self.model_max_length - 2
+            if len(known) > room:
+                cut.append(" ".join(known[room:]))
+            numbers = [BEGIN, *(self.numbers[word] for word in known[:room]), END]
+            row[: len(numbers)] = torch.tensor(numbers)
+        if unknown:
+            warnings.warn(
+                f"words that this model does not know are left out: {', '.join(unknown)}",
+                stacklevel=2,
+            )
+        if cut:
+            warnings.warn(
+                f"a prompt has at most {room} words; the end of {len(cut)} of {len(texts)} is cut "
+                f"off: {', '.join(map(repr, cut))}",
+                stacklevel=2,
+            )
+        return ids
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """The words of token numbers (B, L), a text a row, without the marks.
+
+        Raises InvalidArgument: a number that is none of this vocabulary's.
+        """
+        names = (*MARKS, *self.words)
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if low < 0 or high >= len(names):
+            raise InvalidArgument(f"ids must be in 0..{len(names) - 1}, got {low}..{high}")
+        return [" ".join(names[i] for i in row if i >= len(MARKS)) for row in ids.tolist()]
+
+    # ------------------------------------------------------------------------- folders
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `tokenizer_config.json`. Raises CheckpointError: it cannot be written."""
+        content = {
+            "tokenizer_class": CLASS,
+            "words": list(self.words),
+            "model_max_length": self.model_max_length,
+        }
+        write_json(Path(folder) / FILE, content)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "WordTokenizer":
+        """Read what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or is not that of such a tokenizer.
+        """
+        path = Path(folder) / FILE
+        content = read_json(path)
+        wanted = {"tokenizer_class", "words", "model_max_length"}
+        if content.keys() != wanted or content["tokenizer_class"] != CLASS:
+            raise CheckpointError(
+                f"{path}: must hold {', '.join(sorted(wanted))} of a {CLASS}, "
+                f"got {', '.join(sorted(content)) or 'nothing'}"
+            )
+        try:
+            return cls(content["words"], content["model_max_length"])
+        except InvalidArgument as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case: its runs of letters and digits."""
+    return _WORD.findall(text.lower())

@@ -1,0 +1,260 @@
+"""Training of an autoencoder: image → distribution → latents → image → loss → step → average.
+
+    loss = Σ|x − x̂|  (or its squares)  +  β·KL(q(z|x) ‖ N(0, 1))  +  λ·w·(−D(x̂))          per pixel
+
+The first two terms are the evidence lower bound of a VAE whose pixels have a Laplace (or normal)
+distribution of unit scale; β, a small number, trades sharpness against latents that are easy to
+model. The third one is the verdict of a discriminator D on the decoded image, which learns beside
+the autoencoder to tell the two kinds of images apart, with the hinge loss:
+
+    L_D = ½·max(0, 1 − D(x)) + ½·max(0, 1 + D(x̂))
+
+It starts when the decoder is past its first faults. λ makes both pull equally hard on the weights
+of the decoder's last layer, so that w means the same for any data and loss.
+
+Last comes a measurement: with the averaged weights, the mean and the spread of the latents of
+training images become `shift_factor` and `scaling_factor`, so that a diffusion model finds them at
+zero mean and unit variance.
+
+Sources: Kingma & Welling 2014, https://arxiv.org/abs/1312.6114, eq. 10; Esser et al. 2021,
+"Taming Transformers for High-Resolution Image Synthesis", https://arxiv.org/abs/2012.09841, eq. 6
+and 7; Lim & Ye 2017, "Geometric GAN", https://arxiv.org/abs/1705.02894 (hinge); Rombach et al.
+2022, https://arxiv.org/abs/2112.10752, section 3.1 and appendix G.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.data import ImageData, Stream
+from minidiff.data.latents import check_stored, with_unit_latents
+from minidiff.errors import InvalidArgument
+from minidiff.nn import AutoencoderKL
+from minidiff.nn.blocks.gaussian import DiagonalGaussian
+from minidiff.nn.discriminator import PatchDiscriminator
+from minidiff.noise import stream_seed
+from minidiff.runtime.device import DTYPES, pick_device
+from minidiff.runtime.distributed import World
+from minidiff.training.build import groups_of
+from minidiff.training.config import VAEConfig
+from minidiff.training.loop import Loop, steps
+from minidiff.training.optim import EMA
+from minidiff.training.progress import Progress, batch_size
+
+_NOISE = 3  # the stream of random numbers, see `noise.stream_seed`; training has the ones before
+_TINY = 1e-6  # δ of Esser et al. eq. 7
+_MOST = 1e4  # of λ, as in the authors' code: the judge may be quite indifferent
+ERRORS = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+# --- the networks ----------------------------------------------------------------------------
+
+
+class Networks(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        vae: the autoencoder.
+        judge: the discriminator, which is thrown away.
+    """
+
+    vae: AutoencoderKL
+    judge: PatchDiscriminator
+
+
+def build(config: VAEConfig, data: ImageData) -> Networks:
+    """Fresh networks of the size that `config` and the data ask for, weights from the seed.
+
+    torch's global random state is left as it was.
+
+    Raises:
+        InvalidArgument: as `check`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
+        return _networks(config, data)
+
+
+def check(config: VAEConfig, data: ImageData) -> None:
+    """Refuse what cannot be trained, without taking memory.
+
+    Raises:
+        InvalidArgument: there are no images, or they are not stored; they have a side that cannot
+            be halved so often, or the network refuses its sizes.
+    """
+    with torch.device("meta"):
+        _networks(config, data)
+
+
+def _networks(config: VAEConfig, data: ImageData) -> Networks:
+    check_stored(data)
+    channels, height, width = data.shape
+    levels = len(config.channels)
+    vae = AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        latent_channels=config.latent_channels,
+        norm_num_groups=groups_of(config.channels),
+        sample_size=height if height == width else (height, width),
+        mid_block_add_attention=config.attention,
+    )
+    for name, divisor in (
+        ("channels", vae.divisor),
+        ("discriminator_channels", 2 ** len(config.discriminator_channels)),
+    ):
+        odd = name == "channels" and (height % divisor or width % divisor)
+        if odd or min(height, width) < divisor:
+            raise InvalidArgument(
+                f"{name} must be of so few levels that images of {height}×{width} can be halved "
+                f"between them, got {getattr(config, name)}"
+            )
+    return Networks(vae, PatchDiscriminator(channels, config.discriminator_channels))
+
+
+# --- the loss --------------------------------------------------------------------------------
+
+
+def bound(x: Tensor, made: Tensor, posterior: DiagonalGaussian, config: VAEConfig) -> Tensor:
+    """The error and β times the divergence, in nats a pixel, the mean over a batch.
+
+    Args:
+        x, made: images (B, C, H, W) and what became of them.
+        posterior: what the encoder said of them.
+    """
+    divergence = posterior.kl().mean() / x[0].numel()
+    return ERRORS[config.reconstruction](made.float(), x) + config.kl_weight * divergence
+
+
+def verdict(judge: nn.Module, made: Tensor) -> Tensor:
+    """−D(x̂), the mean over patches: what the decoder wants small."""
+    return -judge(made).float().mean()
+
+
+def hinge(judge: nn.Module, x: Tensor, made: Tensor) -> Tensor:
+    """L_D: small where real patches get more than 1 and made ones less than −1."""
+    real, fake = judge(x).float(), judge(made.detach()).float()
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def balance(error: Tensor, judged: Tensor, last: Tensor) -> Tensor:
+    """λ: how many times harder the error pulls on the weights `last` than the verdict does."""
+    pull = torch.autograd.grad(error, last, retain_graph=True)[0].norm()
+    push = torch.autograd.grad(judged, last, retain_graph=True)[0].norm()
+    return (pull / (push + _TINY)).clamp(max=_MOST)  # Esser et al. eq. 7
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+class VAETraining(Loop):
+    """A run under way, and its step.
+
+    Args:
+        config: the run.
+        data: the images, moved to `device` whole.
+        device: where to train.
+    Attributes:
+        vae, judge: the networks, with the raw weights; together they are the `learner`.
+        average: of the autoencoder's weights.
+    Raises:
+        InvalidArgument: as `check`.
+    """
+
+    config: VAEConfig
+
+    def __init__(self, config: VAEConfig, data: ImageData, device: torch.device) -> None:
+        networks = nn.ModuleDict(build(config, data)._asdict())
+        networks.to(device, memory_format=torch.channels_last).train()
+        self.vae, self.judge = networks["vae"], networks["judge"]
+        average = EMA(self.vae, config.ema_half_life)
+        optimizer = _adamw(config, self.vae, self.judge)
+        super().__init__(config, networks, average, optimizer, device, World())
+        self.data, self.stream = data.to(device), Stream(len(data), config.seed)
+        self.noise = torch.Generator(device)
+
+    @property
+    def averaged(self) -> AutoencoderKL:
+        return self.vae
+
+    def step(self) -> None:
+        """Image → latents → image → loss → step → average. Raises TrainingError."""
+        config, progress = self.config, self.budget.progress
+        judged = config.adversarial_weight > 0 and progress >= config.adversarial_start
+        position = self.stream.position
+        x, _ = self.data.batch(self.stream.take(batch_size(config, progress)), position)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with self._cast():
+            posterior = self.vae.encode(x)
+            made = self.vae.decode(posterior.at(self._noise(posterior.mean)))
+            loss = bound(x, made, posterior, config)
+            total = loss + self._push(loss, made) if judged else loss
+        total.backward()
+        if judged:
+            with self._cast():
+                mistakes = hinge(self.judge.requires_grad_(True), x, made)
+            mistakes.backward()
+            total = total + mistakes
+        clip = config.clip or math.inf
+        norms = [nn.utils.clip_grad_norm_(n.parameters(), clip) for n in (self.vae, self.judge)]
+        self.update(total.detach(), sum(norms), loss.detach())
+
+    def _push(self, loss: Tensor, made: Tensor) -> Tensor:
+        """The third term of the loss: λ·w·(−D(x̂))."""
+        judged = verdict(self.judge.requires_grad_(False), made)
+        scale = balance(loss, judged, self.vae.decoder.conv_out.weight)
+        return self.config.adversarial_weight * scale * judged
+
+    def _noise(self, like: Tensor) -> Tensor:
+        """Standard normal numbers of this step: they depend on the seed and the step alone."""
+        self.noise.manual_seed(stream_seed(self.config.seed, _NOISE, self.budget.step))
+        return torch.empty_like(like, dtype=torch.float32).normal_(generator=self.noise)
+
+    def _cast(self) -> torch.autocast:
+        """Matrix work in the config's dtype."""
+        dtype = DTYPES[self.config.dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def train_vae(
+    config: VAEConfig,
+    data: ImageData,
+    device: torch.device | str = "cpu",
+    report: Callable[[Progress], None] = lambda row: None,
+    begin: Callable[[VAETraining], None] = lambda training: None,
+    after: Callable[[VAETraining], None] = lambda training: None,
+) -> AutoencoderKL:
+    """Train an autoencoder until the budget is spent; returns it with the averaged weights.
+
+    Args:
+        config: the run.
+        data: the images, moved to `device` whole.
+        device: where to train.
+        report: called with every row for the log; its loss is that of `bound`.
+        begin, after: called before the first step and after every one, see `training.diffusion`.
+    Raises:
+        InvalidArgument: config and data do not fit together, or the device is not there.
+        TrainingError: a loss or a gradient is not finite.
+    """
+    training = VAETraining(config, data, pick_device(device))
+    begin(training)
+    for _ in steps(training, report, after):
+        pass
+    return with_unit_latents(training.average.model, training.data)
+
+
+def _adamw(config: VAEConfig, vae: nn.Module, judge: nn.Module) -> torch.optim.Optimizer:
+    groups = [
+        {"params": list(vae.parameters()), "betas": (0.9, 0.99)},
+        {"params": list(judge.parameters()), "betas": (0.5, 0.9)},  # as Rombach et al.'s code
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )

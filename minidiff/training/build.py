@@ -1,0 +1,205 @@
+"""A fresh pipeline for a config and data, and what cannot be trained."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from minidiff.data import ImageData
+from minidiff.data.augment import augmented
+from minidiff.data.captioned.captions import CaptionedDigits
+from minidiff.data.latents import LatentData
+from minidiff.data.protocol import Data
+from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
+from minidiff.errors import InvalidArgument
+from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
+from minidiff.nn.blocks.attention import Attention
+from minidiff.nn.blocks.layers import ResnetBlock
+from minidiff.nn.blocks.transformer import Transformer
+from minidiff.pipeline import Pipeline
+from minidiff.schedulers import Scheduler
+from minidiff.schedulers.core.names import sampler
+from minidiff.text.prompts import WordPrompts
+from minidiff.training.config import TrainConfig
+
+
+def build(config: TrainConfig, data: Data) -> Pipeline:
+    """A fresh pipeline of the size that `config` and the data ask for, weights from the seed.
+
+    torch's global random state is left as it was.
+
+    Raises:
+        InvalidArgument: as `check`.
+    """
+    config = resolve(config, data)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
+        unet, prompts = silenced(_network(config, data)), _prompts(config, data)
+    guidable = config.label_dropout and (prompts or data.num_classes)
+    return Pipeline(
+        unet.to(memory_format=torch.channels_last),
+        scheduler_of(config),
+        _decoder(config, data),
+        data.class_names,
+        config.guidance_scale if guidable else 1.0,
+        config.num_inference_steps,
+        prompts,
+        config.guidance_interval if guidable else None,
+    )
+
+
+def scheduler_of(config: TrainConfig) -> Scheduler:
+    """What is stored with the model to sample it. Raises InvalidArgument, see `sampler`."""
+    own = config.objective().scheduler
+    return sampler(config.sampler, own) if config.sampler else own
+
+
+def resolve(config: TrainConfig, data: Data) -> TrainConfig:
+    """The config with what it leaves to the data: σ_data, where the objective asks for it.
+
+    Raises:
+        InvalidArgument: the images are all of one grey.
+    """
+    if not config.measures_data:
+        return config
+    chosen = evenly_spaced(len(data), MEASURED_IMAGES)
+    parts = [data.batch(index)[0].double() for index in chosen.split(512)]
+    count = sum(part.numel() for part in parts)
+    mean = sum(float(part.sum()) for part in parts) / count
+    std = math.sqrt(sum(float((part - mean).square().sum()) for part in parts) / count)
+    if not std:
+        raise InvalidArgument(f"data {data.name} are of one grey: sigma_data cannot be measured")
+    return replace(config, sigma_data=std)
+
+
+def check(config: TrainConfig, data: Data) -> None:
+    """Refuse what cannot be trained, without taking memory.
+
+    Raises:
+        InvalidArgument: there are no images, `block` does not divide their size, a network refuses
+            its sizes, a sampler the objective, a reference batch would be of images that are not
+            stored, or a weaker network would read a text encoder that has learnt on.
+    """
+    seen(config, data)
+    # Whether a sampler fits does not depend on σ_data, which is only measured when a run begins.
+    scheduler_of(replace(config, sigma_data=1.0) if config.measures_data else config)
+    if config.stable_target and not isinstance(data, ImageData | LatentData):
+        raise InvalidArgument(
+            f"stable_target must be 0 for {data.name}: it draws from stored images or latents, "
+            f"got {config.stable_target}"
+        )
+    if config.autoguidance_scale != 1 and isinstance(data, CaptionedDigits):
+        raise InvalidArgument(
+            f"autoguidance_scale must be 1 for {data.name}, whose text encoder learns on when the "
+            f"weaker network does not; got {config.autoguidance_scale:g}"
+        )
+    with torch.device("meta"):
+        _network(config, data)
+        _prompts(config, data)
+
+
+def seen(config: TrainConfig, data: Data) -> Data:
+    """The data as training sees them, augmented. Raises InvalidArgument, see `augmented`."""
+    if isinstance(data, LatentData):
+        for name, none in (("block", 1), ("shift", 0), ("flip", False)):
+            if (given := getattr(config, name)) != none:
+                raise InvalidArgument(f"{name} must be {none} for latents of a vae, got {given}")
+    return augmented(data, shift=config.shift, flip=config.flip, seed=config.seed)
+
+
+def _prompts(config: TrainConfig, data: Data) -> WordPrompts | None:
+    """A fresh text encoder for data with captions."""
+    if not isinstance(data, CaptionedDigits):
+        return None
+    return WordPrompts.fresh(data.tokenizer, config.text_width, config.text_layers)
+
+
+def _network(config: TrainConfig, data: Data) -> UNet:
+    if not len(data):
+        raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
+    if len(data.shape) != 3:
+        raise InvalidArgument(f"data must be images, {data.name} has items of shape {data.shape}")
+    channels, height, width = data.shape
+    if height % config.block or width % config.block:
+        raise InvalidArgument(
+            f"block must divide the image size {height}×{width}, got {config.block}"
+        )
+    side = (height // config.block, width // config.block)
+    return UNet(
+        sample_size=side[0] if side[0] == side[1] else side,
+        in_channels=channels * config.block**2,
+        out_channels=channels * config.block**2 * (2 if config.learn_variance else 1),
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        dropout=config.dropout,
+        norm_num_groups=groups_of(config.channels),
+        # Time and class scale the features as well as shift them: adaptive group normalization
+        # (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, section 3).
+        resnet_time_scale_shift="scale_shift",
+        **_attention(config, data),
+    )
+
+
+def silenced(unet: UNet) -> UNet:
+    """The same network with every residual branch and the output at zero, to begin training with.
+
+    A block then passes on what it is given, and what it adds is learnt from there, as in the code
+    of Ho et al. 2020 and Dhariwal & Nichol 2021 (`zero_module`). The network's layers are changed.
+    """
+    last = [unet.conv_out]
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock):
+            last.append(module.conv2)
+        elif isinstance(module, Attention):
+            last.append(module.to_out[0])
+        elif isinstance(module, Transformer):
+            last.append(module.proj_out)
+    for layer in last:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return unet
+
+
+def _attention(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """What the network looks at, in the words of one of diffusers' two classes.
+
+    Attention costs the square of the positions: it is at the smallest level only.
+    """
+    last, others = config.channels[-1], len(config.channels) - 1
+    head = math.gcd(last, 32)
+    if isinstance(data, CaptionedDigits):
+        return {
+            "down_block_types": ("DownBlock2D",) * others + ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * others,
+            "cross_attention_dim": config.text_width,
+            "class_embed_type": "projection",  # of the text's summary
+            "projection_class_embeddings_input_dim": config.text_width,
+            "attention_head_dim": last // head,  # in this class their number
+        }
+    hides = data.num_classes > 0 and config.label_dropout > 0  # with a label for "no class"
+    return {
+        "down_block_types": ("DownBlock2D",) * others + ("AttnDownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * others,
+        "attention_head_dim": head,
+        "num_class_embeds": data.num_classes + hides or None,
+    }
+
+
+def groups_of(channels: Sequence[int]) -> int:
+    """Groups of the norms: of 16 channels or multiples, which a CPU's vectors hold; else eight.
+
+    But none of one channel, whose mean it would hide.
+    """
+    common = math.gcd(*channels)
+    groups = common // 16 if common % 16 == 0 else math.gcd(common, 8)
+    return groups // 2 if groups == min(channels) and groups > 1 else groups
+
+
+def _decoder(config: TrainConfig, data: Data) -> SpaceToDepth | AutoencoderKL | None:
+    """What makes pictures of what the network makes."""
+    if isinstance(data, LatentData):
+        return data.vae
+    return SpaceToDepth(config.block) if config.block > 1 else None

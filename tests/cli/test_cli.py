@@ -1,0 +1,322 @@
+"""The command line: what it writes, and one line for every kind of bad input."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minidiff import __version__
+from minidiff.cli import main, parser
+from minidiff.pipeline import Pipeline
+from minidiff.training.config import OPTIONS
+from minidiff.training.presets import PRESETS
+
+TINY = ["--steps", "2", "--channels", "8,8", "--batch-size", "4", "--pictures", "0"]
+
+
+def test_sample_writes_a_grid_and_arrays_with_classes_in_equal_shares(run_folder, tmp_path):
+    png, npz = tmp_path / "new" / "grid.png", tmp_path / "x.npz"
+    call = ["sample", str(run_folder), "--num", "20", "--steps", "2", "--seed", "5"]
+    assert main([*call, "--png", str(png), "--npz", str(npz)]) == 0
+    with np.load(npz, allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"]
+    assert images.shape == (20, 16, 16, 1)
+    assert images.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [2] * 10
+    picture = np.asarray(Image.open(png))
+    assert np.array_equal(picture[:32:2, :32:2], images[0, :, :, 0])  # each pixel is 2 × 2
+
+    assert main([*call, "--class", "7", "--npz", str(npz), "--sampler", "ddim"]) == 0
+    with np.load(npz, allow_pickle=False) as file:
+        assert (file["labels"] == 7).all()
+
+
+def test_the_same_seed_gives_the_same_file_whatever_the_batch_size(run_folder, tmp_path):
+    arrays = []
+    for batch_size in ("3", "250"):
+        call = ["sample", str(run_folder / "model"), "--num", "8", "--steps", "3", "--seed", "1"]
+        npz = tmp_path / f"{batch_size}.npz"
+        assert main([*call, "--batch-size", batch_size, "--npz", str(npz)]) == 0
+        with np.load(npz, allow_pickle=False) as file:
+            arrays.append(file["images"].astype(int))
+    assert np.abs(arrays[0] - arrays[1]).max() <= 1
+
+
+def test_sample_changes_a_picture_and_keeps_what_the_mask_keeps(run_folder, tmp_path):
+    """The model is grey; the files have colours."""
+    shades = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
+    white = np.zeros((16, 16), np.uint8)
+    white[:8] = 255
+    for name, array in (("image", shades), ("mask", white)):
+        Image.fromarray(array).convert("RGB").save(tmp_path / f"{name}.png")
+    given = ["--image", str(tmp_path / "image.png"), "--class", "7"]
+
+    def made(*more: str) -> np.ndarray:
+        npz = tmp_path / "x.npz"
+        call = ["sample", str(run_folder), "--num", "2", "--steps", "4", "--npz", str(npz)]
+        assert main([*call, *given, *more]) == 0
+        with np.load(npz, allow_pickle=False) as file:
+            return file["images"][..., 0]
+
+    assert np.array_equal(made("--strength", "0"), np.stack([shades] * 2))
+    changed = made("--strength", "0.5")
+    assert (changed != shades).mean() > 0.5
+    filled = made("--mask", str(tmp_path / "mask.png"))
+    assert np.array_equal(filled[:, 8:], np.stack([shades[8:]] * 2))
+    assert (filled[:, :8] != shades[:8]).mean() > 0.5
+    for more in (
+        ("--guidance-rescale", "0.5", "--guidance-interval", "0.5", "3"),
+        ("--reconstruction-guidance", "5"),
+    ):
+        again = made("--mask", str(tmp_path / "mask.png"), *more)
+        assert np.array_equal(again[:, 8:], filled[:, 8:])
+        assert not np.array_equal(again, filled)
+
+
+def test_train_writes_a_run_that_says_everything_about_itself(run_folder, tmp_path):
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["data"] == {
+        "name": "digits", "images": 10000, "channels": 1, "height": 16, "width": 16,
+    }  # fmt: skip
+    assert config["train"]["steps"] == 120
+    rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 120
+    assert rows[-1]["images"] == 120 * 64
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert (run_folder / "samples.png").is_file()
+
+
+def test_train_reads_a_folder_of_images(tmp_path):
+    for name, shade in (("dark", 30), ("light", 220)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.full((12, 12, 3), shade + i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    run = tmp_path / "run"
+    assert main(["train", "--data", str(tmp_path / "photos"), "--out", str(run), *TINY]) == 0
+    npz = tmp_path / "x.npz"
+    assert main(["sample", str(run), "--num", "4", "--steps", "1", "--npz", str(npz)]) == 0
+    with np.load(npz, allow_pickle=False) as file:
+        assert file["images"].shape == (4, 12, 12, 3)
+        assert file["labels"].tolist() == [0, 1, 0, 1]
+
+
+def bad_mnist(folder, damage):
+    """Write the four IDX files for two images; then damage one."""
+
+    def idx(magic, *shape):
+        body = b"".join(n.to_bytes(4, "big") for n in (magic, *shape))
+        return gzip.compress(body + bytes(int(np.prod(shape))))
+
+    for stem in ("train", "t10k"):
+        (folder / f"{stem}-images-idx3-ubyte.gz").write_bytes(idx(2051, 2, 28, 28))
+        (folder / f"{stem}-labels-idx1-ubyte.gz").write_bytes(idx(2049, 2))
+    path = folder / "train-images-idx3-ubyte.gz"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.write_bytes(idx(2049, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "message"),
+    [
+        ("", 2, "COMMAND"),
+        ("paint", 2, "paint"),
+        ("train --data digits", 2, "--out"),
+        ("train --data digits --out OUT", 2, "either minutes or steps"),
+        ("train --data digits --out OUT --minutes 1 --steps 5", 2, "either minutes or steps"),
+        ("train --data digits --out OUT --minutes nan", 2, "minutes must be"),
+        ("train --data digits --out OUT --minutes -1", 2, "minutes must be"),
+        ("train --data digits --out OUT --minutes 0", 2, "minutes must be more than 0"),
+        ("train --data digits --out OUT --steps 0", 2, "steps must be at least 1, got 0"),
+        ("train --data digits --out OUT --steps 1.5", 2, "--steps"),
+        ("train --data nosuch --out OUT --steps 1", 2, "digits, mnist"),
+        ("train --data digits --out OUT --steps 1 --channels x", 2, "--channels"),
+        ("train --data digits --out OUT --steps 1 --channels 8,0", 2, "channels must be at"),
+        ("train --data digits --out OUT --steps 1 --channels 1", 2, "block_out_channels"),
+        ("train --data digits --out OUT --steps 1 --layers 99", 2, "layers_per_block"),
+        ("train --data digits --out OUT --steps 1 --sampling-steps 2000", 2, "in 1..1000"),
+        ("train --data digits --out OUT --steps 1 --block 3", 2, "block must divide"),
+        ("train --out OUT --steps 1", 2, "--data or --preset"),
+        ("train --preset nosuch --out OUT", 2, "digits"),
+        ("train --preset digits --config NONE.json --out OUT", 1, "cannot be read"),
+        ("train --preset digits --config NONE.ini --out OUT", 2, ".json or .toml"),
+        ("train --preset digits --minutes 1 --steps 5 --out OUT", 2, "either minutes or steps"),
+        (
+            "train --data digits --out OUT --steps 1 --prediction-type edm --noise-levels "
+            "logit_normal",
+            2,
+            "'edm' must be one of log_normal, uniform",
+        ),
+        ("train --data digits --out OUT --steps 1 --beta-schedule x", 2, "linear, scaled_linear"),
+        ("train --data digits --out OUT --steps 1 --device tpu", 2, "auto, cpu, cuda, mps"),
+        ("train --data digits --out OUT --steps 1 --dtype int8", 2, "float32, bfloat16"),
+        ("train --data digits --out OUT --steps 1 --device cpu --cuda-graph", 2, "False on cpu"),
+        ("train --data digits --out OUT --steps 1 --seed -1", 2, "seed must be in"),
+        ("train --data digits --out FILE/x --steps 1", 1, "cannot be written"),
+        ("train --data digits --out FULL --steps 1", 1, "not an empty folder"),
+        ("train --data mnist --out OUT --steps 1", 2, "--data-dir"),
+        ("train --data digits --download --out OUT --steps 1", 2, "download is for mnist"),
+        ("train --data mnist --data-dir NONE --out OUT --steps 1", 1, "no such folder"),
+        ("train --data mnist --data-dir missing --out OUT --steps 1", 1, "train-images-idx3"),
+        ("train --data mnist --data-dir truncated --out OUT --steps 1", 1, "train-images-idx3"),
+        ("train --data mnist --data-dir wrong --out OUT --steps 1", 1, "train-images-idx3"),
+        ("sample NONE --png x.png", 1, "neither a run"),
+        ("sample RUN --png OUT/x --npz OUT/x", 2, "two files"),
+        ("sample RUN --pn OUT/x", 2, "--pn"),
+        ("sample RUN --png FILE/x.png", 1, "cannot be written"),
+        ("sample RUN --png OUT/x.png --steps 0", 2, "num_inference_steps must be in 1..1000"),
+        ("sample RUN --png OUT/x.png --steps 2000", 2, "num_inference_steps must be in 1..1000"),
+        ("sample RUN --png OUT/x.png --steps two", 2, "--steps"),
+        ("sample RUN --png OUT/x.png --guidance nan", 2, "guidance_scale must be finite"),
+        ("sample RUN --png OUT/x.png --class 10", 2, "class_labels must be in 0..9, got 10"),
+        ("sample RUN --png OUT/x.png --num 0", 2, "num_images"),
+        ("sample RUN --png OUT/x.png --sampler euler2", 2, "ddpm, ddim, euler"),
+        ("sample RUN --png OUT/x.png --eta 0.5", 2, "eta is DDIM's"),
+        ("sample RUN --png OUT/x.png --sampler ddim --eta 2", 2, "eta must be in"),
+        ("sample RUN cat --png OUT/x.png", 2, "class_labels must be a whole number in 0..9"),
+        ("sample RUN --negative cat --png OUT/x.png", 2, "negative_prompt must be None"),
+        ("sample RUN --strength 0.5 --png OUT/x.png", 2, "strength needs an image"),
+        ("sample RUN --image NONE --png OUT/x.png", 1, "no such file"),
+        ("sample RUN --image FILE --png OUT/x.png", 1, "no readable picture"),
+        (
+            "sample RUN --image PICTURE --strength 2 --png OUT/x.png",
+            2,
+            "strength must be in [0, 1]",
+        ),
+        ("sample RUN --image PICTURE --mask WIDE --png OUT/x.png", 2, "mask_image must have the"),
+        ("sample RUN --mask PICTURE --png OUT/x.png", 2, "mask_image needs an image"),
+        ("sample RUN --reconstruction-guidance 5 --png OUT/x.png", 2, "reconstruction_guidance"),
+        ("sample RUN --guidance-rescale 2 --png OUT/x.png", 2, "guidance_rescale must be in"),
+        ("sample RUN --guidance-interval 2 1 --png OUT/x.png", 2, "guidance_interval must rise"),
+        ("evaluate RUN --num 5", 2, "192"),
+        ("evaluate RUN/model --num 192", 1, "--data"),
+        ("sample RUN --png OUT/x.png --device cuda:99", 2, "device cuda:99 is not available"),
+        ("evaluate RUN --data cats", 2, "data must be one of digits, mnist"),
+        ("evaluate RUN --parts fid", 2, "samples, classifier, copying, likelihood"),
+        ("evaluate RUN --seeds 0", 2, "seeds must be in 1..100"),
+        ("evaluate RUN --png OUT/x --json OUT/x", 2, "two files"),
+        ("evaluate RUN --classifier NONE", 1, "no such file"),
+        ("demo --minutes nan --out OUT", 2, "minutes must be"),
+        ("demo --out FILE/x", 1, "cannot be written"),
+    ],
+)
+def test_bad_input_ends_in_one_line(run_folder, tmp_path, capsys, monkeypatch, call, code, message):
+    monkeypatch.delenv("MINIDIFF_DATA", raising=False)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("")
+    for damage in ("missing", "truncated", "wrong"):
+        (tmp_path / damage).mkdir()
+        bad_mnist(tmp_path / damage, damage)
+    places = {
+        "RUN": run_folder, "OUT": tmp_path / "out", "NONE": tmp_path / "none",
+        "FILE": tmp_path / "file", "FULL": tmp_path / "full",
+        "missing": tmp_path / "missing", "truncated": tmp_path / "truncated",
+        "wrong": tmp_path / "wrong",
+        "PICTURE": tmp_path / "picture.png", "WIDE": tmp_path / "wide.png",
+    }  # fmt: skip
+    Image.new("RGB", (16, 16)).save(places["PICTURE"])
+    Image.new("L", (32, 16)).save(places["WIDE"])
+    words = []
+    for word in call.split():
+        head, slash, tail = word.partition("/")
+        words.append(str(places.get(head, head)) + slash + tail)
+    try:
+        returned = main(words)
+    except SystemExit as exit_:  # argparse
+        returned = exit_.code
+    error = capsys.readouterr().err
+    assert returned == code
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from minidiff.errors import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        main(["sample", str(tmp_path), "--png", str(tmp_path / "x.png"), "--debug"])
+
+
+def test_help_of_every_command_names_its_options(capsys):
+    for command in ("demo", "train", "train-vae", "sample", "evaluate"):
+        with pytest.raises(SystemExit) as exit_:
+            parser().parse_args([command, "--help"])
+        assert exit_.value.code == 0
+        text = capsys.readouterr().out
+        assert {"--seed", "--device", "--dtype"} <= set(text.replace(",", " ").split())
+
+
+def test_python_m_minidiff_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "minidiff", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"minidiff {__version__}"
+
+
+def test_a_terminal_without_unicode_gets_question_marks_not_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "minidiff", "evaluate", "--help"],
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert "? of the real spread" in " ".join(done.stdout.split())
+
+
+def test_running_out_of_memory_is_one_line(run_folder, tmp_path, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Pipeline, "__call__", fail)
+    assert main(["sample", str(run_folder), "--png", str(tmp_path / "x.png")]) == 1
+    assert capsys.readouterr().err.startswith("minidiff: out of memory; take a smaller --batch-si")
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(run_folder, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "__call__", interrupt)
+    assert main(["sample", str(run_folder), "--png", str(tmp_path / "x.png")]) == 130
+    assert capsys.readouterr().err.strip() == "minidiff: interrupted"
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_train_shows_the_presets_and_every_option(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["train", "--help"])
+    text = capsys.readouterr().out
+    for name, preset in PRESETS.items():
+        assert f"\n  {name} " in text
+        assert " ".join(preset.why.split()) in " ".join(text.split())
+    for name, option in OPTIONS.items():
+        assert f"--{option.metadata['flag'] or name.replace('_', '-')} " in text
+
+
+def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
+    file, out = tmp_path / "mine.json", tmp_path / "run"
+    file.write_text('{"batch_size": 6, "learning_rate": 0.001, "pictures": 0, "channels": [8, 8]}')
+    call = ["train", "--preset", "digits", "--config", str(file), "--out", str(out)]
+    assert main([*call, "--steps", "2", "--batch-size", "4", "--seed", "9"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["data"]["name"] == "digits"
+    said = {name: config["train"][name] for name in ("minutes", "steps", "batch_size", "seed",
+            "learning_rate", "guidance_scale")}  # fmt: skip
+    assert said == {"minutes": None, "steps": 2, "batch_size": 4, "seed": 9,
+                    "learning_rate": 0.001, "guidance_scale": 2.0}  # fmt: skip
+
+
+def test_a_prompt_for_a_model_of_classes_is_refused(run_folder, tmp_path, capsys):
+    arguments = ["sample", str(run_folder), "a red 7", "--png", str(tmp_path / "x.png")]
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -1,0 +1,69 @@
+"""The ledger of departures is whole, and what is printed of it is what the code says and costs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import minidiff
+from minidiff.errors import InvalidArgument
+from minidiff.lab.ledger import HEAD, PROBES, Probe, table
+from minidiff.schedulers import DDIMScheduler
+from minidiff.schedulers.core.quirks import Diffusers, Exact, departing, departures
+
+PRINTED = Path(minidiff.__file__).parent / "schedulers" / "QUIRKS.md"
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Cells of the Markdown table by departure."""
+    cells = [re.split(r"(?<!\\) ?\| ?", line) for line in text.splitlines() if line[:3] == "| `"]
+    return {row[1].strip(" `"): row[2:-1] for row in cells}
+
+
+def test_every_departure_has_a_cost_or_a_reason_for_none() -> None:
+    assert set(PROBES) == set(departures())
+    assert all(isinstance(p, Probe) or len(p) > 10 for p in PROBES.values())
+
+
+@pytest.mark.parametrize("name", departures())
+def test_both_readings_say_what_they_do(name: str) -> None:
+    if name != "dtype":
+        assert vars(Exact)[name].__doc__
+        assert vars(Diffusers)[name].__doc__
+
+
+def test_the_printed_ledger_is_what_the_code_says_and_costs() -> None:
+    printed = PRINTED.read_text(encoding="utf-8")
+    assert printed.startswith(HEAD)
+    now, then = rows(table()), rows(printed)
+    assert list(now) == list(then) == departures()
+    for name, cells in now.items():
+        assert cells[:3] == then[name][:3], f"{name}: run python -m minidiff.lab.ledger"
+        for a, b in zip(cells[3:], then[name][3:], strict=True):
+            # what is but rounding differs between processors
+            assert a == b or float(a) == pytest.approx(float(b), rel=0.02, abs=1e-5), name
+
+
+def test_each_measured_departure_moves_its_result() -> None:
+    moved = {
+        name: float(cells[-1]) for name, cells in rows(PRINTED.read_text()).items() if cells[-1]
+    }
+    assert set(moved) == {name for name, probe in PROBES.items() if isinstance(probe, Probe)}
+    assert min(moved.values()) > 0
+
+
+def test_one_departure_can_be_switched_on_alone() -> None:
+    options = {"timestep_spacing": "linspace", "clip_sample": False}
+    scheduler = DDIMScheduler(**options, compat="exact")
+    departed = scheduler.reread(departing("ddim_levels"))
+    departed.set_timesteps(300)
+    scheduler.set_timesteps(300)
+    t = scheduler.grid[1]
+    assert departed._levels_at(t)[1] == scheduler.level(t - 3)
+    assert scheduler._levels_at(t)[1] == scheduler.level(scheduler.grid[2])
+    assert scheduler.reading is not departed.reading
+
+
+def test_an_unknown_departure_is_refused_by_name() -> None:
+    with pytest.raises(InvalidArgument, match="ddim_steps"):
+        departing("ddim_steps")

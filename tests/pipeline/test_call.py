@@ -1,0 +1,271 @@
+"""The arguments of a pipeline's call: guidance, callbacks, sizes, number types; and what is left of
+them when they are combined at random."""
+
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_pipelines import digits
+from torch import Tensor
+
+from minidiff import Pipeline
+from minidiff.errors import InvalidArgument
+from minidiff.guidance import autoguidance, extrapolated, projected, thresholded
+from minidiff.sample import Step, meaning_of
+from minidiff.schedulers.core.names import SAMPLERS, sampler
+
+PROMPTS, AGAINST = ["a cat on a dog", "dog"], ["cat", ""]
+
+
+OPTIONS = {"num_inference_steps": 4, "guidance_scale": 4.0}
+
+
+def ours(pipe: Pipeline, **options) -> np.ndarray:
+    images = pipe(PROMPTS, output_type="pt", **OPTIONS, **options).images
+    return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def theirs(folder, **options) -> np.ndarray:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(PROMPTS, output_type="np", **OPTIONS, **options).images
+
+
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
+def test_a_rescale_of_guidance_gives_the_pictures_of_diffusers(latent_folder, latent_pipe, rescale):
+    options = {"guidance_rescale": rescale, "negative_prompt": AGAINST}
+    options["latents"] = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(
+        ours(latent_pipe, **options), theirs(latent_folder, **options), atol=1e-4
+    )
+
+
+def test_a_callback_sees_and_changes_what_that_of_diffusers_does(latent_folder, latent_pipe):
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    calls: dict[str, list] = {"ours": [], "theirs": []}
+
+    def halves(kind: str):
+        def on_step_end(pipe: object, step: int, t: object, kwargs: dict) -> dict[str, Tensor]:
+            calls[kind].append((step, int(t), kwargs["latents"]))
+            return {"latents": kwargs["latents"] * 0.5} if step == 1 else {}
+
+        return on_step_end
+
+    steps: list[Step] = []
+    mine = ours(
+        latent_pipe, latents=latents, callback_on_step_end=halves("ours"), callback=steps.append
+    )
+    expected = theirs(latent_folder, latents=latents, callback_on_step_end=halves("theirs"))
+    np.testing.assert_allclose(mine, expected, atol=1e-4)
+    for (step, t, x), (step_, t_, x_) in zip(*calls.values(), strict=True):
+        assert (step, t) == (step_, t_)
+        torch.testing.assert_close(x, x_, rtol=1e-3, atol=1e-4)
+    assert torch.equal(steps[1].next_x, calls["ours"][1][2] * 0.5)
+    assert torch.equal(steps[2].x, steps[1].next_x)
+
+
+@pytest.mark.parametrize("answer", [{"prompt_embeds": torch.zeros(1)}, {"latents": torch.zeros(3)}])
+def test_a_callback_that_returns_something_else_is_refused(latent_pipe, answer):
+    with pytest.raises(InvalidArgument, match=r"callback_on_step_end may return \{'latents'"):
+        latent_pipe("a cat", callback_on_step_end=lambda *args: answer, num_inference_steps=2)
+
+
+def test_an_empty_prompt_is_the_network_without_a_text(latent_pipe):
+    """c = u, so that no scale of guidance changes it."""
+    options = {"num_inference_steps": 3, "seed": 0, "output_type": "pt"}
+    alone = latent_pipe("", guidance_scale=1, **options).images
+    guided = latent_pipe("", guidance_scale=9, **options).images
+    torch.testing.assert_close(guided, alone, rtol=1e-3, atol=1e-3)
+    assert (latent_pipe("a cat", guidance_scale=9, **options).images - alone).abs().max() > 1e-2
+    # Led away from the text that is asked for, by a scale of 0: that text's own absence.
+    away = latent_pipe("a cat", negative_prompt="", guidance_scale=0, **options).images
+    torch.testing.assert_close(away, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interval_of_everything_is_guidance_and_of_nothing_is_none(latent_pipe):
+    options = {"num_inference_steps": 4, "seed": 0, "output_type": "pt"}
+    guided = latent_pipe("a cat", guidance_scale=5, **options).images
+    plain = latent_pipe("a cat", guidance_scale=1, **options).images
+
+    def in_interval(low: float, high: float) -> Tensor:
+        sizes.clear()
+        return latent_pipe(
+            "a cat", guidance_scale=5, guidance_interval=(low, high), **options
+        ).images
+
+    sizes: list[int] = []
+    latent_pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    assert torch.equal(in_interval(0, math.inf), guided)
+    assert torch.equal(in_interval(1e5, 1e6), plain)
+    assert sizes == [1, 1, 1, 1]
+    part = in_interval(0.5, 3)
+    assert set(sizes) == {1, 2}
+    assert not torch.equal(part, guided)
+    assert not torch.equal(part, plain)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpm++"])
+def test_other_guidance_composes_from_outside(name):
+    """By `guide=`, of a pair; and by another `denoiser`, of whole networks."""
+    pipe, weak = digits(), digits()
+    pipe.scheduler = sampler(name, pipe.scheduler)
+    torch.nn.init.normal_(weak.unet.conv_out.weight, std=0.1)
+    options = {"num_inference_steps": 4, "seed": 0, "output_type": "pt", "guidance_scale": 4.0}
+    plain = pipe([1, 2], **options).images
+
+    def guided(guide) -> Tensor:
+        return pipe([1, 2], guide=guide, **options).images
+
+    assert torch.equal(guided(extrapolated), plain)
+    meaning = meaning_of(pipe.scheduler)
+    whole = guided(lambda pair, w: projected(pair, w, meaning, parallel=1, momentum=0))
+    torch.testing.assert_close(whole, plain, rtol=1e-3, atol=1e-3)
+    kept: list[Tensor] = []
+    clipped = pipe(
+        [1, 2],
+        guide=lambda pair, w: thresholded(extrapolated(pair, w), meaning, ratio=1.0),
+        callback=lambda step: kept.append(step.x0),
+        **options,
+    ).images
+    assert max(x0.abs().max() for x0 in kept) < 1 + 1e-3
+    assert not torch.equal(clipped, plain)
+
+    def with_weaker(told, scale, **more):
+        good = Pipeline.denoiser(pipe, told, 1.0, **more)
+        return autoguidance(good, weak.denoiser(told, 1.0), scale)
+
+    pipe.denoiser = with_weaker
+    auto = pipe([1, 2], **options).images
+    assert not torch.equal(auto, plain)
+    weak.unet.load_state_dict(pipe.unet.state_dict())
+    itself = pipe([1, 2], **options).images
+    del pipe.denoiser
+    torch.testing.assert_close(
+        itself, pipe([1, 2], **options | {"guidance_scale": 1}).images, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_network_alone_runs_in_few_bits(latent_pipe, dtype):
+    """By one flag. Guidance and the sampler's arithmetic are float32, samples too."""
+    options = {"num_inference_steps": 4, "seed": 0, "output_type": "pt", "guidance_scale": 5}
+    expected = latent_pipe("a cat", **options).images
+    seen: list[torch.dtype] = []
+    latent_pipe.unet.conv_out.register_forward_hook(
+        lambda module, args, out: seen.append(out.dtype)
+    )
+
+    def wide(pair, scale: float):
+        def denoise(x: Tensor, t: float) -> Tensor:
+            c, u = pair(x, t)
+            assert c.dtype == u.dtype == x.dtype == torch.float32
+            return u + scale * (c - u)
+
+        return denoise
+
+    result = latent_pipe.to(dtype=dtype)("a cat", guide=wide, **options).images
+    assert set(seen) == {dtype}
+    assert next(latent_pipe.unet.parameters()).dtype == torch.float32
+    assert result.dtype == torch.float32
+    assert 0 < (result - expected).abs().max() < 0.15
+    assert torch.equal(latent_pipe.to(dtype=torch.float32)("a cat", **options).images, expected)
+
+
+def test_the_number_of_images_a_prompt_is_theirs_one_after_another(latent_pipe):
+    options = {"num_inference_steps": 2, "seed": 0, "output_type": "pt"}
+    repeated = latent_pipe(
+        PROMPTS, negative_prompt=AGAINST, num_images_per_prompt=2, **options
+    ).images
+    listed = latent_pipe(
+        [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2,
+        negative_prompt=[AGAINST[0]] * 2 + [AGAINST[1]] * 2,
+        **options,
+    ).images
+    assert torch.equal(repeated, listed)
+    labels = digits()([3, 5], num_images_per_prompt=3, num_inference_steps=1).labels
+    assert labels.tolist() == [3, 3, 3, 5, 5, 5]
+
+
+def test_a_progress_bar_counts_steps(latent_pipe, capsys):
+    latent_pipe(PROMPTS, num_inference_steps=3, batch_size=1, progress=True)
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_too_long_a_prompt_is_warned_of_with_the_words_that_are_cut(latent_pipe):
+    with pytest.warns(UserWarning, match="is cut off: '.*dog'"):
+        latent_pipe("cat " * 12 + "dog", num_inference_steps=1, guidance_scale=1)
+
+
+PIPE, NEVER = digits(), digits()
+
+
+@settings(max_examples=10, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+@given(st.data())
+def test_any_options_leave_a_picture_its_own(data):
+    """One image of a batch, whatever is asked for, is the one that is made alone."""
+    pipe = PIPE
+    draw = data.draw
+    pipe.scheduler = sampler(draw(st.sampled_from(sorted(SAMPLERS))), pipe.scheduler)
+    n, i = draw(st.integers(2, 5)), draw(st.integers(0, 1))
+    source = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    options = {
+        "num_inference_steps": draw(st.integers(2, 4)),
+        "guidance_scale": draw(st.sampled_from([0.0, 1.0, 3.0])),
+        "guidance_rescale": draw(st.sampled_from([0.0, 0.5])),
+        "guidance_interval": draw(st.sampled_from([None, (0.2, 2.0)])),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+        "output_type": "np",
+    }
+    images = {}
+    if draw(st.booleans()):
+        images["image"] = torch.rand(n, 1, 16, 16, generator=source) * 2 - 1
+        options["strength"] = draw(st.sampled_from([0, 0.5, 1]))
+        if draw(st.booleans()):
+            images["mask_image"] = torch.rand(n, 1, 16, 16, generator=source).round()
+            if len(pipe.scheduler.timesteps) and type(pipe.scheduler).__name__[:4] != "Heun":
+                options["resamples"] = draw(st.integers(1, 2))
+    labels = draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))
+    together = pipe(labels, batch_size=draw(st.integers(1, n)), **images, **options).images
+    chosen = {name: value[i : i + 1] for name, value in images.items()}
+    alone = pipe(labels[i : i + 1], first_index=i, **chosen, **options).images
+    assert np.abs(together[i].astype(int) - alone[0].astype(int)).max() <= 1
+
+
+BAD = {
+    "class_labels": st.sampled_from([11, -1, "seven", [], [1.5]]),
+    "num_inference_steps": st.sampled_from([0, -1, 2.5, "ten", 10**9, math.nan]),
+    "guidance_scale": st.sampled_from([math.nan, math.inf, "big", [1]]),
+    "guidance_rescale": st.sampled_from([-0.1, 1.1, math.nan, "half"]),
+    "guidance_interval": st.sampled_from([(1, 0), 5, (math.nan, 1), ("a", "b"), (1, 2, 3)]),
+    "strength": st.sampled_from([0.5, 2, math.nan, "half"]),
+    "eta": st.sampled_from([-1, 2, math.nan, "some"]),
+    "seed": st.sampled_from([-1, 2**32, 1.5, "seed"]),
+    "output_type": st.sampled_from(["jpeg", None, 3]),
+    "batch_size": st.sampled_from([0, -4, 1.5]),
+    "height": st.sampled_from([0, 15, -16, "tall", 10**9]),
+    "latents": st.sampled_from([torch.zeros(1), "noise", torch.zeros(1, 4, 8, 8).int()]),
+    "image": st.sampled_from(["cat.png", 3, torch.ones(1, 3, 16, 16), torch.full((16, 16), 2.0)]),
+    "mask_image": st.sampled_from([torch.zeros(16, 16), "mask"]),
+    "resamples": st.sampled_from([0, 2, "many"]),
+    "num_images_per_prompt": st.sampled_from([0, -1, "two"]),
+    "negative_prompt": st.sampled_from(["four", 4]),
+    "callback_on_step_end": st.sampled_from([3, "print"]),
+    "callback": st.sampled_from([3, "print"]),
+    "progress": st.sampled_from([1, "yes"]),
+    "guide": st.sampled_from([3, "apg"]),
+    "generator": st.sampled_from([5, "random", [torch.Generator()] * 3, [1]]),
+}  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(BAD)).flatmap(lambda name: st.tuples(st.just(name), BAD[name])))
+def test_bad_input_never_reaches_the_network(bad):
+    name, value = bad
+    NEVER.unet.forward = None  # which fails when it is called
+    with pytest.raises(InvalidArgument, match=name.split("_")[0]):
+        NEVER(**{"num_inference_steps": 2, name: value})

@@ -1,0 +1,96 @@
+"""What a run's folder holds of other people stays; two processes never work at one run."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidiff.data import load
+from minidiff.errors import CheckpointError
+from minidiff.lab.demo import demo
+from minidiff.runs import autoencoder, diffusion
+from minidiff.runs.folder import kept, read_settings
+from minidiff.runtime import files
+from minidiff.training.config import TrainConfig, VAEConfig
+
+FOREIGN = (
+    ".modelscope/credentials",
+    ".vault",
+    ".samples.bak/one.png",
+    ".config.json.bak",
+    ".reconstructions",
+    ".model.x1/model_index.json",
+    "thesis.tex",
+)
+
+
+def begin_training(out: Path) -> None:
+    diffusion.train_into(out, TrainConfig(steps=1, pictures=0), load("digits"))
+
+
+def begin_autoencoder(out: Path) -> None:
+    autoencoder.train_vae_into(out, VAEConfig(steps=1), load("digits"), load("digits", "test"))
+
+
+def begin_demo(out: Path) -> None:
+    demo(out, TrainConfig(steps=1, pictures=0), torch.device("cpu"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("begin", [begin_training, begin_autoencoder, begin_demo])
+@pytest.mark.parametrize("names", [FOREIGN, FOREIGN[:1], (".config.json.bak",)])
+def test_a_folder_with_anything_in_it_is_refused_and_keeps_every_file(tmp_path, begin, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("precious")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"not an empty folder|not empty and not of"):
+        begin(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_going_on_with_a_run_clears_its_own_temporary_names_alone(tmp_path):
+    out = tmp_path / "run"
+    data = load("digits")
+    config = TrainConfig(steps=2, pictures=0, channels=(8, 8))
+    diffusion.train_into(out, config, data)
+    for name in FOREIGN:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("precious")
+    left = out / f".samples.png.abc{files.TEMPORARY}"
+    left.write_text("half a picture")
+    diffusion.resume(out, data, say=lambda text: None)
+    assert not left.exists()
+    assert all((out / name).read_text() == "precious" for name in FOREIGN)
+
+
+def test_a_run_in_use_is_refused_and_left_alone(tmp_path):
+    out = tmp_path / "run"
+    data = load("digits")
+    diffusion.train_into(out, TrainConfig(steps=1, pictures=0, channels=(8, 8)), data)
+    half = out / f".model.abc{files.TEMPORARY}"
+    half.mkdir()
+    before = contents(out)
+    with (
+        kept(out, read_settings(out, "train"), print),  # another process is at it
+        pytest.raises(CheckpointError, match="in use by another process"),
+    ):
+        half.mkdir()  # and is writing
+        diffusion.resume(out, data, say=lambda text: None)
+    assert contents(out) == before
+    assert half.is_dir()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_a_folder_that_another_process_begins_at_is_refused(tmp_path):
+    with (
+        files.locked(tmp_path, wait=False),
+        pytest.raises(CheckpointError, match="in use by another process"),
+    ):
+        begin_training(tmp_path)
+    assert not list(tmp_path.iterdir())
