@@ -338,9 +338,21 @@ class Scheduler:
             if seen[t] <= 2:
                 self._index[t] = i
         self._index[grid[0]] = 0  # but sampling begins at the beginning
+        self.restart()
+
+    def restart(self, begin_index: int = 0) -> None:
+        """Forget any sampling under way and begin again on the same grid.
+
+        Args:
+            begin_index: entry of the grid to begin at, see `set_begin_index`.
+        Raises:
+            InvalidArgument: the grid has no such entry.
+        """
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self.past.clear()
+        if begin_index:
+            self.set_begin_index(begin_index)
 
     def _schedule(self) -> NoiseSchedule:
         c = self.config

@@ -130,8 +130,12 @@ class PNDMScheduler(IndexedScheduler):
                 f"three steps are Runge-Kutta's; got {len(grid)}"
             )
         levels = [*map(self.level, visited), self.final_level]
-        self.stages = []
         self._place(visited, levels, device, steps=len(grid))
+
+    def restart(self, begin_index: int = 0) -> None:
+        """Forget any sampling under way, the stages of a step included."""
+        super().restart(begin_index)
+        self.stages = []
 
     def _runge_kutta(self, grid: list[int], stride: int) -> list[int]:
         """Where three steps between these four entries evaluate: the ends, the middle twice."""

@@ -1,0 +1,110 @@
+"""What an option may be, said once: a check stands beside the default and is applied in one place.
+
+    @dataclass(frozen=True)
+    class Config:
+        batch_size: int = option(32, "images per step", whole(1, 65536))
+        sampler: str | None = option(None, "sampler stored with the model", optional(choice(*NAMES)))
+
+        def __post_init__(self):
+            check_fields(self)
+
+A check takes the name of an option and its value, returns the value, and raises InvalidArgument
+naming both and what is allowed. Tables of checks serve options that are not fields (schedulers).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from minidiff.errors import (
+    InvalidArgument,
+    listed,
+    one_of,
+    real_number,
+    true_or_false,
+    whole_number,
+)
+
+Check = Callable[[str, Any], Any]
+
+
+def whole(low: int, high: int | None = None) -> Check:
+    """Allow whole numbers in low..high."""
+    return lambda name, value: whole_number(name, value, low, high)
+
+
+def real(low: float = -math.inf, high: float = math.inf) -> Check:
+    """Allow finite numbers in [low, high]."""
+    return lambda name, value: real_number(name, value, low, high)
+
+
+def positive(name: str, value: Any) -> float:
+    """Allow finite numbers above 0."""
+    if real_number(name, value, 0) == 0:
+        raise InvalidArgument(f"{name} must be above 0, got {value!r}")
+    return value
+
+
+def choice(*allowed: str | None) -> Check:
+    """Allow these values."""
+
+    def check(name: str, value: Any) -> Any:
+        one_of(name, value, allowed)
+        return value
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    """Allow True and False."""
+    return true_or_false(name, value)
+
+
+def optional(check: Check) -> Check:
+    """Allow None as well."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def each(check: Check, *, length: int | None = None, least: int = 0) -> Check:
+    """Allow lists and tuples whose every entry passes.
+
+    Args:
+        length: number of entries; None for any.
+        least: smallest number of entries.
+    """
+
+    def check_all(name: str, value: Any) -> Any:
+        if len(listed(name, value, length)) < least:
+            raise InvalidArgument(f"{name} must list at least {least}, got {value!r}")
+        for entry in value:
+            check(name, entry)
+        return value
+
+    return check_all
+
+
+def option(default: Any, help: str, check: Check, **metadata: Any) -> Any:
+    """Return a dataclass field with its help text and its check.
+
+    Args:
+        default: value where none is given.
+        help: noun phrase without the default, which `--help` adds once.
+        check: what `check_fields` applies.
+        metadata: further entries for the reader of the fields, such as a flag or a group.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "check": check, **metadata})
+
+
+def check_fields(config: Any) -> None:
+    """Apply the check of every field that has one. Raises InvalidArgument naming the field."""
+    for field in dataclasses.fields(config):
+        if check := field.metadata.get("check"):
+            check(field.name, getattr(config, field.name))
+
+
+def check_all(values: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    """Apply a table of checks to the options that it names. Raises InvalidArgument."""
+    for name, value in values.items():
+        if name in checks:
+            checks[name](name, value)
