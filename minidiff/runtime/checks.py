@@ -3,7 +3,7 @@
     @dataclass(frozen=True)
     class Config:
         batch_size: int = option(32, "images per step", whole(1, 65536))
-        sampler: str | None = option(None, "sampler stored with the model", optional(choice(*NAMES)))
+        sampler: str | None = option(None, "stored sampler", optional(choice(*NAMES)))
 
         def __post_init__(self):
             check_fields(self)
