@@ -32,6 +32,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, listed, real_number
 from minidiff.prediction import dynamic_threshold, row, solve
+from minidiff.runtime.shapes import append_dims
 from minidiff.schedule import Level
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -262,7 +263,7 @@ def projected(
         delta = average(x0 - unwanted, t)  # algorithm 1, momentum
         if threshold != math.inf:
             delta = delta * (threshold / _length(delta)).clamp(max=1)  # eq. 9
-        along = (delta * x0).flatten(1).sum(1).view(-1, *(1,) * (x.ndim - 1)) / _length(x0) ** 2
+        along = append_dims((delta * x0).flatten(1).sum(1), x.ndim) / _length(x0) ** 2
         update = delta - (1 - parallel) * along * x0  # eq. 7 and 8
         return at.moved(c, (scale - 1) * update)
 

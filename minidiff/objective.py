@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from minidiff.prediction import edm_row, row, split
+from minidiff.runtime.shapes import append_dims
 from minidiff.schedule import Level, add_noise
 from minidiff.schedulers import Scheduler
 from minidiff.schedulers.base import split_variance
@@ -83,8 +84,8 @@ class Levels(NamedTuple):
         """float32 on the device of `like` (B, C, *space); α and σ are (B, 1, …) to multiply it."""
         table = torch.from_numpy(np.stack(self)).float()
         alpha, sigma, t, weight = table.to(like.device, non_blocking=True)
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        return Levels(alpha.view(shape), sigma.view(shape), t, weight)
+        alpha, sigma = append_dims(alpha, like.ndim), append_dims(sigma, like.ndim)
+        return Levels(alpha, sigma, t, weight)
 
     @property
     def level(self) -> Level:
@@ -236,7 +237,7 @@ class LearnedVariance(Objective):
             guess: the x̂0 that the network's prediction implies.
         """
         table = self._posterior(x0.device)[:, t]
-        gain, log_beta, log_small = table.view(3, -1, *(1,) * (x0.ndim - 1))
+        gain, log_beta, log_small = (append_dims(row, x0.ndim) for row in table)
         fraction = (interpolation + 1) / 2
         log_variance = fraction * log_beta + (1 - fraction) * log_small
         gap = gain * (x0 - guess)  # between the means of q and p, DDPM eq. 7

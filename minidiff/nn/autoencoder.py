@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from minidiff.errors import InvalidArgument
 from minidiff.nn.blocks.attention import Attention
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
-from minidiff.nn.blocks.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample, per_channel
+from minidiff.nn.blocks.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample
 from minidiff.nn.blocks.tiling import ImageMap, sliced, tiled
 from minidiff.nn.configs.autoencoder import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
 from minidiff.nn.model import Model, options_of
 from minidiff.runtime.files import Config
+from minidiff.runtime.shapes import append_dims
 from minidiff.runtime.tensors import Stored
 
 EPS = 1e-6  # of every norm; no option in diffusers
@@ -361,5 +362,5 @@ def _check_images(name: str, x: Tensor, channels: int, smallest: int) -> None:
 def _spread(value: float | Sequence[float], z: Tensor) -> float | Tensor:
     """One number as it is; one a channel as a tensor (1, C, 1, 1) like z."""
     if isinstance(value, Sequence):
-        return per_channel(torch.tensor([value], dtype=z.dtype, device=z.device), z)
+        return append_dims(torch.tensor([value], dtype=z.dtype, device=z.device), z.ndim)
     return value

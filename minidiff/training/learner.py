@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minidiff.nn import UNet
 from minidiff.pipeline import Pipeline
+from minidiff.runtime.shapes import append_dims
 from minidiff.text.prompts import WordPrompts
 
 
@@ -91,4 +92,4 @@ class Learner(nn.Module):
         if told is None:
             return None
         hidden = hidden.to(told.device, non_blocking=True)
-        return torch.where(hidden.view(-1, *(1,) * (told.ndim - 1)), self.condition.null, told)
+        return torch.where(append_dims(hidden, told.ndim), self.condition.null, told)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minidiff.errors import InvalidArgument
 from minidiff.nn.blocks.attention import Context
 from minidiff.nn.blocks.layers import ACTIVATIONS
+from minidiff.runtime.shapes import append_dims
 
 # ------------------------------------------------------------------------------------ time
 
@@ -101,7 +102,7 @@ class LogFourierTime(FourierTime):
         return super().forward(t.to(torch.promote_types(self.weight.dtype, torch.float32)).log())
 
     def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
-        return out / t.view(-1, *(1,) * (out.dim() - 1)).to(out.dtype)
+        return out / append_dims(t, out.ndim).to(out.dtype)
 
 
 class TimestepEmbedding(nn.Module):

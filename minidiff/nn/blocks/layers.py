@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minidiff.runtime.shapes import append_dims
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 ACTIVATIONS = {
@@ -27,11 +29,6 @@ ACTIVATIONS = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
 }
-
-
-def per_channel(value: Tensor, x: Tensor) -> Tensor:
-    """View (B, C) so that it broadcasts over the space of x, (B, C, *space)."""
-    return value.view(*value.shape, *(1,) * (x.dim() - 2))
 
 
 def widened(x: Tensor) -> Tensor:
@@ -100,7 +97,7 @@ class GroupNorm(nn.GroupNorm):
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """act(norm(x) · scale + shift) with scale and shift (B, C)."""
-        y = self._normalised(x) * per_channel(scale, x) + per_channel(shift, x)
+        y = self._normalised(x) * append_dims(scale, x.ndim) + append_dims(shift, x.ndim)
         return like(self.act(y), x)
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -208,7 +205,7 @@ class ResnetBlock(nn.Module):
         return self.rescale(self.conv_shortcut(self.resize(x, size)) + h)
 
     def second_norm(self, h: Tensor, emb: Tensor) -> Tensor:
-        return self.norm2(h + per_channel(self.time_emb_proj(emb), h))
+        return self.norm2(h + append_dims(self.time_emb_proj(emb), h.ndim))
 
 
 class ScaleShiftResnetBlock(ResnetBlock):

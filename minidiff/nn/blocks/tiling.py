@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, whole_number
+from minidiff.runtime.shapes import append_dims
 
 ImageMap = Callable[[Tensor], Tensor]
 
@@ -79,7 +80,7 @@ def _faded(before: Tensor, tile: Tensor, axis: int, fade: int) -> Tensor:
     """`tile` whose first `fade` positions along `axis` start as the last ones of `before`."""
     n = min(before.shape[axis], tile.shape[axis], fade)
     weight = torch.arange(n, device=tile.device, dtype=torch.float64) / max(n, 1)
-    weight = weight.to(tile.dtype).view(n, *(1,) * (-1 - axis))
+    weight = append_dims(weight.to(tile.dtype), -axis)
     end, start = before.narrow(axis, before.shape[axis] - n, n), tile.narrow(axis, 0, n)
     rest = tile.narrow(axis, n, tile.shape[axis] - n)
     return torch.cat([end * (1 - weight) + start * weight, rest], dim=axis)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.prediction import solve
+from minidiff.runtime.shapes import append_dims
 from minidiff.schedule import (
     MAX_TRAIN_TIMESTEPS,
     Level,
@@ -91,8 +92,7 @@ class SigmaScheduler(IndexedScheduler):
         else:
             at = [self._begin_index if self._step_index is None else self._step_index]
         pairs = torch.tensor([self.levels[i] for i in at], dtype=torch.float64)
-        alpha, sigma = pairs.to(like).T.reshape(2, -1, *(1,) * (like.ndim - 1))
-        return Level(alpha, sigma)
+        return Level(*(append_dims(scale, like.ndim) for scale in pairs.to(like).T))
 
 
 class TrainedSigmas(SigmaScheduler):
