@@ -18,8 +18,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-import sys
-
 import numpy as np
 from safetensors import SafetensorError
 
@@ -247,13 +245,11 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is missing, too large or not what its name says.
-        InvalidArgument: another kind of file, or TOML before Python 3.11.
+        InvalidArgument: another kind of file.
     """
     path = Path(path)
     if path.suffix not in (".json", ".toml"):
         raise InvalidArgument(f"config must be a .json or .toml file, got {path}")
-    if path.suffix == ".toml" and sys.version_info < (3, 11):
-        raise InvalidArgument(f"TOML needs Python 3.11 or newer; write {path} as JSON")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path}: more than {MAX_CONFIG_BYTES} bytes, no config is")
@@ -271,6 +267,6 @@ def read_options(path: str | Path) -> dict[str, Any]:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    import tomllib  # only in Python 3.11 and newer
+    import tomllib  # here, because only a TOML file needs it
 
     return tomllib.loads(text)
