@@ -144,22 +144,21 @@ def prose(text: str) -> str:
     text = re.sub(r"^```.*?^```", blank, text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"(?:(?<=\n\n)|\A)(?: {4}.*\n)+", blank, text)
     text = re.sub(r"`[^`\n]+(?:\n[^`\n]+)?`", lambda found: blank(found)[:-1] + "x", text)
-    return re.sub(r"^\|.*|!\[[^]]*\]\([^)]*\)|(?<=\])\([^)]*\)", blank, text, flags=re.MULTILINE)
+    return re.sub(r"^ *\|.*|!\[[^]]*\]\([^)]*\)|(?<=\])\([^)]*\)", blank, text, flags=re.MULTILINE)
 
 
-# A sentence ends at its full stop; an item of a list and a heading are sentences of their kind.
+# A sentence ends at its full stop; an item of a list is a sentence, headings are not.
 SENTENCE = re.compile(
-    r"(?=^ *(?:[-*]|\d+\.|#+) )|(?<=[.!?])(?=\s)|(?<=[.!?]\*\*)|(?<=:)(?=\n\n)", re.MULTILINE
+    r"(?=^ *(?:[-*]|\d+\.) )|(?<=[.!?])(?=\s)|(?<=[.!?]\*\*)|(?<=:)(?=\n\n)", re.MULTILINE
 )
 
 
 def sentences(text: str) -> Iterator[Finding]:
     """Yield the sentences of a document that are too long."""
-    for block in re.finditer(r"(?:^.*\S.*\n?)+", prose(text), re.MULTILINE):
+    text = re.sub(r"^#+ .*", "", prose(text), flags=re.MULTILINE)
+    for block in re.finditer(r"(?:^.*\S.*\n?)+", text, re.MULTILINE):
         start = block.start()
-        items = re.split(
-            r"(?m)(?=^ *(?:[-*]|\d+\.|#+) )|(?<=[.!?:;])(?=\s)|(?<=[.!?]\*\*)", block[0]
-        )
+        items = re.split(r"(?m)(?=^ *(?:[-*]|\d+\.) )|(?<=[.!?:;])(?=\s)|(?<=[.!?]\*\*)", block[0])
         for item in items:
             words = re.findall(r"[^\s]*\w[^\s]*", item)
             if len(words) > MAX_WORDS:

@@ -1,6 +1,9 @@
-"""What the README shows is what happens."""
+"""The README's examples run, and what it claims about the code holds."""
 
+import ast
+import io
 import re
+import tokenize
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +14,12 @@ import torch
 from minidiff import PRESETS, train, trajectory
 from minidiff.data import load
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CORE_LINES = 2_800
 
 
-def test_the_first_example_trains_saves_and_draws(
+def test_the_first_example_trains_saves_and_samples(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "train(" in b)
@@ -28,17 +33,19 @@ def test_the_first_example_trains_saves_and_draws(
     assert names["pipe"](num_images=1, num_inference_steps=2).images
 
 
-def test_the_sampler_of_ones_own_has_the_order_it_says(capsys: pytest.CaptureFixture) -> None:
+def test_the_custom_sampler_has_the_order_that_the_readme_prints(
+    capsys: pytest.CaptureFixture,
+) -> None:
     block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "class " in b)
     exec(compile(block, "README.md", "exec"), {})
     order, header, *lines = capsys.readouterr().out.splitlines()
-    claimed = float(re.search(r"# (\d\.\d+): of second order", block)[1])
+    claimed = float(re.search(r"# (\d\.\d+): second order", block)[1])
     assert float(order) == pytest.approx(claimed, abs=0.01)
     assert header.split() == ["t", "A0", "B0", "B1"]
     assert len(lines) == 5
 
 
-def test_the_sampler_of_ones_own_begins_anew_without_being_told() -> None:
+def test_the_custom_sampler_forgets_its_history_when_sampling_starts_again() -> None:
     block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "class " in b)
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
@@ -52,7 +59,7 @@ def test_the_sampler_of_ones_own_begins_anew_without_being_told() -> None:
     assert torch.equal(*ends)
 
 
-def test_the_objective_of_ones_own_is_learnt_and_can_be_sampled(
+def test_the_custom_objective_trains_and_has_the_value_of_hubers_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "objective=" in b)
@@ -62,22 +69,91 @@ def test_the_objective_of_ones_own_is_learnt_and_can_be_sampled(
     exec(compile(block, "README.md", "exec"), names)
     assert names["pipe"](num_images=1, num_inference_steps=2).images
     huber = short.objective(names["Huber"])
-    nothing = torch.zeros(2, 1, 4, 4)  # of which the target is 0 as well
+    nothing = torch.zeros(2, 1, 4, 4)  # its target is 0 as well
     levels = huber.levels(np.zeros(2)).on(nothing)
     for far, expected in ((0.1, 0.1**2 / 2), (3.0, 0.5 * (3.0 - 0.25))):  # δ·(|a| − δ/2)
         error = huber.error(nothing + far, nothing, nothing, nothing, levels)
         torch.testing.assert_close(error, torch.full((2,), expected))
 
 
-def test_the_table_of_contents_names_what_exists() -> None:
+def test_the_table_of_folders_names_every_folder_once() -> None:
     rows = re.findall(r"^\| `([\w/]+/)` \|", README, re.M)
-    assert rows
     for folder in rows:
-        assert (Path(__file__).parent.parent / folder).is_dir(), folder
+        assert (ROOT / folder).is_dir(), folder
+    packages = {path.parent.name for path in (ROOT / "minidiff").glob("*/__init__.py")}
+    listed = [row.split("/")[1] for row in rows if row.startswith("minidiff/")]
+    assert len(listed) == len(set(listed))
+    assert packages <= set(listed)
 
 
-def test_the_pictures_and_pages_it_links_to_exist() -> None:
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert links
-    for link in links:
-        assert (Path(__file__).parent.parent / link).is_file(), link
+def core() -> list[Path]:
+    """Return the files that the README lists as the core."""
+    block = re.search(r"### The core\n.*?```\n(.*?)```", README, re.S)[1]
+    files = []
+    for line in block.splitlines():
+        folder = re.match(r"(\S+/)", line)
+        for name in re.findall(r"\S+\.py", line):
+            files.append(ROOT / "minidiff" / (folder[1] if folder else "") / name)
+    return files
+
+
+def code_lines(source: str) -> int:
+    """Count the lines that hold code: no blank lines, comments or docstrings."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", 0), str):
+                docstrings.update(range(first.lineno, first.end_lineno + 1))
+    layout = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
+def test_code_lines_are_lines_without_blanks_comments_and_docstrings() -> None:
+    source = (
+        '"""Doc."""\n\n# why\nx = (\n    1,  # one\n)\n\n\ndef f():\n    """Doc."""\n    return x\n'
+    )
+    assert code_lines(source) == 5
+
+
+def test_the_core_has_at_most_the_lines_that_the_readme_promises() -> None:
+    files = core()
+    assert len(files) == len(set(files)) > 10
+    lines = {path: code_lines(path.read_text(encoding="utf-8")) for path in files}
+    assert f"at most {CORE_LINES:,} lines of code" in README
+    assert sum(lines.values()) <= CORE_LINES, lines
+
+
+def test_every_reading_path_is_in_the_core() -> None:
+    paths = README[README.index("### Where to begin") : README.index("### The folders")]
+    named = {ROOT / "minidiff" / name for name in re.findall(r"`([\w/]+\.py)`", paths)}
+    assert len(named) > 6
+    assert named <= set(core())
+
+
+def test_the_pictures_and_pages_that_documents_link_to_exist() -> None:
+    for document in (*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"):
+        links = re.findall(r"\]\((?!http|#)([^)#]+)", document.read_text(encoding="utf-8"))
+        for link in links:
+            assert (document.parent / link).exists(), (document.name, link)
+
+
+def test_links_to_sections_name_a_heading() -> None:
+    for document in (*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"):
+        text = document.read_text(encoding="utf-8")
+        for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", text):
+            target = document.parent / path if path else document
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, (document.name, path, anchor)

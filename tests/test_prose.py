@@ -1,0 +1,63 @@
+"""The documents keep to plain words, and the checker in `.ci/words.py` finds what it should."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("words", ROOT / ".ci" / "words.py")
+words = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(words)
+
+DOCUMENTS = sorted({path for pattern in words.DOCUMENTS for path in ROOT.glob(pattern)})
+
+
+def found(text: str, kind: str = ".py") -> list[tuple[int, str]]:
+    """Return line and phrase of every finding."""
+    return [(finding.line, finding.phrase) for finding in words.READERS[kind](text)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_document_has_short_sentences_and_no_banned_phrasing(path: Path) -> None:
+    assert found(path.read_text(encoding="utf-8"), path.suffix) == []
+
+
+def test_a_phrase_is_found_in_comments_docstrings_and_messages_across_lines() -> None:
+    assert found("x = 1\n# drawn in\n# place of y\n") == [(2, "in place of")]
+    assert found('"""Train anew."""\n') == [(1, "anew")]
+    assert found('raise ValueError("so many steps")\n') == [(1, "so many")]
+    assert found('raise ValueError(f"{n} so many steps")\n') == [(1, "so many")]
+
+
+def test_code_is_not_prose() -> None:
+    assert found("told = asked = 1\nx = 'told'\n") == []
+    assert found("a\n\n    told anew\n\n```\ntold\n```\nand `told`\n| told |\n", ".md") == []
+
+
+def test_a_function_is_described_by_a_verb_and_a_property_by_a_noun() -> None:
+    assert found('def f():\n    """What f does."""\n') == [(2, "What f does.")]
+    assert found('class A:\n    @property\n    def f(self):\n        """What f is."""\n') == []
+    assert found('def f():\n    """Return what f does."""\n') == []
+
+
+def test_an_argument_is_described_by_a_noun_phrase() -> None:
+    source = (
+        'def f(a, b):\n    """Return f.\n\n    Args:\n        a: of b.\n        b: size.\n    """\n'
+    )
+    assert found(source) == [(5, "a: of b.")]
+
+
+def test_a_sentence_of_a_document_has_at_most_35_words() -> None:
+    short, long = "word " * 34 + "end.", "word " * 35 + "end."
+    assert found(f"{short} {short}\n\n- {short}\n- {short}\n", ".md") == []
+    assert [line for line, _ in found(f"{short}\n{short} {long}\n", ".md")] == [2]
+
+
+def test_a_finding_in_a_notebook_has_its_line_in_the_file() -> None:
+    cells = [{"cell_type": "markdown", "source": ["# Title\n", "Fine.\n", "Train anew."]}]
+    text = json.dumps({"cells": cells}, indent=1)
+    (line, phrase), *others = found(text, ".ipynb")
+    assert (text.splitlines()[line - 1].strip(), phrase) == ('"Train anew."', "anew")
+    assert not others
