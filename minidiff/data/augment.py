@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minidiff.data.conditioning import Condition, ConditionConfig
 from minidiff.data.protocol import Data, Purpose, random_words
 from minidiff.errors import InvalidArgument, one_of, true_or_false, whole_number
 from minidiff.noise import MAX_SEED
@@ -55,7 +56,7 @@ def augmented(
 
 
 @dataclass(frozen=True, eq=False)
-class Augmented:
+class Augmented(Data):
     """Data whose images `augmented` moves and mirrors; see there."""
 
     data: Data
@@ -78,14 +79,15 @@ class Augmented:
         return self.data.class_names
 
     @property
-    def num_classes(self) -> int:
-        """Of the data."""
-        return self.data.num_classes
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Of one image: (C, H, W)."""
         return self.data.shape
+
+    def condition(self, config: ConditionConfig) -> Condition:
+        return self.data.condition(config)
+
+    def example_prompts(self, n: int) -> list[str] | None:
+        return self.data.example_prompts(n)
 
     def to(self, device: torch.device | str) -> "Augmented":
         """The same data with its batches on `device`."""

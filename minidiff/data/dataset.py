@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from minidiff.data import batches
-from minidiff.data.protocol import Purpose, random_words
+from minidiff.data.protocol import Data, Purpose, random_words
 from minidiff.errors import DataError, InvalidArgument, listed, real_number, whole_number
 from minidiff.images.pixels import to_float
 from minidiff.noise import MAX_SEED
@@ -217,7 +217,7 @@ class Request(NamedTuple):
     position: int
 
 
-class DatasetImages:
+class DatasetImages(Data):
     """The data that `from_dataset` makes; used as `minidiff.data.protocol.Data`."""
 
     def __init__(self, items: Items, class_names: tuple[str, ...], workers: int) -> None:
@@ -232,11 +232,6 @@ class DatasetImages:
     def name(self) -> str:
         """What error messages and reports call it."""
         return self.items.name
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes the labels speak of; 0 without labels."""
-        return len(self.class_names)
 
     @property
     def shape(self) -> tuple[int, ...]:

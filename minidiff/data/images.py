@@ -9,17 +9,18 @@ processes.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from minidiff.data.protocol import check_labels
+from minidiff.data.protocol import Data, check_labels
 from minidiff.errors import InvalidArgument
 from minidiff.images.pixels import to_float
 
 
 @dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value to compare by
-class ImageData:
+class ImageData(Data):
     """Images as bytes, with a class label each or none at all.
 
     Attributes:
@@ -36,6 +37,7 @@ class ImageData:
     images: Tensor
     labels: Tensor | None
     class_names: tuple[str, ...]
+    is_stored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         images = self.images
@@ -48,11 +50,6 @@ class ImageData:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes the labels speak of; 0 without labels."""
-        return len(self.class_names)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ BATCH = 256  # images that are encoded at once
 _WORDS = 4  # that a random number generator's counter stands for
 
 
-class LatentData:
+class LatentData(Data):
     """Images as latents of an autoencoder, as `minidiff.data.protocol` has it.
 
     They are encoded when they are first moved or asked for, on the device where they then are: so
@@ -45,6 +45,8 @@ class LatentData:
         InvalidArgument: the autoencoder is for images of other channels, their sides cannot be
             halved so often, there are none, or they are not stored.
     """
+
+    is_stored = True
 
     def __init__(self, vae: AutoencoderKL, images: ImageData, seed: int = 0) -> None:
         check_fit(vae, images)
@@ -62,9 +64,9 @@ class LatentData:
         return (self.vae.config.latent_channels, *(side // self.vae.divisor for side in sides))
 
     @property
-    def num_classes(self) -> int:
-        """How many classes the labels speak of; 0 without labels."""
-        return self.images.num_classes
+    def decoder(self) -> AutoencoderKL:
+        """Autoencoder whose latents these are."""
+        return self.vae
 
     @cached_property
     def moments(self) -> Tensor:

@@ -8,25 +8,33 @@ telling the position at which its part begins.
 """
 
 from enum import IntEnum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minidiff.data.conditioning import ClassLabels, Condition, ConditionConfig
 from minidiff.errors import InvalidArgument
+from minidiff.nn import AutoencoderKL
 
 
 class Data(Protocol):
     """Items (images or points) with a class label each, or none at all.
 
     Attributes:
-        name: what error messages and reports call this data.
-        class_names: one name a class, in label order; empty without labels.
+        name: name of the data in error messages and reports.
+        class_names: one name per class, in label order; empty without labels.
+        is_stored: the items are held in memory, so that any of them can be drawn at little cost.
+        labels_per_item: number of labels of an item with classes.
+        decoder: autoencoder whose latents the items are; None for images and points.
     """
 
     name: str
     class_names: tuple[str, ...]
+    is_stored: ClassVar[bool] = False
+    labels_per_item: ClassVar[int] = 1
+    decoder: AutoencoderKL | None = None
 
     def __len__(self) -> int: ...
 
@@ -36,7 +44,8 @@ class Data(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels speak of; 0 without labels."""
+        """Number of classes; 0 without labels."""
+        return len(self.class_names)
 
     def to(self, device: torch.device | str) -> "Data":
         """The same data with its batches on `device`."""
@@ -48,8 +57,24 @@ class Data(Protocol):
             index: int64 (B,), on any device.
             position: of the first of them in the stream; the others follow it.
         Returns:
-            x float32 (B, *shape) and the labels int64 (B,) or None, both on the device of the data.
+            x float32 (B, *shape) and the labels int64 (B,), token numbers (B, L) or None, both on
+            the device of the data.
         """
+
+    def condition(self, config: ConditionConfig) -> Condition:
+        """Return the module that turns the labels of a batch into inputs of the network.
+
+        Its weights, if it has any, are drawn from torch's global random state.
+        """
+        return ClassLabels(self.num_classes, hides=config.label_dropout > 0)
+
+    def example_prompts(self, n: int) -> list[str] | None:
+        """Return n captions, for pictures along the way; None for data without captions."""
+        return None
+
+    def captured(self) -> "Data":
+        """Return data whose batches are drawn by a CUDA graph where that is possible."""
+        return self
 
 
 def check_labels(labels: Tensor | None, count: int, class_names: tuple[str, ...]) -> None:

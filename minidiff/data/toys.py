@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.data.protocol import Purpose, check_labels, random_words
+from minidiff.data.protocol import Data, Purpose, check_labels, random_words
 from minidiff.errors import InvalidArgument, one_of, whole_number
 from minidiff.exact import GaussianMixture
 from minidiff.noise import MAX_SEED
@@ -37,7 +37,7 @@ _ARMS = 5
 
 
 @dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value to compare by
-class PointData:
+class PointData(Data):
     """Points in D dimensions with a label each or none at all: data as in `minidiff.data.protocol`.
 
     Attributes:
@@ -64,11 +64,6 @@ class PointData:
 
     def __len__(self) -> int:
         return len(self.points)
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes the labels speak of; 0 without labels."""
-        return len(self.class_names)
 
     @property
     def shape(self) -> tuple[int, ...]:

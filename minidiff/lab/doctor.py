@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from minidiff.data import Data, Stream
-from minidiff.data.latents import LatentData
 from minidiff.errors import CheckpointError
 from minidiff.nn import SpaceToDepth
 from minidiff.pipeline import Pipeline
@@ -138,7 +137,7 @@ def _patient(path: Path, data: Data, device: torch.device) -> Patient:
 def data_range(p: Patient) -> Finding:
     """Images are in [−1, 1] and use it."""
     low, high, std = (float(v) for v in (p.z.min(), p.z.max(), p.z.std()))
-    latent = isinstance(p.data, LatentData)
+    latent = p.data.decoder is not None
     text = f"{len(p.data)} {'latents' if latent else 'images'} of {tuple(p.data.shape)}, "
     text += f"{low:.2f} to {high:.2f}, standard deviation {std:.3f}"
     if not math.isfinite(low + high + std):

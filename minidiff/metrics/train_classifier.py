@@ -179,12 +179,12 @@ def architecture(images: ImageData | Questions, network: str = "plain") -> dict[
     """What `build_classifier` takes for these images. Raises InvalidArgument without labels."""
     if not images.num_classes:
         raise InvalidArgument(f"data {images.name} has no labels to classify by")
-    asked = {"questions": images.questions} if isinstance(images, Questions) else {}
+    several = {"questions": images.labels_per_item} if images.labels_per_item > 1 else {}
     return {
         "network": network,
         "channels": images.shape[0],
         "num_classes": images.num_classes,
-        **asked,
+        **several,
     }
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import device as Device
 
-from minidiff.data.captioned.captions import CaptionedDigits
 from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.images import plot
@@ -118,7 +116,7 @@ def resume(
 def _run(out: Path, settings: Settings, data: Data, device: Device, say: Say) -> Pipeline:
     """Train on this process, and the others that torchrun started; that of rank 0 writes."""
     leads = rank() == 0
-    prompts = data.captions(torch.arange(100)) if isinstance(data, CaptionedDigits) else None
+    prompts = data.example_prompts(100)
 
     def picture(pipe: Pipeline, step: int) -> None:
         if leads:

@@ -8,21 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidiff.data import ImageData
 from minidiff.data.augment import augmented
-from minidiff.data.captioned.captions import CaptionedDigits
-from minidiff.data.latents import LatentData
+from minidiff.data.conditioning import Condition
 from minidiff.data.protocol import Data
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument
-from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
+from minidiff.nn import SpaceToDepth, UNet
 from minidiff.nn.blocks.attention import Attention
 from minidiff.nn.blocks.layers import ResnetBlock
 from minidiff.nn.blocks.transformer import Transformer
 from minidiff.pipeline import Pipeline
 from minidiff.schedulers import Scheduler
 from minidiff.schedulers.core.names import sampler
-from minidiff.text.prompts import WordPrompts
 from minidiff.training.config import TrainConfig
 
 
@@ -37,16 +34,17 @@ def build(config: TrainConfig, data: Data) -> Pipeline:
     config = resolve(config, data)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
-        unet, prompts = silenced(_network(config, data)), _prompts(config, data)
-    guidable = config.label_dropout and (prompts or data.num_classes)
+        unet, condition = silenced(_network(config, data)), data.condition(config)
+    guidable = config.label_dropout and condition.unet_options
+    pixels = SpaceToDepth(config.block) if config.block > 1 else None
     return Pipeline(
         unet.to(memory_format=torch.channels_last),
         scheduler_of(config),
-        _decoder(config, data),
+        data.decoder or pixels,
         data.class_names,
         config.guidance_scale if guidable else 1.0,
         config.num_inference_steps,
-        prompts,
+        condition.prompts,
         config.guidance_interval if guidable else None,
     )
 
@@ -86,35 +84,28 @@ def check(config: TrainConfig, data: Data) -> None:
     seen(config, data)
     # Whether a sampler fits does not depend on σ_data, which is only measured when a run begins.
     scheduler_of(replace(config, sigma_data=1.0) if config.measures_data else config)
-    if config.stable_target and not isinstance(data, ImageData | LatentData):
+    if config.stable_target and not data.is_stored:
         raise InvalidArgument(
             f"stable_target must be 0 for {data.name}: it draws from stored images or latents, "
             f"got {config.stable_target}"
         )
-    if config.autoguidance_scale != 1 and isinstance(data, CaptionedDigits):
+    with torch.device("meta"):
+        _network(config, data)
+        condition = data.condition(config)
+    if config.autoguidance_scale != 1 and any(True for _ in condition.parameters()):
         raise InvalidArgument(
             f"autoguidance_scale must be 1 for {data.name}, whose text encoder learns on when the "
             f"weaker network does not; got {config.autoguidance_scale:g}"
         )
-    with torch.device("meta"):
-        _network(config, data)
-        _prompts(config, data)
 
 
 def seen(config: TrainConfig, data: Data) -> Data:
     """The data as training sees them, augmented. Raises InvalidArgument, see `augmented`."""
-    if isinstance(data, LatentData):
+    if data.decoder is not None:
         for name, none in (("block", 1), ("shift", 0), ("flip", False)):
             if (given := getattr(config, name)) != none:
                 raise InvalidArgument(f"{name} must be {none} for latents of a vae, got {given}")
     return augmented(data, shift=config.shift, flip=config.flip, seed=config.seed)
-
-
-def _prompts(config: TrainConfig, data: Data) -> WordPrompts | None:
-    """A fresh text encoder for data with captions."""
-    if not isinstance(data, CaptionedDigits):
-        return None
-    return WordPrompts.fresh(data.tokenizer, config.text_width, config.text_layers)
 
 
 def _network(config: TrainConfig, data: Data) -> UNet:
@@ -128,6 +119,8 @@ def _network(config: TrainConfig, data: Data) -> UNet:
             f"block must divide the image size {height}×{width}, got {config.block}"
         )
     side = (height // config.block, width // config.block)
+    with torch.device("meta"):  # weights of the condition are drawn after those of the network
+        condition = data.condition(config)
     return UNet(
         sample_size=side[0] if side[0] == side[1] else side,
         in_channels=channels * config.block**2,
@@ -139,7 +132,7 @@ def _network(config: TrainConfig, data: Data) -> UNet:
         # Time and class scale the features as well as shift them: adaptive group normalization
         # (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, section 3).
         resnet_time_scale_shift="scale_shift",
-        **_attention(config, data),
+        **_attention(config, condition),
     )
 
 
@@ -163,28 +156,20 @@ def silenced(unet: UNet) -> UNet:
     return unet
 
 
-def _attention(config: TrainConfig, data: Data) -> dict[str, Any]:
-    """What the network looks at, in the words of one of diffusers' two classes.
+def _attention(config: TrainConfig, condition: Condition) -> dict[str, Any]:
+    """Return the blocks of the network and what they attend to, as options of diffusers' classes.
 
     Attention costs the square of the positions: it is at the smallest level only.
     """
     last, others = config.channels[-1], len(config.channels) - 1
-    head = math.gcd(last, 32)
-    if isinstance(data, CaptionedDigits):
-        return {
-            "down_block_types": ("DownBlock2D",) * others + ("CrossAttnDownBlock2D",),
-            "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * others,
-            "cross_attention_dim": config.text_width,
-            "class_embed_type": "projection",  # of the text's summary
-            "projection_class_embeddings_input_dim": config.text_width,
-            "attention_head_dim": last // head,  # in this class their number
-        }
-    hides = data.num_classes > 0 and config.label_dropout > 0  # with a label for "no class"
+    head, reads_text = math.gcd(last, 32), "cross_attention_dim" in condition.unet_options
+    kind = "CrossAttn" if reads_text else "Attn"
     return {
-        "down_block_types": ("DownBlock2D",) * others + ("AttnDownBlock2D",),
-        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * others,
-        "attention_head_dim": head,
-        "num_class_embeds": data.num_classes + hides or None,
+        "down_block_types": ("DownBlock2D",) * others + (f"{kind}DownBlock2D",),
+        "up_block_types": (f"{kind}UpBlock2D",) + ("UpBlock2D",) * others,
+        # Channels of a head, or, in the class that reads texts, the number of heads.
+        "attention_head_dim": last // head if reads_text else head,
+        **condition.unet_options,
     }
 
 
@@ -196,10 +181,3 @@ def groups_of(channels: Sequence[int]) -> int:
     common = math.gcd(*channels)
     groups = common // 16 if common % 16 == 0 else math.gcd(common, 8)
     return groups // 2 if groups == min(channels) and groups > 1 else groups
-
-
-def _decoder(config: TrainConfig, data: Data) -> SpaceToDepth | AutoencoderKL | None:
-    """What makes pictures of what the network makes."""
-    if isinstance(data, LatentData):
-        return data.vae
-    return SpaceToDepth(config.block) if config.block > 1 else None

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.data import Data, Stream
-from minidiff.data.captioned.captions import CaptionedDigits
 from minidiff.errors import InvalidArgument
 from minidiff.nn import SpaceToDepth, UNet
 from minidiff.noise import stream_seed
@@ -92,8 +91,8 @@ class Training(Loop):
         super().__init__(config, learner, average, optimizer, device, world)
         encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         data = seen(config, data).to(device)
-        if config.cuda_graph and isinstance(data, CaptionedDigits):
-            data = data.recorded()
+        if config.cuda_graph:
+            data = data.captured()
         self.batches = Batches(
             config,
             data,

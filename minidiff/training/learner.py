@@ -1,51 +1,18 @@
-"""What is trained: a fresh pipeline for a config and data, and all its trained parts as one module.
+"""Learner: all trained parts of a pipeline as one module.
 
-What a network is told beside image and time, a class or a text, is a part of that module: the loop
-that trains it knows neither.
+The condition, a class or an encoded text, is a part of that module: the loop that trains it knows
+neither.
 """
 
 import copy
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.data.conditioning import Captions, ClassLabels, Condition
 from minidiff.nn import UNet
 from minidiff.pipeline import Pipeline
 from minidiff.runtime.shapes import append_dims
-from minidiff.text.prompts import WordPrompts
-
-
-class ClassLabels(nn.Module):
-    """What a network with classes is told: the label itself, or that of "no class".
-
-    Attributes:
-        null: what stands for "told nothing", an entry of what the data tell.
-    """
-
-    def __init__(self, null: int) -> None:
-        super().__init__()
-        self.register_buffer("null", torch.tensor(null), persistent=False)
-
-    def forward(self, told: Tensor | None) -> Mapping[str, Tensor]:
-        return {} if told is None else {"class_labels": told}
-
-
-class Texts(nn.Module):
-    """What a network that looks at a text is told: the tokens of its words, encoded.
-
-    Attributes:
-        prompts: whose text encoder is trained.
-        null: the token numbers of no text, (L,).
-    """
-
-    def __init__(self, prompts: WordPrompts) -> None:
-        super().__init__()
-        self.prompts, self.text_encoder = prompts, prompts.text_encoder
-        self.register_buffer("null", prompts.tokens([""])[0], persistent=False)
-
-    def forward(self, told: Tensor) -> Mapping[str, Tensor]:
-        return self.prompts.encode(told)
 
 
 class Learner(nn.Module):
@@ -57,7 +24,7 @@ class Learner(nn.Module):
             condition; its `null` is the entry that means nothing.
     """
 
-    def __init__(self, unet: UNet, condition: ClassLabels | Texts) -> None:
+    def __init__(self, unet: UNet, condition: Condition) -> None:
         super().__init__()
         self.unet, self.condition = unet, condition
         for name, layer in self.named_modules():
@@ -73,15 +40,15 @@ class Learner(nn.Module):
     @classmethod
     def of(cls, pipe: Pipeline) -> "Learner":
         """What is trained of a pipeline."""
-        prompts = pipe.prompts
-        return cls(pipe.unet, Texts(prompts) if prompts else ClassLabels(len(pipe.class_names)))
+        if pipe.prompts is not None:
+            return cls(pipe.unet, Captions(pipe.prompts))
+        return cls(pipe.unet, ClassLabels(len(pipe.class_names), pipe.has_null_class))
 
     def pipeline(self, like: Pipeline) -> Pipeline:
         """Another pipeline with these networks."""
         other = copy.copy(like)
         other.unet = self.unet
-        if isinstance(self.condition, Texts):
-            other.prompts = self.condition.prompts
+        other.prompts = self.condition.prompts
         return other
 
     def forward(self, x: Tensor, t: Tensor, told: Tensor | None) -> Tensor:

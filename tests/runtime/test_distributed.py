@@ -12,13 +12,14 @@ import torch
 from programs import finished, rows, started_together, tensors
 
 from minidiff.data import load
+from minidiff.data.conditioning import ClassLabels
 from minidiff.errors import InvalidArgument
 from minidiff.runs import diffusion, snapshot
 from minidiff.runtime.distributed import World, launched, local, own_device, rank
 from minidiff.training.batches import Batches
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import Training
-from minidiff.training.learner import ClassLabels, Learner
+from minidiff.training.learner import Learner
 
 CALL = ["--data", "digits", "--channels", "8,8", "--batch-size", "14", "--final-batch-size", "20",
         "--pictures", "0", "--dtype", "float32", "--stable-target", "9",

@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidiff.data import ImageData, Stream, load
+from minidiff.data.conditioning import ClassLabels
 from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
 from minidiff.runtime.distributed import World
 from minidiff.runtime.files import read_options
 from minidiff.training.config import TrainConfig, merged, options_of
 from minidiff.training.diffusion import Batches, Training, train
-from minidiff.training.learner import ClassLabels, Learner
+from minidiff.training.learner import Learner
 from minidiff.training.presets import PRESETS
 from minidiff.training.progress import batch_size
 

@@ -9,6 +9,7 @@ import torch
 from minidiff import cli
 from minidiff.data import load
 from minidiff.data.captioned.captions import CaptionedDigits
+from minidiff.data.conditioning import Captions
 from minidiff.errors import InvalidArgument
 from minidiff.pipeline import Pipeline
 from minidiff.runs import diffusion
@@ -16,7 +17,7 @@ from minidiff.runs.autosave import Saving
 from minidiff.training.build import build
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import train
-from minidiff.training.learner import Learner, Texts
+from minidiff.training.learner import Learner
 
 SMALL = {"channels": (16, 32), "text_width": 32, "text_layers": 1, "batch_size": 8, "pictures": 0}
 
@@ -55,7 +56,7 @@ def test_hidden_captions_are_the_empty_prompt():
     data = load("captions")
     pipe = build(TrainConfig(steps=1, **SMALL), data)
     learner = Learner.of(pipe)
-    assert isinstance(learner.condition, Texts)
+    assert isinstance(learner.condition, Captions)
     _, told = data.batch(torch.arange(3))
     hidden = learner.hide(told, torch.tensor([True, False, True]))
     empty = data.tokenizer.encode(["", ""])

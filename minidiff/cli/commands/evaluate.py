@@ -125,7 +125,7 @@ def _splits(name: str, options: argparse.Namespace, pipe: Pipeline) -> tuple[Ima
     _, height, width = pipe.image_shape
     size = height if name not in (*NAMES, *TOYS) and height == width else None
     splits = tuple(load(name, split, options.data_dir, size) for split in SPLITS)
-    if not all(isinstance(split, ImageData) for split in splits):
+    if not all(split.is_stored for split in splits):
         raise InvalidArgument(f"data must be images to be measured by, {name} has none")
     return splits
 

@@ -22,9 +22,12 @@ from minidiff.data import digits
 from minidiff.data.captioned import scenes
 from minidiff.data.captioned.grammar import CHOICES, PHRASES, grammar, say, tokenizer
 from minidiff.data.captioned.scenes import NONE, Scenes
+from minidiff.data.conditioning import Captions, ConditionConfig
+from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument, one_of, whole_number
 from minidiff.images.pixels import to_float
 from minidiff.runtime.cuda_graph import Recorded
+from minidiff.text.prompts import WordPrompts
 from minidiff.text.words import WordTokenizer
 
 EPOCH = 1 << 20
@@ -37,7 +40,7 @@ _CAPTION = slice(27, 27 + CHOICES)
 _DRAWS = _CAPTION.stop
 
 
-class CaptionedDigits:
+class CaptionedDigits(Data):
     """Pictures of one or two coloured digits, uint8 (3, 32, 32), with captions.
 
     Args:
@@ -52,7 +55,6 @@ class CaptionedDigits:
 
     name = "captions"
     class_names = ()
-    num_classes = 0
     shape = (3, scenes.SIDE, scenes.SIDE)
 
     def __init__(
@@ -85,8 +87,16 @@ class CaptionedDigits:
             setattr(moved, name, type(tables)(*(table.to(device) for table in tables)))
         return moved
 
-    def recorded(self) -> "CaptionedDigits":
-        """The same data, whose batches are drawn by replaying a CUDA graph; for one on a GPU."""
+    def condition(self, config: ConditionConfig) -> Captions:
+        """Return a fresh text encoder of the width and the layers of `config`."""
+        return Captions(WordPrompts.fresh(self.tokenizer, config.text_width, config.text_layers))
+
+    def example_prompts(self, n: int) -> list[str]:
+        """Return the captions of the first n pictures."""
+        return self.captions(torch.arange(n))
+
+    def captured(self) -> "CaptionedDigits":
+        """Return data on a GPU whose batches are drawn by replaying a CUDA graph."""
         other = copy.copy(self)
         other._draw = Recorded(self._drawn)
         return other
@@ -186,7 +196,7 @@ class CaptionedDigits:
         return picture.round_().to(torch.uint8)
 
 
-class Questions:
+class Questions(Data):
     """The same pictures with the answers to `scenes.QUESTIONS` in place of captions.
 
     Args:
@@ -198,7 +208,7 @@ class Questions:
 
     name, shape = CaptionedDigits.name, CaptionedDigits.shape
     class_names = tuple(str(answer) for answer in range(max(scenes.DIGITS, len(scenes.COLOURS))))
-    num_classes, questions = len(class_names), len(scenes.QUESTIONS)
+    labels_per_item = len(scenes.QUESTIONS)
 
     def __init__(self, split: str = "train", pairs: str = "all", length: int = EPOCH) -> None:
         self._digits = CaptionedDigits(split, pairs, length=length)
