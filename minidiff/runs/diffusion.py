@@ -36,7 +36,8 @@ from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched, own_device, processes, rank, world
 from minidiff.training.build import check, resolve
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import check_machine, train
+from minidiff.training.diffusion import MakeLearner, check_machine, train
+from minidiff.training.learner import Learner
 
 __all__ = [
     "CONFIG",
@@ -60,6 +61,8 @@ def train_into(
     saving: Saving | None = None,
     load: Mapping[str, Any] | None = None,
     shard: bool = False,
+    start: Pipeline | None = None,
+    learner: MakeLearner = Learner.of,
 ) -> Pipeline:
     """Train with a progress bar and keep everything in the folder `out`, see the module.
 
@@ -67,6 +70,7 @@ def train_into(
         load: the arguments of `minidiff.data.load` that gave the data, so that the run can be
             continued without being told them again.
         shard: whether the processes that torchrun started share the weights among them (FSDP2).
+        start, learner: see `minidiff.training.diffusion.train`.
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
@@ -76,15 +80,21 @@ def train_into(
     device = own_device(pick_device(device))
     if true_or_false("shard", shard) and not launched():
         raise InvalidArgument("shard is for several processes: torchrun --nproc_per_node K …")
-    check(config, data)
+    check(config, data, start)
     check_machine(config, device, processes(), shard)
-    config = resolve(config, data)
+    config = resolve(config, data, start)
     settings = Settings(
-        COMMAND, config, dict(load or {}), about(data), device.type, saving or Saving(), shard
+        COMMAND,
+        config,
+        dict(load or {}),
+        about(data, started=start is not None),
+        device.type,
+        saving or Saving(),
+        shard,
     )
     if rank() == 0:
         create(out, settings)
-    return _run(Path(out), settings, data, device, print)
+    return _run(Path(out), settings, data, device, print, start, learner)
 
 
 def resume(
@@ -93,6 +103,8 @@ def resume(
     device: Device | str | None = None,
     *,
     say: Say = print,
+    start: Pipeline | None = None,
+    learner: MakeLearner = Learner.of,
 ) -> Pipeline:
     """Go on with a run from its newest snapshot that verifies, or from its beginning.
 
@@ -101,19 +113,28 @@ def resume(
         data: what it was trained on.
         device: where to train; by default where the run was.
         say: told which snapshots were passed over, and where the run goes on.
+        start, learner: as they were given to `train_into`.
     Raises:
         CheckpointError: the folder is no run, none of its snapshots verifies, or the data are not
             those of the run; otherwise as `train_into`.
     """
-    settings = resumed(out, COMMAND, data)
+    settings = resumed(out, COMMAND, data, started=start is not None)
     device = own_device(pick_device(settings.device if device is None else device))
     if settings.config.cuda_graph and (device.type != "cuda" or launched()):
         say("going on without --cuda-graph, which is for one process on a GPU")
         settings = settings._replace(config=replace(settings.config, cuda_graph=False))
-    return _run(Path(out), settings, data, device, say)
+    return _run(Path(out), settings, data, device, say, start, learner)
 
 
-def _run(out: Path, settings: Settings, data: Data, device: Device, say: Say) -> Pipeline:
+def _run(
+    out: Path,
+    settings: Settings,
+    data: Data,
+    device: Device,
+    say: Say,
+    start: Pipeline | None,
+    learner: MakeLearner,
+) -> Pipeline:
     """Train on this process, and the others that torchrun started; that of rank 0 writes."""
     leads = rank() == 0
     prompts = data.example_prompts(100)
@@ -127,6 +148,7 @@ def _run(out: Path, settings: Settings, data: Data, device: Device, say: Say) ->
             pipe = train(
                 settings.config, data, device, report, picture,
                 begin=keeper.begin, after=keeper.after, world=all_of_us,
+                start=start, learner=learner,
             )  # fmt: skip
         if leads:
             pipe.save_pretrained(out / MODEL)

@@ -70,11 +70,11 @@ class Settings(NamedTuple):
         files.write_json(out / CONFIG, content)
 
 
-def about(data: Data) -> dict[str, Any]:
-    """What is kept of data, to know them again."""
-    # Points on a plane have no height and width; that they are refused is another's business.
+def about(data: Data, *, started: bool = False) -> dict[str, Any]:
+    """Return what is kept of the data to know them again, and that a run began from a pipeline."""
+    # Points on a plane have no height and width; they are refused elsewhere.
     shape = dict(zip(("channels", "height", "width"), data.shape, strict=False))
-    return {"name": data.name, "images": len(data), **shape}
+    return {"name": data.name, "images": len(data), **shape} | ({"start": True} if started else {})
 
 
 def create(out: str | Path, settings: Settings) -> Path:
@@ -133,14 +133,20 @@ def _loading(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return arguments and {"name": arguments["name"], **arguments}
 
 
-def resumed(out: str | Path, command: str, data: Data) -> Settings:
-    """What a run was told that is to go on.
+def resumed(out: str | Path, command: str, data: Data, *, started: bool = False) -> Settings:
+    """Return the settings of a run that is to go on.
 
+    Args:
+        started: a pipeline is given as its start.
     Raises:
-        CheckpointError: as `read_settings`, or the data are not those of the run.
+        CheckpointError: as `read_settings`, the data are not those of the run, or it has a start
+            that is not given.
     """
     settings = read_settings(out, command)
-    if (now := about(data)) != settings.about:
+    if settings.about.get("start", False) != started:
+        how = "a start, which must be given again" if not started else "fresh weights, not a start"
+        raise CheckpointError(f"{out}: was trained from {how}")
+    if (now := about(data, started=started)) != settings.about:
         raise CheckpointError(f"{out}: was trained on {settings.about}, the data are {now}")
     return settings
 

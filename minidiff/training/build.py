@@ -21,17 +21,20 @@ from minidiff.pipeline import Pipeline
 from minidiff.schedulers import Scheduler
 from minidiff.schedulers.core.names import sampler
 from minidiff.training.config import TrainConfig
+from minidiff.training.start import adopted, check_fit, continued, scheduler_from
 
 
-def build(config: TrainConfig, data: Data) -> Pipeline:
-    """A fresh pipeline of the size that `config` and the data ask for, weights from the seed.
+def build(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Pipeline:
+    """Return the pipeline to be trained: fresh with weights from the seed, or a copy of the start.
 
     torch's global random state is left as it was.
 
     Raises:
         InvalidArgument: as `check`.
     """
-    config = resolve(config, data)
+    config = resolve(config, data, start)
+    if start is not None:
+        return continued(start, config, data)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
         unet, condition = silenced(_network(config, data)), data.condition(config)
@@ -50,17 +53,21 @@ def build(config: TrainConfig, data: Data) -> Pipeline:
 
 
 def scheduler_of(config: TrainConfig) -> Scheduler:
-    """What is stored with the model to sample it. Raises InvalidArgument, see `sampler`."""
+    """Return the scheduler that is stored with a fresh model. Raises InvalidArgument."""
     own = config.objective().scheduler
     return sampler(config.sampler, own) if config.sampler else own
 
 
-def resolve(config: TrainConfig, data: Data) -> TrainConfig:
-    """The config with what it leaves to the data: σ_data, where the objective asks for it.
+def resolve(config: TrainConfig, data: Data, start: Pipeline | None = None) -> TrainConfig:
+    """Return the config with the options that it leaves to the data and to the start.
+
+    Of the data σ_data is measured, where the objective needs it.
 
     Raises:
-        InvalidArgument: the images are all of one grey.
+        InvalidArgument: all images are of one grey, or the config disagrees with the start.
     """
+    if start is not None:
+        config = adopted(config, start)
     if not config.measures_data:
         return config
     chosen = evenly_spaced(len(data), MEASURED_IMAGES)
@@ -73,30 +80,43 @@ def resolve(config: TrainConfig, data: Data) -> TrainConfig:
     return replace(config, sigma_data=std)
 
 
-def check(config: TrainConfig, data: Data) -> None:
+def check(config: TrainConfig, data: Data, start: Pipeline | None = None) -> None:
     """Refuse what cannot be trained, without taking memory.
 
     Raises:
         InvalidArgument: there are no images, `block` does not divide their size, a network refuses
             its sizes, a sampler the objective, a reference batch would be of images that are not
-            stored, or a weaker network would read a text encoder that has learnt on.
+            stored, a guidance network would read a text encoder that is trained on, or config and
+            data do not fit the start.
     """
+    if start is not None:
+        config = adopted(config, start)
     seen(config, data)
-    # Whether a sampler fits does not depend on σ_data, which is only measured when a run begins.
-    scheduler_of(replace(config, sigma_data=1.0) if config.measures_data else config)
+    if start is not None:
+        check_fit(start, config, data)
+        scheduler_from(start, config)
+    else:
+        _check_fresh(config, data)
     if config.stable_target and not data.is_stored:
         raise InvalidArgument(
             f"stable_target must be 0 for {data.name}: it draws from stored images or latents, "
             f"got {config.stable_target}"
         )
     with torch.device("meta"):
-        _network(config, data)
         condition = data.condition(config)
     if config.autoguidance_scale != 1 and any(True for _ in condition.parameters()):
         raise InvalidArgument(
             f"autoguidance_scale must be 1 for {data.name}, whose text encoder learns on when the "
             f"weaker network does not; got {config.autoguidance_scale:g}"
         )
+
+
+def _check_fresh(config: TrainConfig, data: Data) -> None:
+    """Refuse a fresh network or scheduler that cannot be built. Raises InvalidArgument."""
+    # Whether a sampler fits does not depend on σ_data, which is only measured when a run begins.
+    scheduler_of(replace(config, sigma_data=1.0) if config.measures_data else config)
+    with torch.device("meta"):
+        _network(config, data)
 
 
 def seen(config: TrainConfig, data: Data) -> Data:

@@ -23,6 +23,7 @@ from minidiff.noise import MAX_SEED
 from minidiff.objective import LOSS_WEIGHTS, NOISE_LEVELS, PREDICTION_TYPES, Objective
 from minidiff.runtime.device import DTYPES
 from minidiff.schedule import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
+from minidiff.schedulers import Scheduler
 from minidiff.schedulers.core.names import SAMPLERS
 from minidiff.training import objectives
 
@@ -238,16 +239,20 @@ class TrainConfig(LoopConfig):
         """Whether the objective needs the data's standard deviation and was not told it."""
         return self.sigma_data is None and "edm" in (self.prediction_type, self.loss_weight)
 
-    def objective(self, kind: type[Objective] | None = None) -> Objective:
-        """The objective, with its scheduler.
+    def objective(
+        self, kind: type[Objective] | None = None, scheduler: Scheduler | None = None
+    ) -> Objective:
+        """Return the objective, with its scheduler.
 
         Args:
-            kind: a class of one's own, see `minidiff.training.objectives.class_of`.
+            kind: custom class, see `minidiff.training.objectives.class_of`.
+            scheduler: scheduler of a pipeline that is trained on; None for a fresh one.
         Raises:
             InvalidArgument: for an unmeasured σ_data, or a class that does not fit.
         """
         options = {name: getattr(self, name) for name in _OBJECTIVE}
-        return objectives.make(**options, num_train_timesteps=self.num_train_timesteps, kind=kind)
+        steps = self.num_train_timesteps
+        return objectives.make(**options, num_train_timesteps=steps, kind=kind, scheduler=scheduler)
 
 
 @dataclass(frozen=True)

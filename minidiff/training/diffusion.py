@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+MakeLearner = Callable[[Pipeline], Learner]
 
 
 class Training(Loop):
@@ -56,7 +57,7 @@ class Training(Loop):
         device: where to train.
         make_optimizer: see `train`.
         world: the processes that train together.
-        objective: see `train`.
+        objective, start, learner: see `train`.
     Attributes:
         learner, average, optimizer, budget, meter: see `Loop`.
         batches: images, levels and noise of every step.
@@ -73,17 +74,20 @@ class Training(Loop):
         make_optimizer: MakeOptimizer | None = None,
         world: World | None = None,
         objective: type[Objective] | None = None,
+        start: Pipeline | None = None,
+        learner: MakeLearner = Learner.of,
     ) -> None:
         world = world or World()
-        self.objective = config.objective(objective)
+        check(config, data, start)
+        self.objective = config.objective(objective, start and start.scheduler)
         check_machine(config, device, world.size, world.splits)
         if config.compile:
             _check_compiler(device)
-        pipe = build(config, data)
-        learner = Learner.of(pipe).to(device).train()
+        pipe = build(config, data, start)
+        learner = learner(pipe).to(device).train()
         average = EMA(learner, config.ema_half_life)
         self._whole = copy.deepcopy(average.model) if world.splits else average.model
-        self._result = self._whole.pipeline(pipe).to(dtype=DTYPES[config.dtype])
+        self._result = self._whole.pipeline(pipe).to(device, DTYPES[config.dtype])
         for module in (learner, average.model):
             world.share(module)
         make = make_optimizer or partial(_optimizer, config, learner)
@@ -209,8 +213,11 @@ def train(
     after: Callable[[Training], None] = lambda training: None,
     world: World | None = None,
     objective: type[Objective] | None = None,
+    *,
+    start: Pipeline | None = None,
+    learner: MakeLearner = Learner.of,
 ) -> Pipeline:
-    """Train a pipeline until the budget is spent; returns it with the averaged weights.
+    """Train a pipeline until the budget is spent and return it with the averaged weights.
 
     Args:
         config: the run.
@@ -226,14 +233,19 @@ def train(
         after: called after every step; what it raises ends the run.
         world: the processes that train together, each of which calls this; report, picture and
             after are called on all of them.
-        objective: a class of one's own in place of the config's, of which it is a subclass, see
+        objective: custom class instead of the config's; a subclass of that, see
             `minidiff.training.objectives.class_of`.
+        start: pipeline to go on from, which stays as it is; None for a fresh network. Its network
+            and noise schedule are kept, see `minidiff.training.start`.
+        learner: function from the pipeline to what of it is trained and saved.
     Raises:
-        InvalidArgument: config, data and objective do not fit together, or the device is not there.
+        InvalidArgument: config, data, objective and start do not fit together, or the device is
+            not there.
         TrainingError: the loss or the gradient is not finite, or a process is lost.
     """
     device = pick_device(device)
-    training = Training(resolve(config, data), data, device, optimizer, world, objective)
+    config = resolve(config, data, start)
+    training = Training(config, data, device, optimizer, world, objective, start, learner)
     begin(training)
     pictures = training.pictures()
     with _own_random_state(device):

@@ -93,8 +93,9 @@ def make(
     learn_variance: bool = False,
     num_train_timesteps: int = 1000,
     kind: type[Objective] | None = None,
+    scheduler: Scheduler | None = None,
 ) -> Objective:
-    """An objective with the scheduler that samples it.
+    """Return an objective with the scheduler that samples it.
 
     Args:
         prediction_type, noise_levels, loss_weight: see `minidiff.objective`; noise_levels None is
@@ -105,7 +106,8 @@ def make(
         beta_schedule: of epsilon, sample and v; None for the cosine.
         learn_variance: whether the network learns the variance of DDPM's steps.
         num_train_timesteps: T.
-        kind: a class of one's own, see `class_of`.
+        kind: custom class, see `class_of`.
+        scheduler: scheduler whose targets and noise schedule are learnt; None for a fresh one.
     Raises:
         InvalidArgument: names the option.
     """
@@ -116,8 +118,12 @@ def make(
     kind = class_of(prediction_type, learn_variance, kind)
     if sigma_data is None and "edm" in (prediction_type, loss_weight):
         raise InvalidArgument("sigma_data must be given for 'edm': the data's standard deviation")
+    if scheduler is None:
+        scheduler = _scheduler(
+            prediction_type, beta_schedule, sigma_data, learn_variance, num_train_timesteps
+        )
     return kind(
-        _scheduler(prediction_type, beta_schedule, sigma_data, learn_variance, num_train_timesteps),
+        scheduler,
         _spread(noise_levels or SPREADS[prediction_type][0], level_mean, level_std),
         _weight(loss_weight, min_snr_gamma or MIN_SNR_GAMMA, sigma_data),
     )
