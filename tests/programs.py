@@ -15,7 +15,7 @@ import torch
 
 from minidiff.cli import main
 from minidiff.runs import diffusion, snapshot
-from minidiff.runtime.tensors import headers, read_one
+from minidiff.runtime.tensors import read_headers, read_tensor
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["minidiff.cli", "minidiff.runs.diffusion", "torch._dynamo"])
@@ -87,7 +87,7 @@ def rows(out: Path) -> list[dict]:
 
 def tensors(file: Path) -> dict[str, torch.Tensor]:
     """All of a safetensors file."""
-    return {name: read_one(entry) for name, entry in headers([file]).items()}
+    return {name: read_tensor(entry) for name, entry in read_headers([file]).items()}
 
 
 def assert_same_training(first: Path, second: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from minidiff import data
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.nn.classifier import Classifier, build_classifier
-from minidiff.runtime.tensors import headers, load_weights, read_metadata
+from minidiff.runtime.tensors import load_weights, read_headers, read_metadata
 
 WEIGHTS = Path(__file__).parent.with_name("weights")
 SUMS = "SHA256SUMS"
@@ -67,7 +67,7 @@ def read_classifier(path: str | Path) -> Classifier:
             f"{path}: says of no classifier how it is built ({error}); "
             "minidiff train-classifier writes such files"
         ) from error
-    load_weights(net, headers([path]))
+    load_weights(net, read_headers([path]))
     return net.to(memory_format=torch.channels_last).eval()
 
 

@@ -1,4 +1,4 @@
-"""Networks: they know (x, t, conditioning) and no diffusion."""
+"""Networks: functions of (x, t, conditioning), independent of any diffusion process."""
 
 from minidiff.nn.autoencoder import AutoencoderKL
 from minidiff.nn.blocks.patch import SpaceToDepth

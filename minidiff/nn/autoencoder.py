@@ -1,13 +1,13 @@
-"""The VAE of latent diffusion: images to small latents with few channels, and back.
+"""The VAE of latent diffusion, between images and small latents with few channels.
 
     image ─ conv_in ─ down₀ ─ down₁ ─ … ─ mid ─ norm, act, conv_out ─ quant_conv ─ (μ, ln σ²)
                                                                                       │ sample
     image ─ conv_out, act, norm ─ … ─ up₁ ─ up₀ ─ mid ─ conv_in ─ post_quant_conv ─── z
 
-A level is a few residual blocks that know no time; all but the last halve or double each side.
-Diffusion works on z brought to zero mean and unit variance, (z − mean)·scaling_factor / std:
-`to_latents` and `from_latents` go there and back, `encode` and `decode` stop at z. Submodule names
-are those of diffusers' checkpoints, so that weights load without renaming.
+A level is a few residual blocks without time; all but the last halve or double each side.
+Diffusion works on z normalised to zero mean and unit variance, (z − mean)·scaling_factor / std.
+`to_latents` and `from_latents` include this normalisation, `encode` and `decode` do not. Submodule
+names are those of diffusers' checkpoints, so that weights load without renaming.
 
 Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
 https://arxiv.org/abs/2112.10752, section 3.1 and appendix G; Kingma & Welling 2014,
@@ -23,17 +23,18 @@ from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument
 from minidiff.nn.blocks.attention import Attention
+from minidiff.nn.blocks.embeddings import check_floating
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.nn.blocks.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample
 from minidiff.nn.blocks.tiling import ImageMap, sliced, tiled
 from minidiff.nn.configs.autoencoder import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
-from minidiff.nn.model import Model, options_of
+from minidiff.nn.model import Model, parse_options
 from minidiff.runtime.files import Config
 from minidiff.runtime.shapes import append_dims
 from minidiff.runtime.tensors import Stored
 
-EPS = 1e-6  # of every norm; no option in diffusers
-# What attention was called in the VAEs of 2022, which published checkpoints still use.
+EPS = 1e-6  # epsilon of every norm; not an option in diffusers
+# Names of attention in the VAEs of 2022, which published checkpoints still have.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -41,22 +42,22 @@ class AutoencoderKL(Model):
     """A variational autoencoder of images, equal to diffusers' `AutoencoderKL`.
 
     Args:
-        config: the fields of AutoencoderConfig, by name; what is left out has diffusers' default.
+        config: fields of AutoencoderConfig, with diffusers' defaults.
     Raises:
-        InvalidArgument: an unknown name, a value that is not allowed, or two that do not go
-            together.
+        InvalidArgument: an unknown name, a value that is not allowed, or two that contradict
+            each other.
 
-    `vae.config` holds all arguments. An image side that `divisor` does not divide loses what is
-    left over, as in diffusers.
+    `vae.config` holds all arguments. An image side that is no multiple of `divisor` is rounded
+    down, as in diffusers.
 
-    Large batches and images: `enable_slicing()` takes one image at a time, `enable_tiling()` takes
-    images larger than `tile_sample_min_size` (latents larger than `tile_latent_min_size`) in tiles
-    of that size that overlap by `tile_overlap_factor`; see `nn.blocks.tiling`. As in diffusers
-    these are attributes, and no part of the configuration.
+    Large batches and images: `enable_slicing()` processes one image at a time. `enable_tiling()`
+    processes images larger than `tile_sample_min_size` (latents larger than `tile_latent_min_size`)
+    in tiles of that size that overlap by `tile_overlap_factor`; see `nn.blocks.tiling`. As in
+    diffusers these are attributes, not part of the configuration.
 
-    Number types: norms and softmax work in float32 whatever the weights are. bfloat16 holds any
-    activation; float16 ends at 65504, which the published SDXL weights exceed. `force_upcast` says
-    so of a checkpoint, and `working_dtype` what to convert the network to.
+    Number types: norms and softmax work in float32 for all weights. bfloat16 holds any activation;
+    float16 ends at 65504, which the published SDXL weights exceed. `force_upcast` marks such a
+    checkpoint, and `working_dtype` gives the dtype to convert the network to.
     """
 
     class_name = "AutoencoderKL"
@@ -64,7 +65,7 @@ class AutoencoderKL(Model):
 
     def __init__(self, **config: object):
         super().__init__()
-        c = options_of(AutoencoderConfig, config)
+        c = parse_options(AutoencoderConfig, config)
         self.config, self.divisor = Config(asdict(c)), c.divisor
         self.latents_mean, self.latents_std = c.mean, c.std
 
@@ -93,7 +94,7 @@ class AutoencoderKL(Model):
         Args:
             sample: images, in [−1, 1] for the published weights.
             sample_posterior: decode a sample of the encoder's distribution, not its mode.
-            generator: for that sample; by default torch's global random state.
+            generator: source of that sample's noise; by default torch's global random state.
         """
         posterior = self.encode(sample)
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode())
@@ -123,38 +124,40 @@ class AutoencoderKL(Model):
         return self._in_parts(self._pixels, *sides)(z)
 
     def to_latents(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Sample what a diffusion network works on from images: `scaled(encode(x).sample())`."""
+        """Sample the latents of a diffusion network from images: `scaled(encode(x).sample())`."""
         return self.scaled(self.encode(x).sample(generator))
 
     def from_latents(self, latents: Tensor) -> Tensor:
-        """The images of what a diffusion network made: `decode(unscaled(latents))`."""
+        """Decode the latents of a diffusion network to images: `decode(unscaled(latents))`."""
         return self.decode(self.unscaled(latents))
 
     def scaled(self, z: Tensor) -> Tensor:
-        """(z − mean)·scaling_factor / std: the space of the diffusion network.
+        """Return (z − mean)·scaling_factor / std, the latents of the diffusion network.
 
-        The mean is shift_factor or latents_mean, where the configuration has one; std is
-        latents_std, or 1.
+        The mean is shift_factor or latents_mean, or else 0; std is latents_std, or else 1.
         """
-        mean, std = _spread(self.latents_mean, z), _spread(self.latents_std, z)
+        mean, std = _per_channel(self.latents_mean, z), _per_channel(self.latents_std, z)
         return (z - mean) * self.config.scaling_factor / std
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """latents·std / scaling_factor + mean: the inverse of `scaled`."""
-        mean, std = _spread(self.latents_mean, latents), _spread(self.latents_std, latents)
+        """Return latents·std / scaling_factor + mean, the inverse of `scaled`."""
+        mean, std = (_per_channel(v, latents) for v in (self.latents_mean, self.latents_std))
         return latents * std / self.config.scaling_factor + mean
 
     def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What to convert this network to where the others have `dtype`: float32 in place of
-        float16 if `force_upcast` is set, as diffusers does for SDXL; else the same."""
+        """Return the dtype for this network beside others in `dtype`.
+
+        It is float32 instead of float16 if `force_upcast` is set, as diffusers does for SDXL, and
+        otherwise `dtype`.
+        """
         return torch.float32 if self.config.force_upcast and dtype == torch.float16 else dtype
 
     def image_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
-        """(C, H, W) of the picture that latents (latent_channels, h, w) decode to."""
+        """Return the shape (C, H, W) of the image decoded from (latent_channels, h, w)."""
         return (self.config.out_channels, *(side * self.divisor for side in latent_shape[1:]))
 
     def check_channels(self, channels: int) -> None:
-        """Refuse a network that does not work on these latents. Raises InvalidArgument."""
+        """Refuse a network for latents of other channels. Raises InvalidArgument."""
         if channels != self.config.latent_channels:
             raise InvalidArgument(
                 f"the network must have as many in_channels as the vae latent_channels "
@@ -186,7 +189,7 @@ class AutoencoderKL(Model):
         self.use_tiling = False
 
     def _in_parts(self, f: ImageMap, size: int, out_size: int) -> ImageMap:
-        """f as the methods above say; `size` and `out_size` are the sides of its tiles."""
+        """Return f in slices and tiles, if enabled; `size` and `out_size` are sides of tiles."""
         if self.use_tiling:
             if self.tile_sample_min_size != self.divisor * self.tile_latent_min_size:
                 raise InvalidArgument(
@@ -199,17 +202,18 @@ class AutoencoderKL(Model):
     # ------------------------------------------------------------------------- checkpoints
 
     @classmethod
-    def wanted(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-        """A checkpoint's tensors by today's names: attention had others in 2022 (OLD_NAMES), and
-        1×1 convolutions (C, C, 1, 1) for its linear layers in older ones yet.
+    def translate_names(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+        """Return the tensors of a checkpoint under today's names.
 
-        An old name beside the new one stays, and is refused as unexpected when loaded.
+        In 2022 attention had other names (OLD_NAMES), and before that 1×1 convolutions
+        (C, C, 1, 1) as its linear layers. An old name beside the new one is kept, and refused as
+        unexpected when loaded.
         """
         result = {}
         for name, entry in stored.items():
-            path, part, kind = (*name.rsplit(".", 2), "", "")[:3]
-            today = f"{path}.{OLD_NAMES.get(part)}.{kind}"
-            if part not in OLD_NAMES or ".attentions." not in name or today in stored:
+            path, layer, kind = (*name.rsplit(".", 2), "", "")[:3]
+            today = f"{path}.{OLD_NAMES.get(layer)}.{kind}"
+            if layer not in OLD_NAMES or ".attentions." not in name or today in stored:
                 result[name] = entry
             else:
                 flat = entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape
@@ -217,11 +221,10 @@ class AutoencoderKL(Model):
         return result
 
     @classmethod
-    def least_tensors(cls, config: Mapping) -> int:
-        written = {name: value for name, value in config.items() if not name.startswith("_")}
-        c = options_of(AutoencoderConfig, written)
-        levels = len(c.block_out_channels)
-        return 8 * levels * (2 * c.layers_per_block + 1)
+    def min_tensors(cls, config: Mapping) -> int:
+        options = {name: value for name, value in config.items() if not name.startswith("_")}
+        c = parse_options(AutoencoderConfig, options)
+        return 8 * len(c.block_out_channels) * (2 * c.layers_per_block + 1)
 
 
 # ------------------------------------------------------------------------------- the two halves
@@ -267,11 +270,13 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, each followed by attention where the block type says so."""
+    """Residual blocks at one size, each followed by attention if the block type has it."""
 
-    def __init__(self, c: AutoencoderConfig, entering: int, width: int, layers: int, attends: bool):
+    def __init__(
+        self, c: AutoencoderConfig, in_channels: int, width: int, layers: int, attends: bool
+    ):
         super().__init__()
-        inputs = [entering] + (layers - 1) * [width]
+        inputs = [in_channels] + (layers - 1) * [width]
         self.resnets = nn.ModuleList(_resnet(c, channels, width) for channels in inputs)
         self.attentions = nn.ModuleList(_attention(c, width, attends) for _ in inputs)
 
@@ -282,7 +287,7 @@ class Level(nn.Module):
 
 
 class DownBlock(Level):
-    """One level of the encoder, then half the size."""
+    """One level of the encoder, then downsampling."""
 
     def __init__(self, c: AutoencoderConfig, level: int):
         channels, attends = c.block_out_channels, DOWN_BLOCKS[c.down_block_types[level]]
@@ -301,12 +306,12 @@ class DownBlock(Level):
 
 
 class UpBlock(Level):
-    """One level of the decoder, of one layer more than the encoder's, then twice the size."""
+    """One level of the decoder, with one layer more than the encoder's, then upsampling."""
 
     def __init__(self, c: AutoencoderConfig, level: int):
         channels, attends = c.block_out_channels, UP_BLOCKS[c.up_block_types[-1 - level]]
-        entering = channels[min(level + 1, len(channels) - 1)]
-        super().__init__(c, entering, channels[level], c.layers_per_block + 1, attends)
+        in_channels = channels[min(level + 1, len(channels) - 1)]
+        super().__init__(c, in_channels, channels[level], c.layers_per_block + 1, attends)
         self.upsamplers = nn.ModuleList()
         if level > 0:
             self.upsamplers.append(Upsample(2, channels[level]))
@@ -346,11 +351,8 @@ def _attention(c: AutoencoderConfig, width: int, attends: bool) -> nn.Module:
 
 
 def _check_images(name: str, x: Tensor, channels: int, smallest: int) -> None:
-    """Refuse what is no batch of images with `channels`, or has a side below `smallest`."""
-    if not isinstance(x, Tensor):
-        raise InvalidArgument(f"{name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise InvalidArgument(f"{name} must be floating point, got {x.dtype}")
+    """Refuse anything but a batch of images with `channels` and sides of at least `smallest`."""
+    check_floating(name, x)
     if x.dim() != 4 or x.shape[1] != channels or not len(x):
         raise InvalidArgument(
             f"{name} must have shape (B, {channels}, height, width), got {tuple(x.shape)}"
@@ -359,8 +361,8 @@ def _check_images(name: str, x: Tensor, channels: int, smallest: int) -> None:
         raise InvalidArgument(f"{name} must have sides >= {smallest}, got {tuple(x.shape[2:])}")
 
 
-def _spread(value: float | Sequence[float], z: Tensor) -> float | Tensor:
-    """One number as it is; one a channel as a tensor (1, C, 1, 1) like z."""
+def _per_channel(value: float | Sequence[float], z: Tensor) -> float | Tensor:
+    """Return one number unchanged, and one per channel as a tensor (1, C, 1, 1) like z."""
     if isinstance(value, Sequence):
         return append_dims(torch.tensor([value], dtype=z.dtype, device=z.device), z.ndim)
     return value

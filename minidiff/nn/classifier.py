@@ -1,11 +1,11 @@
-"""Small classifiers whose penultimate layer is the space in which samples are measured.
+"""Small classifiers whose penultimate layer is the feature space for the evaluation of samples.
 
-Three stages of convolutions, each at half the size of the one before, then the mean over space:
-the features. Because of that mean the same layers take images of any size.
+Three stages of convolutions, each at half the size of the previous one, and a mean over space give
+the features. The mean lets the same layers take images of any size.
 
     x (B, C, H, W) → stages → mean over (H, W) → features (B, D) → linear → logits (B, K)
 
-`FeatureNet` is enough for digits. Photographs want more depth, and depth wants shortcuts:
+`FeatureNet` suffices for digits. Photographs need more depth and residual connections:
 `ResidualFeatureNet` (K. He et al. 2016, arXiv:1603.05027; S. Zagoruyko and N. Komodakis 2016,
 arXiv:1605.07146).
 """
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument, listed, one_of, whole_number
 
-MAX_WIDTH, MAX_BLOCKS = 4096, 64  # more than this is a typing error
+MAX_WIDTH, MAX_BLOCKS = 4096, 64  # anything above is a typing error
 
 
 class Classifier(nn.Module):
     """A convolutional classifier that also returns its features.
 
     Attributes:
-        stages: images to maps of D features.
-        head: the linear layer from the D features to the logits.
+        stages: layers from images to maps of D features.
+        head: linear layer from the D features to the logits.
     """
 
     stages: nn.Sequential
@@ -43,13 +43,13 @@ class Classifier(nn.Module):
 
 
 class FeatureNet(Classifier):
-    """Two plain convolutions a stage, 2×2 max pooling between stages.
+    """A network of two plain convolutions per stage and 2×2 max pooling between stages.
 
     Args:
-        channels: C of the images.
-        num_classes: K.
-        widths: channels of the three stages; the last is D, the number of features. The
-            default has 200,000 parameters, so its weights file stays below 1 MB.
+        channels: channels C of the images.
+        num_classes: number K of classes.
+        widths: channels of the three stages; the last is the number D of features. The default
+            has 200,000 parameters, so its weights file is below 1 MB.
 
     Raises:
         InvalidArgument: an argument is out of range.
@@ -74,12 +74,14 @@ class FeatureNet(Classifier):
 
 
 class ResidualFeatureNet(Classifier):
-    """Residual blocks, normalised and rectified before each convolution; strides between stages.
+    """A network of residual blocks with norm and ReLU before each convolution.
+
+    Stages begin with a stride of 2 instead of pooling.
 
     Args:
-        channels, num_classes, widths: as in `FeatureNet`. The default has 480,000 parameters: in
-            16 bits its weights file stays below 1 MB.
-        blocks: residual blocks a stage, of two 3×3 convolutions each.
+        channels, num_classes, widths: C, K and the channels of the stages, as in `FeatureNet`. The
+            default has 480,000 parameters: in 16 bits its weights file is below 1 MB.
+        blocks: residual blocks per stage, of two 3×3 convolutions each.
 
     Raises:
         InvalidArgument: an argument is out of range.
@@ -107,16 +109,17 @@ class ResidualFeatureNet(Classifier):
 
 
 class SceneNet(Classifier):
-    """Q classifiers of K classes on features in common, for pictures of several things.
+    """Q classifiers of K classes on shared features, for images of several objects.
 
-    Where a thing is must not be averaged away: what is left of the picture is 4×4 cells, which one
-    linear layer makes the features of.
+    A mean over space would lose where an object is. Instead max pooling reduces the image to 4×4
+    cells, which one linear layer maps to the features.
 
     Args:
-        channels, num_classes, widths: as in `FeatureNet`. With nine questions the default has
-            220,000 parameters. A question of fewer classes leaves the last logits alone.
-        questions: Q.
-        features: D.
+        channels, num_classes, widths: C, K and the channels of the stages, as in `FeatureNet`.
+            With nine questions the default has 220,000 parameters. A question with fewer classes
+            does not use the last logits.
+        questions: number Q of questions.
+        features: number D of features.
 
     Raises:
         InvalidArgument: an argument is out of range.
@@ -153,14 +156,14 @@ NETWORKS = {"plain": FeatureNet, "residual": ResidualFeatureNet, "scene": SceneN
 
 
 def build_classifier(architecture: Mapping[str, Any]) -> Classifier:
-    """A fresh classifier from its name and the arguments of its class.
+    """Build a classifier with fresh weights from its name and the arguments of its class.
 
     Args:
-        architecture: "network", a key of `NETWORKS` ("plain" if it is missing), "channels",
-            "num_classes", and what else the class takes.
+        architecture: "network", a key of `NETWORKS` ("plain" if missing), "channels",
+            "num_classes", and further arguments of the class.
 
     Raises:
-        InvalidArgument: another name, an argument that the class lacks, or one out of range.
+        InvalidArgument: another name, an unknown argument, or one out of range.
     """
     if not isinstance(architecture, Mapping):
         raise InvalidArgument(f"architecture must be a mapping, got {architecture!r}")
@@ -176,7 +179,7 @@ def build_classifier(architecture: Mapping[str, Any]) -> Classifier:
 def _sizes(
     channels: int, num_classes: int, widths: tuple[int, int, int]
 ) -> tuple[int, int, tuple[int, ...]]:
-    """The three arguments that both networks take, checked."""
+    """Check the three arguments that the networks share and return them."""
     return (
         whole_number("channels", channels, 1, MAX_WIDTH),
         whole_number("num_classes", num_classes, 2, MAX_WIDTH),
@@ -185,7 +188,7 @@ def _sizes(
 
 
 def _plain_stage(channels: int, width: int) -> nn.Sequential:
-    """Two 3×3 convolutions, each normalised and rectified."""
+    """Return two 3×3 convolutions, each followed by a norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1, bias=False),  # the norm has the bias
         nn.BatchNorm2d(width),
@@ -202,7 +205,7 @@ def _residual_stage(channels: int, width: int, blocks: int, stride: int) -> nn.S
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))); a 1×1 convolution of x where its shape changes."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))), with a 1×1 convolution if the shape changes."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -214,7 +217,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) → (B, width, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        """Map (B, channels, H, W) to (B, width, ⌈H/stride⌉, ⌈W/stride⌉)."""
         y = F.relu(self.norm1(x))
         kept = x if self.shortcut is None else self.shortcut(y)
         return kept + self.conv2(F.relu(self.norm2(self.conv1(y))))

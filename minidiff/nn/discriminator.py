@@ -1,13 +1,13 @@
-"""A judge of pictures, patch by patch: was it seen by a camera, or made by a decoder?
+"""A discriminator that classifies the patches of an image as real or decoded.
 
     x (B, C, H, W) ─ [4×4 convolution, half the size ─ norm ─ leaky ReLU]ⁿ ─ 3×3 ─ (B, 1, h, w)
 
-Each number of the answer is about what the layers below it see, a patch of the picture. It serves
-in training alone, so it has no folder.
+Each output is the logit of its receptive field, a patch of the image. The network is used in
+training only, so it has no folder.
 
 Source: Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks",
-https://arxiv.org/abs/1611.07004, section 3.2.2. Its norm is over batches, which would let the
-pictures of a batch judge each other; here it is over groups of channels.
+https://arxiv.org/abs/1611.07004, section 3.2.2. Their batch norm would make the images of a batch
+depend on each other; here the norm is over groups of channels.
 """
 
 import math
@@ -18,19 +18,19 @@ from torch import nn
 from minidiff.nn.blocks.layers import GroupNorm
 
 EPS = 1e-5
-SLOPE = 0.2  # of the leaky ReLU for negative values
+SLOPE = 0.2  # slope of the leaky ReLU for negative values
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Pictures (B, C, H, W) to logits (B, 1, ⌊H/2ⁿ⌋, ⌊W/2ⁿ⌋), positive for real patches.
+    """Images (B, C, H, W) to logits (B, 1, ⌊H/2ⁿ⌋, ⌊W/2ⁿ⌋), positive for real patches.
 
     Args:
         in_channels: C.
-        channels: of each of the n levels. A patch is 5·2ⁿ − 2 pixels wide: 18 for two levels.
+        channels: channels of the n levels. A patch is 5·2ⁿ − 2 pixels wide: 18 for two levels.
     """
 
     def __init__(self, in_channels: int, channels: Sequence[int] = (32, 64)) -> None:
-        first, *others = channels  # the first has no norm: brightness is part of the evidence
+        first, *others = channels  # no norm on the first level, which would remove the brightness
         layers = [nn.Conv2d(in_channels, first, 4, 2, 1), nn.LeakyReLU(SLOPE)]
         for before, width in zip(channels, others, strict=False):
             layers.append(nn.Conv2d(before, width, 4, 2, 1))

@@ -1,13 +1,13 @@
-"""A denoiser of points: a few linear layers that are told the time, and the class if there is one.
+"""A denoiser of points: a few linear layers, conditioned on the time and an optional class.
 
     emb = time_embedding(features(t)) + class_embedding(label)
     h   = linear_in(x, sin 2ᵏx, cos 2ᵏx);   h ← h + out(SiLU(in(norm(h)) + proj(emb)))   a few times
     out = linear_out(norm(h))
 
-The waves, k = 0 … num_waves − 1, let so small a network say where a narrow mode ends (Tancik et al.
-2020, "Fourier Features Let Networks Learn High Frequency Functions", arXiv:2006.10739). It is
-called and saved as the U-Net is, so that schedulers, guidance and the sampling loop take
-either. Two dimensions are learnt in seconds on one core.
+The waves, k = 0 … num_waves − 1, let a small network resolve the edges of narrow modes (Tancik et
+al. 2020, "Fourier Features Let Networks Learn High Frequency Functions", arXiv:2006.10739). The
+network is called and saved like the U-Net, so that schedulers, guidance and the sampling loop take
+either. Two dimensions are learned in seconds on one core.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,11 @@ from minidiff.nn.blocks.embeddings import (
     NoLabels,
     SinusoidalTime,
     TimestepEmbedding,
-    check_sample,
-    times_of,
+    check_floating,
+    expand_times,
 )
-from minidiff.nn.model import Model, options_of
+from minidiff.nn.model import Model, parse_options
+from minidiff.runtime.checks import check_fields, option, optional, whole
 from minidiff.runtime.files import Config
 
 
@@ -34,30 +35,25 @@ from minidiff.runtime.files import Config
 class MLPConfig:
     """The options of an `MLP`; see there."""
 
-    in_channels: int = 2
-    hidden_channels: int = 128
-    num_layers: int = 2
-    num_waves: int = 3
-    num_class_embeds: int | None = None
+    in_channels: int = option(2, "dimensions of a point", whole(1, 1 << 16))
+    hidden_channels: int = option(128, "channels of every layer", whole(4, 1 << 14))
+    num_layers: int = option(2, "residual blocks", whole(1, 64))
+    num_waves: int = option(3, "frequencies per coordinate", whole(0, 10))
+    num_class_embeds: int | None = option(None, "labels", optional(whole(1, 1 << 20)))
 
     def __post_init__(self) -> None:
-        whole_number("in_channels", self.in_channels, 1, 1 << 16)
-        whole_number("hidden_channels", self.hidden_channels, 4, 1 << 14)
-        whole_number("num_layers", self.num_layers, 1, 64)
-        whole_number("num_waves", self.num_waves, 0, 10)
-        if self.num_class_embeds is not None:
-            whole_number("num_class_embeds", self.num_class_embeds, 1, 1 << 20)
+        check_fields(self)
 
 
 class MLP(Model):
     """A residual multilayer perceptron for points (B, D).
 
     Args:
-        in_channels: D, of what comes in and what goes out.
+        in_channels: dimension D of input and output.
         hidden_channels: width of every layer.
-        num_layers: residual blocks of two linear layers each.
-        num_waves: sines and cosines of every coordinate, at frequencies 1, 2, 4, … .
-        num_class_embeds: how many labels there are, "no class" included; None for no labels.
+        num_layers: number of residual blocks of two linear layers each.
+        num_waves: number of frequencies 1, 2, 4, … of the sines and cosines of every coordinate.
+        num_class_embeds: number of labels, "no class" included; None for no labels.
     Raises:
         InvalidArgument: an option is unknown or not allowed.
     """
@@ -67,7 +63,7 @@ class MLP(Model):
 
     def __init__(self, **config: object):
         super().__init__()
-        c = options_of(MLPConfig, config)
+        c = parse_options(MLPConfig, config)
         self.config = Config(asdict(c))
         width = c.hidden_channels
         self.time_proj = SinusoidalTime(width, flip_sin_to_cos=True, freq_shift=0)
@@ -86,23 +82,23 @@ class MLP(Model):
         timestep: int | float | Tensor,
         class_labels: Tensor | None = None,
     ) -> Tensor:
-        """Map noisy points and their time to what the network predicts.
+        """Map noisy points and their time to the prediction.
 
         Args:
-            sample: (B, in_channels), floating point.
-            timestep: one time for the batch (a number or a tensor ()), or one a point, (B,).
+            sample: noisy points (B, in_channels), floating point.
+            timestep: time of the batch (a number or a tensor ()), or one per point, (B,).
             class_labels: int64 (B,) below num_class_embeds; None for a network without labels.
         Returns:
             (B, in_channels).
         Raises:
-            InvalidArgument: a wrong shape or type; labels missing, or given for no reason.
+            InvalidArgument: a wrong shape or type, or labels that are missing or unused.
         """
-        check_sample(sample)
+        check_floating("sample", sample)
         if sample.dim() != 2 or sample.shape[1] != self.config.in_channels or not len(sample):
             raise InvalidArgument(
                 f"sample must have shape (B, {self.config.in_channels}), got {tuple(sample.shape)}"
             )
-        emb = self.time_embedding(self.time_proj(times_of(sample, timestep)))
+        emb = self.time_embedding(self.time_proj(expand_times(sample, timestep)))
         emb = F.silu(emb + self.class_embedding(class_labels, len(sample)))
         waves = [sample * 2**k for k in range(self.config.num_waves)]
         waves = [wave(x) for x in waves for wave in (torch.sin, torch.cos)]
@@ -112,13 +108,13 @@ class MLP(Model):
         return self.linear_out(self.norm_out(h))
 
     @classmethod
-    def least_tensors(cls, config: Mapping) -> int:
-        """As `Model`; a block has eight."""
+    def min_tensors(cls, config: Mapping) -> int:
+        """Return eight tensors per block, a lower bound. Raises InvalidArgument."""
         return 8 * whole_number("num_layers", config.get("num_layers", MLPConfig.num_layers), 1, 64)
 
 
 class Block(nn.Module):
-    """Two linear layers around what the block is told, and past them the way straight on."""
+    """Two linear layers in a residual connection, conditioned between them."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,9 +1,9 @@
-"""A network that knows its configuration and its folder.
+"""The base of all networks: a configuration, and a folder to save to and load from.
 
 A folder is `config.json` beside the weights, the layout of diffusers' and transformers' models
-(https://huggingface.co/docs/diffusers), readable there and here. A checkpoint is not trusted: what
-the configuration would need is compared with what the headers of the files hold, first by counting
-and then, on a network built without memory, name by name; only then is memory taken.
+(https://huggingface.co/docs/diffusers), readable there and here. A checkpoint is not trusted. The
+tensors that the configuration needs are compared with the headers of the files, first by number
+and then by name and shape, on a network built without memory. Only then is memory allocated.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from minidiff.runtime.tensors import (
     DTYPES,
     Stored,
     find_weights,
-    headers,
     load_weights,
     own_files,
+    read_headers,
     write_weights,
 )
 
@@ -34,9 +34,9 @@ class Model(nn.Module):
 
     Attributes:
         config: all options, as a dict with attribute access.
-        class_name: what the network is called in the library whose folders it reads.
-        class_names: all that it can be called.
-        weights_name: of the file, without what follows the first point.
+        class_name: class of the network in the library whose folders it reads.
+        class_names: all classes of that library that this network covers.
+        weights_name: name of the weights file, up to the first dot.
     """
 
     class_name: str
@@ -46,10 +46,10 @@ class Model(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping) -> "Model":
-        """Build with fresh weights; names that start with "_" are notes and not read.
+        """Build with fresh weights; names that start with "_" are notes and ignored.
 
         Raises:
-            InvalidArgument: another class's configuration, an unknown name or a bad value.
+            InvalidArgument: the configuration of another class, an unknown name or a bad value.
         """
         one_of("_class_name", config.get("_class_name", cls.class_names[0]), cls.class_names)
         return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
@@ -65,11 +65,11 @@ class Model(nn.Module):
     ) -> "Model":
         """Read a folder that `save_pretrained` of minidiff, diffusers or transformers wrote.
 
-        The network comes in evaluation mode, as from diffusers; call `train()` to go on training.
+        The network is returned in evaluation mode, as by diffusers; call `train()` to train it.
 
         Args:
-            folder, subfolder: of the network; the folder of a pipeline has it in "unet", for one.
-            torch_dtype: of the weights, whatever the file's: float32, float64, float16, bfloat16.
+            folder, subfolder: folder of the network, such as that of a pipeline and "unet".
+            torch_dtype: dtype to convert the weights to: float32, float64, float16 or bfloat16.
             variant: "fp16" for the files `….fp16.safetensors`.
         Raises:
             CheckpointError: a file is missing or damaged, or does not fit the others.
@@ -78,10 +78,10 @@ class Model(nn.Module):
         if torch_dtype not in DTYPES:
             raise InvalidArgument(f"torch_dtype must be one of {DTYPES}, got {torch_dtype!r}")
         folder = Path(folder, subfolder or "")
-        stored = cls.wanted(headers(find_weights(folder, cls.weights_name, variant)))
+        stored = cls.translate_names(read_headers(find_weights(folder, cls.weights_name, variant)))
         config = cls.read_config(folder)
         try:
-            if (least := cls.least_tensors(config)) > len(stored):
+            if (least := cls.min_tensors(config)) > len(stored):
                 raise CheckpointError(
                     f"{folder / CONFIG}: needs at least {least} tensors, there are {len(stored)}"
                 )
@@ -99,14 +99,14 @@ class Model(nn.Module):
         max_shard_size: int | str = "10GB",
         variant: str | None = None,
     ) -> None:
-        """Write the folder as a whole, or leave what was there.
+        """Write the folder as a whole, or leave its old content.
 
         Args:
-            max_shard_size: more bytes than this are written as several files and their index.
-            variant: "fp16" calls them `….fp16.safetensors`.
+            max_shard_size: bytes per file; more are written as several files and their index.
+            variant: "fp16" for the files `….fp16.safetensors`.
         Raises:
-            CheckpointError: it cannot be written, or holds files that this would throw away.
-            InvalidArgument: max_shard_size or variant is not what it can be.
+            CheckpointError: the folder cannot be written, or holds files that would be lost.
+            InvalidArgument: a bad max_shard_size or variant.
         """
         folder = Path(folder)
         others = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
@@ -121,33 +121,33 @@ class Model(nn.Module):
             write_weights(temporary, self.weights_name, state, max_shard_size, variant)
             write_json(temporary / CONFIG, self.written_config())
 
-    # --- where libraries and generations of them differ --------------------------------------
+    # --- differences between libraries and their versions ------------------------------------
 
     @classmethod
     def read_config(cls, folder: Path) -> dict:
-        """What config.json says, in the words of `from_config`. Raises CheckpointError."""
+        """Return the content of config.json as `from_config` takes it. Raises CheckpointError."""
         return read_json(folder / CONFIG)
 
     def written_config(self) -> dict:
-        """What config.json is to say."""
+        """Return the content of config.json."""
         return {"_class_name": self.class_name, **self.config}
 
     @classmethod
-    def wanted(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-        """The tensors of a file under the names that they have here, without what is none."""
+    def translate_names(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+        """Return the tensors of a file under the names of this class, without unused ones."""
         return dict(stored)
 
     @classmethod
-    def least_tensors(cls, config: Mapping) -> int:
-        """How many tensors a network of this configuration has at least. Raises InvalidArgument."""
+    def min_tensors(cls, config: Mapping) -> int:
+        """Return a lower bound on the tensors of this configuration. Raises InvalidArgument."""
         return 0
 
 
-def options_of(cls: type, given: Mapping) -> Any:
-    """The options of a network, a dataclass, from names and values.
+def parse_options(cls: type, given: Mapping) -> Any:
+    """Return the options of a network, a dataclass, from names and values.
 
     Raises:
-        InvalidArgument: a name that is none of its fields, or as the class itself.
+        InvalidArgument: a name that is not a field of the class, or a value that it refuses.
     """
     known = [field.name for field in fields(cls)]
     if unknown := sorted(given.keys() - set(known)):

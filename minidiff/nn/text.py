@@ -1,12 +1,12 @@
-"""The text encoder: CLIP's transformer, from token numbers to a vector a token.
+"""The text encoder: CLIP's transformer, from token numbers to one vector per token.
 
     h₀ = token[ids] + position
     h  ← h + Attention(norm₁(h));  h ← h + MLP(norm₂(h))          in every layer
     last_hidden_state = norm(h);  pooled = its row at the end of the text
 
-A token attends to itself and to what came before, so that its vector never depends on what
-follows; the row at the end of the text has seen everything and stands for the whole. Submodule
-names are those of published checkpoints.
+A token attends to itself and to earlier tokens, so its vector does not depend on later ones. The
+row at the end of the text depends on all of it and represents the text. Submodule names are those
+of published checkpoints.
 
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
 Supervision", https://arxiv.org/abs/2103.00020, section 2.4, and its code,
@@ -24,23 +24,24 @@ from torch import Tensor, nn
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.nn.blocks.attention import attend
 from minidiff.nn.blocks.layers import ACTIVATIONS
-from minidiff.nn.configs.text import MODEL_TYPE, PROJECTS, TextConfig, arguments_of
-from minidiff.nn.model import Model, options_of
+from minidiff.nn.configs.text import MODEL_TYPE, PROJECTS, TextConfig, read_arguments
+from minidiff.nn.model import Model, parse_options
 from minidiff.runtime.files import Config
-from minidiff.runtime.tensors import Stored, read_one
+from minidiff.runtime.tensors import Stored, read_tensor
 
 EMBEDDINGS = "text_model.embeddings"
 POSITIONS = f"{EMBEDDINGS}.position_ids"
 
 
 class TextEncoding(NamedTuple):
-    """What a TextEncoder makes of token numbers (B, length).
+    """The output of a TextEncoder for token numbers (B, length).
 
-    last_hidden_state: a vector a token after the last norm, (B, length, hidden_size).
-    pooled: the one of the token that ends the text, (B, hidden_size).
-    text_embeds: its projection, (B, projection_dim); `pooled` itself without a projection.
-    hidden_states: what entered the first layer and what left each, not normalised, so the one
-        before the last layer (SDXL, "clip skip") is hidden_states[-2].
+    Attributes:
+        last_hidden_state: one vector per token after the last norm, (B, length, hidden_size).
+        pooled: vector of the token that ends the text, (B, hidden_size).
+        text_embeds: projection of `pooled`, (B, projection_dim); `pooled` without a projection.
+        hidden_states: input of the first layer and output of each, not normalised. That of the
+            last layer but one (SDXL, "clip skip") is hidden_states[-2].
     """
 
     last_hidden_state: Tensor
@@ -53,14 +54,14 @@ class TextEncoder(Model):
     """CLIP's text transformer, equal to `CLIPTextModel` and `CLIPTextModelWithProjection`.
 
     Args:
-        config: the fields of TextConfig, by name; what is left out has transformers' default.
+        config: fields of TextConfig, with transformers' defaults.
             `architectures=["CLIPTextModelWithProjection"]` adds the projection.
     Raises:
-        InvalidArgument: an unknown name, a value that is not allowed, or two that do not go
-            together.
+        InvalidArgument: an unknown name, a value that is not allowed, or two that contradict
+            each other.
 
-    `encoder.config` holds all arguments. Fresh weights are normal, as in CLIP's code, with
-    `initializer_factor` on every standard deviation.
+    `encoder.config` holds all arguments. Fresh weights are normal, as in CLIP's code, with every
+    standard deviation multiplied by `initializer_factor`.
     """
 
     class_names = tuple(PROJECTS)
@@ -68,28 +69,29 @@ class TextEncoder(Model):
 
     def __init__(self, **config: object):
         super().__init__()
-        c = options_of(TextConfig, config)
+        c = parse_options(TextConfig, config)
         self.config, self.class_name = Config(asdict(c)), c.architectures[0]
         self.text_model = Transformer(c)
         self.text_projection = nn.Identity()
         if c.projects:
             std = c.initializer_factor * c.hidden_size**-0.5
             self.text_projection = _linear(c.hidden_size, c.projection_dim, std, bias=False)
-        # Configurations from before transformers 4.31 say 2, which does not end a text; what does
-        # has the highest number in CLIP's vocabulary, and that is what was looked for.
+        # Before transformers 4.31 the configuration has 2, which does not end a text, and the code
+        # looks for the highest number instead: in CLIP's vocabulary that token ends a text.
         self.end = HighestToken() if c.eos_token_id == 2 else FirstToken(c.eos_token_id)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TextEncoding:
         """Encode token numbers.
 
+        `pooled` is read at the token that ends a text: the first eos_token_id, or the first token
+        of a text without one. Where the configuration has 2, as older ones do, it is the highest
+        number.
+
         Args:
-            input_ids: int64 or int32, (B, length), length up to max_position_embeddings. Each
-                text holds the token that ends it, which is where `pooled` is read: the first
-                eos_token_id, or the first token where there is none; where the configuration
-                says 2, as older ones do, the highest number. On the CPU a number that is not in
-                the vocabulary is refused; a GPU is not waited for and stops with an error of its
-                own.
-            attention_mask: bool or whole numbers, (B, length); 0 hides a token from the others,
+            input_ids: int64 or int32, (B, length), length up to max_position_embeddings. A number
+                outside the vocabulary is refused on the CPU; on a GPU, where checking would make
+                the host wait, CUDA raises its own error.
+            attention_mask: bool or integers, (B, length); 0 hides a token from the others, such
                 as padding. None hides nothing, which is how Stable Diffusion encodes prompts.
         Raises:
             InvalidArgument: a wrong shape, type or number.
@@ -100,7 +102,7 @@ class TextEncoder(Model):
         return TextEncoding(last, pooled, self.text_projection(pooled), hidden)
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:
-        """Refuse bad input by name."""
+        """Check the input. Raises InvalidArgument."""
         if not isinstance(ids, Tensor):
             raise InvalidArgument(f"input_ids must be a tensor, got {type(ids).__name__}")
         if ids.dtype not in (torch.int64, torch.int32):
@@ -128,23 +130,23 @@ class TextEncoder(Model):
 
     @classmethod
     def from_config(cls, config: Mapping) -> "TextEncoder":
-        """Build with fresh weights from `encoder.config` or what a config.json holds.
+        """Build with fresh weights from `encoder.config` or the content of a config.json.
 
         Raises:
-            InvalidArgument: another class's configuration, an unknown name or a bad value.
+            InvalidArgument: the configuration of another class, an unknown name or a bad value.
         """
-        return cls(**arguments_of(config))
+        return cls(**read_arguments(config))
 
     def written_config(self) -> dict:
-        """What config.json holds; without `model_type` transformers would not know it."""
+        """Return the content of config.json, with the `model_type` that transformers needs."""
         return {"model_type": MODEL_TYPE, **self.config}
 
     @classmethod
-    def wanted(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-        """Tensors of a file under the names of this network.
+    def translate_names(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+        """Return the tensors of a file under the names of this network.
 
         transformers 5 writes a `CLIPTextModel` without the prefix that published files have.
-        Before 4.31 it also wrote the positions' numbers.
+        Before 4.31 it also wrote the numbers of the positions.
 
         Raises:
             CheckpointError: those numbers are not 0, 1, 2, …, so the file is damaged.
@@ -154,21 +156,19 @@ class TextEncoder(Model):
                 name if name.startswith("text_projection.") else f"text_model.{name}": entry
                 for name, entry in stored.items()
             }
-        numbered, table = (
-            stored.get(POSITIONS),
-            stored.get(f"{EMBEDDINGS}.position_embedding.weight"),
-        )
-        if numbered and table and table.shape:
+        numbers = stored.get(POSITIONS)
+        table = stored.get(f"{EMBEDDINGS}.position_embedding.weight")
+        if numbers and table and table.shape:
             longest = table.shape[0]
-            if read_one(numbered).flatten().tolist() != list(range(longest)):
+            if read_tensor(numbers).flatten().tolist() != list(range(longest)):
                 raise CheckpointError(
-                    f"{numbered.file}: {POSITIONS} must hold 0..{longest - 1}, in order"
+                    f"{numbers.file}: {POSITIONS} must hold 0..{longest - 1}, in order"
                 )
         return {name: entry for name, entry in stored.items() if name != POSITIONS}
 
     @classmethod
-    def least_tensors(cls, config: Mapping) -> int:
-        return 16 * options_of(TextConfig, arguments_of(config)).num_hidden_layers
+    def min_tensors(cls, config: Mapping) -> int:
+        return 16 * parse_options(TextConfig, read_arguments(config)).num_hidden_layers
 
 
 # --------------------------------------------------------------------------- the transformer
@@ -184,13 +184,13 @@ class Transformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 
     def forward(self, ids: Tensor, visible: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Map numbers (B, length) to the normalised result and the tuple of all states."""
+        """Map token numbers (B, length) to the normalised result and all hidden states."""
         hidden = self.encoder(self.embeddings(ids), visible)
         return self.final_layer_norm(hidden[-1]), hidden
 
 
 class Embeddings(nn.Module):
-    """A trained vector a token and one a position, added."""
+    """The sum of a trained vector per token and one per position."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -201,7 +201,7 @@ class Embeddings(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         try:
             tokens = self.token_embedding(ids)
-        except IndexError as error:  # the CPU's kernel looks; nothing is read for the good case
+        except IndexError as error:  # from the CPU's kernel, so that valid input costs nothing
             raise InvalidArgument(
                 f"input_ids must be in 0..{self.token_embedding.num_embeddings - 1}, "
                 f"got {ids.min().item()}..{ids.max().item()}"
@@ -210,14 +210,14 @@ class Embeddings(nn.Module):
 
 
 class Layers(nn.Module):
-    """The layers one after the other."""
+    """The layers in sequence."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
 
     def forward(self, h: Tensor, visible: Tensor | None) -> tuple[Tensor, ...]:
-        """Map h (B, length, hidden_size) to all states: h, and what left each layer."""
+        """Map h (B, length, hidden_size) to all hidden states: h and the output of each layer."""
         hidden = [h]
         for layer in self.layers:
             hidden.append(layer(hidden[-1], visible))
@@ -225,10 +225,10 @@ class Layers(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then an MLP on every token alone; each adds to what came in.
+    """Attention and an MLP on each token, both in a residual connection.
 
-    The norms are torch's own: they keep float32 statistics in 16 bits on every device, and twice
-    as fast on the CPU as by casting to float32 and back.
+    The norms are torch's own. Their statistics are float32 for 16-bit input on every device, and
+    on the CPU they are twice as fast as casting to float32 and back.
     """
 
     def __init__(self, c: TextConfig):
@@ -244,7 +244,7 @@ class Layer(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention of every token to itself and to those before it.
+    """Multi-head attention of every token to itself and to earlier tokens.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762,
     eq. 1 and section 3.2.3.
@@ -258,7 +258,7 @@ class CausalAttention(nn.Module):
         self.out_proj = _linear(width, width, std * _depth_scale(c))
 
     def forward(self, x: Tensor, visible: Tensor | None) -> Tensor:
-        """Map x (B, length, width) to the same; `visible` as `_visible` makes it."""
+        """Map x (B, length, width) to the same shape; `visible` is that of `_visible`."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         dropout = self.dropout * self.training
         out = attend(q, k, v, self.heads, visible, causal=visible is None, dropout=dropout)
@@ -290,14 +290,14 @@ class QuickGELU(nn.Module):
 
 
 class HighestToken(nn.Module):
-    """Where each text has its highest token number, the first of equals: (B, length) -> (B,)."""
+    """Position of the highest token number, the first of equals: (B, length) to (B,)."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return ids.argmax(dim=1)
 
 
 class FirstToken(nn.Module):
-    """Where each text has `token` first, 0 where it has none: (B, length) -> (B,)."""
+    """Position of the first `token`, 0 for a text without it: (B, length) to (B,)."""
 
     def __init__(self, token: int):
         super().__init__()
@@ -308,7 +308,7 @@ class FirstToken(nn.Module):
 
 
 def _visible(attention_mask: Tensor | None) -> Tensor | None:
-    """Who may attend to whom, (B, 1, length, length); None for every token to those before it."""
+    """Return which token may attend to which, (B, 1, length, length); None for plain causal."""
     if attention_mask is None:
         return None
     length = attention_mask.shape[1]
@@ -317,18 +317,18 @@ def _visible(attention_mask: Tensor | None) -> Tensor | None:
 
 
 def _depth_scale(c: TextConfig) -> float:
-    """What keeps the variance of the sum of 2 · layers residual branches from growing."""
+    """Return the scale that keeps the variance of 2 · layers residual branches constant."""
     return (2 * c.num_hidden_layers) ** -0.5
 
 
 def _table(rows: int, width: int, std: float) -> nn.Embedding:
-    """A trained vector a row, normal."""
+    """Return an embedding with normal weights."""
     return nn.Embedding.from_pretrained(_normal(torch.empty(rows, width), std), freeze=False)
 
 
-def _linear(entering: int, leaving: int, std: float, bias: bool = True) -> nn.Linear:
-    """A linear layer with normal weights and no offset yet."""
-    linear = nn.Linear(entering, leaving, bias=bias)
+def _linear(in_channels: int, channels: int, std: float, bias: bool = True) -> nn.Linear:
+    """Return a linear layer with normal weights and zero bias."""
+    linear = nn.Linear(in_channels, channels, bias=bias)
     _normal(linear.weight, std)
     if bias:
         nn.init.zeros_(linear.bias)
@@ -336,5 +336,5 @@ def _linear(entering: int, leaving: int, std: float, bias: bool = True) -> nn.Li
 
 
 def _normal(weight: Tensor, std: float) -> Tensor:
-    """Fill `weight`, unless it has no memory: torch takes seconds to draw nothing there."""
+    """Fill `weight` unless it is on the meta device, where torch takes seconds to do nothing."""
     return weight if weight.is_meta else nn.init.normal_(weight, std=std)

@@ -1,15 +1,15 @@
-"""The U-Net: down to small pictures, through the middle, and up again with skip connections.
+"""The U-Net: a down path to small images, a middle, and an up path with skip connections.
 
     sample ─ conv_in ─┬──────────────────── skips ───────────────────┬─ norm, act, conv_out ─ out
                       └ down₀ ──┬────────── skips ─────────┬── up₂ ──┘
                                 └ down₁ ──┬─ skips ─┬─ up₁ ┘
                                           └ down₂ ─ mid ─ up₀
 
-A level is a few residual blocks, each followed by attention where the block type says so: over the
-positions of the picture, or over a text as well. The down path keeps every result on a stack; the
-up path takes them off in reverse order, joining each to its own as extra channels. All blocks are
-told the time, and the class where there is one, by one embedding. Submodule names are those of
-diffusers' checkpoints, so that weights load without renaming.
+A level is a few residual blocks. By block type, each is followed by self-attention over the
+positions of the image, or by a transformer with cross-attention to a text. The down path pushes
+every result on a stack; the up path pops them in reverse order and concatenates them as extra
+channels. All blocks are conditioned on one embedding of the time and, if there is one, the class.
+Submodule names are those of diffusers' checkpoints, so that weights load without renaming.
 
 Sources: Ronneberger et al. 2015, "U-Net", https://arxiv.org/abs/1505.04597; Ho et al. 2020,
 "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239, appendix B; with text
@@ -38,45 +38,44 @@ from minidiff.nn.blocks.embeddings import (
     LogFourierTime,
     NoAddition,
     NoLabels,
-    NoText,
-    ProjectedText,
+    NoTextContext,
+    ProjectedTextContext,
     SinusoidalTime,
-    Text,
+    TextContext,
     TextTime,
     TimestepEmbedding,
-    check_sample,
-    times_of,
+    check_floating,
+    expand_times,
 )
 from minidiff.nn.blocks.layers import (
     ACTIVATIONS,
     CONVOLUTIONS,
     RESNET_BLOCKS,
+    AveragePool,
     Center,
     Downsample,
     GroupNorm,
-    Grow,
-    Halve,
+    NearestUpsample,
     ResnetBlock,
     Upsample,
 )
 from minidiff.nn.blocks.transformer import Transformer
 from minidiff.nn.configs.unet import VOCABULARIES, unet_config
-from minidiff.nn.configs.unet_plan import AttentionPlan, PictureAttention, Stage, UNetConfig
+from minidiff.nn.configs.unet_plan import AttentionPlan, SelfAttentionPlan, Stage, UNetConfig
 from minidiff.nn.model import Model
 from minidiff.runtime.files import Config
 
 
 class UNet(Model):
-    """A U-Net in one, two or three dimensions, with or without a text to look at.
+    """A U-Net in one, two or three dimensions, with or without cross-attention to a text.
 
     Args:
-        config: the arguments of diffusers' `UNet2DModel` or, where one is among them that only
-            this class has, of `UNet2DConditionModel` (`_class_name` can say so too); what is left
-            out has diffusers' default. In addition `dims`, the axes of space (1, 2 or 3; default
-            2).
+        config: arguments of diffusers' `UNet2DModel` or `UNet2DConditionModel`, with diffusers'
+            defaults. `_class_name` selects the class, or else an argument that only the latter
+            has. `dims` is the number of axes of space (1, 2 or 3; default 2).
     Raises:
-        InvalidArgument: an unknown name, a value that is not allowed, or two that do not go
-            together.
+        InvalidArgument: an unknown name, a value that is not allowed, or two that contradict
+            each other.
 
     `unet.config` holds all arguments, `unet.class_name` the class of diffusers.
     `unet.to(memory_format=torch.channels_last)` is the fast way for two dimensions.
@@ -87,15 +86,15 @@ class UNet(Model):
     def __init__(self, **config: object):
         super().__init__()
         c = unet_config(config)
-        self.config, self.class_name = _written(c), c.class_name
+        self.config, self.class_name = _stored_config(c), c.class_name
         self.dims, self.smallest_side, self.text_channels = c.dims, c.smallest_side, c.text_channels
 
-        # What it is told
+        # Conditioning
         self.time_proj, self.time_embedding = _time(c)
         features = self.time_embedding.linear_1.in_features
         self.class_embedding = _classes(c, self.time_proj, features)
-        self.join = Concatenate() if c.told_channels > c.time_channels else Add()
-        self.add_embedding = _numbers(c)
+        self.join = Concatenate() if c.embedding_channels > c.time_channels else Add()
+        self.add_embedding = _addition(c)
         self.encoder_hid_proj = _text(c)
         self.time_act = nn.Sequential(_time_act(c), ACTIVATIONS[c.act_fn]())
 
@@ -104,7 +103,7 @@ class UNet(Model):
         self.center = Center() if c.center_input_sample else nn.Identity()
         self.conv_in = _convolution(c, c.in_channels, width, c.conv_in_kernel)
         self.down_blocks = nn.ModuleList()
-        skips = [width]  # channels of what the stack will hold
+        skips = [width]  # channels of the entries on the stack
         for stage in c.down_stages:
             self.down_blocks.append(DownBlock(c, width, stage))
             width = stage.width
@@ -116,8 +115,8 @@ class UNet(Model):
         # Up and out
         self.up_blocks = nn.ModuleList()
         for stage in c.up_stages:
-            joined = [skips.pop() for _ in stage.attentions]
-            self.up_blocks.append(UpBlock(c, width, joined, stage))
+            popped = [skips.pop() for _ in stage.attentions]
+            self.up_blocks.append(UpBlock(c, width, popped, stage))
             width = stage.width
         act = ACTIVATIONS[c.last_act]()
         self.conv_norm_out = GroupNorm(c.norm_num_groups, width, c.norm_eps, act)
@@ -133,28 +132,29 @@ class UNet(Model):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Map a noisy sample and its time to what the network predicts.
+        """Map a noisy sample and its time to the prediction.
 
-        What a network has no use for must be None, and what it needs must be there.
+        Conditioning that the network takes is required; conditioning that it does not take must
+        be None.
 
         Args:
-            sample: (B, in_channels, *space), any sizes: where a side is odd the up path grows to
-                the size of the skip connection, as diffusers' conditional U-Net does.
-            timestep: one time for the batch (a number or a tensor ()), or one an image, (B,).
-            encoder_hidden_states: tokens of a text, (B, L, cross_attention_dim), or encoder_hid_dim
-                where there is one.
-            class_labels: int64 (B,) for num_class_embeds, below it (unchecked: reading them
-                would wait for the device); numbers (B,) for class_embed_type "timestep";
+            sample: noisy sample (B, in_channels, *space) of any size. Odd sides are restored in
+                the up path from the skip connections, as in diffusers' conditional U-Net.
+            timestep: time of the batch (a number or a tensor ()), or one per image, (B,).
+            encoder_hidden_states: tokens of a text, (B, L, cross_attention_dim), or
+                (B, L, encoder_hid_dim) where the network projects them.
+            class_labels: for num_class_embeds int64 (B,) below it, unchecked (reading them would
+                wait for the device); numbers (B,) for class_embed_type "timestep";
                 (B, time_channels) for "identity"; (B, projection_class_embeddings_input_dim) for
                 the projections.
-            timestep_cond: (B, time_cond_proj_dim), added to the time's features; may be None.
+            timestep_cond: second input of the time embedding, (B, time_cond_proj_dim), or None.
             added_cond_kwargs: for addition_embed_type "text_time" `text_embeds` (B, D) and
                 `time_ids` (B, n).
-            encoder_attention_mask: (B, L), 1 or True for tokens to look at; None for all.
+            encoder_attention_mask: (B, L), 1 or True for tokens to attend to; None for all.
         Returns:
             (B, out_channels, *space), in the memory format of `sample`.
         Raises:
-            InvalidArgument: a wrong shape or type; something missing, or given for no reason.
+            InvalidArgument: a wrong shape or type, or conditioning that is missing or unused.
         """
         t, batch = self._checked_times(sample, timestep), len(sample)
         text = self.encoder_hid_proj(encoder_hidden_states, encoder_attention_mask, batch)
@@ -173,44 +173,44 @@ class UNet(Model):
 
     @classmethod
     def from_config(cls, config: Mapping) -> "UNet":
-        """Build with fresh weights; `_class_name` says in whose words. Raises InvalidArgument."""
+        """Build with fresh weights; `_class_name` selects the class. Raises InvalidArgument."""
         return cls(**config)
 
     @classmethod
-    def least_tensors(cls, config: Mapping) -> int:
-        return unet_config(config).least_tensors
+    def min_tensors(cls, config: Mapping) -> int:
+        return unet_config(config).min_tensors
 
     def _checked_times(self, sample: Tensor, timestep: int | float | Tensor) -> Tensor:
-        """Refuse bad input by name; return the times, (B,) on the sample's device."""
-        check_sample(sample)
-        entering, sides = self.config.in_channels, tuple(sample.shape[2:])
-        if len(sides) != self.dims or sample.shape[1] != entering or not len(sample):
+        """Check the input and return the times, (B,) on the sample's device."""
+        check_floating("sample", sample)
+        channels, sides = self.config.in_channels, tuple(sample.shape[2:])
+        if len(sides) != self.dims or sample.shape[1] != channels or not len(sample):
             raise InvalidArgument(
-                f"sample must have shape (B, {entering}{', side' * self.dims}), "
+                f"sample must have shape (B, {channels}{', side' * self.dims}), "
                 f"got {tuple(sample.shape)}"
             )
         if min(sides) < self.smallest_side:
             raise InvalidArgument(f"sample must have sides >= {self.smallest_side}, got {sides}")
-        return times_of(sample, timestep)
+        return expand_times(sample, timestep)
 
 
 class DownBlock(nn.Module):
-    """One level of the down path: residual blocks, attention, then half the size."""
+    """One level of the down path: residual blocks with attention, then downsampling."""
 
-    def __init__(self, c: UNetConfig, entering: int, stage: Stage):
+    def __init__(self, c: UNetConfig, in_channels: int, stage: Stage):
         super().__init__()
         width, places = stage.width, len(stage.attentions)
-        inputs = [entering] + (places - 1) * [width]
+        inputs = [in_channels] + (places - 1) * [width]
         self.resnets = nn.ModuleList(_resnet(c, channels, width) for channels in inputs)
         self.attentions = nn.ModuleList(_attention(c, width, plan) for plan in stage.attentions)
         self.downsamplers = nn.ModuleList()
         if stage.resize == "conv":
             self.downsamplers.append(Downsample(c.dims, width, c.downsample_padding))
         elif stage.resize == "resnet":
-            self.downsamplers.append(_resnet(c, width, width, resize=Halve(c.dims)))
+            self.downsamplers.append(_resnet(c, width, width, resize=AveragePool(c.dims)))
 
     def forward(self, x: Tensor, emb: Tensor, text: Context | None, skips: list[Tensor]) -> Tensor:
-        """Return the level's result; every step of it is pushed on `skips`."""
+        """Return the result of the level and push every step of it on `skips`."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = attention(resnet(x, emb), text)
             skips.append(x)
@@ -221,7 +221,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The middle, at the smallest size: a residual block, then attention and another one."""
+    """The middle, at the smallest size: a residual block, attention, and a residual block."""
 
     def __init__(self, c: UNetConfig, stage: Stage):
         super().__init__()
@@ -248,24 +248,24 @@ class NoMidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the up path: residual blocks that take the skips back, then twice the size."""
+    """One level of the up path: residual blocks on skip connections, then upsampling."""
 
-    def __init__(self, c: UNetConfig, entering: int, joined: list[int], stage: Stage):
+    def __init__(self, c: UNetConfig, in_channels: int, skips: list[int], stage: Stage):
         super().__init__()
         width = stage.width
-        inputs = [entering] + (len(joined) - 1) * [width]
+        inputs = [in_channels] + (len(skips) - 1) * [width]
         self.resnets = nn.ModuleList(
-            _resnet(c, x + skip, width) for x, skip in zip(inputs, joined, strict=True)
+            _resnet(c, x + skip, width) for x, skip in zip(inputs, skips, strict=True)
         )
         self.attentions = nn.ModuleList(_attention(c, width, plan) for plan in stage.attentions)
         self.upsamplers = nn.ModuleList()
         if stage.resize == "conv":
             self.upsamplers.append(Upsample(c.dims, width))
         elif stage.resize == "resnet":
-            self.upsamplers.append(_resnet(c, width, width, resize=Grow()))
+            self.upsamplers.append(_resnet(c, width, width, resize=NearestUpsample()))
 
     def forward(self, x: Tensor, emb: Tensor, text: Context | None, skips: list[Tensor]) -> Tensor:
-        """Return the level's result; every residual block joins one off the top of `skips`."""
+        """Return the result of the level; every residual block pops one entry of `skips`."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             x = attention(resnet(torch.cat([x, skips.pop()], dim=1), emb), text)
         for upsample in self.upsamplers:
@@ -273,15 +273,15 @@ class UpBlock(nn.Module):
         return x
 
 
-# ------------------------------------------------------- options to parts, at construction
+# --------------------------------------------------- from options to modules, at construction
 
 
-def _resnet(c: UNetConfig, entering: int, width: int, **options: object) -> ResnetBlock:
+def _resnet(c: UNetConfig, in_channels: int, width: int, **options: object) -> ResnetBlock:
     return RESNET_BLOCKS[c.resnet_time_scale_shift](
         c.dims,
-        entering,
+        in_channels,
         width,
-        c.told_channels,
+        c.embedding_channels,
         groups=c.norm_num_groups,
         eps=c.norm_eps,
         act=c.act_fn,
@@ -295,7 +295,7 @@ def _attention(
 ) -> nn.Module:
     if plan is None:
         return NoAttention()
-    if isinstance(plan, PictureAttention):
+    if isinstance(plan, SelfAttentionPlan):
         return Attention(width, plan.head_dim, plan.groups, c.norm_eps, output_scale)
     return Transformer(
         c.dims,
@@ -309,15 +309,15 @@ def _attention(
     )
 
 
-def _convolution(c: UNetConfig, entering: int, width: int, kernel: int) -> nn.Module:
-    return CONVOLUTIONS[c.dims](entering, width, kernel, padding=kernel // 2)
+def _convolution(c: UNetConfig, in_channels: int, width: int, kernel: int) -> nn.Module:
+    return CONVOLUTIONS[c.dims](in_channels, width, kernel, padding=kernel // 2)
 
 
 def _time(c: UNetConfig) -> tuple[nn.Module, TimestepEmbedding]:
     width, first = c.time_channels, c.block_out_channels[0]
     if c.time_embedding_type == "positional":
         times, features = SinusoidalTime(first, c.flip_sin_to_cos, c.freq_shift), first
-    elif c.told_noise_levels:
+    elif c.takes_sigma:
         times, features = LogFourierTime(2 * first), 2 * first
     else:
         times, features = FourierTime(width, c.flip_sin_to_cos), width
@@ -327,7 +327,7 @@ def _time(c: UNetConfig) -> tuple[nn.Module, TimestepEmbedding]:
 
 
 def _time_act(c: UNetConfig) -> nn.Module:
-    """What the embedding passes once, before the activation that every block would give it."""
+    """Return the activation that the embedding passes before that of the blocks."""
     return ACTIVATIONS[c.time_embedding_act_fn]() if c.time_embedding_act_fn else nn.Identity()
 
 
@@ -346,7 +346,7 @@ def _classes(c: UNetConfig, times: nn.Module, features: int) -> nn.Module:
     return NoLabels()
 
 
-def _numbers(c: UNetConfig) -> nn.Module:
+def _addition(c: UNetConfig) -> nn.Module:
     if c.addition_embed_type is None:
         return NoAddition()
     sinusoids = SinusoidalTime(c.addition_time_embed_dim, c.flip_sin_to_cos, c.freq_shift)
@@ -355,14 +355,14 @@ def _numbers(c: UNetConfig) -> nn.Module:
 
 def _text(c: UNetConfig) -> nn.Module:
     if c.context_channels is None:
-        return NoText()
+        return NoTextContext()
     if c.encoder_hid_dim:
-        return ProjectedText(c.encoder_hid_dim, c.context_channels)
-    return Text(c.context_channels)
+        return ProjectedTextContext(c.encoder_hid_dim, c.context_channels)
+    return TextContext(c.context_channels)
 
 
-def _written(c: UNetConfig) -> Config:
-    """The configuration as config.json has it: `dims` is minidiff's own, so only where not 2."""
+def _stored_config(c: UNetConfig) -> Config:
+    """Return the configuration for config.json; `dims`, unknown to diffusers, only if not 2."""
     config = Config(asdict(c))
     if c.dims == 2:
         del config["dims"]

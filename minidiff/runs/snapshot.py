@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from minidiff.errors import CheckpointError
 from minidiff.runtime import files
 from minidiff.runtime.distributed import laid_out
-from minidiff.runtime.tensors import SUFFIX, check_fit, headers, read_one, write_tensors
+from minidiff.runtime.tensors import SUFFIX, check_fit, read_headers, read_tensor, write_tensors
 from minidiff.training.loop import Loop
 
 FOLDER = "checkpoints"
@@ -231,8 +231,8 @@ def restore(folder: Path, training: Loop) -> int:
             )
         _load(training.learner, folder / WEIGHTS)
         _load(training.average.model, folder / AVERAGE)
-        stored = headers([folder / OPTIMIZER])
-        tensors = {name: read_one(entry) for name, entry in stored.items()}
+        stored = read_headers([folder / OPTIMIZER])
+        tensors = {name: read_tensor(entry) for name, entry in stored.items()}
         _load_optimizer(training.optimizer, state["optimizer"], tensors)
         training.average.updates = state["averaged"]
         training.budget.step, training.budget.elapsed = state["step"], state["seconds"]
@@ -252,10 +252,10 @@ def restore(folder: Path, training: Loop) -> int:
 def _load(module: nn.Module, file: Path) -> None:
     """Weights, whole in the file and maybe shared out in the module."""
     wanted = module.state_dict()
-    stored = headers([file])
+    stored = read_headers([file])
     check_fit(wanted, stored)
     module.load_state_dict(
-        {name: laid_out(read_one(entry), wanted[name]) for name, entry in stored.items()}
+        {name: laid_out(read_tensor(entry), wanted[name]) for name, entry in stored.items()}
     )
 
 

@@ -1,4 +1,4 @@
-"""What an option may be, said once: a check stands beside the default and is applied in one place.
+"""Option checks declared beside the defaults and applied in one place.
 
     @dataclass(frozen=True)
     class Config:
@@ -47,7 +47,7 @@ def positive(name: str, value: Any) -> float:
 
 
 def choice(*allowed: str | None) -> Check:
-    """Allow these values."""
+    """Allow the values listed."""
 
     def check(name: str, value: Any) -> Any:
         one_of(name, value, allowed)
@@ -71,7 +71,7 @@ def each(check: Check, *, length: int | None = None, least: int = 0) -> Check:
 
     Args:
         length: number of entries; None for any.
-        least: smallest number of entries.
+        least: minimum number of entries.
     """
 
     def check_all(name: str, value: Any) -> Any:
@@ -84,14 +84,20 @@ def each(check: Check, *, length: int | None = None, least: int = 0) -> Check:
     return check_all
 
 
+def one_or_each(check: Check, *, length: int | None = None) -> Check:
+    """Allow one value, or a list or tuple of `length` values."""
+    several = each(check, length=length)
+    return lambda name, value: (several if isinstance(value, list | tuple) else check)(name, value)
+
+
 def option(default: Any, help: str, check: Check, **metadata: Any) -> Any:
     """Return a dataclass field with its help text and its check.
 
     Args:
-        default: value where none is given.
-        help: noun phrase without the default, which `--help` adds once.
-        check: what `check_fields` applies.
-        metadata: further entries for the reader of the fields, such as a flag or a group.
+        default: default value.
+        help: noun phrase without the default, which `--help` adds.
+        check: check that `check_fields` applies.
+        metadata: further entries of the field, such as a flag or a group of `--help`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "check": check, **metadata})
 

@@ -88,13 +88,13 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in sorted(set(places.values()))]
     for file in files:
         said = {tensor for tensor, name in places.items() if name == file.name}
-        if (found := headers([file]).keys()) != said:
+        if (found := read_headers([file]).keys()) != said:
             tensor = min(said ^ found)
             raise CheckpointError(f"{index}: does not agree with {file.name} on {tensor}")
     return files
 
 
-def headers(files: list[Path]) -> dict[str, Stored]:
+def read_headers(files: list[Path]) -> dict[str, Stored]:
     """What the files hold, by tensor, from their headers alone.
 
     Raises:
@@ -130,7 +130,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_one(entry: Stored) -> Tensor:
+def read_tensor(entry: Stored) -> Tensor:
     """Read one tensor onto the CPU. Raises CheckpointError."""
     with _opened(entry.file) as file:
         return file.get_tensor(entry.name).view(entry.shape)
@@ -141,7 +141,7 @@ def load_weights(module: nn.Module, stored: Mapping[str, Stored]) -> None:
 
     Args:
         module: on the "meta" device, without memory, it gets new tensors; the types are its own.
-        stored: by the names of the module's state dict, see `headers`.
+        stored: by the names of the module's state dict, see `read_headers`.
     Raises:
         CheckpointError: names the first missing, unexpected, mis-shaped, wrongly typed or
             non-finite tensor. The module has then what it had before.

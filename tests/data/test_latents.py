@@ -16,7 +16,7 @@ from minidiff.nn import AutoencoderKL
 from minidiff.pipeline import Pipeline
 from minidiff.runs import diffusion, snapshot
 from minidiff.runs.folder import open_pipeline
-from minidiff.runtime.tensors import headers, read_one
+from minidiff.runtime.tensors import read_headers, read_tensor
 from minidiff.training.build import check
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import train
@@ -244,9 +244,11 @@ def test_a_run_on_latents_goes_on_as_if_it_had_not_stopped(latent_run, tmp_path)
         shutil.rmtree(next((cut / snapshot.FOLDER).glob(f"step-*{step}")))
     assert main(["train", "--resume", str(cut)]) == 0
     for name in (snapshot.WEIGHTS, snapshot.AVERAGE, snapshot.OPTIMIZER):
-        one, other = (headers([snapshot.snapshots(out)[-1] / name]) for out in (latent_run, cut))
+        one, other = (
+            read_headers([snapshot.snapshots(out)[-1] / name]) for out in (latent_run, cut)
+        )
         assert one.keys() == other.keys()
-        assert all(torch.equal(read_one(one[key]), read_one(other[key])) for key in one)
+        assert all(torch.equal(read_tensor(one[key]), read_tensor(other[key])) for key in one)
 
 
 @pytest.mark.slow

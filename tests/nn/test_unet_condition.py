@@ -327,7 +327,7 @@ def test_published_networks_have_the_same_tensors(cls, config, parameters):
     shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert sum(p.numel() for p in ours.parameters()) == parameters
-    assert UNet.least_tensors({**config, "_class_name": cls}) <= len(shapes)
+    assert UNet.min_tensors({**config, "_class_name": cls}) <= len(shapes)
 
 
 def cast(given: dict, dtype: torch.dtype) -> dict:

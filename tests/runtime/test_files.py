@@ -19,7 +19,7 @@ from minidiff.runtime.files import (
     write_json,
     write_npz,
 )
-from minidiff.runtime.tensors import headers, load_weights, read_one, write_tensors
+from minidiff.runtime.tensors import load_weights, read_headers, read_tensor, write_tensors
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -61,8 +61,8 @@ def test_tensors_come_back_bit_for_bit(tmp_path):
         "d": torch.randn(7).bfloat16(),
     }
     write_tensors(tmp_path / "x.safetensors", tensors)
-    stored = headers([tmp_path / "x.safetensors"])
-    back = {name: read_one(entry) for name, entry in stored.items()}
+    stored = read_headers([tmp_path / "x.safetensors"])
+    back = {name: read_tensor(entry) for name, entry in stored.items()}
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
 
@@ -98,7 +98,7 @@ def test_a_damaged_weights_file_is_refused_by_name(tmp_path, damage):
         }[damage]
     )
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
-        headers([path])
+        read_headers([path])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
         write_tensors(tmp_path / "x.safetensors", tensors)
-        load_weights(layer, headers([tmp_path / "x.safetensors"]))
+        load_weights(layer, read_headers([tmp_path / "x.safetensors"]))
     assert torch.equal(layer.weight, before)  # nothing was loaded in part
 
 

@@ -8,7 +8,8 @@ from minidiff.runtime.shapes import append_dims
 def test_appended_axes_multiply_each_image_by_its_own_number() -> None:
     x = torch.ones(2, 3, 4, 5)
     scaled = append_dims(torch.tensor([2.0, 3.0]), x.ndim) * x
-    assert (scaled[0] == 2).all() and (scaled[1] == 3).all()
+    assert (scaled[0] == 2).all()
+    assert (scaled[1] == 3).all()
 
 
 def test_appended_axes_multiply_each_channel_by_its_own_number() -> None:

@@ -1,10 +1,11 @@
-"""Attention: positions of an image that look at each other, or at the tokens of a text.
+"""Attention of the positions of an image to each other, or to the tokens of a text.
 
-Every position asks (q); what it looks at offers (k) and holds (v). With d channels a head,
+Every position has a query q; every position or token that it attends to has a key k and a value v.
+With d channels per head,
 
     Attention(q, k, v) = softmax(q·kᵀ / √d) · v                               (eq. 1)
 
-Source: Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762; for
+Sources: Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762; for
 images Ho et al. 2020, "Denoising Diffusion Probabilistic Models",
 https://arxiv.org/abs/2006.11239, appendix B.
 """
@@ -27,7 +28,7 @@ _KERNELS = {
 
 
 class Context(NamedTuple):
-    """What cross-attention reads.
+    """The tokens that cross-attention attends to.
 
     Attributes:
         tokens: (B, L, C).
@@ -48,18 +49,20 @@ def attend(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of several heads, the softmax in float32 or wider.
+    """Compute multi-head attention, with the softmax in float32 or wider.
 
     Args:
-        q: (B, N, heads · d); k, v: (B, L, heads · d).
-        bias: broadcasts to (B, heads, N, L): added to the logits, or True for what to look at.
-        causal: in place of a bias: a position looks at itself and at those before it.
-        dropout: probability with which a weight of the softmax is zeroed.
+        q: queries (B, N, heads · d).
+        k, v: keys and values (B, L, heads · d).
+        heads: number of heads.
+        bias: broadcasts to (B, heads, N, L): added to the logits, or bool, True to attend.
+        causal: attention to the same and earlier positions only; excludes a bias.
+        dropout: probability of zeroing a weight of the softmax.
     Returns:
         (B, N, heads · d), of the dtype of q.
     """
     split = [x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-    # Autocast would narrow what was just widened; it has no say in the softmax.
+    # Autocast would narrow these tensors again before the softmax.
     differentiated = q.is_cuda and torch.is_grad_enabled()
     with (
         torch.autocast(q.device.type, enabled=False),
@@ -75,12 +78,12 @@ def attend(
 
 
 def without_cudnn() -> AbstractContextManager:
-    """Within it, attention takes none of cuDNN's kernels where another one is allowed.
+    """Return a context in which attention avoids cuDNN's kernels if another one is allowed.
 
-    Theirs are torch 2.13's first choice for 16 bits on an H100, and their backward pass is reported
-    to say NaN for q at 64 positions, those of 8×8, or 64 more than a multiple of 128, wherever all
-    logits of a position are below about -89: https://github.com/pytorch/pytorch/issues/196678,
-    seen there with a mask. Whether it happens without one has not been tried here.
+    cuDNN's are torch 2.13's first choice for 16 bits on an H100. Their backward pass is reported
+    to return NaN for q if all logits of a position are below about -89, with 64 positions (8×8) or
+    64 more than a multiple of 128: https://github.com/pytorch/pytorch/issues/196678, seen there
+    with a mask. It has not been tested here without a mask.
     """
     return sdpa_kernel(allowed) if (allowed := _allowed()) else nullcontext()
 
@@ -90,26 +93,26 @@ def _allowed() -> list[SDPBackend]:
 
 
 # Reading the caller's choice would break a compiled graph. The decorator that sets this mark,
-# torch.compiler.assume_constant_result, imports torch._dynamo, which takes as long as torch.
+# torch.compiler.assume_constant_result, imports torch._dynamo, as slow to import as torch itself.
 _allowed._dynamo_marked_constant = True
 
 
 class NoAttention(nn.Module):
-    """Where a level has none."""
+    """The identity, for a level without attention."""
 
     def forward(self, x: Tensor, context: Context | None) -> Tensor:
         return x
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a residual connection, (B, C, *space) -> the same.
+    """Multi-head self-attention with a residual connection, (B, C, *space) to the same shape.
 
     Args:
         channels: C.
-        head_dim: channels a head; there are C // head_dim heads, at least one.
-        groups: groups of the norm in front, or None for no norm.
-        eps: added to the variance in that norm.
-        output_scale: the sum of input and attention is divided by this.
+        head_dim: channels per head, at most C; there are C // head_dim heads.
+        groups: groups of the norm before attention, or None for no norm.
+        eps: epsilon of that norm.
+        output_scale: divisor of the sum of input and attention.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class Attention(nn.Module):
         self.rescale = nn.Identity() if output_scale == 1 else Divide(output_scale)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """`context` is for blocks that look at a text; this one looks at the picture alone."""
+        """Map (B, C, *space) to the same shape; `context` is ignored."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, positions, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         out = self.to_out[0](attend(q, k, v, self.heads))

@@ -1,9 +1,9 @@
-"""What a network is told besides the picture: time, class, text, and numbers.
+"""The conditioning of a network: time, class, text, and numbers.
 
-Time becomes features, sines and cosines at many frequencies, and two linear layers make of them
-the embedding that every block is told. Whatever else there is, a class, a pooled text, the size of
-the picture, is brought to the same width and added. Submodules have the names of diffusers'
-checkpoints. A network without one of these has a part that adds nothing and refuses to be told.
+The time is expanded to features, sines and cosines at many frequencies, which two linear layers map
+to the embedding that conditions every block. A class, a pooled text or the size of the image is
+mapped to the same width and added. Submodules have the names of diffusers' checkpoints. A network
+without one of these inputs has a module in its place that adds nothing and refuses the input.
 """
 
 import math
@@ -22,14 +22,14 @@ from minidiff.runtime.shapes import append_dims
 
 
 class SinusoidalTime(nn.Module):
-    """Sines and cosines of t at `channels // 2` frequencies from 1 down to about 1/10000.
+    """Sines and cosines of t at half = channels // 2 frequencies from 1 down to about 1/10000.
 
         features(t)ᵢ = sin(t·ωᵢ), cos(t·ωᵢ);  ωᵢ = 10000^(−i / (half − freq_shift))
 
     Args:
         channels: number of features; an odd last one is zero.
-        flip_sin_to_cos: cosines first.
-        freq_shift: 1 makes the lowest frequency exactly 1/10000, as Ho et al. do; 0 not.
+        flip_sin_to_cos: cosines before sines.
+        freq_shift: 1 for a lowest frequency of exactly 1/10000, as in Ho et al.; at least 0.
 
     Source: Vaswani et al. 2017, section 3.5, https://arxiv.org/abs/1706.03762.
     """
@@ -42,8 +42,8 @@ class SinusoidalTime(nn.Module):
         self.order = (1, 0) if flip_sin_to_cos else (0, 1)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Map times (B,) to features (B, channels), float32 whatever the dtype of the model."""
-        # Not a buffer: `.to(bfloat16)` would round the frequencies, and t runs to 1000.
+        """Map times (B,) to features (B, channels), float32 for every dtype of the model."""
+        # Not a buffer: `.to(bfloat16)` would round the frequencies, and t reaches 1000.
         i = torch.arange(self.half, dtype=torch.float32, device=t.device)
         frequencies = torch.exp(-math.log(10000) * i / (self.half - self.freq_shift))
         angles = t[:, None].float() * frequencies
@@ -57,13 +57,13 @@ class SinusoidalTime(nn.Module):
 
 
 class FourierTime(nn.Module):
-    """Sines and cosines of t at random frequencies that are drawn once and never trained.
+    """Sines and cosines of t at random frequencies, drawn once and not trained.
 
         features(t) = sin(2π·t·w), cos(2π·t·w);  w ~ N(0, scale²)
 
     Args:
-        features: even number of features.
-        flip_sin_to_cos: cosines first.
+        features: number of features, even.
+        flip_sin_to_cos: cosines before sines.
         scale: standard deviation of the frequencies.
 
     Source: Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency Functions",
@@ -87,8 +87,9 @@ class FourierTime(nn.Module):
 
 
 class LogFourierTime(FourierTime):
-    """The same of log σ: a network with these features is told a noise level σ in place of a step,
-    and its output is divided by it.
+    """Fourier features of log σ, for a network whose time is a noise level σ instead of a step.
+
+    The output of such a network is divided by σ.
 
     Source: Song et al. 2021, "Score-Based Generative Modeling through Stochastic Differential
     Equations", https://arxiv.org/abs/2011.13456, appendix C.
@@ -98,7 +99,7 @@ class LogFourierTime(FourierTime):
         super().__init__(features, flip_sin_to_cos=False, scale=16.0)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Map levels (B,), positive, to (B, features), float32 or wider."""
+        """Map noise levels (B,), positive, to (B, features), float32 or wider."""
         return super().forward(t.to(torch.promote_types(self.weight.dtype, torch.float32)).log())
 
     def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
@@ -106,14 +107,14 @@ class LogFourierTime(FourierTime):
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers from features to the embedding that every block is told.
+    """Two linear layers from features to the embedding that conditions every block.
 
     Args:
-        features, width: of the input and of the embedding.
-        act: names an entry of ACTIVATIONS, between the layers.
-        post_act: another one after them, or None.
-        condition: width of a second input that is added to the features (a distilled network's
-            guidance scale, for one), or None where there is no such input.
+        features, width: channels of the input and of the embedding.
+        act: activation between the layers, a key of ACTIVATIONS.
+        post_act: activation after them, or None.
+        condition: channels of a second input added to the features, such as the embedded guidance
+            scale of a distilled network; None without it.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class TimestepEmbedding(nn.Module):
         self.cond_proj = Condition(condition, features) if condition else NoCondition()
 
     def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Map (B, features) and (B, condition), which may be None, to (B, width)."""
+        """Map (B, features) and (B, condition), or None, to (B, width)."""
         features = features.to(self.linear_1.weight.dtype)
         if condition is not None:
             features = features + self.cond_proj(condition, len(features))
@@ -140,7 +141,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Condition(nn.Linear):
-    """The second input of a TimestepEmbedding, brought to the width of the first."""
+    """The projection of the second input of a TimestepEmbedding to the width of the first."""
 
     def __init__(self, width: int, features: int):
         super().__init__(width, features, bias=False)
@@ -151,22 +152,22 @@ class Condition(nn.Linear):
 
 
 class NoCondition(nn.Module):
-    """The second input of an embedding that has none."""
+    """The projection of an embedding without a second input, which refuses it."""
 
     def forward(self, condition: Tensor, batch: int) -> Tensor:
         raise InvalidArgument("timestep_cond must be None: time_cond_proj_dim is None")
 
 
-def check_sample(sample: object) -> None:
-    """Refuse what is no floating point tensor. Raises InvalidArgument."""
-    if not isinstance(sample, Tensor):
-        raise InvalidArgument(f"sample must be a tensor, got {type(sample).__name__}")
-    if not sample.is_floating_point():
-        raise InvalidArgument(f"sample must be floating point, got {sample.dtype}")
+def check_floating(name: str, value: object) -> None:
+    """Refuse anything but a floating-point tensor. Raises InvalidArgument naming it."""
+    if not isinstance(value, Tensor):
+        raise InvalidArgument(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise InvalidArgument(f"{name} must be floating point, got {value.dtype}")
 
 
-def times_of(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
-    """The times of a batch, (B,) on the sample's device, from one number or one a sample.
+def expand_times(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
+    """Return the times of a batch, (B,) on the sample's device, from one or B times.
 
     Raises:
         InvalidArgument: neither a number nor a tensor () or (B,).
@@ -186,7 +187,7 @@ def times_of(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
 
 
 class NoLabels(nn.Module):
-    """The class embedding of a network without classes: adds nothing, refuses labels."""
+    """The class embedding of a network without classes, which refuses labels."""
 
     def forward(self, labels: Tensor | None, batch: int) -> float:
         if labels is not None:
@@ -198,11 +199,13 @@ class NoLabels(nn.Module):
 
 
 class LabelTable(nn.Embedding):
-    """One trained vector a class. Labels are whole numbers (B,); their range is not checked here,
-    because reading a value of a tensor would make the host wait for the device."""
+    """One trained vector per class, for integer labels (B,).
+
+    Their range is not checked: reading a value would make the host wait for the device.
+    """
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # where torch takes seconds to draw nothing
+        if not self.weight.is_meta:  # torch takes seconds to initialise a large one
             super().reset_parameters()
 
     def forward(self, labels: Tensor | None, batch: int) -> Tensor:
@@ -213,11 +216,11 @@ class LabelTable(nn.Embedding):
 
 
 class LabelTimes(TimestepEmbedding):
-    """A number a label (B,), embedded the way the time is, with weights of its own."""
+    """One number per label (B,), embedded like the time but with separate weights."""
 
     def __init__(self, times: nn.Module, features: int, width: int, act: str = "silu"):
         super().__init__(features, width, act)
-        self._times = (times,)  # in a tuple: its weights belong to the time, not to this part
+        self._times = (times,)  # in a tuple: its weights belong to the time, not to this module
 
     def forward(self, labels: Tensor | None, batch: int) -> Tensor:
         check_tensor("class_labels", labels, (batch,))
@@ -225,7 +228,7 @@ class LabelTimes(TimestepEmbedding):
 
 
 class LabelVectors(nn.Module):
-    """Labels that are embeddings already, (B, width)."""
+    """Labels that are already embeddings, (B, width)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -253,14 +256,14 @@ class LabelProjection(nn.Linear):
 
 
 class Add(nn.Module):
-    """Time and class embedding, added."""
+    """The sum of time and class embedding."""
 
     def forward(self, time: Tensor, label: Tensor | float) -> Tensor:
         return time + label
 
 
 class Concatenate(nn.Module):
-    """Time and class embedding side by side, (B, 2 · width)."""
+    """The concatenation of time and class embedding, (B, 2 · width)."""
 
     def forward(self, time: Tensor, label: Tensor) -> Tensor:
         return torch.cat([time, label], dim=1)
@@ -270,7 +273,7 @@ class Concatenate(nn.Module):
 
 
 class NoAddition(nn.Module):
-    """The additional embedding of a network without one."""
+    """The additional embedding of a network without one, which refuses it."""
 
     def forward(self, given: Mapping[str, Tensor] | None, batch: int) -> float:
         if given:
@@ -281,12 +284,12 @@ class NoAddition(nn.Module):
 
 
 class TextTime(TimestepEmbedding):
-    """SDXL's additional embedding: a pooled text and a few numbers (sizes and crop of the picture).
+    """SDXL's additional embedding: a pooled text, and numbers (sizes and crop of the image).
 
     Args:
-        sinusoids: features of every number.
-        features: of the pooled text and of all numbers together.
-        width: of the embedding.
+        sinusoids: features of a number.
+        features: total features of the pooled text and of all numbers.
+        width: channels of the embedding.
 
     Source: Podell et al. 2023, "SDXL", https://arxiv.org/abs/2307.01952, section 2.2.
     """
@@ -306,18 +309,18 @@ class TextTime(TimestepEmbedding):
         for name, tensor in given.items():
             if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and len(tensor) == batch):
                 raise InvalidArgument(f"{name} must be a tensor ({batch}, n), got {_shape(tensor)}")
-        wanted = self.linear_1.in_features
-        if text.shape[1] + numbers.shape[1] * self.sinusoids.channels != wanted:
+        total = self.linear_1.in_features
+        if text.shape[1] + numbers.shape[1] * self.sinusoids.channels != total:
             raise InvalidArgument(
-                f"text_embeds and time_ids must give {wanted} features (numbers count "
+                f"text_embeds and time_ids must give {total} features (numbers count "
                 f"{self.sinusoids.channels} each), got {_shape(text)} and {_shape(numbers)}"
             )
         features = self.sinusoids(numbers.flatten()).view(batch, -1)
         return super().forward(torch.cat([text, features.to(text.dtype)], dim=1))
 
 
-class NoText(nn.Module):
-    """The context of a network without cross-attention."""
+class NoTextContext(nn.Module):
+    """The context of a network without cross-attention, which refuses a text."""
 
     def forward(self, states: Tensor | None, mask: Tensor | None, batch: int) -> None:
         for name, value in (("encoder_hidden_states", states), ("encoder_attention_mask", mask)):
@@ -325,8 +328,8 @@ class NoText(nn.Module):
                 raise InvalidArgument(f"{name} must be None: this network has no cross-attention")
 
 
-class Text(nn.Module):
-    """The context that cross-attention reads: tokens, and which of them count.
+class TextContext(nn.Module):
+    """The context of cross-attention: tokens, and a mask of those to attend to.
 
     Args:
         width: channels of a token.
@@ -337,7 +340,7 @@ class Text(nn.Module):
         self.width = width
 
     def forward(self, states: Tensor | None, mask: Tensor | None, batch: int) -> Context:
-        """Check tokens (B, L, width) and a mask (B, L), 1 or True for the tokens to read."""
+        """Check tokens (B, L, width) and a mask (B, L), 1 or True for tokens to attend to."""
         if not isinstance(states, Tensor) or states.dim() != 3 or not states.is_floating_point():
             raise InvalidArgument(
                 "encoder_hidden_states must be a floating point tensor "
@@ -347,16 +350,16 @@ class Text(nn.Module):
         if mask is None:
             return Context(states, None)
         check_tensor("encoder_attention_mask", mask, tuple(states.shape[:2]))
-        # As diffusers has it, and not −∞: a text without one token to read gives no NaN.
+        # −10000 as in diffusers, not −∞: a text whose tokens are all masked gives no NaN.
         return Context(states, (1 - mask.to(states.dtype))[:, None, None] * -10000.0)
 
 
-class ProjectedText(nn.Linear):
-    """The same for tokens that a linear layer first brings to the width of the attention."""
+class ProjectedTextContext(nn.Linear):
+    """A TextContext whose tokens are projected to the width of the attention first."""
 
     def __init__(self, width: int, to: int):
         super().__init__(width, to)
-        self.checked = Text(width)
+        self.checked = TextContext(width)
 
     def forward(self, states: Tensor | None, mask: Tensor | None, batch: int) -> Context:
         tokens, bias = self.checked(states, mask, batch)
@@ -364,7 +367,7 @@ class ProjectedText(nn.Linear):
 
 
 def check_tensor(name: str, value: object, shape: tuple[int, ...]) -> None:
-    """Refuse what is no tensor of this shape, by name. Raises InvalidArgument."""
+    """Refuse anything but a tensor of this shape. Raises InvalidArgument naming it."""
     if not isinstance(value, Tensor):
         raise InvalidArgument(f"{name} must be a tensor of shape {shape}, got {value!r}")
     if value.shape != shape:

@@ -1,4 +1,4 @@
-"""What an encoder says of an image: a normal distribution over latents, independent in each.
+"""The output of an encoder: a normal distribution over latents with diagonal covariance.
 
     q(z|x) = N(μ(x), diag σ²(x))
     KL(q ‖ p) = ½ Σ (μ − μₚ)²/σₚ² + σ²/σₚ² − 1 − ln(σ²/σₚ²)
@@ -17,13 +17,13 @@ from minidiff.errors import InvalidArgument
 
 
 class DiagonalGaussian:
-    """One normal distribution an image, over latents (B, C, *space).
+    """One normal distribution per image, over latents (B, C, *space).
 
     Args:
-        moments: (B, 2·C, *space), the means and then the logarithms of the variances; these are
-            clamped to [−30, 20] as in diffusers, which keeps σ within [3e-7, 22026].
+        moments: means, then logarithms of variances, (B, 2·C, *space). The latter are clamped to
+            [−30, 20] as in diffusers, which keeps σ in [3e-7, 22026].
     Raises:
-        InvalidArgument: moments are no floating-point tensor with an even number of channels.
+        InvalidArgument: anything but a floating-point tensor with an even number of channels.
 
     Attributes:
         mean, logvar: (B, C, *space).
@@ -51,19 +51,20 @@ class DiagonalGaussian:
 
     @property
     def latent_dist(self) -> "DiagonalGaussian":
-        """Itself, so that `vae.encode(x).latent_dist` reads as with diffusers."""
+        """The distribution itself, so that `vae.encode(x).latent_dist` works as in diffusers."""
         return self
 
     def mode(self) -> Tensor:
-        """The most likely latents, which are the means."""
+        """Return the most likely latents, which are the means."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw latents, (B, C, *space); the noise is drawn on the generator's device.
 
+        For noise from elsewhere, such as one generator per image, use `at`.
+
         Raises:
-            InvalidArgument: generator is no torch.Generator; for noise of another origin, one
-                generator an image for example, there is `at`.
+            InvalidArgument: generator is not a torch.Generator.
         """
         if not isinstance(generator, torch.Generator | None):
             raise InvalidArgument(f"generator must be a torch.Generator or None, got {generator!r}")
@@ -74,7 +75,7 @@ class DiagonalGaussian:
         return self.at(noise.to(self.mean.device))
 
     def at(self, noise: Tensor) -> Tensor:
-        """The latents that standard normal `noise` (B, C, *space) stands for: μ + σ·noise."""
+        """Return μ + σ·noise for standard normal noise (B, C, *space). Raises InvalidArgument."""
         if noise.shape != self.mean.shape:
             raise InvalidArgument(
                 f"noise must have shape {tuple(self.mean.shape)}, got {tuple(noise.shape)}"
@@ -82,21 +83,21 @@ class DiagonalGaussian:
         return self.mean + self.std * noise
 
     def kl(self, other: "DiagonalGaussian | None" = None) -> Tensor:
-        """KL(self ‖ other) in nats, (B,); other is the standard normal by default."""
+        """Return KL(self ‖ other) in nats, (B,); other is the standard normal by default."""
         mean, logvar = _wide(self.mean), _wide(self.logvar)
         if other is not None:
             mean = (mean - _wide(other.mean)) * torch.exp(-0.5 * _wide(other.logvar))
             logvar = logvar - _wide(other.logvar)
-        # eˣ − 1 as one function: near equal variances the difference would be all rounding.
+        # expm1: for nearly equal variances the difference eˣ − 1 would be all rounding error.
         return 0.5 * (mean.square() + torch.expm1(logvar) - logvar).flatten(1).sum(1)
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """−ln q(sample) in nats, summed over `dims`: (B,) for images (B, C, H, W)."""
+        """Return −ln q(sample) in nats, summed over `dims`: (B,) for images (B, C, H, W)."""
         logvar = _wide(self.logvar)
         squares = (_wide(sample) - _wide(self.mean)).square() * torch.exp(-logvar)
         return 0.5 * (math.log(2 * math.pi) + logvar + squares).sum(tuple(dims))
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in at least float32: sums over an image overflow in float16."""
+    """Return x in at least float32: sums over an image overflow in float16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

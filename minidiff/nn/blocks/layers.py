@@ -1,6 +1,6 @@
-"""The parts a U-Net is made of: norms, residual blocks, resizing.
+"""The layers of a U-Net: norms, residual blocks, resizing.
 
-A residual block adds to its input what two convolutions make of it, told the time by an
+A residual block adds the result of two convolutions to its input. It is conditioned on time by an
 embedding e = MLP(features(t)) that shifts, or scales and shifts, every channel:
 
     block(x, e) = x + conv₂(act(norm₂(conv₁(act(norm₁(x))) + W·e)))               "default"
@@ -10,8 +10,8 @@ with (a, b) = W·e. Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic 
 https://arxiv.org/abs/2006.11239, appendix B; Dhariwal & Nichol 2021, "Diffusion Models Beat
 GANs on Image Synthesis", https://arxiv.org/abs/2105.05233, section 3.1 (scale and shift).
 
-Everything works on (B, C, *space) with one, two or three axes of space. What an option chooses
-is chosen at construction, as a submodule that does the thing or a neutral one that does nothing.
+All layers work on (B, C, *space) with one, two or three axes of space. Options are resolved at
+construction: a feature is a submodule, and its absence another submodule that does nothing.
 """
 
 import torch
@@ -32,11 +32,11 @@ ACTIVATIONS = {
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in at least float32 on the CPU, as it is on other devices.
+    """Return x in at least float32 on the CPU, and unchanged on other devices.
 
-    Norms and attention keep float32 inside whatever the dtype. A GPU's kernels do so at full
-    speed; some of the CPU's 16-bit kernels take two to five times as long as a cast, the float32
-    kernel and a cast back.
+    Norms and attention compute in float32 for every dtype. A GPU's 16-bit kernels do so at full
+    speed; some of the CPU's take two to five times as long as a cast, the float32 kernel and a
+    cast back.
     """
     if x.device.type != "cpu":
         return x
@@ -47,11 +47,12 @@ MANY_POSITIONS = 1024
 
 
 def normalisable(x: Tensor, groups: int) -> Tensor:
-    """x as the CPU's group norm is quick with it; its statistics are float32 either way.
+    """Return x in the layout and dtype in which the CPU's group norm is fastest.
 
-    Below MANY_POSITIONS torch's kernel for channels_last reads a group's channels position by
-    position. It is quick where they fill whole vectors, 16 of a 16-bit type or 8 of float32, and
-    5 to 10 times slower with a remainder (2.11, Intel Xeon with AMX, bfloat16, milliseconds):
+    The statistics are float32 either way. Below MANY_POSITIONS torch's channels_last kernel reads
+    a group's channels position by position. It is fast if they fill whole vectors, 16 of a 16-bit
+    type or 8 of float32, and 5 to 10 times slower with a remainder (torch 2.11, Intel Xeon with
+    AMX, bfloat16, milliseconds):
 
         64·C·14·14, 8 groups of    6      8     12     16     24
         as it is                   2.9    2.5    7.1    1.0    3.4
@@ -67,21 +68,21 @@ def normalisable(x: Tensor, groups: int) -> Tensor:
 
 
 def like(y: Tensor, x: Tensor) -> Tensor:
-    """y with the dtype and the memory format of x."""
+    """Return y in the dtype and the memory format of x."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    plain = x.is_contiguous() or not last  # of one channel or one position: both
+    plain = x.is_contiguous() or not last  # both hold for one channel or one position
     layout = torch.preserve_format if plain else torch.channels_last
     return y.to(x.dtype, memory_format=layout)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalise every group of channels of every image, then apply an activation.
+    """Group normalisation of (B, C, *space), followed by an activation.
 
     Args:
-        groups: must divide channels.
-        channels: C of the input (B, C, *space).
-        eps: added to the variance.
-        act: applied to the result; None for none.
+        groups: number of groups, a divisor of channels.
+        channels: C.
+        eps: epsilon added to the variance.
+        act: activation; None for none.
 
     Source: Wu & He 2018, "Group Normalization", https://arxiv.org/abs/1803.08494.
     """
@@ -90,13 +91,13 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps)
         self.act = act or nn.Identity()
         if hasattr(self.act, "inplace"):
-            self.act.inplace = True  # what it acts on is the norm's own
+            self.act.inplace = True  # its input is a temporary of this norm
 
     def forward(self, x: Tensor) -> Tensor:
         return like(self.act(self._normalised(x)), x)
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """act(norm(x) · scale + shift) with scale and shift (B, C)."""
+        """Return act(norm(x) · scale + shift) with scale and shift (B, C)."""
         y = self._normalised(x) * append_dims(scale, x.ndim) + append_dims(shift, x.ndim)
         return like(self.act(y), x)
 
@@ -118,7 +119,7 @@ class Divide(nn.Module):
 
 
 class Center(nn.Module):
-    """Move pixel values from [0, 1] to [−1, 1]."""
+    """The map of pixel values from [0, 1] to [−1, 1]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x - 1
@@ -127,15 +128,15 @@ class Center(nn.Module):
 # ------------------------------------------------------------------------- residual blocks
 
 
-class Keep(nn.Module):
-    """The resizing that changes nothing; `size` is what the other ones may need."""
+class NoResize(nn.Module):
+    """The identity."""
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         return x
 
 
-class Halve(nn.Module):
-    """Average over cells of two positions a side; an odd last position is dropped."""
+class AveragePool(nn.Module):
+    """Downsampling by averages over cells of side 2; an odd last position is dropped."""
 
     def __init__(self, dims: int):
         super().__init__()
@@ -145,27 +146,28 @@ class Halve(nn.Module):
         return self.pool(x)
 
 
-class Grow(nn.Module):
-    """Nearest neighbour to `size`: twice as large, or one less where the skip had an odd side."""
+class NearestUpsample(nn.Module):
+    """Nearest-neighbour upsampling to `size`: twice as large, or one less for an odd side."""
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(x, size=size, mode="nearest")
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions around a residual connection; the time embedding shifts the channels.
+    """Two convolutions in a residual connection; the time embedding shifts the channels.
 
     Args:
         dims: axes of space, 1 to 3.
-        in_channels, out_channels: where they differ a 1×1 convolution carries the input over.
-        time_channels: width of the embedding that `forward` gets; None for a PlainResnetBlock.
-        groups, eps, act: of the two norms; act names an entry of ACTIVATIONS.
-        dropout: probability, before the second convolution.
-        output_scale: the sum is divided by this.
-        resize: Keep, Halve or Grow, applied between the first norm and the first convolution.
+        in_channels, out_channels: channels of input and output; if they differ, a 1×1 convolution
+            is on the shortcut.
+        time_channels: channels of the time embedding; None for a PlainResnetBlock.
+        groups, eps, act: groups, epsilon and activation (a key of ACTIVATIONS) of both norms.
+        dropout: probability of zeroing an input of the second convolution.
+        output_scale: divisor of the sum.
+        resize: NoResize, AveragePool or NearestUpsample, before the first convolution.
     """
 
-    embeddings = 1  # values that the time embedding gives every channel
+    embeddings = 1  # values per channel from the time embedding
 
     def __init__(
         self,
@@ -192,13 +194,13 @@ class ResnetBlock(nn.Module):
         self.conv2 = conv(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.conv_shortcut = nn.Identity() if same else conv(in_channels, out_channels, 1)
-        self.resize = resize or Keep()
+        self.resize = resize or NoResize()
         self.rescale = nn.Identity() if output_scale == 1 else Divide(output_scale)
 
     def forward(self, x: Tensor, emb: Tensor, size: torch.Size | None = None) -> Tensor:
         """Map x (B, C, *space) and the *activated* embedding (B, E) to (B, C_out, *space).
 
-        `size` is the space of the result; only a block that grows reads it.
+        `size` is the space of the result, which only an upsampling block reads.
         """
         h = self.conv1(self.resize(self.norm1(x), size))
         h = self.conv2(self.dropout(self.second_norm(h, emb)))
@@ -209,7 +211,7 @@ class ResnetBlock(nn.Module):
 
 
 class ScaleShiftResnetBlock(ResnetBlock):
-    """A ResnetBlock where the time embedding scales and shifts after the norm."""
+    """A ResnetBlock whose time embedding scales and shifts the channels after the norm."""
 
     embeddings = 2
 
@@ -219,7 +221,7 @@ class ScaleShiftResnetBlock(ResnetBlock):
 
 
 class PlainResnetBlock(ResnetBlock):
-    """A ResnetBlock of a network that knows no time; `forward` gets None for the embedding."""
+    """A ResnetBlock without time; the embedding given to `forward` is None."""
 
     embeddings = 0
 
@@ -234,12 +236,12 @@ RESNET_BLOCKS = {"default": ResnetBlock, "scale_shift": ScaleShiftResnetBlock}
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2: a side n becomes ⌈n/2⌉ with padding 1, ⌊n/2⌋ with padding 0."""
+    """A convolution of stride 2: side n to ⌈n/2⌉ with padding 1, to ⌊n/2⌋ with padding 0."""
 
     def __init__(self, dims: int, channels: int, padding: int):
         super().__init__()
-        # Without padding of its own the convolution still reads one zero past the far edge, as
-        # in Ho et al.'s code: the positions are (0, 1, 2), (2, 3, 4), …, (n-2, n-1, zero).
+        # With padding 0 the convolution still reads one zero past the far edge, as in Ho et al.'s
+        # code: it reads the positions (0, 1, 2), (2, 3, 4), …, (n-2, n-1, zero).
         self.pad = nn.Identity() if padding else PadFarEdge(dims)
         self.conv = CONVOLUTIONS[dims](channels, channels, 3, stride=2, padding=padding)
 
@@ -248,7 +250,7 @@ class Downsample(nn.Module):
 
 
 class PadFarEdge(nn.Module):
-    """One zero after the last position of every axis of space."""
+    """Padding with one zero after the last position of every axis of space."""
 
     def __init__(self, dims: int):
         super().__init__()
@@ -259,11 +261,11 @@ class PadFarEdge(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to `size`, then a convolution."""
+    """Nearest-neighbour upsampling to `size`, then a convolution."""
 
     def __init__(self, dims: int, channels: int):
         super().__init__()
-        self.resize = Grow()
+        self.resize = NearestUpsample()
         self.conv = CONVOLUTIONS[dims](channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor, size: torch.Size) -> Tensor:

@@ -1,12 +1,12 @@
-"""Space to depth: a picture as a smaller picture with more channels.
+"""Space to depth: an image as a smaller image with more channels.
 
 A b×b block of pixels becomes b²·C channels of one pixel (Shi et al. 2016, arXiv:1609.05158, the
-inverse of "pixel shuffle"). Nothing is computed: the map is a permutation, so white noise stays
-white noise, and diffusion in either space is the same process. The network sees a quarter of the
-positions with four times the channels (b = 2), which a small computer does three times sooner.
+inverse of "pixel shuffle"). The map is a permutation, so white noise stays white noise, and
+diffusion in either space is the same process. For b = 2 the network gets a quarter of the
+positions with four times the channels, which is three times faster on a small computer.
 
-It stands where a latent model has its autoencoder: `to_latents` before the loop, `from_latents`
-after it.
+It replaces the autoencoder of a latent model: `to_latents` before the loop, `from_latents` after
+it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,9 @@ class SpaceToDepth(nn.Module):
     """The permutation (B, C, H·b, W·b) ↔ (B, C·b², H, W).
 
     Args:
-        block: b, at least 1; 1 is the identity.
+        block: side b of a block, 1 to 64; 1 is the identity.
+    Raises:
+        InvalidArgument: another block.
     """
 
     def __init__(self, block: int = 2) -> None:
@@ -32,16 +34,16 @@ class SpaceToDepth(nn.Module):
 
     @property
     def divisor(self) -> int:
-        """Pixels a side of what becomes one position."""
+        """Pixels per position along each axis."""
         return self.block
 
     def image_shape(self, latent_shape: Sequence[int]) -> tuple[int, ...]:
-        """(C, H, W) of the picture that (C·b², h, w) comes from."""
+        """Return the shape (C, H, W) of the image of latents (C·b², h, w)."""
         channels, *sides = latent_shape
         return (channels // self.block**2, *(side * self.block for side in sides))
 
     def check_channels(self, channels: int) -> None:
-        """Refuse a network whose channels this cannot make pictures of. Raises InvalidArgument."""
+        """Refuse a network whose channels are not those of blocks. Raises InvalidArgument."""
         if channels % self.block**2:
             raise InvalidArgument(
                 f"block must divide the network's {channels} channels into blocks of block² "
@@ -49,7 +51,7 @@ class SpaceToDepth(nn.Module):
             )
 
     def to_latents(self, x: Tensor) -> Tensor:
-        """(B, C, H·b, W·b) → (B, C·b², H, W). Raises InvalidArgument for other sizes."""
+        """Map (B, C, H·b, W·b) to (B, C·b², H, W). Raises InvalidArgument for other sizes."""
         if x.shape[-2] % self.block or x.shape[-1] % self.block:
             raise InvalidArgument(
                 f"image height and width must be multiples of {self.block}, got {tuple(x.shape)}"
@@ -57,7 +59,7 @@ class SpaceToDepth(nn.Module):
         return F.pixel_unshuffle(x, self.block)
 
     def from_latents(self, z: Tensor) -> Tensor:
-        """(B, C·b², H, W) → (B, C, H·b, W·b)."""
+        """Map (B, C·b², H, W) to (B, C, H·b, W·b)."""
         return F.pixel_shuffle(z, self.block)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -68,7 +70,7 @@ class SpaceToDepth(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SpaceToDepth":
-        """Read what `save_pretrained` wrote. Raises CheckpointError."""
+        """Read a folder that `save_pretrained` wrote. Raises CheckpointError."""
         config = read_json(Path(folder) / "config.json")
         if config.keys() != {"_class_name", "block"} or config["_class_name"] != "SpaceToDepth":
             raise CheckpointError(f"{folder}: not the config of a SpaceToDepth: {config}")

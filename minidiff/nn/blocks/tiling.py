@@ -1,13 +1,13 @@
 """Maps of large images in parts: one image at a time, or in overlapping tiles.
 
 `sliced(f)` and `tiled(f, …)` take a map of images and return one that needs less memory. Slices
-change nothing but the time it takes. Tiles do: a tile sees nothing of what lies around it, so
-neighbours overlap, and over the overlap one fades into the other,
+change only the time. Tiles change the result: a tile does not depend on its surroundings, so
+neighbours overlap, and over the overlap they are blended,
 
     (1 − i/n)·before + (i/n)·tile        at position i of the n that overlap.
 
-The places of tiles, and that fading reads neighbours that have been faded already, are those of
-diffusers' `AutoencoderKL`, whose numbers these are.
+The positions of tiles, and the blending with neighbours that are blended already, are those of
+diffusers' `AutoencoderKL`, so the numbers are the same.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ ImageMap = Callable[[Tensor], Tensor]
 
 
 def sliced(f: ImageMap) -> ImageMap:
-    """f, applied to one image of the batch after the other."""
+    """Return f applied to one image of the batch at a time."""
 
     def by_slices(x: Tensor) -> Tensor:
         return torch.cat([f(image) for image in x.split(1)])
@@ -31,17 +31,17 @@ def sliced(f: ImageMap) -> ImageMap:
 
 
 def tiled(f: ImageMap, size: int, out_size: int, overlap: float = 0.25) -> ImageMap:
-    """f, applied to overlapping tiles of images that are larger than one.
+    """Return f applied to overlapping tiles of images that are larger than one tile.
 
     Args:
-        f: maps images (B, C, H, W) to (B, C', H·s, W·s); s is out_size / size.
-        size, out_size: side of a tile, and of what f makes of it.
-        overlap: part of a tile that the next one covers again, in [0, 1).
+        f: map of images (B, C, H, W) to (B, C', H·s, W·s) with s = out_size / size.
+        size, out_size: side of a tile before and after f.
+        overlap: fraction of a tile that the next one covers too, in [0, 1).
     Returns:
-        A map with f's shapes, where size / out_size divides H and W or is rounded down as f does.
+        A map with the shapes of f, if size / out_size divides H and W or f rounds down.
     Raises:
-        InvalidArgument: sizes that are out of range, or whose overlap is not as large on either
-            side of f, so that the results would not line up.
+        InvalidArgument: sizes out of range, or an overlap that differs before and after f, so
+            that the results would not line up.
     """
     whole_number("tile size", size, 1)
     whole_number("tile out_size", out_size, 1)
@@ -51,9 +51,9 @@ def tiled(f: ImageMap, size: int, out_size: int, overlap: float = 0.25) -> Image
     if step < 1 or step * out_size != kept * size:
         raise InvalidArgument(
             f"tiles must line up: sides of {size} that overlap by {overlap:g} start every {step}, "
-            f"and f makes {out_size} of {size}, but {kept} of that are kept"
+            f"and f maps {size} to {out_size}, but {kept} of that are kept"
         )
-    smallest = max(size // out_size, 1)  # of which f makes one position
+    smallest = max(size // out_size, 1)  # positions that f maps to one
 
     def by_tiles(x: Tensor) -> Tensor:
         if max(x.shape[-2:]) <= size:
@@ -65,9 +65,9 @@ def tiled(f: ImageMap, size: int, out_size: int, overlap: float = 0.25) -> Image
             for column, left in enumerate(lefts):
                 tile = f(x[..., top : top + size, left : left + size])
                 if above:
-                    tile = _faded(above[column], tile, -2, fade)
+                    tile = _blended(above[column], tile, -2, fade)
                 if row:
-                    tile = _faded(row[-1], tile, -1, fade)
+                    tile = _blended(row[-1], tile, -1, fade)
                 row.append(tile)
             strips.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=-1))
             above = row
@@ -76,8 +76,8 @@ def tiled(f: ImageMap, size: int, out_size: int, overlap: float = 0.25) -> Image
     return by_tiles
 
 
-def _faded(before: Tensor, tile: Tensor, axis: int, fade: int) -> Tensor:
-    """`tile` whose first `fade` positions along `axis` start as the last ones of `before`."""
+def _blended(before: Tensor, tile: Tensor, axis: int, fade: int) -> Tensor:
+    """Return `tile` with its first `fade` positions along `axis` blended with `before`."""
     n = min(before.shape[axis], tile.shape[axis], fade)
     weight = torch.arange(n, device=tile.device, dtype=torch.float64) / max(n, 1)
     weight = append_dims(weight.to(tile.dtype), -axis)

@@ -1,14 +1,16 @@
-"""A transformer over the positions of an image, which also look at the tokens of a text.
+"""A transformer over the positions of an image, with cross-attention to the tokens of a text.
 
-    x ← x + A₁(norm₁(x))            self-attention: positions look at each other
-    x ← x + A₂(norm₂(x), text)      cross-attention: positions look at the text
+    x ← x + A₁(norm₁(x))            self-attention: positions attend to each other
+    x ← x + A₂(norm₂(x), text)      cross-attention: positions attend to the text
     x ← x + F(norm₃(x))             a feed-forward layer, position by position
 
-a few times, between two linear maps and inside a residual connection. Sources: Vaswani et al.
-2017, https://arxiv.org/abs/1706.03762; Rombach et al. 2022, "High-Resolution Image Synthesis with
-Latent Diffusion Models", https://arxiv.org/abs/2112.10752, section 3.3 and appendix E; the gated
-feed-forward layer Shazeer 2020, https://arxiv.org/abs/2002.05202, eq. 6. Submodules have the names
-of diffusers' checkpoints.
+a few times, between two linear maps and inside a residual connection. Submodules have the names of
+diffusers' checkpoints.
+
+Sources: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Rombach et al. 2022,
+"High-Resolution Image Synthesis with Latent Diffusion Models", https://arxiv.org/abs/2112.10752,
+section 3.3 and appendix E; Shazeer 2020, https://arxiv.org/abs/2002.05202, eq. 6 (the gated
+feed-forward layer).
 """
 
 import torch.nn.functional as F
@@ -19,12 +21,12 @@ from minidiff.nn.blocks.layers import CONVOLUTIONS, GroupNorm
 
 
 class CrossAttention(nn.Module):
-    """Tokens (B, N, channels) look at a context.
+    """Attention of tokens (B, N, channels) to a context.
 
     Args:
-        channels: of the tokens that ask.
-        context: channels of the tokens that are looked at.
-        heads, head_dim: heads, and channels a head.
+        channels: channels of the tokens.
+        context: channels of the context's tokens.
+        heads, head_dim: number of heads, and channels per head.
     """
 
     def __init__(self, channels: int, context: int, heads: int, head_dim: int):
@@ -43,7 +45,7 @@ class CrossAttention(nn.Module):
 
 
 class SelfAttention(CrossAttention):
-    """Tokens look at each other."""
+    """Attention of tokens to each other."""
 
     def __init__(self, channels: int, heads: int, head_dim: int):
         super().__init__(channels, channels, heads, head_dim)
@@ -53,8 +55,10 @@ class SelfAttention(CrossAttention):
 
 
 class UnmaskedCrossAttention(CrossAttention):
-    """The cross-attention in place of self-attention (`only_cross_attention`), which reads the
-    whole context: in diffusers the mask reaches the second attention of a block only."""
+    """The cross-attention that replaces self-attention if `only_cross_attention` is set.
+
+    It attends to the whole context: in diffusers only the second attention of a block is masked.
+    """
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return super().forward(x, Context(context.tokens, None))
@@ -73,7 +77,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated layer four times as wide, and back."""
+    """A gated layer with four times the channels, and a linear layer back."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -87,7 +91,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Two attentions and a feed-forward layer, each behind a norm and inside a residual."""
+    """Two attentions and a feed-forward layer, each after a norm, in a residual connection."""
 
     def __init__(self, channels: int, context: int, heads: int, head_dim: int, only_cross: bool):
         super().__init__()
@@ -109,17 +113,17 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A picture (B, C, *space) under a text -> the same.
+    """Transformer blocks on an image, (B, C, *space) to the same shape, given a text.
 
     Args:
         dims: axes of space.
         channels: C.
         context: channels of a token of the text.
-        heads: they have C // heads channels each.
-        depth: blocks.
-        groups: of the norm in front.
-        linear: whether the maps in and out are stored as linear layers or as 1×1 convolutions.
-        only_cross: positions do not look at each other.
+        heads: number of heads of C // heads channels each.
+        depth: number of blocks.
+        groups: groups of the first norm.
+        linear: first and last map stored as linear layers, not as 1×1 convolutions.
+        only_cross: cross-attention instead of self-attention.
     """
 
     def __init__(
@@ -152,7 +156,7 @@ class Transformer(nn.Module):
 
 
 class PointwiseConvolution(nn.Module):
-    """A linear layer on tokens whose weight is kept as that of a 1×1 convolution."""
+    """A linear layer on tokens whose weight has the shape of a 1×1 convolution."""
 
     def __init__(self, dims: int, channels: int, out_channels: int):
         super().__init__()

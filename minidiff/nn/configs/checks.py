@@ -1,16 +1,22 @@
-"""What the levels of a U-Net and of a VAE may be: one check for both, with diffusers' names."""
+"""Checks that the configurations of networks share, with diffusers' names for the options."""
 
 from collections.abc import Collection
 from typing import Protocol
 
 from minidiff.errors import InvalidArgument, listed, one_of, whole_number
+from minidiff.runtime.checks import whole
 
 MAX_LEVELS = 8
 MAX_CHANNELS = 16384
 
+# Far above any network in use: they keep a damaged or hostile config.json from taking memory.
+IMAGE_CHANNELS = whole(1, 4096)
+SIDE = whole(1, 1 << 14)
+WIDTH = whole(1, 1 << 16)
+
 
 class Levels(Protocol):
-    """The arguments that say what the levels are."""
+    """The options of a U-Net or a VAE that define its levels."""
 
     block_out_channels: object
     down_block_types: object
@@ -19,14 +25,14 @@ class Levels(Protocol):
 
 
 def check_levels(c: Levels, down_blocks: Collection[str], up_blocks: Collection[str]) -> None:
-    """Refuse levels that cannot be built.
+    """Check that every level has its channels and a known block on each path.
 
     Args:
-        c: checked but for its levels.
-        down_blocks, up_blocks: the block types that are known.
+        c: configuration whose other options are checked already.
+        down_blocks, up_blocks: supported block types.
     Raises:
-        InvalidArgument: not one type of block a level on each path, an unknown one, or channels
-            that are out of range or no multiple of norm_num_groups.
+        InvalidArgument: a list of another length than block_out_channels, an unknown block type,
+            or channels that are out of range or no multiple of norm_num_groups.
     """
     channels = listed("block_out_channels", c.block_out_channels)
     levels = whole_number("the number of block_out_channels", len(channels), 1, MAX_LEVELS)

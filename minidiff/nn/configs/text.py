@@ -1,8 +1,8 @@
 """The arguments of a text encoder: names of transformers' `CLIPTextConfig`, checked by name.
 
-Published folders were written by many versions of transformers, and the older ones put every
+Published folders were written by many versions of transformers, and the older ones wrote every
 attribute of their base class into config.json. Each such name is in one of two tables below, with
-the reason why it cannot change the result; a name that is in none is refused.
+the reason why it cannot change the result; a name in neither is refused.
 
 Source: https://huggingface.co/docs/transformers/model_doc/clip#transformers.CLIPTextConfig
 """
@@ -11,31 +11,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
+from minidiff.errors import InvalidArgument, one_of, whole_number
 from minidiff.nn.blocks.layers import ACTIVATIONS
+from minidiff.nn.configs.checks import SIDE, WIDTH
+from minidiff.runtime.checks import check_fields, choice, option, optional, real, whole
 
-# Classes of transformers: without and with a projection of the pooled vector.
+# Classes of transformers: True for a projection of the pooled vector.
 PROJECTS = {"CLIPTextModel": False, "CLIPTextModelWithProjection": True}
 MODEL_TYPE = "clip_text_model"
 TEXT_ACTIVATIONS = ("quick_gelu", *ACTIVATIONS)
 
-# Names in config.json whose value, whatever it is, no CLIP text model of any version reads.
+# Names in config.json whose value no CLIP text model of any version reads.
 _UNREAD_BECAUSE = {
-    "the weights tell their dtype, and no version reads which one wrote": (
+    "the weights have a dtype, and no version reads which one wrote the file": (
         "torch_dtype dtype transformers_version"
     ),
-    "CLIP's configurations had it beside attention_dropout, and no layer ever used it": "dropout",
+    "listed beside attention_dropout, but never used by a layer": "dropout",
     "what a call returns: here everything, by name": (
         "return_dict output_hidden_states output_attentions torchscript"
     ),
     "speed and memory": "gradient_checkpointing use_cache chunk_size_feed_forward",
-    "of TensorFlow and Flax": "tf_legacy_loss use_bfloat16",
+    "TensorFlow and Flax only": "tf_legacy_loss use_bfloat16",
     "there are no output embeddings to tie to the input's": "tie_word_embeddings",
-    "of classifiers and of training": (
+    "classifiers and training only": (
         "id2label label2id num_labels problem_type finetuning_task task_specific_params"
     ),
-    "of the tokenizer": "tokenizer_class prefix sep_token_id",
-    "of generating text, which an encoder does not": (
+    "tokenizer only": "tokenizer_class prefix sep_token_id",
+    "text generation, which an encoder does not do": (
         "max_length min_length do_sample early_stopping num_beams num_beam_groups "
         "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
         "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
@@ -46,7 +48,7 @@ _UNREAD_BECAUSE = {
 }
 _UNREAD = frozenset(name for names in _UNREAD_BECAUSE.values() for name in names.split())
 
-# Names that would ask for another network: read at the one value that this network has.
+# Names that select another network: accepted at the one value that this network has.
 _ONLY = {
     "model_type": MODEL_TYPE,
     "is_decoder": False,
@@ -57,16 +59,16 @@ _ONLY = {
     "pruned_heads": {},
 }
 
-_LARGEST_TOKEN = (1 << 31) - 1
+_TOKEN = whole(0, (1 << 31) - 1)
 
 
-def arguments_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a TextEncoder that a config.json holds, without what is only noted there.
+def read_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a TextEncoder that a config.json holds.
 
-    Names that start with "_" are notes and not read, as in every config.
+    Notes, whose names start with "_", and names that nothing reads are left out.
 
     Raises:
-        InvalidArgument: a value that asks for another network.
+        InvalidArgument: a value that selects another network.
     """
     for name, only in _ONLY.items():
         if name in content and (type(content[name]), content[name]) != (type(only), only):
@@ -80,31 +82,29 @@ def arguments_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The arguments of a TextEncoder, with transformers' names and defaults, checked when made.
-
-    The bounds on sizes are far above any network in use; they keep a damaged or hostile
-    config.json from taking memory or time.
+    """The arguments of a TextEncoder, with transformers' names and defaults.
 
     Raises:
-        InvalidArgument: a value that is not allowed, or two that do not go together.
+        InvalidArgument: a value is not allowed, or two contradict each other.
     """
 
     architectures: Sequence[str] = ("CLIPTextModel",)  # one of PROJECTS
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int | None = 512  # read only where the architecture projects
-    num_hidden_layers: int = 12
+    vocab_size: int = option(49408, "tokens in the vocabulary", whole(1, 1 << 22))
+    hidden_size: int = option(512, "channels of a token", SIDE)
+    intermediate_size: int = option(2048, "channels within the MLP", WIDTH)
+    projection_dim: int | None = option(512, "channels of the projection", optional(SIDE))
+    num_hidden_layers: int = option(12, "transformer layers", whole(1, 128))
     num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02  # read by the vision half of CLIP only
-    initializer_factor: float = 1.0
-    pad_token_id: int | None = 1  # of the tokenizer: the encoder sees no padding but by its mask
-    bos_token_id: int | None = 49406  # of the tokenizer
-    eos_token_id: int = 49407
+    max_position_embeddings: int = option(77, "maximum number of tokens", WIDTH)
+    hidden_act: str = option("quick_gelu", "activation of the MLP", choice(*TEXT_ACTIVATIONS))
+    layer_norm_eps: float = option(1e-5, "epsilon of the norms", real(1e-12, 1))
+    attention_dropout: float = option(0.0, "dropout of attention weights", real(0, 1))
+    initializer_range: float = option(0.02, "unused here: vision half of CLIP", real(0))
+    initializer_factor: float = option(1.0, "scale of the initial weights", real(0))
+    # Tokenizer only: the encoder ignores padding only where an attention_mask covers it.
+    pad_token_id: int | None = option(1, "padding token", optional(_TOKEN))
+    bos_token_id: int | None = option(49406, "token that begins a text", optional(_TOKEN))
+    eos_token_id: int = option(49407, "token that ends a text", _TOKEN)
 
     def __post_init__(self) -> None:
         if not isinstance(self.architectures, list | tuple) or len(self.architectures) != 1:
@@ -112,28 +112,15 @@ class TextConfig:
                 f"architectures must be a list of one name, got {self.architectures!r}"
             )
         one_of("architectures", self.architectures[0], PROJECTS)
-        whole_number("vocab_size", self.vocab_size, 1, 1 << 22)
-        whole_number("hidden_size", self.hidden_size, 1, 1 << 14)
-        whole_number("intermediate_size", self.intermediate_size, 1, 1 << 16)
-        if self.projects or self.projection_dim is not None:
-            whole_number("projection_dim", self.projection_dim, 1, 1 << 14)
-        whole_number("num_hidden_layers", self.num_hidden_layers, 1, 128)
+        check_fields(self)
+        if self.projects:
+            SIDE("projection_dim", self.projection_dim)
         whole_number("num_attention_heads", self.num_attention_heads, 1, self.hidden_size)
         if self.hidden_size % self.num_attention_heads:
             raise InvalidArgument(
                 f"num_attention_heads must divide hidden_size ({self.hidden_size}), "
                 f"got {self.num_attention_heads}"
             )
-        whole_number("max_position_embeddings", self.max_position_embeddings, 1, 1 << 16)
-        one_of("hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
-        real_number("layer_norm_eps", self.layer_norm_eps, 1e-12, 1)
-        real_number("attention_dropout", self.attention_dropout, 0, 1)
-        real_number("initializer_range", self.initializer_range, 0)
-        real_number("initializer_factor", self.initializer_factor, 0)
-        for name in ("pad_token_id", "bos_token_id"):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), 0, _LARGEST_TOKEN)
-        whole_number("eos_token_id", self.eos_token_id, 0, _LARGEST_TOKEN)
 
     @property
     def projects(self) -> bool:

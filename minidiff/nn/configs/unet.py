@@ -1,10 +1,10 @@
 """The arguments of a U-Net in diffusers' two vocabularies.
 
 diffusers has two classes, `UNet2DModel` and `UNet2DConditionModel`. Most of their arguments share
-names, some of these share no meaning: `attention_head_dim` is the width of a head in the first and
-the *number* of heads wherever the second looks at a text. Here each vocabulary is a dataclass with
-diffusers' names and defaults, checked when it is made; `down_stages`, `middle` and `up_stages` are
-the plan it stands for, and the network is built from that alone.
+names, and some of these differ in meaning: `attention_head_dim` is the width of a head in the
+first and the *number* of heads in the cross-attention of the second. Here each vocabulary is a
+dataclass with diffusers' names and defaults. `down_stages`, `middle` and `up_stages` are the plan
+that it describes, and the network is built from that alone.
 
 Sources: https://huggingface.co/docs/diffusers/api/models/unet2d and …/unet2d-cond (0.42.1).
 """
@@ -12,20 +12,53 @@ Sources: https://huggingface.co/docs/diffusers/api/models/unet2d and …/unet2d-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from minidiff.errors import InvalidArgument, listed, one_of, true_or_false, whole_number
+from minidiff.errors import InvalidArgument, listed, one_of, whole_number
 from minidiff.nn.blocks.layers import ACTIVATIONS
+from minidiff.nn.configs.checks import IMAGE_CHANNELS, WIDTH
 from minidiff.nn.configs.unet_plan import (
-    PictureAttention,
+    CrossAttentionPlan,
+    SelfAttentionPlan,
     Stage,
-    TextAttention,
     UNetConfig,
     check_shift,
 )
-from minidiff.nn.model import options_of
+from minidiff.nn.model import parse_options
+from minidiff.runtime.checks import Check, choice, flag, option, optional, whole
 
 MAX_DEPTH = 64  # transformer blocks in one place; SDXL has 10
+RESIZE = choice("conv", "resnet")
+ACTIVATION = choice(None, *ACTIVATIONS)
+
+
+def unsupported(*allowed: Any) -> Check:
+    """Allow the values that mean "without"; the first of them is diffusers' default."""
+
+    def check(name: str, value: Any) -> Any:
+        if any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
+        ):
+            return value
+        raise InvalidArgument(f"{name}={value!r} is not supported; leave it at {allowed[0]!r}")
+
+    return check
+
+
+def odd_kernel(name: str, value: Any) -> int:
+    """Allow odd kernel sizes."""
+    if whole_number(name, value, 1, 31) % 2 == 0:
+        raise InvalidArgument(f"{name} must be odd, got {value}")
+    return value
+
+
+def no_training_steps(name: str, value: Any) -> None:
+    """Allow None for num_train_timesteps."""
+    if value is not None:
+        raise InvalidArgument(
+            f"{name} must be None (it belongs to learned time embeddings, which are not "
+            f"supported), got {value!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,29 +68,35 @@ class UNet2DModelConfig(UNetConfig):
     class_name: ClassVar[str] = "UNet2DModel"
     down_blocks: ClassVar = {
         "DownBlock2D": (None, "conv"),
-        "AttnDownBlock2D": ("picture", "option"),
+        "AttnDownBlock2D": ("self", "option"),
         "ResnetDownsampleBlock2D": (None, "resnet"),
     }
     up_blocks: ClassVar = {
         "UpBlock2D": (None, "conv"),
-        "AttnUpBlock2D": ("picture", "option"),
+        "AttnUpBlock2D": ("self", "option"),
         "ResnetUpsampleBlock2D": (None, "resnet"),
     }
 
     down_block_types: Sequence[str] = ("DownBlock2D",) + 3 * ("AttnDownBlock2D",)
-    mid_block_type: str | None = "UNetMidBlock2D"
+    mid_block_type: str | None = option(
+        "UNetMidBlock2D", "block in the middle", choice("UNetMidBlock2D", None)
+    )
     up_block_types: Sequence[str] = (*3 * ("AttnUpBlock2D",), "UpBlock2D")
     block_out_channels: Sequence[int] = (224, 448, 672, 896)
-    downsample_type: str = "conv"
-    upsample_type: str = "conv"
-    attn_norm_num_groups: int | None = None
-    add_attention: bool = True
-    num_train_timesteps: int | None = None  # only for learned time embeddings, not built here
+    layers_per_block: int = option(2, "residual blocks per level", whole(1, 16))
+    attention_head_dim: int | None = option(8, "channels of a head", optional(whole(1)))
+    downsample_type: str = option("conv", "downsampling after self-attention", RESIZE)
+    upsample_type: str = option("conv", "upsampling after self-attention", RESIZE)
+    attn_norm_num_groups: int | None = option(
+        None, "groups of the norm of the middle's attention", optional(whole(1))
+    )
+    add_attention: bool = option(True, "attention in the middle", flag)
+    num_train_timesteps: int | None = option(None, "not supported", no_training_steps)
 
-    # What the other vocabulary leaves to the user.
+    # Options of the other vocabulary, at the values that they have here.
     last_act: ClassVar[str] = "silu"  # before the last convolution, whatever act_fn is
-    time_act: ClassVar[str] = "silu"  # within the embedding of time, likewise
-    told_noise_levels: ClassVar[bool] = True  # in place of steps, with Fourier features
+    time_act: ClassVar[str] = "silu"  # within the time embedding, likewise
+    takes_sigma: ClassVar[bool] = True  # noise levels instead of steps, with Fourier features
     conv_in_kernel: ClassVar[int] = 3
     conv_out_kernel: ClassVar[int] = 3
     timestep_post_act: ClassVar[None] = None
@@ -70,11 +109,12 @@ class UNet2DModelConfig(UNetConfig):
 
     @property
     def middle(self) -> Stage | None:
+        """The middle; None for a network without one."""
         if self.mid_block_type is None:
             return None
         width = self.block_out_channels[-1]
         groups = self.norm_num_groups if self.resnet_time_scale_shift == "default" else None
-        plan = PictureAttention(
+        plan = SelfAttentionPlan(
             self.attention_head_dim or width, self.attn_norm_num_groups or groups
         )
         return Stage(width, (plan if self.add_attention else None,), None)
@@ -83,30 +123,14 @@ class UNet2DModelConfig(UNetConfig):
         option = self.upsample_type if up else self.downsample_type
         return option if kind == "option" else kind
 
-    def _check_values(self) -> None:
-        super()._check_values()
-        one_of("mid_block_type", self.mid_block_type, ("UNetMidBlock2D", None))
-        one_of("downsample_type", self.downsample_type, ("conv", "resnet"))
-        one_of("upsample_type", self.upsample_type, ("conv", "resnet"))
-        whole_number("layers_per_block", self.layers_per_block, 1, 16)  # one for all levels
-        if self.attention_head_dim is not None:
-            whole_number("attention_head_dim", self.attention_head_dim, 1)
-        if self.num_train_timesteps is not None:
-            raise InvalidArgument(
-                "num_train_timesteps must be None (it belongs to learned time embeddings, which "
-                f"are not supported), got {self.num_train_timesteps!r}"
-            )
-
     def _check_levels(self) -> None:
         super()._check_levels()
-        if self.attn_norm_num_groups is not None:
-            last = self.block_out_channels[-1]
-            whole_number("attn_norm_num_groups", self.attn_norm_num_groups, 1)
-            if last % self.attn_norm_num_groups:
-                raise InvalidArgument(
-                    f"attn_norm_num_groups must divide the last of block_out_channels ({last}), "
-                    f"got {self.attn_norm_num_groups}"
-                )
+        last, groups = self.block_out_channels[-1], self.attn_norm_num_groups
+        if groups is not None and last % groups:
+            raise InvalidArgument(
+                f"attn_norm_num_groups must divide the last of block_out_channels ({last}), "
+                f"got {groups}"
+            )
 
     def _check_time_and_classes(self) -> None:
         super()._check_time_and_classes()
@@ -120,74 +144,75 @@ class UNet2DModelConfig(UNetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class UNet2DConditionModelConfig(UNetConfig):
-    """A network that can look at a text, diffusers' `UNet2DConditionModel`.
+    """A network with optional cross-attention to a text, diffusers' `UNet2DConditionModel`.
 
-    `attention_head_dim` is the *number* of heads where a block looks at a text, and the width of
-    a head in AttnDownBlock2D and AttnUpBlock2D: diffusers keeps the wrong name for the sake of the
-    published configurations. `upcast_attention` changes nothing: the softmax is float32 always.
+    `attention_head_dim` is the *number* of heads in cross-attention blocks, and the width of a
+    head in AttnDownBlock2D and AttnUpBlock2D: diffusers keeps the wrong name for the sake of the
+    published configurations. `upcast_attention` has no effect: the softmax is always float32.
     """
 
     class_name: ClassVar[str] = "UNet2DConditionModel"
     down_blocks: ClassVar = {
         **UNet2DModelConfig.down_blocks,
-        "CrossAttnDownBlock2D": ("text", "conv"),
+        "CrossAttnDownBlock2D": ("cross", "conv"),
     }
-    up_blocks: ClassVar = {**UNet2DModelConfig.up_blocks, "CrossAttnUpBlock2D": ("text", "conv")}
-    # Options of networks that are not built here, and the values that mean "without".
-    without: ClassVar = {
-        "num_attention_heads": (None,),
-        "dual_cross_attention": (False,),
-        "attention_type": ("default",),
-        "cross_attention_norm": (None,),
-        "resnet_skip_time_act": (False,),
-        "resnet_out_scale_factor": (1.0,),
-        "mid_block_only_cross_attention": (None, False),
-        "addition_embed_type_num_heads": (64,),
-    }
+    up_blocks: ClassVar = {**UNet2DModelConfig.up_blocks, "CrossAttnUpBlock2D": ("cross", "conv")}
+    takes_sigma: ClassVar[bool] = False
 
-    told_noise_levels: ClassVar[bool] = False
-
-    in_channels: int = 4
-    out_channels: int = 4
+    in_channels: int = option(4, "channels of the input", IMAGE_CHANNELS)
+    out_channels: int = option(4, "channels of the output", IMAGE_CHANNELS)
     down_block_types: Sequence[str] = (*3 * ("CrossAttnDownBlock2D",), "DownBlock2D")
-    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    mid_block_type: str | None = option(
+        "UNetMidBlock2DCrossAttn",
+        "block in the middle",
+        choice("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    )
     up_block_types: Sequence[str] = ("UpBlock2D", *3 * ("CrossAttnUpBlock2D",))
     block_out_channels: Sequence[int] = (320, 640, 1280, 1280)
     only_cross_attention: bool | Sequence[bool] = False
     cross_attention_dim: int | Sequence[int] = 1280
     transformer_layers_per_block: int | Sequence = 1
     reverse_transformer_layers_per_block: Sequence | None = None
-    encoder_hid_dim: int | None = None
-    encoder_hid_dim_type: str | None = None
-    num_attention_heads: int | None = None
-    dual_cross_attention: bool = False
-    use_linear_projection: bool = False
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    upcast_attention: bool = False
-    resnet_skip_time_act: bool = False
-    resnet_out_scale_factor: float = 1.0
-    time_embedding_act_fn: str | None = None
-    timestep_post_act: str | None = None
-    time_cond_proj_dim: int | None = None
-    conv_in_kernel: int = 3
-    conv_out_kernel: int = 3
-    projection_class_embeddings_input_dim: int | None = None
-    attention_type: str = "default"
-    class_embeddings_concat: bool = False
-    mid_block_only_cross_attention: bool | None = None
-    cross_attention_norm: str | None = None
-    addition_embed_type_num_heads: int = 64
+    encoder_hid_dim: int | None = option(None, "channels of a token given", optional(WIDTH))
+    encoder_hid_dim_type: str | None = option(
+        None, "projection of the tokens", choice(None, "text_proj")
+    )
+    num_attention_heads: int | None = option(None, "not supported", unsupported(None))
+    dual_cross_attention: bool = option(False, "not supported", unsupported(False))
+    use_linear_projection: bool = option(False, "linear layers, not 1×1 convolutions", flag)
+    addition_embed_type: str | None = option(
+        None, "additional embedding", choice(None, "text_time")
+    )
+    addition_time_embed_dim: int | None = option(None, "features per number", optional(WIDTH))
+    upcast_attention: bool = option(False, "no effect", flag)
+    resnet_skip_time_act: bool = option(False, "not supported", unsupported(False))
+    resnet_out_scale_factor: float = option(1.0, "not supported", unsupported(1.0))
+    time_embedding_act_fn: str | None = option(None, "activation of the embedding", ACTIVATION)
+    timestep_post_act: str | None = option(None, "activation of the time embedding", ACTIVATION)
+    time_cond_proj_dim: int | None = option(None, "channels of timestep_cond", optional(WIDTH))
+    conv_in_kernel: int = option(3, "kernel size of the first convolution", odd_kernel)
+    conv_out_kernel: int = option(3, "kernel size of the last convolution", odd_kernel)
+    projection_class_embeddings_input_dim: int | None = option(
+        None, "features of a class, or of the additional embedding", optional(WIDTH)
+    )
+    attention_type: str = option("default", "not supported", unsupported("default"))
+    class_embeddings_concat: bool = option(False, "class beside time embedding", flag)
+    mid_block_only_cross_attention: bool | None = option(
+        None, "not supported", unsupported(None, False)
+    )
+    cross_attention_norm: str | None = option(None, "not supported", unsupported(None))
+    addition_embed_type_num_heads: int = option(64, "not supported", unsupported(64))
 
     @property
     def last_act(self) -> str:
         """The activation before the last convolution."""
         return self.act_fn
 
-    time_act = last_act  # and the one within the embedding of time
+    time_act = last_act  # and the one within the time embedding
 
     @property
     def middle(self) -> Stage | None:
+        """The middle; None for a network without one."""
         if self.mid_block_type is None:
             return None
         level, width = self.levels[-1], self.block_out_channels[-1]
@@ -195,31 +220,33 @@ class UNet2DConditionModelConfig(UNetConfig):
             return Stage(width, (), None)
         heads = self.head_sizes[level]
         depth = self._spread(self._per_level("transformer_layers_per_block")[level], 1)[0]
-        return Stage(width, (TextAttention(heads, depth, False),), None)
+        return Stage(width, (CrossAttentionPlan(heads, depth, False),), None)
 
     @property
-    def told_channels(self) -> int:
+    def embedding_channels(self) -> int:
+        """Channels of the embedding that conditions every residual block."""
         return self.time_channels * (2 if self.class_embeddings_concat else 1)
 
     @property
     def time_channels(self) -> int:
+        """Channels of the time embedding."""
         if self.time_embedding_type == "fourier" and not self.time_embedding_dim:
             return 2 * self.block_out_channels[0]
         return super().time_channels
 
     @cached_property
     def context_channels(self) -> int | None:
-        """Channels of the tokens that attention reads; None for a network that reads none."""
-        if not any(isinstance(plan, TextAttention) for _, plan in self._places()):
+        """Channels of the tokens that cross-attention reads; None without cross-attention."""
+        if not any(isinstance(plan, CrossAttentionPlan) for _, plan in self._attention_places()):
             return None
         return self._per_level("cross_attention_dim")[0]
 
     @property
     def text_channels(self) -> int | None:
-        """Channels of the tokens as the network is given them."""
+        """Channels of the tokens that the network takes as input."""
         return self.encoder_hid_dim or self.context_channels
 
-    def crosses_only(self, level: int) -> bool:
+    def only_cross(self, level: int) -> bool:
         return self._per_level("only_cross_attention")[level]
 
     def down_depths(self, level: int) -> Sequence[int]:
@@ -233,49 +260,21 @@ class UNet2DConditionModelConfig(UNetConfig):
         return self._spread(self._per_level("transformer_layers_per_block")[level], places)
 
     def _up_head_size(self, kind: str | None, level: int) -> int | None:
-        # diffusers turns its list round for the transformers of the way up, but not for this.
-        return self.head_sizes[-1 - level if kind == "picture" else level]
+        # diffusers reverses its list for the transformers of the up path, but not for this.
+        return self.head_sizes[-1 - level if kind == "self" else level]
 
     @staticmethod
     def _spread(depth: int | Sequence[int], places: int) -> tuple[int, ...]:
         return tuple(depth)[:places] if isinstance(depth, list | tuple) else places * (depth,)
 
-    def _check_values(self) -> None:
-        super()._check_values()
-        kinds = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
-        one_of("mid_block_type", self.mid_block_type, kinds)
-        for name, allowed in self.without.items():
-            value = getattr(self, name)
-            if not any(
-                value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
-            ):
-                raise InvalidArgument(
-                    f"{name}={value!r} is not supported; leave it at {allowed[0]!r}"
-                )
-        for name in ("time_embedding_act_fn", "timestep_post_act"):
-            one_of(name, getattr(self, name), (None, *ACTIVATIONS))
-        for name in ("conv_in_kernel", "conv_out_kernel"):
-            if whole_number(name, getattr(self, name), 1, 31) % 2 == 0:
-                raise InvalidArgument(f"{name} must be odd, got {getattr(self, name)}")
-        for name in (
-            "time_cond_proj_dim",
-            "projection_class_embeddings_input_dim",
-            "addition_time_embed_dim",
-            "encoder_hid_dim",
-        ):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), 1, 1 << 16)
-
     def _check_levels(self) -> None:
-        for only in self._listed("only_cross_attention"):
-            true_or_false("only_cross_attention", only)
-        widths = self._listed("cross_attention_dim")
-        for width in widths:
-            whole_number("cross_attention_dim", width, 1, 1 << 16)
+        self._check_each("only_cross_attention", flag)
+        self._check_each("cross_attention_dim", WIDTH)
         self._check_depths()
         super()._check_levels()
         levels = zip(self.down_stages, self._per_level("cross_attention_dim"), strict=True)
-        read = {w for stage, w in levels if isinstance(stage.attentions[0], TextAttention)}
+        read = {w for stage, w in levels if isinstance(stage.attentions[0], CrossAttentionPlan)}
+        widths = self._listed("cross_attention_dim")
         if len(read | {widths[-1]}) > 1:
             raise InvalidArgument(
                 "cross_attention_dim must be one number: all levels read the same tokens, "
@@ -311,18 +310,16 @@ class UNet2DConditionModelConfig(UNetConfig):
             raise InvalidArgument(
                 f"time_embedding_dim must be even for 'fourier', got {self.time_embedding_dim}"
             )
-        one_of("encoder_hid_dim_type", self.encoder_hid_dim_type, (None, "text_proj"))
         if self.encoder_hid_dim_type and self.encoder_hid_dim is None:
             raise InvalidArgument("encoder_hid_dim must be given for encoder_hid_dim_type")
         if self.encoder_hid_dim and self.context_channels is None:
             raise InvalidArgument(
-                "encoder_hid_dim must be None: no block of this network looks at a text"
+                "encoder_hid_dim must be None: this network has no cross-attention"
             )
         self._check_added()
 
     def _check_added(self) -> None:
-        """What is embedded besides the time, and what each kind of it needs."""
-        one_of("addition_embed_type", self.addition_embed_type, (None, "text_time"))
+        """Check the class and additional embeddings and the options that they need."""
         classes = (self.class_embed_type, self.num_class_embeds) != (None, None)
         needs = {
             "projection_class_embeddings_input_dim": self.addition_embed_type == "text_time"
@@ -331,7 +328,7 @@ class UNet2DConditionModelConfig(UNetConfig):
         }
         for name, needed in needs.items():
             if needed and getattr(self, name) is None:
-                raise InvalidArgument(f"{name} must be given for the embeddings asked for")
+                raise InvalidArgument(f"{name} must be given for these embeddings")
         if self.addition_embed_type == "text_time":
             whole_number("addition_time_embed_dim", self.addition_time_embed_dim, 2)
             check_shift("addition_time_embed_dim", self.addition_time_embed_dim, self.freq_shift)
@@ -346,13 +343,13 @@ VOCABULARIES = (UNet2DModelConfig, UNet2DConditionModelConfig)
 
 
 def unet_config(given: Mapping[str, object]) -> UNetConfig:
-    """Read arguments in the vocabulary that they are written in.
+    """Return arguments as a config of the vocabulary that they are written in.
 
     Args:
-        given: names and values; `_class_name` says which vocabulary, and where it is missing a
-            name or a block type that only UNet2DConditionModel knows does.
+        given: names and values; `_class_name` names the vocabulary. Without it, a name or a block
+            type that only UNet2DConditionModel has selects that class.
     Raises:
-        InvalidArgument: an unknown name or class, or as the class of the vocabulary.
+        InvalidArgument: an unknown name or class, or an error of the vocabulary's class.
     """
     plain, conditional = VOCABULARIES
     options = {name: value for name, value in given.items() if not name.startswith("_")}
@@ -367,7 +364,7 @@ def unet_config(given: Mapping[str, object]) -> UNetConfig:
     name = given.get("_class_name", guess.class_name)
     one_of("_class_name", name, [cls.class_name for cls in VOCABULARIES])
     cls = plain if name == plain.class_name else conditional
-    return options_of(cls, options)
+    return parse_options(cls, options)
 
 
 def _as_list(value: object) -> list:
