@@ -1,53 +1,64 @@
-"""How much `import minidiff` costs beside `import torch`, in fresh interpreters run in turn.
+"""CPU time of `import minidiff`, relative to `import torch`.
 
-python benchmarks/import_time.py [--rounds N]
+    python benchmarks/import_time.py [--rounds N]
+
+Every import runs in a fresh interpreter; the imports take turns, so that a busy machine slows all
+of them alike. Printed are medians of the CPU time of the interpreter, and their ratio to torch's.
+`import minidiff` alone loads no module; the other rows import public names, which load theirs.
 """
 
 import argparse
+import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 import minidiff
 
-MODULES = ("torch", "minidiff")
+IMPORTS = (
+    "import torch",
+    "import minidiff",
+    "from minidiff import Pipeline",
+    "from minidiff import *",
+)
 
 
 def cpu_name() -> str:
-    """The processor's model name; what `platform` knows where there is no /proc/cpuinfo."""
+    """Return the processor's model name, or its architecture where Linux does not give one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def seconds(module: str) -> float:
-    """Wall-clock time of a fresh interpreter that imports one module."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
-    return time.perf_counter() - start
+def cpu_seconds(statement: str) -> float:
+    """Return the CPU time (user and system) of a fresh interpreter that runs a statement."""
+    arguments = [sys.executable, "-c", statement]
+    process = os.posix_spawn(sys.executable, arguments, os.environ)
+    _, status, usage = os.wait4(process, 0)
+    if status != 0:
+        raise SystemExit(f"{statement!r} failed in a fresh interpreter")
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=11, help="measurements of each import")
     rounds = parser.parse_args().rounds
-    for module in MODULES:
-        seconds(module)  # fills the disk cache and writes the .pyc files
-    times = {module: [] for module in MODULES}
+    for statement in IMPORTS:
+        cpu_seconds(statement)  # fills the disk cache and writes the .pyc files
+    times = {statement: [] for statement in IMPORTS}
     for _ in range(rounds):
-        for module in MODULES:
-            times[module].append(seconds(module))
-    base, ours = (statistics.median(times[module]) for module in MODULES)
-    print(f"{cpu_name()}, Python {platform.python_version()}")
-    print(f"torch {torch.__version__}: {base:.3f} s")
-    print(f"minidiff {minidiff.__version__}: {ours:.3f} s")
-    print(f"ratio {ours / base:.3f} (medians of {rounds} alternating runs)")
+        for statement in IMPORTS:
+            times[statement].append(cpu_seconds(statement))
+    medians = {statement: statistics.median(values) for statement, values in times.items()}
+    print(f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")
+    print(f"minidiff {minidiff.__version__}; CPU time, medians of {rounds} fresh interpreters")
+    for statement, seconds in medians.items():
+        print(f"{statement:32}{seconds:7.3f} s{seconds / medians['import torch']:8.3f}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ IMPORT = """
 import sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-import minidiff
+from minidiff import *
 print(*sorted({name.split(".")[0] for name in sys.modules}))
 print(*(p for p in opened if p.startswith(sys.argv[1])), sep="|")
 """
@@ -109,7 +109,7 @@ BEYOND_TORCH = """
 import sys
 import torch
 before = set(sys.modules)
-import minidiff
+from minidiff import *
 print(*sorted({".".join(name.split(".")[:2]) for name in set(sys.modules) - before}))
 """
 
@@ -123,7 +123,32 @@ def test_importing_brings_nothing_beyond_torch_but_safetensors() -> None:
     assert others <= {"safetensors", "safetensors._safetensors_rust", "safetensors.torch"}
 
 
+ALONE = """
+import minidiff, sys
+print(*sorted(name for name in sys.modules if name.split(".")[0] in ("minidiff", "torch")))
+"""
+
+
+def test_importing_minidiff_alone_imports_neither_torch_nor_any_of_its_modules() -> None:
+    out = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["minidiff"]
+
+
+def test_public_names_are_imported_from_the_modules_that_type_checkers_see() -> None:
+    (block,) = (
+        node
+        for node in ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If)
+    )
+    seen = {a.name: line.module for line in block.body for a in line.names}
+    assert seen == {name: f"minidiff.{home}" for name, home in minidiff._MODULES.items()}
+    assert set(dir(minidiff)) >= set(minidiff.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = minidiff.nothing
+
+
 def test_the_public_names_are_there() -> None:
+    assert minidiff.__all__ == list(minidiff._MODULES)
     assert all(hasattr(minidiff, name) for name in minidiff.__all__)
     kinds = {name: (not name.isupper(), name[0].islower()) for name in minidiff.__all__}
     ordered = sorted(kinds, key=lambda name: (kinds[name], name))  # constants, classes, functions
