@@ -313,10 +313,7 @@ def within(guided: Denoiser, plain: Denoiser, meaning: Reader, low: float, high:
     Raises:
         InvalidArgument: not two numbers with 0 <= low < high.
     """
-    low = real_number("guidance_interval", low, 0)
-    high = high if high == math.inf else real_number("guidance_interval", high, 0)
-    if low >= high:
-        raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
+    low, high = interval_of((low, high))
 
     def denoise(x: Tensor, t: float) -> Tensor:
         alpha, sigma = meaning(t).level
@@ -447,22 +444,26 @@ def in_dtype(network: Network, dtype: torch.dtype) -> Network:
     return lambda x, t, **condition: network(x.to(dtype), t, **condition).to(x.dtype)
 
 
-def beside(network: Network, more: Tensor) -> Network:
-    """The same network, which is shown more channels beside those of x.
+def concat_channels(network: Network, extra: Tensor) -> Network:
+    """Return a network whose input has further channels behind those of x.
 
     Args:
-        more: (B, C', *space); for B images, or a multiple of them as `both` asks for.
+        extra: (B, C', *space); repeated where x holds a multiple of B images, as `both` makes.
     """
 
-    def shown(x: Tensor, t: float, **condition: Any) -> Tensor:
-        copies = more.repeat(len(x) // len(more), *(1,) * (more.ndim - 1))
+    def concatenated(x: Tensor, t: float, **condition: Any) -> Tensor:
+        copies = extra.repeat(len(x) // len(extra), *(1,) * (extra.ndim - 1))
         return network(torch.cat([x, copies], dim=1), t, **condition)
 
-    return shown
+    return concatenated
 
 
 def interval_of(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    """Two σ/α, the second of which may be infinite. Raises InvalidArgument."""
+    """Return two rising σ/α, the second possibly infinite, or None.
+
+    Raises:
+        InvalidArgument: not two numbers with 0 <= low < high.
+    """
     if interval is None:
         return None
     low, high = listed("guidance_interval", interval, 2)

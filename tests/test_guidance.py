@@ -16,10 +16,10 @@ from minidiff.guidance import (
     Pair,
     Reader,
     autoguidance,
-    beside,
     both,
     classifier_free,
     classifier_guided,
+    concat_channels,
     extrapolated,
     pair_of,
     projected,
@@ -248,7 +248,7 @@ def test_what_a_network_means_under_a_scheduler_is_what_the_scheduler_makes_of_i
 
 def test_a_network_may_be_shown_more_than_x():
     more = torch.arange(6.0).view(2, 3, 1)
-    shown = beside(lambda x, t: x, more)
+    shown = concat_channels(lambda x, t: x, more)
     x = torch.zeros(2, 1, 1)
     assert torch.equal(shown(x, 0), torch.cat([x, more], 1))
     assert torch.equal(shown(torch.cat([x, x]), 0)[2:], torch.cat([x, more], 1))

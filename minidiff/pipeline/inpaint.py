@@ -1,17 +1,17 @@
-"""Inpainting with any network: what is kept is put back after every step.
+"""Inpainting with any network: the kept part is put back after every step.
 
-    x_s = (1 − m)·(α_s·x0 + σ_s·ε) + m·x̃_s      m is 1 where the picture is replaced
+    x_s = (1 − m)·(α_s·x0 + σ_s·ε) + m·x̃_s      m is 1 where the image is replaced
 
-x̃_s is what the sampler made and x0 the picture that is given. So the network sees, at every level,
-its own work surrounded by the picture at that level. But each step is made before its surroundings
-are known, and what fits the picture at the seams is not found in one descent. RePaint therefore
-goes back up, by the forward process from s to t < s,
+x̃_s is the sampler's result and x0 the given image. At every level the network therefore sees its
+own work surrounded by the given image at that level. The surroundings of the next level are not
+known when a step is taken, so seams can remain. RePaint goes back up, by the forward process from
+s to a noisier level t,
 
     x_t = (α_t/α_s)·x_s + √(σ_t² − (α_t/α_s)²·σ_s²)·z
 
-and walks down again, several times at every level. Reconstruction guidance looks ahead instead:
-what the network guesses of the kept part, x̂0, is wrong by (1 − m)·(x0 − x̂0), and a picture whose
-guess is less wrong lies along the gradient,
+and takes the steps again, several times at every level. Reconstruction guidance looks ahead
+instead: the network's prediction x̂0 of the kept part is wrong by (1 − m)·(x0 − x̂0), and the
+gradient of that error moves the sample to one whose prediction is less wrong,
 
     x̂0 ← x̂0 − w·(α/2)·∇ₓ ‖(1 − m)·(x0 − x̂0(x))‖²
 
@@ -37,14 +37,14 @@ from minidiff.schedulers import Scheduler
 
 
 def keeping(x0: Tensor, mask: Tensor, noise: Callable[[], Tensor], scheduler: Scheduler) -> Change:
-    """What `trajectory` does after a step, so that x0 stays where the mask is 0.
+    """Return the `after_step` of a trajectory that keeps x0 where the mask is 0.
 
     Args:
-        x0: what is given, (B, C, *space), in the network's space.
-        mask: m in [0, 1], of a shape that broadcasts over x0.
-        noise: gives ε, of the shape of x0: the same in every step, as diffusers does, or fresh
-            noise each time (RePaint, algorithm 1, line 4).
-        scheduler: the one that takes the steps.
+        x0: given sample, (B, C, *space), in the network's space.
+        mask: m in [0, 1], broadcast over x0.
+        noise: returns ε like x0: the same in every step, as in diffusers, or fresh noise each time
+            (RePaint, algorithm 1, line 4).
+        scheduler: scheduler that takes the steps.
     """
 
     def kept(step: Step) -> Tensor:
@@ -59,23 +59,23 @@ def keeping(x0: Tensor, mask: Tensor, noise: Callable[[], Tensor], scheduler: Sc
 def reconstructing(
     denoise: Denoiser, x0: Tensor, mask: Tensor, meaning: Reader, scale: float
 ) -> Denoiser:
-    """Led to pictures in which the network's guess of the kept part is what is kept.
+    """Guide samples so that the network's prediction of the kept part agrees with x0.
 
-    It takes a pass backward through the denoiser at every step.
+    Every step takes one backward pass through the denoiser.
 
     Args:
-        denoise: differentiable in x_t, (B, C, *space).
+        denoise: denoiser that is differentiable in x_t, (B, C, *space).
         x0, mask: see `keeping`.
-        meaning: of the denoiser's output.
-        scale: w, at least 0; 0 for none.
+        meaning: meaning of the denoiser's output, see `minidiff.sample.meaning_of`.
+        scale: w, at least 0; 0 disables it.
     Raises:
-        InvalidArgument: when it is asked: the output is not of the shape of x_t, or says nothing
-            of x0.
+        InvalidArgument: when evaluated, if the output does not have the shape of x_t, or does not
+            determine x0.
 
     Source: Ho et al. 2022, arXiv:2204.03458, eq. 7.
     """
 
-    def led(x: Tensor, t: float) -> Tensor:
+    def guided(x: Tensor, t: float) -> Tensor:
         at = meaning(t)
         if at.level.alpha == 0 or at.level.sigma == 0:
             return denoise(x, t)  # the guess does not depend on x, or is x
@@ -87,38 +87,35 @@ def reconstructing(
             (gradient,) = torch.autograd.grad((miss * guess).sum(), here)
         return at.moved(out.detach(), gradient * (scale * at.level.alpha))
 
-    return led
+    return guided
 
 
 class Stretch(NamedTuple):
-    """Entries of a grid that are walked down in one go: `begin` up to, not including, `end`."""
+    """Entries of a grid that one pass visits: `begin` up to, not including, `end`."""
 
     begin: int
     end: int
 
 
 def stretches(begin: int, end: int, jump_length: int = 1, resamples: int = 1) -> list[Stretch]:
-    """The walks that make up RePaint's schedule.
+    """Return the passes that make up RePaint's schedule.
 
-    After every `jump_length` steps, counted from the end of the grid, it goes as many steps back
-    up and walks them again, until each was walked `resamples` times. The last `jump_length` steps
-    follow on the last of these.
+    After every `jump_length` steps, counted from the end of the grid, RePaint goes this many steps
+    back up and takes them again, until each was taken `resamples` times. The last `jump_length`
+    steps follow without a repetition.
 
     Args:
-        begin, end: of the grid.
+        begin, end: first entry of the grid, and its end.
+        jump_length: steps back up per jump.
+        resamples: how many times every step is taken.
     """
-    walks, here, last = [], begin, end - 1
+    passes, here, last = [], begin, end - 1
     for stop in range(last % jump_length, last + 1, jump_length):
         if resamples > 1 and stop - jump_length >= begin:
-            walks.append(Stretch(here, stop))
-            walks += [Stretch(stop - jump_length, stop)] * (resamples - 1)
+            passes.append(Stretch(here, stop))
+            passes += [Stretch(stop - jump_length, stop)] * (resamples - 1)
             here = stop
-    return [*walks, Stretch(here, end)]
-
-
-def length(walks: list[Stretch]) -> int:
-    """How many entries they visit in all."""
-    return sum(end - begin for begin, end in walks)
+    return [*passes, Stretch(here, end)]
 
 
 def repaint(
@@ -126,27 +123,26 @@ def repaint(
     scheduler: Scheduler,
     x: Tensor,
     generator: Generators,
-    walks: list[Stretch],
-    restart: Callable[[int], None],
-    after: Change,
+    after_step: Change,
+    *,
+    passes: list[Stretch],
     **step_options: Any,
 ) -> Iterator[Step]:
-    """`trajectory` with RePaint's way back up between its stretches.
+    """Walk the grid like `trajectory`, back up and down again as RePaint does.
 
     Args:
-        denoise, scheduler, x, generator, after, step_options: see `trajectory`. A method that
-            looks back at earlier steps has none to look at after a jump.
-        walks: see `stretches`.
-        restart: prepares the scheduler for a sampling that begins at this entry of its grid.
+        denoise, scheduler, x, generator, after_step, step_options: see `trajectory`. A multistep
+            method starts without a history after every jump.
+        passes: see `stretches`.
     Yields:
-        every step; `index` counts them.
+        Every step; `index` counts them.
     """
-    index, here = 0, walks[0].begin
-    for begin, end in walks:
-        restart(begin)
+    index, here = 0, passes[0].begin
+    for begin, end in passes:
+        scheduler.restart(begin)
         if begin < here:
             x = noised_again(x, scheduler.levels[here], scheduler.levels[begin], generator)
-        steps = trajectory(denoise, scheduler, x, generator, after, **step_options)
+        steps = trajectory(denoise, scheduler, x, generator, after_step, **step_options)
         for step in islice(steps, end - begin):
             x = step.next_x
             yield step._replace(index=index)
@@ -155,7 +151,10 @@ def repaint(
 
 
 def noised_again(x: Tensor, now: Level, noisier: Level, generator: Generators = None) -> Tensor:
-    """The forward process from a noisy sample x at `now` on to a noisier level (DDPM eq. 2)."""
+    """Continue the forward process from a noisy sample x at `now` to a noisier level.
+
+    Source: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239, eq. 2.
+    """
     scale = noisier.alpha / now.alpha
     std = math.sqrt(max(noisier.sigma**2 - (scale * now.sigma) ** 2, 0.0))
     z = randn(x.shape, generator, x.device, x.dtype)

@@ -7,6 +7,13 @@ from minidiff.errors import InvalidArgument, real_number
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.text.prompts import Prompts, PromptsXL
 
+# Options in which a network and its guidance network must agree: their inputs and outputs.
+_SHARED_OPTIONS = (
+    "in_channels", "out_channels", "num_class_embeds", "class_embed_type", "cross_attention_dim",
+    "encoder_hid_dim_type", "addition_embed_type", "projection_class_embeddings_input_dim",
+    "time_cond_proj_dim",
+)  # fmt: skip
+
 
 def check_parts(
     unet: UNet,
@@ -15,10 +22,12 @@ def check_parts(
     class_names: Sequence[str],
     channels: int,
 ) -> None:
-    """Refuse parts of a pipeline that do not fit each other. Raises InvalidArgument.
+    """Refuse parts of a pipeline that do not fit each other.
 
     Args:
-        channels: of what is denoised.
+        channels: channels of the samples that are denoised.
+    Raises:
+        InvalidArgument: names the part that does not fit.
     """
     if vae is not None:
         vae.check_channels(channels)
@@ -26,12 +35,12 @@ def check_parts(
     given = None if prompts is None else prompts.width
     if wanted != given:
         raise InvalidArgument(
-            f"prompts must give tokens of {wanted} channels, which the network looks at "
-            f"(None: it looks at none), got {given}"
+            f"prompts must give tokens of {wanted} channels, as the network's cross-attention "
+            f"takes (None: it has none), got {given}"
         )
     if prompts is not None and class_names:
         raise InvalidArgument(
-            "class_names must be empty beside prompts: a picture is of a text or of a class, "
+            "class_names must be empty beside prompts: an image has a text or a class, "
             f"got {list(class_names)}"
         )
     numbers = unet.config.get("addition_embed_type") is not None
@@ -48,18 +57,14 @@ def check_parts(
         )
 
 
-# What a network must have in common with a weaker one: what it is shown, is told and says.
-_ALIKE = (
-    "in_channels", "out_channels", "num_class_embeds", "class_embed_type", "cross_attention_dim",
-    "encoder_hid_dim_type", "addition_embed_type", "projection_class_embeddings_input_dim",
-    "time_cond_proj_dim",
-)  # fmt: skip
+def check_guidance_network(network: UNet | None, unet: UNet) -> None:
+    """Refuse a guidance network whose inputs or outputs differ from those of the network.
 
-
-def check_weaker(weaker: UNet | None, unet: UNet) -> None:
-    """Refuse a weaker network that is told or says something else. Raises InvalidArgument."""
-    for name in () if weaker is None else _ALIKE:
-        given, wanted = weaker.config.get(name), unet.config.get(name)
+    Raises:
+        InvalidArgument: names the option in which the two differ.
+    """
+    for name in () if network is None else _SHARED_OPTIONS:
+        given, wanted = network.config.get(name), unet.config.get(name)
         if given != wanted:
             raise InvalidArgument(
                 f"weaker must have {name}={wanted!r}, as the network that it is to guide; "
@@ -67,18 +72,41 @@ def check_weaker(weaker: UNet | None, unet: UNet) -> None:
             )
 
 
-def autoguidance_of(scale: float, weaker: UNet | None) -> float:
-    """The scale of autoguidance. Raises InvalidArgument: not finite, or nothing to lead from."""
+def check_autoguidance_scale(scale: float, network: UNet | None) -> float:
+    """Return the scale of autoguidance.
+
+    Raises:
+        InvalidArgument: it is not finite, or not 1 without a guidance network.
+    """
     scale = real_number("autoguidance_scale", scale, -math.inf)
-    if scale != 1 and weaker is None:
+    if scale != 1 and network is None:
         raise InvalidArgument(
-            f"autoguidance_scale must be 1 for a model without a weaker network, got {scale:g}"
+            f"autoguidance_scale must be 1 for a model without a guidance network, got {scale:g}"
         )
     return scale
 
 
-def class_names_of(names: Sequence[str], unet: UNet) -> Sequence[str]:
-    """The names of a network's classes. Raises InvalidArgument: not as many as it has."""
+def check_guidance_scale(given: float, is_guidable: bool) -> float:
+    """Return the scale of guidance.
+
+    Raises:
+        InvalidArgument: it is not finite, or not 1 for a model that cannot be guided.
+    """
+    scale = real_number("guidance_scale", given, -math.inf)
+    if scale != 1 and not is_guidable:
+        raise InvalidArgument(
+            f"guidance_scale must be 1 for a model that takes no prompt and has no label for "
+            f"'no class', got {scale:g}"
+        )
+    return scale
+
+
+def check_class_names(names: Sequence[str], unet: UNet) -> tuple[str, ...]:
+    """Return the names of a network's classes.
+
+    Raises:
+        InvalidArgument: they are not texts, or not as many as the network has classes.
+    """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise InvalidArgument(f"class_names must be a list of strings, got {names!r}")
     embeds = unet.config.num_class_embeds or 0
@@ -87,15 +115,4 @@ def class_names_of(names: Sequence[str], unet: UNet) -> Sequence[str]:
             f"class_names must name the network's {embeds} classes (all, or all but the last, "
             f"which then stands for no class); got {len(names)} names"
         )
-    return names
-
-
-def scale_of(given: float, is_guidable: bool) -> float:
-    """The scale of guidance. Raises InvalidArgument: not finite, or nothing can be guided."""
-    scale = real_number("guidance_scale", given, -math.inf)
-    if scale != 1 and not is_guidable:
-        raise InvalidArgument(
-            f"guidance_scale must be 1 for a model that takes no prompt and knows no label for "
-            f"'no class', got {scale:g}"
-        )
-    return scale
+    return tuple(names)

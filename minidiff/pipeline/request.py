@@ -1,52 +1,227 @@
-"""What goes into a pipeline and its call, checked: parts, names, texts, numbers, noise."""
+"""What one call of a pipeline is for: every argument checked, and resolved to what the loop needs.
+
+`Request.of(pipe, **arguments)` runs before any network does. It sets the scheduler's grid, so that
+the timesteps are known, and nothing else of the pipeline changes.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, real_number, whole_number
-from minidiff.guidance import Denoiser, Pair, extrapolated, interval_of, rescaled
-from minidiff.images.pixels import Original
-from minidiff.nn import UNet
-from minidiff.noise import MAX_SEED
+from minidiff.errors import InvalidArgument, real_number, true_or_false, whole_number
+from minidiff.guidance import extrapolated, interval_of, rescaled
+from minidiff.images.pixels import Original, check_output, original_of
+from minidiff.noise import MAX_SEED, Generators
+from minidiff.pipeline.denoiser import Guidance, Method
 from minidiff.pipeline.inpaint import Stretch, stretches
-from minidiff.pipeline.parts import autoguidance_of
-from minidiff.sample import Change, Step
+from minidiff.pipeline.parts import check_autoguidance_scale, check_guidance_scale
+from minidiff.pipeline.start import initial_noise, noise_sources
+from minidiff.sample import Step
 from minidiff.schedulers import DDIMScheduler, Scheduler
-from minidiff.text.prompts import Prompts, PromptsXL
+
+if TYPE_CHECKING:
+    from minidiff.pipeline.pipeline import Pipeline
 
 MAX_IMAGES = 1_000_000  # they are held in memory; more than this is a typing error
-STRENGTH = 0.8  # of image-to-image, as in diffusers
+STRENGTH = 0.8  # default of image-to-image, as in diffusers
 
-Guide = Callable[[Pair, float], Denoiser]  # a way of guidance, at a scale
 StepEnd = Callable[[Any, int, Any, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
-class Guidance(NamedTuple):
-    """How a pipeline is led.
+@dataclass(frozen=True)
+class Request:
+    """One call of a pipeline, checked and resolved.
 
     Attributes:
-        guide: of what is wanted and what is not.
-        interval: the σ/α between which it leads; None for all.
-        autoguidance: the scale of autoguidance, 1 for none.
+        conditioning: class labels (N,), N prompts, or None for an unconditional network.
+        negative: N negative prompts, or None for the empty text.
+        guidance: scale and method of guidance.
+        shape: (C, h, w) of one sample in the network's space.
+        original: N given images on the host, with their masks; None for none.
+        first_step: entry of the scheduler's grid where sampling begins.
+        passes: RePaint's passes over the grid; empty for one pass from `first_step` to the end.
+        reconstruction: scale of reconstruction guidance, 0 for none.
+        batches: which of the N images go through the network together.
+        source_of: from a batch to the generators of its noise.
+        noise_of: from a batch and its generators to standard normal noise (B, C, h, w).
+        step_options: further arguments of `scheduler.step`.
+        output_type, callback, on_step_end, progress: as given to the pipeline.
+        evaluations: steps taken for every batch.
     """
 
-    guide: Guide = extrapolated
-    interval: tuple[float, float] | None = None
-    autoguidance: float = 1.0
+    conditioning: Tensor | list[str] | None
+    negative: list[str] | None
+    guidance: Guidance
+    shape: tuple[int, int, int]
+    original: Original | None
+    first_step: int
+    passes: list[Stretch]
+    reconstruction: float
+    batches: list[slice]
+    source_of: Callable[[slice], Generators]
+    noise_of: Callable[[slice, Generators], Tensor]
+    step_options: dict[str, Any]
+    output_type: str
+    callback: Callable[[Step], None] | None
+    on_step_end: StepEnd | None
+    progress: bool
+    evaluations: int
+
+    @classmethod
+    def of(
+        cls,
+        pipe: "Pipeline",
+        prompt: str | Sequence[str] | int | Sequence[int] | Tensor | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        num_images: int | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        resamples: int = 1,
+        jump_length: int = 1,
+        reconstruction_guidance: float = 0.0,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        autoguidance_scale: float | None = None,
+        guide: Method | None = None,
+        eta: float | None = None,
+        seed: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        first_index: int = 0,
+        batch_size: int = 256,
+        output_type: str = "pil",
+        callback: Callable[[Step], None] | None = None,
+        callback_on_step_end: StepEnd | None = None,
+        progress: bool = False,
+    ) -> "Request":
+        """Check and resolve the arguments of `Pipeline.__call__`, and set the scheduler's grid.
+
+        Raises:
+            InvalidArgument: names the argument, what was given and what is allowed.
+        """
+        space, scheduler = pipe.space, pipe.scheduler
+        check_output(output_type, space.image_channels)
+        true_or_false("progress", progress)
+        _check_function("callback", callback)
+        _check_function("callback_on_step_end", callback_on_step_end)
+        original = original_of(image, mask_image, space.image_channels, needs_mask=space.takes_mask)
+        number = number_of_images(num_images, num_images_per_prompt, original)
+        conditioning, n = resolve_conditioning(
+            pipe, prompt, class_labels, number, num_images_per_prompt, first_index
+        )
+        guidance = resolve_guidance(
+            pipe, guidance_scale, guidance_rescale, guidance_interval, autoguidance_scale, guide
+        )
+        negative = negative_prompts(pipe, negative_prompt, n, num_images_per_prompt, guidance.scale)
+        options = step_options(scheduler, eta)
+        shape = space.shape(*image_size(height, width, original))
+        steps = pipe.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scheduler.set_timesteps(steps, device=pipe.device)
+        first = first_step(scheduler, strength, original)
+        passes = timestep_schedule(scheduler, first, resamples, jump_length, original)
+        return cls(
+            conditioning=conditioning,
+            negative=negative,
+            guidance=guidance,
+            shape=shape,
+            reconstruction=reconstruction_scale(
+                reconstruction_guidance, original, takes_mask=space.takes_mask
+            ),
+            batches=slices(n, batch_size),
+            source_of=noise_sources(n, seed, generator, first_index),
+            noise_of=initial_noise(latents, (n, *shape), pipe.device),
+            original=None if original is None else original.times(n),
+            first_step=first,
+            passes=passes,
+            step_options=options,
+            output_type=output_type,
+            callback=callback,
+            on_step_end=callback_on_step_end,
+            progress=progress,
+            evaluations=sum(end - begin for begin, end in passes) or len(scheduler.grid) - first,
+        )
 
 
-EXTRAPOLATED = Guidance()
+# --- how many, and of what -------------------------------------------------------------------
 
 
-def texts_of(name: str, given: str | Sequence[str], n: int | None) -> list[str]:
-    """One text for all images, or one an image; n images, or as many as there are texts.
+def number_of_images(num_images: int | None, copies: int, original: Original | None) -> int | None:
+    """Return how many prompts, labels or images a call has; None if the prompts decide.
 
-    Raises InvalidArgument: no texts, or another number of them.
+    Raises:
+        InvalidArgument: num_images or num_images_per_prompt is out of range, or both are given.
+    """
+    whole_number("num_images_per_prompt", copies, 1, MAX_IMAGES)
+    if num_images is not None:
+        whole_number("num_images", num_images, 1, MAX_IMAGES)
+        if copies != 1:
+            raise InvalidArgument("give either num_images or num_images_per_prompt, not both")
+        return num_images
+    several = original is not None and len(original.pixels) > 1
+    return len(original.pixels) if several else None
+
+
+def resolve_conditioning(
+    pipe: "Pipeline",
+    prompt: Any,
+    class_labels: Any,
+    number: int | None,
+    copies: int,
+    first: int,
+) -> tuple[Tensor | list[str] | None, int]:
+    """Return the conditioning of every image, labels (N,), N prompts or None; and N.
+
+    Args:
+        prompt, class_labels: as given to the pipeline.
+        number: number of prompts or labels, see `number_of_images`.
+        copies: images per prompt or label.
+        first: number of the first image.
+    Raises:
+        InvalidArgument: a prompt or label is missing, of the wrong type, or for another model.
+    """
+    whole_number("first_index", first, 0, MAX_SEED)
+    for name, given, allowed in (
+        ("prompt", prompt, pipe.prompts is not None or bool(pipe.class_names)),
+        ("class_labels", class_labels, bool(pipe.class_names)),
+    ):
+        if given is not None and not allowed:
+            raise InvalidArgument(f"{name} must be None: this model takes none, got {given!r}")
+    if pipe.prompts is not None:
+        if prompt is None:
+            raise InvalidArgument("prompt must be given: this model is conditioned on text")
+        texts = list_of_texts("prompt", prompt, number)
+        return [text for text in texts for _ in range(copies)], len(texts) * copies
+    if not pipe.class_names:
+        return None, (number or 1) * copies
+    if None not in (prompt, class_labels):
+        raise InvalidArgument("give either prompt or class_labels, not both")
+    given = class_labels if prompt is None else prompt
+    labels = list_of_labels(given, number, first, len(pipe.class_names)).repeat_interleave(copies)
+    return labels, len(labels)
+
+
+def list_of_texts(name: str, given: str | Sequence[str], n: int | None) -> list[str]:
+    """Return one text per image.
+
+    Args:
+        name: argument to name in errors.
+        given: one text for all images, or one per image.
+        n: number of images; None for as many as there are texts.
+    Raises:
+        InvalidArgument: not texts, or another number of them.
     """
     texts = [given] * (n or 1) if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
@@ -58,22 +233,18 @@ def texts_of(name: str, given: str | Sequence[str], n: int | None) -> list[str]:
     return list(texts)
 
 
-def optional_function(name: str, given: Any) -> None:
-    """Refuse what is neither a function nor None. Raises InvalidArgument."""
-    if given is not None and not callable(given):
-        raise InvalidArgument(f"{name} must be a function, or None; got {given!r}")
-
-
-def labels_of(
+def list_of_labels(
     given: int | Sequence[int] | Tensor | None, n: int | None, first: int, classes: int
 ) -> Tensor:
-    """One label an image, (N,): the one that is given, those, or every class in turn.
+    """Return one class label per image, int64 (N,).
 
     Args:
-        n: images, or None for as many as there are labels, or one.
+        given: one label for all images, one per image, or None for every class in turn.
+        n: number of images; None for as many as there are labels, or one.
         first: number of the first image.
+        classes: number of classes.
     Raises:
-        InvalidArgument: a label that is no class, or another number of them.
+        InvalidArgument: a label outside 0..classes − 1, or another number of labels.
     """
     if given is None:
         return (torch.arange(n or 1) + first) % classes
@@ -89,124 +260,95 @@ def labels_of(
     return torch.tensor(labels)
 
 
-def told_of(
-    prompt: Any,
-    class_labels: Any,
-    number: int | None,
-    copies: int,
-    first: int,
-    prompts: Prompts | PromptsXL | None,
-    class_names: Sequence[str],
-) -> tuple[Tensor | list[str] | None, int]:
-    """What every image is of, labels (N,), N prompts, or None; and N.
-
-    Args:
-        number: see `number_of`.
-        copies: how many images of each prompt or label.
-        first: number of the first image.
-    Raises:
-        InvalidArgument: a prompt or label is missing, of the wrong kind, or for another model.
-    """
-    whole_number("first_index", first, 0, MAX_SEED)
-    for name, given, able in (
-        ("prompt", prompt, prompts is not None or bool(class_names)),
-        ("class_labels", class_labels, bool(class_names)),
-    ):
-        if given is not None and not able:
-            raise InvalidArgument(f"{name} must be None: this model takes none, got {given!r}")
-    if prompts is not None:
-        if prompt is None:
-            raise InvalidArgument("prompt must be given: this model draws what a text says")
-        texts = texts_of("prompt", prompt, number)
-        return [text for text in texts for _ in range(copies)], len(texts) * copies
-    if not class_names:
-        return None, (number or 1) * copies
-    if None not in (prompt, class_labels):
-        raise InvalidArgument("give either prompt or class_labels, not both")
-    given = class_labels if prompt is None else prompt
-    labels = labels_of(given, number, first, len(class_names)).repeat_interleave(copies)
-    return labels, len(labels)
-
-
-def against_of(
-    given: str | Sequence[str] | None,
-    n: int,
-    copies: int,
-    scale: float,
-    prompts: Prompts | PromptsXL | None,
-    is_told_guidance: bool,
+def negative_prompts(
+    pipe: "Pipeline", given: str | Sequence[str] | None, n: int, copies: int, scale: float
 ) -> list[str] | None:
-    """What guidance leads away from, a text for each of n images; None for no text.
+    """Return the text that each of n images is guided away from; None for the empty text.
 
-    Without guidance, at scale 1, there is nothing to lead away, of which a warning tells.
+    Warns where guidance is off, because a negative prompt has no effect then.
 
-    Raises InvalidArgument: no texts, another number of them, or a model that can have none.
+    Raises:
+        InvalidArgument: not texts, another number of them, or a model that can have none.
     """
     if given is None:
         return None
-    if prompts is None or is_told_guidance:
-        why = "takes no prompts" if prompts is None else "was distilled, nothing leads it"
+    if pipe.prompts is None or pipe.takes_guidance_scale:
+        why = "takes no prompts" if pipe.prompts is None else "is distilled and needs no guidance"
         raise InvalidArgument(f"negative_prompt must be None: this model {why}, got {given!r}")
-    texts = texts_of("negative_prompt", given, n // copies)
+    texts = list_of_texts("negative_prompt", given, n // copies)
     if scale == 1:
         warnings.warn(
-            f"negative_prompt has no effect: guidance_scale is 1, got {given!r}", stacklevel=4
+            f"negative_prompt has no effect: guidance_scale is 1, got {given!r}", stacklevel=5
         )
         return None
     return [text for text in texts for _ in range(copies)]
 
 
-def number_of(num_images: int | None, copies: int, original: Original | None) -> int | None:
-    """How many prompts, labels or originals a call is about; None if that is for them to say.
-
-    Raises InvalidArgument: num_images or num_images_per_prompt is out of range, or both are given.
-    """
-    whole_number("num_images_per_prompt", copies, 1, MAX_IMAGES)
-    if num_images is not None:
-        whole_number("num_images", num_images, 1, MAX_IMAGES)
-        if copies != 1:
-            raise InvalidArgument("give either num_images or num_images_per_prompt, not both")
-        return num_images
-    several = original is not None and len(original.pixels) > 1
-    return len(original.pixels) if several else None
+# --- guidance --------------------------------------------------------------------------------
 
 
-def guidance_of(
+def resolve_guidance(
+    pipe: "Pipeline",
+    scale: float | None,
     rescale: float,
     interval: Sequence[float] | None,
-    guide: Guide | None,
-    autoguidance: float,
-    possible: bool,
-    weaker: UNet | None,
+    autoguidance: float | None,
+    method: Method | None,
 ) -> Guidance:
-    """The way of guidance that a call asks for.
+    """Return scale and method of guidance, the pipeline's own where the call gives none.
 
-    Args:
-        autoguidance: its scale.
-        possible: whether there is another condition to lead the network away from.
-        weaker: the network that autoguidance leads away from, or None.
     Raises:
-        InvalidArgument: an argument is out of range, two exclude each other, or one is given where
-            nothing can be led.
+        InvalidArgument: an argument is out of range, two exclude each other, or one is given for
+            a model that cannot be guided.
     """
+    scale = check_guidance_scale(pipe.guidance_scale if scale is None else scale, pipe.is_guidable)
+    autoguidance = check_autoguidance_scale(
+        pipe.autoguidance_scale if autoguidance is None else autoguidance, pipe.guidance_network
+    )
+    interval = interval or pipe.guidance_interval
     rescale = real_number("guidance_rescale", rescale, 0, 1)
-    autoguidance = autoguidance_of(autoguidance, weaker)
-    asked = {"guidance_rescale": rescale != 0, "guide": guide is not None,
-             "guidance_interval": interval is not None and weaker is None}  # fmt: skip
-    if any(asked.values()) and not possible:
-        (name, *_) = (name for name, given in asked.items() if given)
-        raise InvalidArgument(f"{name} needs guidance, which this model cannot have")
+    for name, given in (
+        ("guidance_rescale", rescale != 0),
+        ("guide", method is not None),
+        ("guidance_interval", interval is not None and pipe.guidance_network is None),
+    ):
+        if given and (not pipe.is_guidable or pipe.takes_guidance_scale):
+            raise InvalidArgument(f"{name} needs guidance, which this model cannot have")
     interval = interval_of(interval)
-    optional_function("guide", guide)
-    if guide is None:
-        guide = partial(rescaled, share=rescale) if rescale else extrapolated
+    _check_function("guide", method)
+    if method is None:
+        method = partial(rescaled, share=rescale) if rescale else extrapolated
     elif rescale:
         raise InvalidArgument("give either guide or guidance_rescale, not both")
-    return Guidance(guide, interval, autoguidance)
+    return Guidance(scale, method, interval, autoguidance)
+
+
+# --- sizes, steps, batches -------------------------------------------------------------------
+
+
+def image_size(
+    height: int | None, width: int | None, original: Original | None
+) -> tuple[int | None, int | None]:
+    """Return height and width of the images in pixels, None for the network's own.
+
+    Raises:
+        InvalidArgument: another size than that of the given image.
+    """
+    if original is None:
+        return height, width
+    size = tuple(original.pixels.shape[-2:])
+    for name, given, has in zip(("height", "width"), (height, width), size, strict=True):
+        if given not in (None, has):
+            raise InvalidArgument(f"{name} must be that of image, {has}, got {given}: resize it")
+    return size
 
 
 def step_options(scheduler: Scheduler, eta: float | None) -> dict[str, float]:
-    """Arguments of `scheduler.step`. Raises InvalidArgument: it has no eta, or not this one."""
+    """Return further arguments of `scheduler.step`.
+
+    Raises:
+        InvalidArgument: eta is out of range, or given to another scheduler than DDIM.
+    """
     if eta is None:
         return {}
     if not isinstance(scheduler, DDIMScheduler):
@@ -214,28 +356,12 @@ def step_options(scheduler: Scheduler, eta: float | None) -> dict[str, float]:
     return {"eta": real_number("eta", eta, 0, 1)}
 
 
-def sides_of(
-    height: int | None, width: int | None, original: Original | None
-) -> tuple[int | None, int | None]:
-    """Height and width of the pictures, None for the usual ones; those of an original if there is
-    one. Raises InvalidArgument: others are asked for.
-    """
-    if original is None:
-        return height, width
-    size = tuple(original.pixels.shape[-2:])
-    for name, asked, has in zip(("height", "width"), (height, width), size, strict=True):
-        if asked not in (None, has):
-            raise InvalidArgument(f"{name} must be that of image, {has}, got {asked}: resize it")
-    return size
+def first_step(scheduler: Scheduler, strength: float | None, original: Original | None) -> int:
+    """Return the entry of the grid where sampling begins: ⌊strength · steps⌋ steps are taken.
 
-
-def entry_of(scheduler: Scheduler, strength: float | None, original: Original | None) -> int:
-    """Where on the scheduler's grid sampling begins, so that a share of its steps is taken.
-
-    As in diffusers, ⌊strength · steps⌋ steps are.
-
-    Raises InvalidArgument: strength is out of range, given without an image, or too small for a
-    single step.
+    Raises:
+        InvalidArgument: strength is out of range, given without an image, or too small for a
+            single step.
     """
     if original is None:
         if strength is not None:
@@ -253,60 +379,73 @@ def entry_of(scheduler: Scheduler, strength: float | None, original: Original | 
     return (steps - taken) * scheduler.order if taken else len(scheduler.grid)
 
 
-def walks_of(
-    scheduler: Scheduler, begin: int, resamples: int, jump_length: int, original: Original | None
+def timestep_schedule(
+    scheduler: Scheduler, first: int, resamples: int, jump_length: int, original: Original | None
 ) -> list[Stretch]:
-    """The way down the grid from an entry on: in one go, or in RePaint's stretches.
+    """Return RePaint's passes over the grid from an entry on; none for a single pass.
 
-    Raises InvalidArgument: RePaint's numbers are out of range, or it is asked for without a mask,
-    or for a sampler that asks the network more than once a step.
+    Raises:
+        InvalidArgument: resamples or jump_length is out of range, given without a mask, or for a
+            sampler that evaluates the network more than once per step.
     """
     end = len(scheduler.grid)
     whole_number("resamples", resamples, 1, 1000)
-    whole_number("jump_length", jump_length, 1, max(1, end - begin - 1))
+    whole_number("jump_length", jump_length, 1, max(1, end - first - 1))
     if resamples == 1 and jump_length != 1:
         raise InvalidArgument(f"jump_length needs resamples above 1, got {jump_length}")
-    if resamples == 1 or begin == end:
-        return [Stretch(begin, end)] if begin < end else []
+    if resamples == 1 or first == end:
+        return []
     if original is None or original.mask is None:
         raise InvalidArgument(f"resamples needs a mask_image to fit in, got {resamples}")
     if end != scheduler.num_inference_steps:
         raise InvalidArgument(
             f"resamples must be 1 for {type(scheduler).__name__}, whose steps have several stages"
         )
-    return stretches(begin, end, jump_length, resamples)
+    return stretches(first, end, jump_length, resamples)
 
 
-def reconstruction_of(scale: object, original: Original | None, is_told_mask: bool) -> float:
-    """w of reconstruction guidance. Raises InvalidArgument: below 0, or there is nothing to keep
-    to, or the network is shown what is kept."""
+def reconstruction_scale(scale: object, original: Original | None, *, takes_mask: bool) -> float:
+    """Return the scale w of reconstruction guidance.
+
+    Raises:
+        InvalidArgument: w is below 0, or given without a mask or to a network that takes one.
+    """
     scale = real_number("reconstruction_guidance", scale, 0)
     if scale and (original is None or original.mask is None):
         raise InvalidArgument(f"reconstruction_guidance needs a mask_image, got {scale:g}")
-    if scale and is_told_mask:
+    if scale and takes_mask:
         raise InvalidArgument(
-            f"reconstruction_guidance must be 0: this network is shown what is kept, got {scale:g}"
+            "reconstruction_guidance must be 0 for an inpainting network, whose input already "
+            f"holds the kept pixels; got {scale:g}"
         )
     return scale
 
 
-def parts_of(n: int, batch_size: int) -> list[slice]:
-    """n images in batches. Raises InvalidArgument: a batch of none."""
+def slices(n: int, batch_size: int) -> list[slice]:
+    """Return n images in batches. Raises InvalidArgument for a batch size below 1."""
     size = whole_number("batch_size", batch_size, 1)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def with_callback(after: Change, on_step_end: StepEnd | None, pipe: Any) -> Change:
-    """`after`, and then diffusers' callback, which may return another sample.
+def _check_function(name: str, given: Any) -> None:
+    if given is not None and not callable(given):
+        raise InvalidArgument(f"{name} must be a function, or None; got {given!r}")
 
-    Raises InvalidArgument, when it is called: the callback returns anything but latents of the
-    same shape.
+
+def with_callback(
+    after_step: Callable[[Step], Tensor], on_step_end: StepEnd | None, pipe: "Pipeline"
+) -> Callable[[Step], Tensor]:
+    """Return `after_step` followed by diffusers' callback, which may return another sample.
+
+    Raises:
+        InvalidArgument: when called, if the callback returns anything but latents of the same
+            shape.
     """
     if on_step_end is None:
-        return after
+        return after_step
 
     def both(step: Step) -> Tensor:
-        x = after(step)
+        x = after_step(step)
         answer = on_step_end(pipe, step.index, step.t, {"latents": x}) or {}
         latents = answer.get("latents", x)
         if answer.keys() - {"latents"} or latents.shape != x.shape:

@@ -1,4 +1,4 @@
-"""Where a network works: on pixels, on blocks of pixels, or on the latents of an autoencoder."""
+"""The space of a network: pixels, blocks of pixels, or the latents of an autoencoder."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,36 +16,39 @@ from minidiff.runtime.files import Config
 MAX_SIDE = 1 << 14
 
 
-class Space(NamedTuple):
-    """Shapes of what a network denoises, and the way there and back.
+class LatentSpace(NamedTuple):
+    """Shapes of a network's samples, and the maps between images and samples.
 
     Attributes:
-        config: of the network.
-        vae: what maps pictures there; None for pixels.
+        config: options of the network.
+        vae: encoder and decoder; None for pixels.
     """
 
     config: Config
     vae: SpaceToDepth | AutoencoderKL | None
 
     @property
-    def is_told_mask(self) -> bool:
-        """Whether the network was trained for inpainting: it is shown the mask and what is left."""
+    def takes_mask(self) -> bool:
+        """Whether the network was trained for inpainting, with mask and kept pixels as input."""
         return self.config.in_channels == 2 * self.config.out_channels + 1
 
     @property
     def channels(self) -> int:
-        """Channels of what is denoised."""
-        return self.config.out_channels if self.is_told_mask else self.config.in_channels
+        """Channels of the samples."""
+        return self.config.out_channels if self.takes_mask else self.config.in_channels
 
     @property
     def image_channels(self) -> int:
-        """Channels of the pictures."""
+        """Channels of the images."""
         return self.channels if self.vae is None else self.vae.image_shape((self.channels, 1, 1))[0]
 
     def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """(C, h, w) of pictures of this size, or of that which the network was trained for.
+        """Return (C, h, w) of the samples for an image size.
 
-        Raises InvalidArgument: height or width is out of range or no multiple of what it must be.
+        Args:
+            height, width: image size in pixels; None for the size that the network was trained on.
+        Raises:
+            InvalidArgument: height or width is out of range or not a multiple of the divisor.
         """
         usual = self.config.sample_size
         divisor = 1 if self.vae is None else self.vae.divisor
@@ -62,14 +65,15 @@ class Space(NamedTuple):
         return (self.channels, *sides)
 
     def image_size(self, shape: Sequence[int]) -> tuple[int, int]:
-        """(height, width) in pixels of what (C, h, w) decodes to."""
+        """Return (height, width) in pixels of the image that (C, h, w) decodes to."""
         return tuple((shape if self.vae is None else self.vae.image_shape(shape))[-2:])
 
     def encode(self, pixels: Tensor, generator: Generators = None) -> Tensor:
-        """From pictures (B, C, H, W) in [−1, 1] to (B, C, h, w).
+        """Map images (B, C, H, W) in [−1, 1] to samples (B, C, h, w).
 
         Args:
-            generator: of a sample from what an autoencoder says, see `minidiff.noise.randn`.
+            generator: source of the noise of an autoencoder's posterior, see
+                `minidiff.noise.randn`.
         """
         if not isinstance(self.vae, AutoencoderKL):
             return self.mode(pixels)
@@ -79,7 +83,7 @@ class Space(NamedTuple):
         return self.vae.scaled(posterior.at(noise)).to(pixels.dtype)
 
     def mode(self, pixels: Tensor) -> Tensor:
-        """The same without chance: what an autoencoder holds most likely."""
+        """Map images to samples without noise: the mode of an autoencoder's posterior."""
         if self.vae is None:
             return pixels
         if isinstance(self.vae, SpaceToDepth):
@@ -90,25 +94,25 @@ class Space(NamedTuple):
         return self.vae.encode(pixels.to(next(self.vae.parameters()).dtype))
 
     def decode(self, z: Tensor) -> Tensor:
-        """From (B, C, h, w) to pictures (B, C, H, W), nominally in [−1, 1]."""
+        """Map samples (B, C, h, w) to images (B, C, H, W), nominally in [−1, 1]."""
         if self.vae is None:
             return z
         weights = next(self.vae.parameters(), z)  # a permutation has none
         return self.vae.from_latents(z.to(weights.dtype)).to(z.dtype)
 
     def shrink(self, mask: Tensor) -> Tensor:
-        """A mask (B, 1, H, W): exact where the space is pixels, (B, 1 or C, h, w); in latents that
-        of the nearest pixel, (B, 1, h, w), as in diffusers.
+        """Map a mask (B, 1, H, W) to the network's space, (B, 1 or C, h, w).
+
+        The result is exact for pixels. For latents it is the mask of the nearest pixel, as in
+        diffusers.
         """
         if isinstance(self.vae, SpaceToDepth):
             return self.vae.to_latents(mask.expand(-1, self.image_channels, -1, -1))
         divisor = 1 if self.vae is None else self.vae.divisor
         return F.interpolate(mask, size=[side // divisor for side in mask.shape[-2:]])
 
-    def with_hole(self, pixels: Tensor, mask: Tensor, generator: Generators) -> Tensor:
-        """What a network that is told of masks is shown: the mask, and the picture without what
-        is under it, (B, 1 + C, h, w).
-        """
+    def masked_conditioning(self, pixels: Tensor, mask: Tensor, generator: Generators) -> Tensor:
+        """Return the extra input of an inpainting network: mask and kept part, (B, 1 + C, h, w)."""
         hole = (mask >= 0.5).to(pixels.dtype)
-        left = self.encode(pixels * (1 - hole), generator)
-        return torch.cat([self.shrink(hole)[:, :1], left], dim=1)
+        kept = self.encode(pixels * (1 - hole), generator)
+        return torch.cat([self.shrink(hole)[:, :1], kept], dim=1)

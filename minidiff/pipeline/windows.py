@@ -1,9 +1,9 @@
-"""Wide pictures from a network that knows small ones: windows that overlap, and their mean.
+"""Wide images from a network for small ones: overlapping windows, and their mean.
 
-At every step the network is asked about windows of the canvas that it can see whole, and where
-windows overlap their outputs are averaged, so that neighbours agree on what they share:
+At every step the network is evaluated on windows of the canvas, each of the size that it was
+trained on. Outputs are averaged where windows overlap, so that neighbours agree there:
 
-    out(x)[p] = mean of  network(x[W])[p]  over the windows W that hold the pixel p
+    out(x)[p] = mean of  network(x[W])[p]  over the windows W that contain the pixel p
 
 (Bar-Tal et al. 2023, "MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation",
 arXiv:2302.08113, eq. 5. There the samples of the next step are averaged; as a step is linear in
@@ -12,7 +12,6 @@ the output, at equal x that is the same.)
 
 import copy
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +28,17 @@ def windowed(
     *,
     circular: bool = False,
 ) -> Denoiser:
-    """A denoiser of a wide canvas, from one of a window.
+    """Return a denoiser of a wide canvas, made of one for a window.
 
     Args:
-        denoise: asked about (B, C, *window), one window after another.
+        denoise: denoiser of (B, C, *window), evaluated on one window after another.
         window: height and width of a window, in the network's space.
-        stride: from one window to the next, down and across; at most the window. The last window
-            of a row or column is moved back to end at the border.
-        circular: whether the right border joins the left one, as in a panorama all around.
+        stride: distance from one window to the next, down and across; at most the window. The
+            last window of a row or column is moved back to end at the border.
+        circular: whether the right border joins the left one, as in a 360° panorama.
     Raises:
-        InvalidArgument: a number that is out of range; when it is asked, a canvas that is smaller
-            than a window.
+        InvalidArgument: a number is out of range; or, when evaluated, the canvas is smaller than
+            a window.
     """
     height, width = (whole_number("window", side, 1) for side in listed("window", window, 2))
     strides = (stride, stride) if not isinstance(stride, list | tuple) else stride
@@ -70,7 +69,7 @@ def windowed(
 
 
 def _offsets(name: str, size: int, window: int, stride: int, circular: bool = False) -> list[int]:
-    """Where windows begin."""
+    """Return where windows begin along one side."""
     if size < window:
         raise InvalidArgument(f"{name} of the canvas must be at least {window}, got {size}")
     if circular:
@@ -81,30 +80,24 @@ def _offsets(name: str, size: int, window: int, stride: int, circular: bool = Fa
 def panorama(
     pipe: Pipeline, stride: int | tuple[int, int] | None = None, *, circular: bool = False
 ) -> Pipeline:
-    """The same pipeline for pictures larger than its network was trained for.
+    """Return the same pipeline for images larger than its network was trained on.
 
         panorama(pipe)("a long beach", width=2048).images
 
-    A window is what the network was trained for.
+    A window has the size that the network was trained on.
 
     Args:
-        stride, circular: see `windowed`; by default half a window.
+        stride, circular: see `windowed`; the default stride is half a window.
     Raises:
-        InvalidArgument: a stride out of range, or a network that is shown a mask beside x.
+        InvalidArgument: the stride is out of range, or the network takes a mask beside x.
     """
-    if pipe.space.is_told_mask:
-        raise InvalidArgument(
-            "pipe must not be of an inpainting network, which sees its mask whole"
-        )
+    if pipe.space.takes_mask:
+        raise InvalidArgument("pipe must not have an inpainting network: it takes its mask whole")
     _, *window = pipe.space.shape()
     if stride is None:
         stride = [max(1, side // 2) for side in window]
-    window_of = partial(windowed, window=window, stride=stride, circular=circular)
-    window_of(pipe.denoiser)  # refuses a bad stride before anything else happens
+    wrap = partial(windowed, window=window, stride=stride, circular=circular)
+    wrap(pipe.unet)  # refuses a bad stride before anything else happens
     wide = copy.copy(pipe)
-
-    def denoiser(*told: Any, **options: Any) -> Denoiser:
-        return window_of(pipe.denoiser(*told, **options))
-
-    wide.denoiser = denoiser
+    wide.wraps = [*pipe.wraps, wrap]
     return wide

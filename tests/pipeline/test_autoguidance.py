@@ -18,7 +18,7 @@ from minidiff.guidance import extrapolated
 from minidiff.metrics.protocol import counted
 from minidiff.nn import UNet
 from minidiff.pipeline import Pipeline
-from minidiff.pipeline.request import Guidance
+from minidiff.pipeline.denoiser import Guidance
 from minidiff.training.build import check
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import Training, train
@@ -59,7 +59,7 @@ def test_the_denoiser_is_the_papers_sum_of_two_networks(scale, guidance, interva
     ratio = pipe.scheduler.schedule[t].sigma / pipe.scheduler.schedule[t].alpha
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 5])
     with torch.no_grad():
-        denoise = pipe.denoiser(labels, guidance, guidance=Guidance(extrapolated, interval, scale))
+        denoise = pipe.denoiser(labels, Guidance(guidance, extrapolated, interval, scale))
         good, none = (
             pipe.unet(x, t, class_labels=labels),
             pipe.unet(x, t, class_labels=torch.full_like(labels, 10)),

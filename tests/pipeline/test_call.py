@@ -134,16 +134,14 @@ def test_other_guidance_composes_from_outside(name):
     assert max(x0.abs().max() for x0 in kept) < 1 + 1e-3
     assert not torch.equal(clipped, plain)
 
-    def with_weaker(told, scale, **more):
-        good = Pipeline.denoiser(pipe, told, 1.0, **more)
-        return autoguidance(good, weak.denoiser(told, 1.0), scale)
-
-    pipe.denoiser = with_weaker
-    auto = pipe([1, 2], **options).images
+    bad = weak.denoiser(torch.tensor([1, 2]))
+    pipe.wraps.append(lambda denoise: autoguidance(denoise, bad, options["guidance_scale"]))
+    unguided = options | {"guidance_scale": 1}
+    auto = pipe([1, 2], **unguided).images
     assert not torch.equal(auto, plain)
     weak.unet.load_state_dict(pipe.unet.state_dict())
-    itself = pipe([1, 2], **options).images
-    del pipe.denoiser
+    itself = pipe([1, 2], **unguided).images
+    pipe.wraps.clear()
     torch.testing.assert_close(
         itself, pipe([1, 2], **options | {"guidance_scale": 1}).images, rtol=1e-5, atol=1e-5
     )

@@ -19,7 +19,6 @@ from minidiff.lab.order import output_of
 from minidiff.noise import image_generators, randn
 from minidiff.pipeline.inpaint import (
     keeping,
-    length,
     noised_again,
     reconstructing,
     repaint,
@@ -330,11 +329,11 @@ def test_one_image_or_one_each_and_neighbours_share_an_original(latent_pipe):
 def test_repaint_walks_as_in_the_reference_code():
     """`get_schedule_jump` of RePaint's code, for t_T = 6, jump_length 2, jump_n_sample 2: it counts
     5 4 3 2 | 3 4 3 2 … ; entries of the grid count the other way."""
-    walks = stretches(0, 6, jump_length=2, resamples=2)
-    assert walks == [(0, 3), (1, 3), (3, 5), (3, 5), (5, 6)]
+    passes = stretches(0, 6, jump_length=2, resamples=2)
+    assert passes == [(0, 3), (1, 3), (3, 5), (3, 5), (5, 6)]
     assert stretches(0, 3, 1, 3) == [(0, 1), (0, 1), (0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
     assert stretches(2, 7, 2, 1) == [(2, 7)]
-    assert length(stretches(4, 10, 3, 5)) == 6 + 3 * 4
+    assert sum(end - begin for begin, end in stretches(4, 10, 3, 5)) == 6 + 3 * 4
 
 
 def test_the_forward_process_goes_on_where_it_stopped():
@@ -364,8 +363,8 @@ def test_resampling_brings_what_is_made_into_agreement_with_what_is_kept():
             known, hole, lambda: randn((2000, 2), source, dtype=torch.float64), scheduler
         )
         x = randn((2000, 2), source, dtype=torch.float64)
-        walks = stretches(0, 8, 1, resamples)
-        *_, last = repaint(denoise, scheduler, x, source, walks, restart, kept, eta=1.0)
+        passes = stretches(0, 8, 1, resamples)
+        *_, last = repaint(denoise, scheduler, x, source, kept, passes=passes, eta=1.0)
         assert torch.equal(last.next_x[:, 0], known[:, 0])
         return (last.next_x[:, 1] > 0).double().mean().item()
 
