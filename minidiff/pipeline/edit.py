@@ -105,7 +105,7 @@ def invert(
         raise InvalidArgument("prompt must be given: the class that the image shows")
     steps = pipe.num_inference_steps if num_inference_steps is None else num_inference_steps
     request = Request.of(
-        with_ddim(pipe), prompt, image=image, num_inference_steps=steps,
+        with_ddim(pipe), prompt, image=image, strength=1.0, num_inference_steps=steps,
         guidance_scale=guidance_scale,
     )  # fmt: skip
     size = pipe.space.image_size(request.shape)
