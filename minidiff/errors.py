@@ -1,20 +1,20 @@
-"""The few exceptions minidiff raises on purpose.
+"""The exceptions of minidiff, and the checks of arguments that raise them.
 
-Every message names the argument or the file, what was given and what is allowed, so that the
-command line can print it as one line and a program can catch one class.
+Every message names the argument or the file, the value given and the values allowed. The command
+line prints it as one line, and a program can catch all of them as MinidiffError.
 """
 
 
 class MinidiffError(Exception):
-    """Base of every error that minidiff raises on purpose."""
+    """Base of all exceptions of minidiff."""
 
 
 class InvalidArgument(MinidiffError, ValueError):
-    """An argument is outside what its name allows; raised before any work starts."""
+    """An argument has a value that is not allowed; raised before any work starts."""
 
 
 class DataError(MinidiffError):
-    """A data file is missing, truncated or not what it claims to be."""
+    """A data file is missing, damaged or of another kind than expected."""
 
 
 class CheckpointError(MinidiffError):
@@ -22,14 +22,14 @@ class CheckpointError(MinidiffError):
 
 
 class TrainingError(MinidiffError):
-    """Training cannot go on: the loss or a gradient is not finite."""
+    """Training cannot continue: the loss or a gradient is not finite."""
 
 
 class Stopped(MinidiffError):
-    """Training was asked to stop and did, with everything saved.
+    """Training stopped on a signal, after saving everything.
 
     Attributes:
-        signal: the number of the signal that asked.
+        signal: number of the signal.
     """
 
     def __init__(self, message: str, signal: int) -> None:
@@ -38,17 +38,17 @@ class Stopped(MinidiffError):
 
 
 def one_of(name: str, value: object, allowed: object) -> None:
-    """Refuse `value` unless it is one of `allowed`; the message lists them all."""
+    """Refuse `value` unless it is one of `allowed`, which the message lists."""
     if not isinstance(value, str | int | None) or value not in tuple(allowed):
         known = ", ".join(str(choice) for choice in allowed)
         raise InvalidArgument(f"{name} must be one of {known}; got {value!r}")
 
 
 def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Refuse `value` unless it is an int in low..high (True and 3.0 are not ints here)."""
+    """Return `value` as an int, refused unless it is in low..high; True and 3.0 are not ints."""
     try:
         number = None if isinstance(value, bool) else value.__index__()
-    except (AttributeError, TypeError):  # arrays and tensors have the method, but not for this
+    except (AttributeError, TypeError):  # arrays of several numbers have the method, and raise
         number = None
     if number is not None and low <= number and (high is None or number <= high):
         return number
@@ -59,10 +59,10 @@ def whole_number(name: str, value: object, low: int, high: int | None = None) ->
 
 
 def real_number(name: str, value: object, low: float, high: float = float("inf")) -> float:
-    """Refuse `value` unless it is a finite number in [low, high]; NaN never passes."""
+    """Return `value` as a float, refused unless it is finite and in [low, high]."""
     try:
         number = None if isinstance(value, bool | str | bytes) else float(value)
-    except OverflowError:  # 10**400 is an int, and no float
+    except OverflowError:  # 10**400 is too large for a float
         number = float("inf")
     except (TypeError, ValueError, RuntimeError):  # arrays and tensors of several numbers
         number = None
@@ -76,14 +76,14 @@ def real_number(name: str, value: object, low: float, high: float = float("inf")
 
 
 def true_or_false(name: str, value: object) -> bool:
-    """Refuse `value` unless it is True or False (1 and 0 are not)."""
+    """Return `value`, refused unless it is True or False; 1 and 0 are not."""
     if not isinstance(value, bool):
         raise InvalidArgument(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def listed(name: str, value: object, length: int | None = None) -> tuple:
-    """Refuse `value` unless it is a list or a tuple, of `length` entries where that is given."""
+    """Return `value` as a tuple, refused unless it is a list or tuple of `length` (None: any)."""
     if not isinstance(value, list | tuple):
         raise InvalidArgument(f"{name} must be a list or a tuple, got {value!r}")
     if length is not None and len(value) != length:

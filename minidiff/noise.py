@@ -1,8 +1,8 @@
-"""Standard normal noise, and seeds that belong to an image instead of a batch.
+"""Standard normal noise, with one generator per image instead of one per batch.
 
-Image i of seed s draws all its noise, from the first x_T to the last stochastic step, from a
-generator of its own that is seeded by (s, i) alone. So the batch size, the device and the images
-beside it never change a picture: image 37 of a run of 10,000 can be made again by itself.
+Image i of seed s draws all its noise, from x_T to the last stochastic step, from a separate
+generator seeded by (s, i) alone. So an image depends neither on the batch size, nor on the device,
+nor on the other images: image 37 of 10,000 can be generated again by itself.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each image index of a seed.
+    """Return one CPU generator for each image index of a seed.
 
     Args:
-        seed: 0 … 2³²−1.
-        indices: image numbers from 0; `range(start, stop)` for a part of a larger run.
+        seed: seed of all images, 0 … 2³²−1.
+        indices: image numbers, 0 … 2³²−1; `range(start, stop)` for a part of a larger run.
     Raises:
         InvalidArgument: a seed or an index outside 0 … 2³²−1.
     """
@@ -31,19 +31,19 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
 
 
 def stream_seed(seed: int, stream: int, step: int) -> int:
-    """The seed of one of several streams of random numbers at a training step.
+    """Return the seed of one of several streams of random numbers at a training step.
 
-    A step's numbers then depend on (seed, stream, step) alone: there is no state to keep between
-    steps, and none to lose. Steps of one stream never share a seed.
+    The numbers of a step depend on (seed, stream, step) alone, so there is no state to save between
+    steps. Steps of one stream never share a seed.
     """
     return _mix(_mix(seed, stream), step)
 
 
 def _mix(seed: int, index: int) -> int:
-    """A 32-bit seed from (seed, index), different for all indices of one seed.
+    """Return a 32-bit seed from (seed, index), different for all indices of one seed.
 
     torch's CPU generator reads 32 bits of its seed. Each line is a bijection of 32 bits (the
-    finaliser of MurmurHash3), so no two images of one seed can collide.
+    finalizer of MurmurHash3), so no two images of one seed can collide.
     """
     h = (seed * 0x9E3779B1 + index) & MAX_SEED
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & MAX_SEED
@@ -57,12 +57,15 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal noise of `shape` (B, …).
+    """Draw standard normal noise of `shape` (B, …).
 
     Args:
+        shape: shape of the noise.
         generator: None for torch's global state; one generator for the whole batch; or a list of
-            B, one an image, as `image_generators` makes them. Noise is drawn on the generator's
-            device and then moved, so a CPU generator gives the same noise for every device.
+            B, one per image, from `image_generators`. Noise is drawn on the generator's device
+            and then moved, so a CPU generator gives the same noise for every device.
+        device: device of the result.
+        dtype: floating-point type of the result.
     Raises:
         InvalidArgument: a list whose length is not B.
     """

@@ -4,7 +4,6 @@
 one, byte for byte: figures measured with other weights cannot be compared.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from minidiff import data
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.nn.classifier import Classifier, build_classifier
+from minidiff.runtime.files import sha256
 from minidiff.runtime.tensors import load_weights, read_headers, read_metadata
 
 WEIGHTS = Path(__file__).parent.with_name("weights")
@@ -69,11 +69,6 @@ def read_classifier(path: str | Path) -> Classifier:
         ) from error
     load_weights(net, read_headers([path]))
     return net.to(memory_format=torch.channels_last).eval()
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_digests(path: Path) -> dict[str, str]:

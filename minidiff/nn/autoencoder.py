@@ -47,7 +47,7 @@ class AutoencoderKL(Model):
         InvalidArgument: an unknown name, a value that is not allowed, or two that contradict
             each other.
 
-    `vae.config` holds all arguments. An image side that is no multiple of `divisor` is rounded
+    `vae.config` holds all arguments. An image side not divisible by `divisor` is rounded
     down, as in diffusers.
 
     Large batches and images: `enable_slicing()` processes one image at a time. `enable_tiling()`

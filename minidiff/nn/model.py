@@ -49,7 +49,7 @@ class Model(nn.Module):
         """Build with fresh weights; names that start with "_" are notes and ignored.
 
         Raises:
-            InvalidArgument: the configuration of another class, an unknown name or a bad value.
+            InvalidArgument: a configuration for a different class, an unknown name or a bad value.
         """
         one_of("_class_name", config.get("_class_name", cls.class_names[0]), cls.class_names)
         return cls(**{name: value for name, value in config.items() if not name.startswith("_")})
@@ -68,7 +68,8 @@ class Model(nn.Module):
         The network is returned in evaluation mode, as by diffusers; call `train()` to train it.
 
         Args:
-            folder, subfolder: folder of the network, such as that of a pipeline and "unet".
+            folder: folder of the network, or of a pipeline.
+            subfolder: name of the network's folder in a pipeline, such as "unet".
             torch_dtype: dtype to convert the weights to: float32, float64, float16 or bfloat16.
             variant: "fp16" for the files `….fp16.safetensors`.
         Raises:
@@ -102,6 +103,7 @@ class Model(nn.Module):
         """Write the folder as a whole, or leave its old content.
 
         Args:
+            folder: new or empty folder, or one that holds such a network.
             max_shard_size: bytes per file; more are written as several files and their index.
             variant: "fp16" for the files `….fp16.safetensors`.
         Raises:

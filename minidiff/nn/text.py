@@ -133,7 +133,7 @@ class TextEncoder(Model):
         """Build with fresh weights from `encoder.config` or the content of a config.json.
 
         Raises:
-            InvalidArgument: the configuration of another class, an unknown name or a bad value.
+            InvalidArgument: a configuration for a different class, an unknown name or a bad value.
         """
         return cls(**read_arguments(config))
 

@@ -16,7 +16,6 @@ Python's global state. bfloat16 needs no scaler of gradients.
 """
 
 import copy
-import hashlib
 import math
 import re
 import shutil
@@ -108,12 +107,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor]]:

@@ -70,6 +70,7 @@ def each(check: Check, *, length: int | None = None, least: int = 0) -> Check:
     """Allow lists and tuples whose every entry passes.
 
     Args:
+        check: check of one entry.
         length: number of entries; None for any.
         least: minimum number of entries.
     """

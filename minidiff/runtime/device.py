@@ -1,4 +1,4 @@
-"""Which device, which precision on it, and how memory is kept, when the user leaves it to us."""
+"""Defaults for the device, its precision and the C library's memory."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name, such as "cuda:1"; "auto" takes the first of cuda, mps, cpu there is.
+    """Return the device of a name such as "cuda:1"; "auto" is the first of cuda, mps and cpu.
 
     Raises:
         InvalidArgument: an unknown name, or a device that this machine does not have.
@@ -34,7 +34,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the network's matrix work; "auto" is bfloat16 where the hardware has it.
+    """Return the dtype of the network's matrix products; "auto" is bfloat16 if it is fast.
 
     Raises:
         InvalidArgument: an unknown name.
@@ -46,7 +46,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         # Without these instructions bfloat16 is emulated, many times slower than float32.
-        features = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot say
+        features = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
         fast = any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     else:
         fast = False
@@ -54,32 +54,32 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One line for people: the device, its name, and the precision."""
+    """Describe the device, its name and the precision in one line."""
     if device.type == "cuda":
-        what = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device)
     else:
-        what = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
-    return f"{device.type} ({what}), {str(dtype).removeprefix('torch.')}"
+        name = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    return f"{device.type} ({name}), {str(dtype).removeprefix('torch.')}"
 
 
-# glibc's <malloc.h>: the option, and the value that it gets.
+# Options of glibc's <malloc.h> and their values in bytes.
 _MALLOPT = {
     -3: 1 << 30,  # M_MMAP_THRESHOLD: smaller blocks come from the heap, not from new pages
-    -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD: so much free memory stays at the end of the heap
-    -2: 64 << 20,  # M_TOP_PAD: the heap grows by so much at a time
+    -1: (1 << 31) - 1,  # M_TRIM_THRESHOLD: free memory that stays at the end of the heap
+    -2: 64 << 20,  # M_TOP_PAD: steps in which the heap grows
 }
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep freed memory, up to 2 GiB of it, instead of returning it to the system.
+    """Let this process keep up to 2 GiB of freed memory instead of returning it to the system.
 
-    Activations of some MiB are allocated and freed hundreds of times a second. By default glibc
-    gives such blocks back at once, and the system clears every page of the next one again: that
-    takes as long as the arithmetic. It is for programs, not for libraries, to decide: the command
-    line and the benchmarks call this.
+    Activations of some MiB are allocated and freed hundreds of times per second. By default glibc
+    returns such blocks at once, and the system clears every page of the next one: that takes as
+    long as the arithmetic. This is a choice for programs, not for libraries, so the command line
+    and the benchmarks call it.
 
     Returns:
-        Whether the C library took the setting; only glibc (Linux) has it.
+        True if the C library accepted the setting; only glibc (Linux) has it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     return mallopt is not None and all(

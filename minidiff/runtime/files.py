@@ -1,15 +1,16 @@
-"""Folders on disk: read strictly and written atomically; `weights.py` has their tensors.
+"""Files and folders, read strictly and written atomically; `runtime.tensors` has weights.
 
 Nothing is written in place. A file or a folder is written under a temporary name beside its
-target, synced, and renamed; a reader sees the old content or the new, never half of it.
+target, synced, and renamed. A reader sees the old content or the new, never half of it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from minidiff.errors import CheckpointError, InvalidArgument
 
 MAX_JSON_BYTES = 1 << 20  # a config is a page of text; anything larger is not a config
-TEMPORARY = ".minidiff-tmp"  # ends every temporary name, so that no other hidden file is ever ours
+TEMPORARY = ".minidiff-tmp"  # suffix of temporary names; no other hidden file is ever deleted
 
 
 class Config(dict):
@@ -32,7 +33,7 @@ class Config(dict):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Config":
         self = super().__new__(cls)
-        self.__dict__ = self  # a scheduler reads its options in every step: found at once
+        self.__dict__ = self  # fast: a scheduler reads its options in every step
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -53,10 +54,10 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on error it is gone.
+    """Yield a temporary path beside `path`; on success it replaces `path`, on error it is deleted.
 
     Raises:
-        CheckpointError: the folder cannot be written, or `path` is no ordinary file.
+        CheckpointError: the folder cannot be written, or `path` is not an ordinary file.
     """
     path = Path(path)
     with _naming(path):
@@ -69,7 +70,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with _naming(path):
             yield temporary
             _sync(temporary)
-            temporary.chmod(0o666 & ~_umask())  # mkstemp is private; a result is an ordinary file
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
             os.replace(temporary, path)
             _sync(path.parent)
     finally:
@@ -103,7 +104,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn what the system says of a path that cannot be written into an error that names it."""
+    """Turn errors of the system into a CheckpointError that names the path."""
     if "\0" in str(path):
         raise CheckpointError(f"{str(path)!r}: cannot be written (a null byte in the name)")
     try:
@@ -116,7 +117,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _refuse_other_than_a_file(path: Path) -> None:
-    """Refuse a folder, and what a rename would destroy: /dev/null, a pipe, a socket."""
+    """Refuse a folder, and special files that a rename would destroy: /dev/null, a pipe."""
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, expected a file to write")
     if path.exists() and not path.is_file():
@@ -124,7 +125,7 @@ def _refuse_other_than_a_file(path: Path) -> None:
 
 
 def _swap_in(temporary: Path, path: Path) -> None:
-    """Put `temporary` at `path`. Directories cannot be renamed over: the old one steps aside."""
+    """Rename `temporary` to `path`; an old folder, which blocks renaming, is moved aside first."""
     if not path.exists():
         os.rename(temporary, path)
         return
@@ -140,15 +141,15 @@ def _swap_in(temporary: Path, path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Return whether a name is one that `atomic_file` or `atomic_folder` makes."""
+    """Return True for the temporary names of `atomic_file` and `atomic_folder`."""
     return path.name.startswith(".") and path.name.endswith(TEMPORARY)
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Delete what a process that was killed left in a folder under temporary names.
+    """Delete the temporary entries that a killed process left in a folder.
 
-    Call it only for a folder of minidiff's own, and under its lock: a process that is still
-    writing has temporary names as well.
+    Call it only for a folder that minidiff owns, and under its lock: a process that is writing has
+    temporary entries as well.
     """
     for entry in folder.iterdir():
         if is_temporary(entry):
@@ -157,11 +158,11 @@ def clear_temporaries(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, *, wait: bool) -> Iterator[None]:
-    """Hold the lock of a folder, where the system and the file system have locks.
+    """Hold the lock of a folder, if the system and the file system have locks.
 
     Args:
-        folder: an existing folder; nothing is written into it.
-        wait: wait until the other process is done.
+        folder: existing folder, in which nothing is written.
+        wait: wait for a process that holds the lock.
     Raises:
         CheckpointError: another process holds the lock, and `wait` is False.
     """
@@ -178,7 +179,7 @@ def locked(folder: str | Path, *, wait: bool) -> Iterator[None]:
             pass  # a file system without locks
         yield
     finally:
-        os.close(descriptor)  # which unlocks
+        os.close(descriptor)  # releases the lock
 
 
 def _umask() -> int:
@@ -188,10 +189,10 @@ def _umask() -> int:
 
 
 def ensure_writable(path: str | Path) -> None:
-    """Refuse a file that cannot be written, before work starts that would end in it.
+    """Check that a file can be written, before the work whose result it is to hold.
 
     Raises:
-        CheckpointError: its folder cannot be made or written, or `path` is no ordinary file.
+        CheckpointError: its folder cannot be made or written, or `path` is not an ordinary file.
     """
     path = Path(path)
     with _naming(path):
@@ -215,58 +216,54 @@ def write_json(path: str | Path, content: Mapping | list) -> None:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: str | Path, most: int = MAX_JSON_BYTES) -> dict:
-    """Read one JSON object of at most so many bytes.
+def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
+    """Read one JSON object of at most `max_bytes`.
 
     Raises:
         CheckpointError: missing, unreadable, too large, not UTF-8, not JSON, or not an object.
     """
+    return _read_object(Path(path), "JSON", json.loads, max_bytes)
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """Read the options of a config, JSON or TOML, or those in the `config.json` of a run.
+
+    Raises:
+        CheckpointError: the file is missing, too large, or not valid JSON or TOML.
+        InvalidArgument: another suffix than .json or .toml.
+    """
     path = Path(path)
+    parsers = {".json": json.loads, ".toml": _parse_toml}
+    if path.suffix not in parsers:
+        raise InvalidArgument(f"config must be a .json or .toml file, got {path}")
+    content = _read_object(path, path.suffix[1:].upper(), parsers[path.suffix], MAX_JSON_BYTES)
+    options = content.get("train")  # of a run's config.json
+    return options if isinstance(options, dict) else content
+
+
+def _read_object(path: Path, kind: str, parse: Callable[[str], Any], max_bytes: int) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if path.stat().st_size > most:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, a config has at most {most}")
+    if (size := path.stat().st_size) > max_bytes:
+        raise CheckpointError(f"{path}: {size} bytes, a config has at most {max_bytes}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # also bad UTF-8, and numbers of 5000 digits
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{path}: not valid {kind} ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
-MAX_CONFIG_BYTES = 1 << 20
-
-
-def read_options(path: str | Path) -> dict[str, Any]:
-    """Options from a JSON or TOML file: those of a config, or a run's `config.json`.
-
-    Raises:
-        CheckpointError: the file is missing, too large or not what its name says.
-        InvalidArgument: another kind of file.
-    """
-    path = Path(path)
-    if path.suffix not in (".json", ".toml"):
-        raise InvalidArgument(f"config must be a .json or .toml file, got {path}")
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: more than {MAX_CONFIG_BYTES} bytes, no config is")
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else _toml(text)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid {path.suffix[1:].upper()} ({error})") from error
-    if isinstance(content, dict) and isinstance(content.get("train"), dict):
-        content = content["train"]  # a run's config.json
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must be a table of options, got {type(content).__name__}")
-    return content
-
-
-def _toml(text: str) -> dict[str, Any]:
+def _parse_toml(text: str) -> dict[str, Any]:
     import tomllib  # here, because only a TOML file needs it
 
     return tomllib.loads(text)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

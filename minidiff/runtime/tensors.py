@@ -1,10 +1,10 @@
-"""Tensors on disk: safetensors files, whole or in shards, that are not trusted.
+"""Tensors on disk: untrusted safetensors files, whole or in shards.
 
-A file begins with a header, the names, types and shapes of its tensors. Everything that can be
-wrong is looked for there, before memory is taken for a single weight; then the tensors are read
-one after the other into their places. What is written, is written whole or not at all, as in
-`checkpoint.py`. No pickle on any path: tensors travel as safetensors
-(https://github.com/huggingface/safetensors), in the file layout of diffusers and transformers.
+A file begins with a header of the names, types and shapes of its tensors. The header is checked
+before memory is allocated for the weights; then the tensors are read one after the other. Files
+are written as a whole or not at all, see `runtime.files`. Nothing reads or writes pickles: the
+format is safetensors (https://github.com/huggingface/safetensors), in the file layout of diffusers
+and transformers.
 """
 
 import re
@@ -24,12 +24,12 @@ from minidiff.runtime.files import atomic_file, read_json, write_json
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_INDEX_BYTES = 1 << 24  # an index names every tensor
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # of a network's weights
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # allowed for weights
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class Stored(NamedTuple):
-    """What a header says of one tensor: its file and name there, shape, and type ("F32", "I64")."""
+    """A tensor's entry in a header: its file and name there, shape, and type ("F32", "I64")."""
 
     file: Path
     name: str
@@ -41,19 +41,20 @@ class Stored(NamedTuple):
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """The files that hold a network's weights: one, or the shards that an index names.
+    """Find the weights of a network: one file, or the shards that an index names.
 
     Args:
-        folder, stem: `folder/stem.safetensors`, or `folder/stem.safetensors.index.json`.
+        folder: folder of the network.
+        stem: start of `stem.safetensors` and of `stem.safetensors.index.json`.
         variant: "fp16" for `stem.fp16.safetensors` or `stem.safetensors.index.fp16.json`.
     Raises:
-        CheckpointError: there are none, or only a pickle; an index that is damaged, or that
-            names files outside the folder.
+        CheckpointError: no weights, or only a pickle; an index that is damaged or that names files
+            outside the folder.
     """
     mark = "" if variant is None else f".{_plain('variant', variant)}"
     whole = folder / f"{stem}{mark}{SUFFIX}"
     indices = [folder / f"{stem}{SUFFIX}.index{mark}.json"]
-    if variant is not None:  # older diffusers put it there
+    if variant is not None:  # name in older versions of diffusers
         indices.append(folder / f"{stem}{SUFFIX}{mark}.index.json")
     for index in indices:
         if index.is_file():
@@ -75,7 +76,7 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> list[Pa
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files of an index, which must be plain names beside it and hold what it says."""
+    """Return the files of an index, checking that they lie beside it and hold its tensors."""
     places = read_json(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: has no weight_map of tensors to files")
@@ -87,15 +88,15 @@ def _shards(index: Path) -> list[Path]:
             )
     files = [index.parent / name for name in sorted(set(places.values()))]
     for file in files:
-        said = {tensor for tensor, name in places.items() if name == file.name}
-        if (found := read_headers([file]).keys()) != said:
-            tensor = min(said ^ found)
+        listed = {tensor for tensor, name in places.items() if name == file.name}
+        if (found := read_headers([file]).keys()) != listed:
+            tensor = min(listed ^ found)
             raise CheckpointError(f"{index}: does not agree with {file.name} on {tensor}")
     return files
 
 
 def read_headers(files: list[Path]) -> dict[str, Stored]:
-    """What the files hold, by tensor, from their headers alone.
+    """Read the headers of files, as tensor name → entry.
 
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors, or two of them hold the
@@ -125,7 +126,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The texts that were written beside the tensors of a file. Raises CheckpointError."""
+    """Read the metadata of a file, texts by name. Raises CheckpointError."""
     with _opened(Path(path)) as file:
         return file.metadata() or {}
 
@@ -137,60 +138,60 @@ def read_tensor(entry: Stored) -> Tensor:
 
 
 def load_weights(module: nn.Module, stored: Mapping[str, Stored]) -> None:
-    """Read tensors into a module: every name, shape, type and value must fit.
+    """Read tensors into a module, converted to its types; every name, shape and value must fit.
 
     Args:
-        module: on the "meta" device, without memory, it gets new tensors; the types are its own.
-        stored: by the names of the module's state dict, see `read_headers`.
+        module: module to fill; on the "meta" device it gets new tensors.
+        stored: entries from `read_headers`, by the names of the module's state dict.
     Raises:
         CheckpointError: names the first missing, unexpected, mis-shaped, wrongly typed or
-            non-finite tensor. The module has then what it had before.
+            non-finite tensor. The module is then unchanged.
     """
-    wanted = module.state_dict()
-    check_fit(wanted, stored)
+    expected = module.state_dict()
+    check_fit(expected, stored)
     loaded: dict[str, Tensor] = {}
     for path in sorted({entry.file for entry in stored.values()}):
         with _opened(path) as file:
             for name, entry in stored.items():
                 if entry.file == path:
                     tensor = file.get_tensor(entry.name).view(entry.shape)
-                    loaded[name] = _finite(entry, tensor, wanted[name].dtype)
-    on_meta = any(tensor.is_meta for tensor in wanted.values())
+                    loaded[name] = _finite(entry, tensor, expected[name].dtype)
+    on_meta = any(tensor.is_meta for tensor in expected.values())
     module.load_state_dict(loaded, strict=True, assign=on_meta)
 
 
-def check_fit(wanted: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
-    """Refuse headers that are not those of these tensors, before anything is read.
+def check_fit(expected: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Check that headers have the expected names, shapes and kinds of number.
 
     Raises:
         CheckpointError: names the first missing, unexpected, mis-shaped or wrongly typed tensor.
     """
     source = next(iter(stored.values())).file if stored else "no file"
     for problem, names in (
-        ("missing", wanted.keys() - stored.keys()),
-        ("unexpected", stored.keys() - wanted.keys()),
+        ("missing", expected.keys() - stored.keys()),
+        ("unexpected", stored.keys() - expected.keys()),
     ):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
             raise CheckpointError(f"{source}: {len(names)} {problem} tensors: {listed}")
     for name, entry in stored.items():
-        want = wanted[name]
-        if entry.shape != want.shape:
+        tensor = expected[name]
+        if entry.shape != tensor.shape:
             raise CheckpointError(
-                f"{entry.file}: {name} has shape {entry.shape}, expected {tuple(want.shape)}"
+                f"{entry.file}: {name} has shape {entry.shape}, expected {tuple(tensor.shape)}"
             )
-        if (entry.type in _FLOATS) != want.is_floating_point():
-            raise CheckpointError(f"{entry.file}: {name} is {entry.type}, expected {want.dtype}")
+        if (entry.type in _FLOATS) != tensor.is_floating_point():
+            raise CheckpointError(f"{entry.file}: {name} is {entry.type}, expected {tensor.dtype}")
 
 
 def _finite(entry: Stored, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in its new type, in memory of its own; 1e300 is infinite in float32."""
-    kept = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
-    if kept.is_floating_point() and not torch.isfinite(kept).all():
+    """Return a copy in a new type, checked after conversion: 1e300 is infinite in float32."""
+    copy = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
+    if copy.is_floating_point() and not torch.isfinite(copy).all():
         raise CheckpointError(
             f"{entry.file}: {entry.name} holds NaN or infinite values (as {dtype})"
         )
-    return kept
+    return copy
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -212,13 +213,17 @@ def write_weights(
     max_shard_size: int | str,
     variant: str | None = None,
 ) -> None:
-    """Write tensors as `find_weights` finds them: one file, or shards and their index.
+    """Write tensors for `find_weights`: one file, or shards and their index.
 
     Args:
-        max_shard_size: bytes in one file, or a text such as "5GB"; a larger tensor has its own.
+        folder: folder of the network.
+        stem: start of the file names.
+        tensors: tensors by name.
+        max_shard_size: bytes per file, or a text such as "5GB"; a larger tensor gets its own file.
+        variant: "fp16" for file names with "fp16"; None for none.
     Raises:
         CheckpointError: a file cannot be written.
-        InvalidArgument: max_shard_size or variant is not what it can be.
+        InvalidArgument: a bad max_shard_size or variant.
     """
     limit = byte_count("max_shard_size", max_shard_size)
     mark = "" if variant is None else f".{_plain('variant', variant)}"
@@ -244,17 +249,17 @@ def write_weights(
 
 
 def own_files(stem: str, variant: str | None = None) -> re.Pattern:
-    """What matches the names that `write_weights` gives, and no other variant's."""
+    """Return a pattern of the file names that `write_weights` gives to this variant."""
     mark = "" if variant is None else rf"\.{_plain('variant', variant)}"
     shards, suffix = r"(-[0-9]{5,}-of-[0-9]{5,})?", re.escape(SUFFIX)
     return re.compile(rf"{stem}{mark}{shards}{suffix}|{stem}{suffix}\.index{mark}\.json")
 
 
 def byte_count(name: str, value: int | str) -> int:
-    """Bytes from a number or a text such as "500MB" (10⁶) or "2GiB" (2³⁰), as diffusers reads it.
+    """Read bytes from a number or a text such as "500MB" (10⁶) or "2GiB" (2³⁰), like diffusers.
 
     Raises:
-        InvalidArgument: it is neither, or not positive.
+        InvalidArgument: neither of them, or not positive.
     """
     if not isinstance(value, str):
         return whole_number(name, value, 1)

@@ -147,7 +147,7 @@ def bad_mnist(folder, damage):
         ("train --data digits --out OUT --steps 1 --block 3", 2, "block must divide"),
         ("train --out OUT --steps 1", 2, "--data or --preset"),
         ("train --preset nosuch --out OUT", 2, "digits"),
-        ("train --preset digits --config NONE.json --out OUT", 1, "cannot be read"),
+        ("train --preset digits --config NONE.json --out OUT", 1, "no such file"),
         ("train --preset digits --config NONE.ini --out OUT", 2, ".json or .toml"),
         ("train --preset digits --minutes 1 --steps 5 --out OUT", 2, "either minutes or steps"),
         (

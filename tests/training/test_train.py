@@ -359,12 +359,12 @@ def test_a_runs_own_config_is_a_config(run_folder):
     [
         ("a.yaml", "", InvalidArgument, "must be a .json or .toml file"),
         ("a.json", "{", CheckpointError, "not valid JSON"),
-        ("a.json", "[1]", CheckpointError, "must be a table of options, got list"),
+        ("a.json", "[1]", CheckpointError, "expected a JSON object, got list"),
         ("a.toml", "steps", CheckpointError, "not valid TOML"),
         ("a.json", '{"stepz": 3}', InvalidArgument, "option must be one of minutes, steps"),
         ("a.json", '{"steps": "3"}', InvalidArgument, "steps must be a whole number"),
         ("a.json", '{"steps": 3, "channels": "8"}', InvalidArgument, "channels must be a list"),
-        ("none.json", None, CheckpointError, "cannot be read"),
+        ("none.json", None, CheckpointError, "no such file"),
     ],
 )
 def test_a_bad_config_file_is_refused_in_one_line(tmp_path, name, text, error, message):

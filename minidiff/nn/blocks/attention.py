@@ -53,7 +53,8 @@ def attend(
 
     Args:
         q: queries (B, N, heads · d).
-        k, v: keys and values (B, L, heads · d).
+        k: keys (B, L, heads · d).
+        v: values (B, L, heads · d).
         heads: number of heads.
         bias: broadcasts to (B, heads, N, L): added to the logits, or bool, True to attend.
         causal: attention to the same and earlier positions only; excludes a bias.

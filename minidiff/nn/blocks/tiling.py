@@ -35,7 +35,8 @@ def tiled(f: ImageMap, size: int, out_size: int, overlap: float = 0.25) -> Image
 
     Args:
         f: map of images (B, C, H, W) to (B, C', H·s, W·s) with s = out_size / size.
-        size, out_size: side of a tile before and after f.
+        size: side of a tile.
+        out_size: side of a tile after f.
         overlap: fraction of a tile that the next one covers too, in [0, 1).
     Returns:
         A map with the shapes of f, if size / out_size divides H and W or f rounds down.

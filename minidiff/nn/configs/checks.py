@@ -29,7 +29,8 @@ def check_levels(c: Levels, down_blocks: Collection[str], up_blocks: Collection[
 
     Args:
         c: configuration whose other options are checked already.
-        down_blocks, up_blocks: supported block types.
+        down_blocks: supported block types of the down path.
+        up_blocks: supported block types of the up path.
     Raises:
         InvalidArgument: a list of another length than block_out_channels, an unknown block type,
             or channels that are out of range or no multiple of norm_num_groups.
