@@ -1,8 +1,9 @@
-"""The command line: demo, train, train-vae, sample, evaluate; `minidiff --help` begins it.
+"""The command line: demo, train, train-vae, sample, evaluate, …; start with `minidiff --help`.
 
-Bad input ends in one line: exit code 2 for a wrong call, 1 for what failed later; `--debug` shows
-the traceback. A file here is a command, `add_to` its grammar and a function of its name what it
-does; `arguments`, `runs` and `models` are what several of them share.
+An error is one line: exit code 2 for a wrong call, 1 for a failure later on; `--debug` shows the
+traceback. Each file in `commands` is a command: `add_to` adds its grammar, and the function with
+the file's name runs it. `arguments` has the flags that several commands share, `run_options` the
+handling of runs, `model_options` that of models.
 """
 
 from minidiff.cli.entry import main, parser

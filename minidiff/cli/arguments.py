@@ -1,7 +1,11 @@
-"""The pieces that the grammars of several commands are made of."""
+"""The flags that several commands share, and the form of `--help`.
+
+Flags stand in groups, which `--help` prints in the order of `GROUPS`. A default is named once: by
+the help text where it has the word, otherwise by the formatter.
+"""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field
 from typing import Any, NoReturn
 
@@ -9,117 +13,154 @@ from minidiff.noise import MAX_SEED
 from minidiff.runtime.device import DEVICES, DTYPES
 from minidiff.schedulers.core.names import SAMPLERS
 
+GROUPS = (
+    "model", "data", "run", "budget", "optimisation", "objective", "network", "measurement",
+    "image", "sampling", "output",
+)  # fmt: skip
+
+
+class Formatter(argparse.HelpFormatter):
+    """Help with metavars that match the flags, and every default named once."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.option_strings[0].lstrip("-").replace("-", "_").upper()
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if action.help and not nothing and "default" not in action.help:
+            return f"{action.help} (default: %(default)s)"
+        return action.help
+
+
+class Verbatim(Formatter, argparse.RawDescriptionHelpFormatter):
+    """Help whose description and epilog keep their lines."""
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line an error."""
+    """An argument parser whose errors are one line, and whose flags stand in named groups."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **options)
+        self._titled = {title: self.add_argument_group(title) for title in GROUPS}
+
+    def adder(self, group: str) -> Callable[..., argparse.Action]:
+        """Return the method that adds a flag to one of the `GROUPS`."""
+        return self._titled[group].add_argument
 
     def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-class Verbatim(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the table of presets."""
 
 
 def add_command(
     commands: Any,
     name: str,
-    function: Any,
+    function: Callable[[argparse.Namespace], None],
     help: str,
     description: str,
     seed: Any = 0,
     dtype: Any = "auto",
 ) -> Parser:
-    """A command with the flags that every one has; `function` is what it does."""
-    command = commands.add_parser(
-        name,
-        help=help,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    """Return a new command with the flags that all commands have.
+
+    Args:
+        commands: subparsers of the root parser.
+        name: word on the command line.
+        function: implementation of the command, called with the parsed options.
+        help: line in `minidiff --help`.
+        description: paragraph in the command's own `--help`.
+        seed, dtype: values without the flags; `argparse.SUPPRESS` for none.
+    """
+    command = commands.add_parser(name, help=help, description=description)
     command.set_defaults(command=function)
-    command.add_argument("--seed", type=int, default=seed, help=f"0 to {MAX_SEED}")
-    command.add_argument(
-        "--device", default="auto", help=f"{', '.join(DEVICES)}; auto takes a GPU if there is one"
-    )
-    command.add_argument(
-        "--dtype",
-        default=dtype,
-        help=f"of the network: auto, {', '.join(DTYPES)}; auto is bfloat16 where the hardware has "
-        "it (sample: float32)",
-    )
-    command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    add = command.adder("run")
+    add("--seed", type=int, default=seed,
+        help=f"seed of all random numbers, 0 to {MAX_SEED} (default: 0)")  # fmt: skip
+    add("--device", default="auto", help=f"{', '.join(DEVICES)}; auto is a GPU where there is one")
+    add("--dtype", default=dtype, help=f"number type of the network: auto, {', '.join(DTYPES)}; "
+        "auto is bfloat16 where the hardware has it, for sample float32 (default: auto)",
+    )  # fmt: skip
+    add("--debug", action="store_true", help="traceback of an error instead of one line")
     return command
 
 
-def add_files(command: Parser) -> None:
-    """Where data are that are no folder of images, and what is made of those that are."""
-    add = command.add_argument
-    add("--data-dir", help="where the files of MNIST or CIFAR-10 are (or set MINIDIFF_DATA)")
-    add("--download", action="store_true", help="fetch MNIST or CIFAR-10 into --data-dir first, "
-        "where its files are not there; checked by size and SHA-256")  # fmt: skip
-    add("--image-size", type=int, help="crop and resize the images of a folder to this side")
+def add_data_files(command: Parser) -> None:
+    """Add the flags for files of published data sets, and for the size of images of a folder."""
+    add = command.adder("data")
+    add("--data-dir", help="folder with the files of MNIST or CIFAR-10 (or set MINIDIFF_DATA)")
+    add("--download", action="store_true", help="download of missing files of MNIST or CIFAR-10 "
+        "into --data-dir, checked by size and SHA-256")  # fmt: skip
+    add("--image-size", type=int, help="side that the images of a folder are cropped and resized "
+        "to, in pixels")  # fmt: skip
 
 
-def add_keeping(command: Parser) -> None:
-    """Where a run is kept, how often it is saved, and how it goes on."""
-    add = command.add_argument
-    add("--out", help="folder of the run; must be new or empty")
-    add("--resume", metavar="RUN", help="go on with a run that was stopped or killed, from its "
-        "newest snapshot that is whole; everything else is in its config.json")  # fmt: skip
-    add("--save-every", type=int, metavar="N", help="steps between snapshots; default: every five "
-        "minutes. The end, and where a signal stops the run, are saved in any case")  # fmt: skip
-    add("--keep-last", type=int, metavar="N", help="how many of the last snapshots are kept, "
-        "beside the one of the lowest running loss; default: 2")  # fmt: skip
+def add_run_folder(command: Parser) -> None:
+    """Add the flags for a run's folder, its snapshots, and its resumption."""
+    add = command.adder("run")
+    add("--out", help="folder of the run, new or empty")
+    add("--resume", metavar="RUN", help="run to continue from its newest intact snapshot; all "
+        "other options come from its config.json")  # fmt: skip
+    add("--save-every", type=int, metavar="N", help="steps between snapshots (default: every five "
+        "minutes); the end, and a stop by a signal, are always saved")  # fmt: skip
+    add("--keep-last", type=int, metavar="N", help="number of latest snapshots to keep, besides "
+        "the one with the lowest running loss (default: 2)")  # fmt: skip
 
 
 def add_options(command: Parser, options: Mapping[str, Field]) -> None:
-    """Flags for the fields of a config, but for those that every command has."""
+    """Add flags for the fields of a config, except those that every command has."""
     for name, option in options.items():
         if option.metadata["flag"] != "":
             _add_option(command, name, option)
 
 
 def _add_option(command: Parser, name: str, option: Field) -> None:
-    """A flag for a field of a config; absent from the result unless given."""
+    """Add a flag for a field of a config; without the flag the result has no such attribute."""
     kind, default = option.metadata["type"], option.default
     help = option.metadata["help"]
     if default is not None and kind is not bool:
-        shown = ",".join(map(str, default)) if kind is tuple else default
-        help += f" (default: {shown})"
-    how = (
-        {"action": "store_true"} if kind is bool else {"type": _channels if kind is tuple else kind}
+        value = ",".join(map(str, default)) if kind is tuple else default
+        help += f" (default: {value})"
+    options: dict[str, Any] = (
+        {"action": "store_true"} if kind is bool else {"type": _widths if kind is tuple else kind}
     )
     if values := option.metadata["values"]:
-        how |= {"nargs": len(values), "metavar": values}
-    command.add_argument(
+        options |= {"nargs": len(values), "metavar": values}
+    command.adder(option.metadata.get("group", "optimisation"))(
         flag_of(name, option),
         dest=name,
         default=argparse.SUPPRESS,
         help=help.replace("%", "%%"),
-        **how,
+        **options,
     )
 
 
 def flag_of(name: str, option: Field | None = None) -> str:
-    """The flag of an argument, or of a field of a config."""
+    """Return the flag of an argument, or of a field of a config."""
     return "--" + ((option and option.metadata["flag"]) or name.replace("_", "-"))
 
 
+def add_model(command: Parser, models: list[str]) -> None:
+    """Add the argument for a run's folder, and the flag for a model that ships with minidiff."""
+    command.add_argument(
+        "run", nargs="?", help="folder of a run or of a model; omitted with --model"
+    )
+    command.adder("model")("--model", choices=models, help="a model that ships with minidiff")
+
+
 def add_sampling(command: Parser) -> None:
-    """How a model is sampled."""
-    add = command.add_argument
-    add("--sampler", help=f"{', '.join(SAMPLERS)}; default: the model's own")
-    add("--steps", type=int, help="steps of the sampler; default: the model's own")
-    add("--guidance", type=float, help="scale of guidance, 1 for none; default: the model's own")
-    add("--autoguidance", type=float, help="scale of guidance away from the model's weaker "
-        "network, 1 for none; default: the model's own")  # fmt: skip
-    add("--eta", type=float, help="randomness of ddim, 0 to 1")
-    add("--batch-size", type=int, default=250, help="pictures in memory at once")
+    """Add the flags for the sampler of a model and for guidance."""
+    add = command.adder("sampling")
+    add("--sampler", help=f"{', '.join(SAMPLERS)} (default: the model's)")
+    add("--steps", type=int, help="steps of the sampler (default: the model's)")
+    add("--guidance", type=float, help="guidance scale, 1 for none (default: the model's)")
+    add("--autoguidance", type=float, help="scale of guidance by the model's guidance network, 1 "
+        "for none (default: the model's)")  # fmt: skip
+    add("--eta", type=float, help="randomness of the sampler ddim, 0 to 1")
+    add("--batch-size", type=int, default=250, help="images in memory at once")
 
 
-def _channels(text: str) -> tuple[int, ...]:
+def _widths(text: str) -> tuple[int, ...]:
+    """Return the numbers of a list such as 48,96."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -1,4 +1,4 @@
-"""The whole grammar, and the way in: runs a command, and turns what fails into one line."""
+"""Entry point of the command line: parses arguments, runs a command, prints errors as a line."""
 
 import sys
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from minidiff.runtime.distributed import rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that has no "‰" shows "?", not a traceback
+        if hasattr(stream, "reconfigure"):  # a terminal without "‰" prints "?", not a traceback
             stream.reconfigure(errors="replace")
     keep_freed_memory()
     options = parser().parse_args(arguments)
@@ -31,28 +31,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         if rank() and not isinstance(error, TrainingError):
-            return 1  # the process of rank 0 says it
+            return 1  # the process of rank 0 prints it
         print(f"minidiff: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgument) else 1
     except (MemoryError, RuntimeError) as error:
         if options.debug or not _is_out_of_memory(error):
             raise
-        print("minidiff: out of memory; take a smaller --batch-size or model", file=sys.stderr)
+        print("minidiff: out of memory; use a smaller --batch-size or model", file=sys.stderr)
         return 1
     return 0
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch has one type for this on GPUs, and on the CPU only a message."""
+    """Return True if torch ran out of memory: a type of its own on GPUs, a message on the CPU."""
     words = ("out of memory", "allocate memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def parser() -> Parser:
-    """The grammar of the command line."""
+    """Return the grammar of the command line."""
     root = Parser(
         prog="minidiff",
-        description="Diffusion models from scratch. Begin with: minidiff demo",
+        description="Diffusion models from scratch. Start with: minidiff demo",
     )
     root.add_argument("--version", action="version", version=f"minidiff {__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)

@@ -1,4 +1,4 @@
-"""What commands share that draw with a model."""
+"""Opening and sampling a model, for the commands that do so."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from minidiff.schedulers.core.names import sampler
 
 
 def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
-    """The model of the run or of --model, with the sampler of --sampler, ready on its device."""
+    """Return the model of the run or of --model on its device, with the sampler of --sampler."""
     device = pick_device(options.device)
     pipe = open_pipeline(_folder(options), device)
     if device.type == "cpu":
@@ -33,12 +33,17 @@ def _folder(options: argparse.Namespace) -> str | Path:
     if options.model is None:
         return options.run
     if options.run is not None:
-        raise InvalidArgument(f"with --model there is no run: got {options.run!r} in its place")
+        raise InvalidArgument(f"give a run or --model, not both: got the run {options.run!r}")
     return shipped.folder(options.model)
 
 
 def draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tuple:
-    """n pictures and their labels; `more` are further arguments of the pipeline."""
+    """Return n images (N, H, W, C) and their labels (N,), −1 where there are none.
+
+    Args:
+        n: number of images.
+        more: further arguments of the pipeline.
+    """
     result = pipe(
         **more,
         num_images=n,
@@ -56,10 +61,10 @@ def draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tu
 
 
 def setting(pipe: Pipeline, options: argparse.Namespace) -> str:
-    """How the model is sampled, for people."""
+    """Return sampler, steps and guidance as text."""
     steps = pipe.num_inference_steps if options.steps is None else options.steps
     scale = pipe.guidance_scale if options.guidance is None else options.guidance
     auto = pipe.autoguidance_scale if options.autoguidance is None else options.autoguidance
-    name = options.sampler or f"{type(pipe.scheduler).__name__} (the model's own)"
-    beside = "" if auto == 1 else f", autoguidance {auto:g}"
-    return f"{name}, {steps} steps, guidance {scale:g}{beside}"
+    name = options.sampler or f"{type(pipe.scheduler).__name__} (the model's)"
+    suffix = "" if auto == 1 else f", autoguidance {auto:g}"
+    return f"{name}, {steps} steps, guidance {scale:g}{suffix}"

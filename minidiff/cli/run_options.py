@@ -1,4 +1,4 @@
-"""What commands share that begin a run, go on with one, or look at one."""
+"""Config, data and settings of runs, for the commands that start, resume or check one."""
 
 import argparse
 import os
@@ -24,8 +24,8 @@ from minidiff.runtime.files import read_options
 from minidiff.training.config import Kind, LoopConfig, merged
 
 
-def want_a_folder(options: argparse.Namespace) -> None:
-    """Raises InvalidArgument where a run that begins has no --out."""
+def require_out(options: argparse.Namespace) -> None:
+    """Refuse a new run without --out. Raises InvalidArgument."""
     if options.out is None:
         raise InvalidArgument("give --out FOLDER, or --resume RUN")
 
@@ -36,7 +36,13 @@ def config_of(
     device: torch.device,
     *layers: Mapping[str, Any],
 ) -> Kind:
-    """The config that flags, --config and the layers below these make."""
+    """Return the config made of layers of options, of --config, and of flags; later ones win.
+
+    Args:
+        kind: class of the config.
+        device: device that the dtype "auto" depends on.
+        layers: options below --config, such as those of a preset.
+    """
     file = read_options(options.config) if options.config else {}
     names = {option.name for option in fields(kind)}
     flags = {name: value for name, value in vars(options).items() if name in names}
@@ -46,18 +52,18 @@ def config_of(
 
 
 def saving_of(options: argparse.Namespace) -> Saving:
-    """What --save-every and --keep-last say. Raises InvalidArgument."""
+    """Return the schedule of snapshots of --save-every and --keep-last. Raises InvalidArgument."""
     return Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
 
 
-def under_way(device: torch.device, config: LoopConfig, data: Data) -> str:
-    """What is said when a run begins."""
+def start_line(device: torch.device, config: LoopConfig, data: Data) -> str:
+    """Return the line that is printed when a run starts."""
     where = describe(device, DTYPES[config.dtype])
     return f"device: {where}; data: {len(data)} images of {data.name}"
 
 
-def source_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `load`, the same whatever the working directory and the environment."""
+def data_source(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `load`, independent of working directory and environment."""
     folder = options.data_dir
     if name in PUBLISHED:
         folder = folder or os.environ.get(DATA_VARIABLE)
@@ -67,10 +73,10 @@ def source_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"name": name, "data_dir": place, "image_size": options.image_size}
 
 
-def data_from(
+def load_source(
     source: Mapping[str, Any], device: torch.device, seed: int, download: bool = False
 ) -> Data:
-    """What `load` gives, or the latents that an autoencoder makes of it on the device."""
+    """Return the data of a source, encoded on the device where the source names an autoencoder."""
     others = {"download": download, **source}
     vae = others.pop("vae", None)
     data = load(**others)
@@ -81,31 +87,36 @@ def data_from(
 
 
 def dtype_name(name: str, device: torch.device) -> str:
-    """The dtype that --dtype means on this device. Raises InvalidArgument."""
+    """Return the name of the dtype that --dtype selects on a device. Raises InvalidArgument."""
     return str(pick_dtype(name, device)).removeprefix("torch.")
 
 
-def to_go_on(
-    options: argparse.Namespace, command: str, known: Mapping[str, Field], otherwise: str
+def resumed_settings(
+    options: argparse.Namespace, command: str, known: Mapping[str, Field], python_name: str
 ) -> tuple[Settings, torch.device]:
-    """What the run of --resume was told, and where it goes on; nothing else may be given."""
-    beside = ("command", "resume", "device", "debug")
+    """Return the settings of the run of --resume, and its device; refuse all other options.
+
+    Args:
+        command: command that started the run.
+        known: fields of its config, for their flags.
+        python_name: function to use for a run that was started from Python.
+    """
+    allowed = ("command", "resume", "device", "debug")
     for name, value in vars(options).items():
-        if name not in beside and value is not None and value is not False:
+        if name not in allowed and value is not None and value is not False:
             raise InvalidArgument(
-                f"--resume goes on with what {options.resume}/{CONFIG} says; leave out "
+                f"--resume takes all options from {options.resume}/{CONFIG}; leave out "
                 f"{flag_of(name, known.get(name))}"
             )
-    settings = told_all(options.resume, command, otherwise)
+    settings = settings_with_data(options.resume, command, python_name)
     return settings, pick_device(settings.device if options.device == "auto" else options.device)
 
 
-def told_all(folder: str, command: str, otherwise: str) -> Settings:
-    """What a run was told, its data included. Raises CheckpointError."""
+def settings_with_data(folder: str, command: str, python_name: str) -> Settings:
+    """Return the settings of a run, refusing one without a data source. Raises CheckpointError."""
     settings = read_settings(folder, command)
     if not settings.data:
         raise CheckpointError(
-            f"{folder}: was trained from Python on data that only its program knows; use "
-            f"{otherwise}"
+            f"{folder}: was started from Python, so its data are not known here; use {python_name}"
         )
     return settings

@@ -1,5 +1,6 @@
-"""The command line: what it writes, and one line for every kind of bad input."""
+"""The command line: files that it writes, one line for every kind of bad input, and its help."""
 
+import argparse
 import gzip
 import json
 import os
@@ -19,7 +20,7 @@ from minidiff.training.presets import PRESETS
 TINY = ["--steps", "2", "--channels", "8,8", "--batch-size", "4", "--pictures", "0"]
 
 
-def test_sample_writes_a_grid_and_arrays_with_classes_in_equal_shares(run_folder, tmp_path):
+def test_sample_writes_a_grid_and_arrays_with_every_class_equally_often(run_folder, tmp_path):
     png, npz = tmp_path / "new" / "grid.png", tmp_path / "x.npz"
     call = ["sample", str(run_folder), "--num", "20", "--steps", "2", "--seed", "5"]
     assert main([*call, "--png", str(png), "--npz", str(npz)]) == 0
@@ -47,8 +48,8 @@ def test_the_same_seed_gives_the_same_file_whatever_the_batch_size(run_folder, t
     assert np.abs(arrays[0] - arrays[1]).max() <= 1
 
 
-def test_sample_changes_a_picture_and_keeps_what_the_mask_keeps(run_folder, tmp_path):
-    """The model is grey; the files have colours."""
+def test_sample_changes_an_image_and_keeps_it_outside_the_mask(run_folder, tmp_path):
+    """Check it with files in colour for a model of grey images."""
     shades = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (16, 1))
     white = np.zeros((16, 16), np.uint8)
     white[:8] = 255
@@ -78,7 +79,7 @@ def test_sample_changes_a_picture_and_keeps_what_the_mask_keeps(run_folder, tmp_
         assert not np.array_equal(again, filled)
 
 
-def test_train_writes_a_run_that_says_everything_about_itself(run_folder, tmp_path):
+def test_train_writes_a_run_with_its_data_options_log_and_samples(run_folder, tmp_path):
     config = json.loads((run_folder / "config.json").read_text())
     assert config["data"] == {
         "name": "digits", "images": 10000, "channels": 1, "height": 16, "width": 16,
@@ -107,7 +108,7 @@ def test_train_reads_a_folder_of_images(tmp_path):
 
 
 def bad_mnist(folder, damage):
-    """Write the four IDX files for two images; then damage one."""
+    """Write the four IDX files for two images, then damage one."""
 
     def idx(magic, *shape):
         body = b"".join(n.to_bytes(4, "big") for n in (magic, *shape))
@@ -279,7 +280,7 @@ def test_running_out_of_memory_is_one_line(run_folder, tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(Pipeline, "__call__", fail)
     assert main(["sample", str(run_folder), "--png", str(tmp_path / "x.png")]) == 1
-    assert capsys.readouterr().err.startswith("minidiff: out of memory; take a smaller --batch-si")
+    assert capsys.readouterr().err.startswith("minidiff: out of memory; use a smaller --batch-si")
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(run_folder, tmp_path, capsys, monkeypatch):
@@ -310,9 +311,9 @@ def test_flags_override_the_file_and_the_file_the_preset(tmp_path):
     assert main([*call, "--steps", "2", "--batch-size", "4", "--seed", "9"]) == 0
     config = json.loads((out / "config.json").read_text())
     assert config["data"]["name"] == "digits"
-    said = {name: config["train"][name] for name in ("minutes", "steps", "batch_size", "seed",
+    given = {name: config["train"][name] for name in ("minutes", "steps", "batch_size", "seed",
             "learning_rate", "guidance_scale")}  # fmt: skip
-    assert said == {"minutes": None, "steps": 2, "batch_size": 4, "seed": 9,
+    assert given == {"minutes": None, "steps": 2, "batch_size": 4, "seed": 9,
                     "learning_rate": 0.001, "guidance_scale": 2.0}  # fmt: skip
 
 
@@ -320,3 +321,46 @@ def test_a_prompt_for_a_model_of_classes_is_refused(run_folder, tmp_path, capsys
     arguments = ["sample", str(run_folder), "a red 7", "--png", str(tmp_path / "x.png")]
     assert main(arguments) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+COMMANDS = ("demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "check")
+GROUPS_OF_TRAIN = ("data", "run", "budget", "optimisation", "objective", "network", "sampling")
+
+
+def command_named(name: str) -> argparse.ArgumentParser:
+    """Return the parser of a command."""
+    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[name]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_a_default_at_most_once_per_option_and_never_none(name):
+    command = command_named(name)
+    formatter = command._get_formatter()
+    for action in command._actions:
+        text = formatter._expand_help(action)
+        assert text, action
+        assert text.count("default") <= 1, text
+        assert "default: None" not in text
+    assert "(default: None)" not in command.format_help()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_metavars_match_flags_and_no_flag_stands_outside_a_group(name):
+    command = command_named(name)
+    loose = [a.option_strings for a in command._optionals._group_actions]
+    assert loose == [["-h", "--help"]]
+    text = " ".join(command.format_help().split())
+    for action in command._actions:
+        if action.option_strings and action.nargs is None and not action.choices:
+            flag = action.option_strings[0]
+            metavar = action.metavar or flag.lstrip("-").replace("-", "_").upper()
+            assert f" {flag} {metavar} " in text
+
+
+@pytest.mark.skipif("group" not in OPTIONS["block"].metadata, reason="fields without groups")
+def test_help_of_train_stands_in_groups():
+    lines = command_named("train").format_help().splitlines()
+    titles = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert [title for title in titles if title in GROUPS_OF_TRAIN] == list(GROUPS_OF_TRAIN)
+    assert titles[-1] == "presets"

@@ -11,21 +11,22 @@ from minidiff.training.presets import PRESETS
 
 
 def add_to(commands: Any) -> None:
-    """The grammar of minidiff demo."""
+    """Add the grammar of minidiff demo."""
     command = add_command(
         commands,
         "demo",
         demo,
-        "train a small model on digits in a minute and look at it",
+        "train a small model of digits in a minute and draw samples",
         "Trains a class-conditional diffusion model on the embedded digits, samples it with DDPM, "
         "DDIM and DPM-Solver++, prints a table, and writes pictures and the model.",
     )
-    command.add_argument("--out", default="minidiff-demo", help="folder for pictures and model")
-    command.add_argument("--minutes", type=float, default=1.25, help="minutes of training")
+    add = command.adder("run")
+    add("--out", default="minidiff-demo", help="folder for the pictures and the model")
+    add("--minutes", type=float, default=1.25, help="training time in minutes")
 
 
 def demo(options: argparse.Namespace) -> None:
-    """minidiff demo"""
+    """Run minidiff demo."""
     from minidiff.lab.demo import demo as run_demo
 
     device = pick_device(options.device)

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from minidiff import shipped
-from minidiff.cli.arguments import add_command, add_sampling
+from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.cli.model_options import draw, open_model
 from minidiff.errors import InvalidArgument
 from minidiff.images import plot
@@ -14,42 +14,42 @@ from minidiff.runtime import files
 
 
 def add_to(commands: Any) -> None:
-    """The grammar of minidiff sample."""
+    """Add the grammar of minidiff sample."""
     command = add_command(
         commands,
         "sample",
         sample,
-        "make pictures with a trained model",
-        "Makes pictures with a run or a model folder, or changes one with --image and --mask. "
-        "Without --sampler, --steps and --guidance the model's own setting is used, fixed when it "
-        "was trained. Image i of a seed is the same picture whatever the batch size.",
+        "draw images with a trained model",
+        "Draws images with the model of a run or of a folder, or changes an image with --image and "
+        "--mask. Sampler, steps and guidance are by default those stored with the model. Image i "
+        "of a seed is the same for every batch size.",
     )
-    add = command.add_argument
-    add("run", nargs="?", help="a run folder, or the model folder in it; absent with --model")
-    add("text", nargs="?", help="what to draw, for a model that was trained on captions")
-    add("--model", choices=list(shipped.MODELS), help="a model that comes with minidiff")
-    add("--negative", metavar="TEXT", help="what not to draw")
-    add("--num", type=int, help="how many pictures; default: 100, and 16 of one class or text")
-    add("--class", type=int, dest="label", help="only this class; otherwise equal shares of all")
-    add("--image", help="a picture to start from, of the size to be made; read in the model's "
-        "colours")  # fmt: skip
-    add("--strength", type=float, help="how far to go from --image, 0 to 1; default: 0.8, or 1 "
-        "with --mask")  # fmt: skip
-    add("--mask", help="a picture, white where --image is to be replaced, grey where blended")
-    add("--reconstruction-guidance", type=float, default=0.0, metavar="W", help="with --mask: how "
-        "much what is kept leads what is made; 5 closes seams")  # fmt: skip
-    add("--guidance-rescale", type=float, default=0.0, help="0 to 1: keep the spread of what is "
-        "guided")  # fmt: skip
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide between "
-        "these two σ/α alone")  # fmt: skip
-    add("--png", help="write a grid of the pictures to this file; default: samples.png, unless "
-        "there is --npz")  # fmt: skip
-    add("--npz", help="write images (uint8, N×H×W×C) and labels to this file")
+    add_model(command, list(shipped.MODELS))
+    command.add_argument("text", nargs="?", help="prompt, for a model that was trained on captions")
+    add = command.adder("sampling")
+    add("--num", type=int, help="number of images (default: 16 of one class or text, else 100)")
+    add("--class", type=int, dest="label", help="class to draw (default: all, equally often)")
+    add("--negative", metavar="TEXT", help="negative prompt")
     add_sampling(command)
+    add("--guidance-rescale", type=float, default=0.0, help="weight of rescaling guided outputs to "
+        "the standard deviation of unguided ones, 0 to 1")  # fmt: skip
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels "
+        "σ/α between which guidance acts (default: all)")  # fmt: skip
+    add = command.adder("image")
+    add("--image", help="image to start from, of the size of the samples; converted to the "
+        "model's colour channels")  # fmt: skip
+    add("--strength", type=float, help="amount of change to --image, 0 to 1 (default: 0.8, with "
+        "--mask 1)")  # fmt: skip
+    add("--mask", help="image that is white where --image is replaced, grey where it is blended")
+    add("--reconstruction-guidance", type=float, default=0.0, metavar="W", help="with --mask: "
+        "weight of the guidance by the kept pixels; 5 closes seams")  # fmt: skip
+    add = command.adder("output")
+    add("--png", help="file for a grid of the images (default: samples.png, with --npz none)")
+    add("--npz", help="file for images (uint8, N×H×W×C) and labels")
 
 
 def sample(options: argparse.Namespace) -> None:
-    """minidiff sample"""
+    """Run minidiff sample."""
     if options.png is None and options.npz is None:
         options.png = "samples.png"
     if options.png == options.npz:
@@ -57,7 +57,7 @@ def sample(options: argparse.Namespace) -> None:
     for path in filter(None, (options.png, options.npz)):
         files.ensure_writable(path)
     if options.model is not None and options.text is None:
-        options.run, options.text = None, options.run  # the one word beside --model is the text
+        options.run, options.text = None, options.run  # with --model, the only word is the text
     pipe = open_model(options, "float32" if options.dtype == "auto" else options.dtype)
     if options.num is None:
         options.num = 100 if options.text is None and options.label is None else 16
@@ -76,8 +76,9 @@ def sample(options: argparse.Namespace) -> None:
         guidance_interval=options.guidance_interval,
     )  # fmt: skip
     if options.png:
-        alike = options.label is not None or pipe.prompts is not None
-        columns = min(10, 1 + math.isqrt(len(images) - 1)) if alike else len(pipe.class_names) or 10
+        square = options.label is not None or pipe.prompts is not None
+        side = min(10, 1 + math.isqrt(len(images) - 1))
+        columns = side if square else len(pipe.class_names) or 10
         plot.save(plot.grid(images, min(columns, len(images))), options.png)
         print(f"wrote {options.png}")
     if options.npz:

@@ -5,15 +5,21 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from minidiff.cli.arguments import Verbatim, add_command, add_files, add_keeping, add_options
+from minidiff.cli.arguments import (
+    Verbatim,
+    add_command,
+    add_data_files,
+    add_options,
+    add_run_folder,
+)
 from minidiff.cli.run_options import (
     config_of,
-    data_from,
+    data_source,
+    load_source,
+    require_out,
+    resumed_settings,
     saving_of,
-    source_of,
-    to_go_on,
-    under_way,
-    want_a_folder,
+    start_line,
 )
 from minidiff.errors import InvalidArgument
 from minidiff.runs import diffusion
@@ -24,38 +30,39 @@ from minidiff.training.presets import PRESETS, Preset
 
 
 def add_to(commands: Any) -> None:
-    """The grammar of minidiff train."""
+    """Add the grammar of minidiff train."""
     command = add_command(
         commands,
         "train",
         train,
-        "train a model on digits, MNIST or a folder of images",
+        "train a model on digits, MNIST, CIFAR-10, captions or a folder of images",
         "Trains a model within a budget of minutes or steps, which decides the whole "
-        "learning-rate schedule, and writes a run folder that sample and evaluate read. A file "
-        "given with --config overrides the preset, flags override both.",
+        "learning-rate schedule, and writes a run folder that sample and evaluate read. The file "
+        "of --config overrides the preset, and flags override both.",
         seed=argparse.SUPPRESS,
         dtype=argparse.SUPPRESS,
     )
     command.formatter_class = Verbatim
     command.description = textwrap.fill(command.description, 92)
     command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
-    add = command.add_argument
-    add("--data", help="digits, mnist, cifar10, captions, or a folder of images (sub-folders: "
-        "classes); default: the preset's")  # fmt: skip
-    add_files(command)
-    add("--vae", metavar="RUN", help="train on the latents of this autoencoder, a run of train-vae "
-        "or a vae folder; --block is 1 then")  # fmt: skip
-    add_keeping(command)
-    add("--shard", action="store_true", help="under torchrun: the processes share the weights "
-        "(FSDP2), for a model that outgrows one GPU")  # fmt: skip
-    add("--preset", choices=list(PRESETS), help="a recipe, see below")
-    add("--config", metavar="FILE", help=".json or .toml with options as below, by the names of "
-        "TrainConfig; or a run's config.json")  # fmt: skip
+    add = command.adder("data")
+    add("--data", help="digits, mnist, cifar10, captions, or a folder of images with a sub-folder "
+        "for each class (default: the preset's)")  # fmt: skip
+    add_data_files(command)
+    add("--vae", metavar="RUN", help="autoencoder whose latents the model learns: a run of "
+        "train-vae or a vae folder; --block is then 1")  # fmt: skip
+    add_run_folder(command)
+    add = command.adder("run")
+    add("--preset", choices=list(PRESETS), help="set of options, listed below")
+    add("--config", metavar="FILE", help=".json or .toml file of options by the names of "
+        "TrainConfig, or a run's config.json")  # fmt: skip
+    add("--shard", action="store_true", help="weights sharded over the processes of torchrun "
+        "(FSDP2), for a model larger than one GPU")  # fmt: skip
     add_options(command, OPTIONS)
 
 
 def _described(preset: tuple[str, Preset]) -> str:
-    """A preset as lines of --help."""
+    """Return a preset as lines of --help."""
     name, recipe = preset
     options = ", ".join(f"{k} {v}" for k, v in options_of(recipe.train).items())
     text = f"{recipe.why}. Data {recipe.data}; {options}"
@@ -63,10 +70,10 @@ def _described(preset: tuple[str, Preset]) -> str:
 
 
 def train(options: argparse.Namespace) -> None:
-    """minidiff train"""
+    """Run minidiff train."""
     if options.resume is not None:
         return _resume(options)
-    want_a_folder(options)
+    require_out(options)
     device = pick_device(options.device)
     preset = PRESETS.get(options.preset)
     config = config_of(
@@ -80,28 +87,28 @@ def train(options: argparse.Namespace) -> None:
     name = options.data or (preset and preset.data)
     if name is None:
         raise InvalidArgument("give --data or --preset")
-    source = source_of(name, options)
+    source = data_source(name, options)
     if options.vae is not None:
         source["vae"] = str(Path(options.vae).absolute())
-    data = data_from(source, device, config.seed, options.download)
-    _say(under_way(device, config, data))
+    data = load_source(source, device, config.seed, options.download)
+    _print_once(start_line(device, config, data))
     diffusion.train_into(
         options.out, config, data, device, saving=saving, load=source, shard=options.shard
     )
-    _say(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
+    _print_once(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
 
 
 def _resume(options: argparse.Namespace) -> None:
-    """minidiff train --resume"""
-    settings, device = to_go_on(
+    """Run minidiff train --resume."""
+    settings, device = resumed_settings(
         options, diffusion.COMMAND, OPTIONS, "minidiff.runs.diffusion.resume"
     )
-    data = data_from(settings.data, device, settings.config.seed)
+    data = load_source(settings.data, device, settings.config.seed)
     diffusion.resume(options.resume, data, device)
-    _say(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+    _print_once(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
 
 
-def _say(text: str) -> None:
-    """Print it, of several processes on that of rank 0."""
+def _print_once(text: str) -> None:
+    """Print a text in the process of rank 0 only."""
     if not rank():
         print(text)

@@ -21,15 +21,17 @@ def add_to(commands: Any) -> None:
         commands,
         "train-classifier",
         train_classifier,
-        "train the classifier behind the metrics",
+        "train a classifier for the metrics",
         "Trains a classifier on the training images of a data set and writes its weights, with "
-        "the accuracy on the test images, into one file that evaluate --classifier reads.",
+        "its accuracy on the test images, into one file, which evaluate --classifier reads.",
         seed=None,
     )
-    add = command.add_argument
+    add = command.adder("data")
     add("--data", required=True, help=f"{', '.join(NAMES)}, or a folder of images")
-    add("--data-dir", help="folder with the published files of MNIST or CIFAR-10")
+    add("--data-dir", help="folder with the files of MNIST or CIFAR-10")
+    add = command.adder("run")
     add("--out", required=True, type=Path, metavar="FILE", help="safetensors file to write")
+    add = command.adder("optimisation")
     for field in FLAGS:
         default = ", ".join(f"{name} {getattr(r, field.name)}" for name, r in RECIPES.items())
         flag = f"--{field.name.replace('_', '-')}"
