@@ -89,7 +89,7 @@ def meaning_of(scheduler: Scheduler) -> Reader:
 
     def meaning(t: float) -> Meaning:
         level, _ = scheduler.grid_levels(t)
-        shown = scheduler.shown(one, level).item()  # numbers of the host: no sync
+        shown = scheduler.scaled_input(one, level).item()  # numbers of the host: no sync
         row = (scheduler.target(one, zero, level), scheduler.target(zero, one, level))
         return Meaning(
             Level(shown * level.alpha, shown * level.sigma), (row[0].item(), row[1].item())

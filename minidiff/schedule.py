@@ -359,9 +359,18 @@ def stretched_sigmas(sigmas: np.ndarray, terminal: float) -> np.ndarray:
 
 
 def _grid(sigma_min: float, sigma_max: float, n: int) -> tuple[float, float, np.ndarray]:
-    high = _positive("sigma_max", sigma_max)
-    low = _positive("sigma_min", sigma_min, high)
+    low, high = sigma_range(sigma_min, sigma_max)
     return low, high, np.linspace(0, 1, whole_number("n", n, 1, MAX_TRAIN_TIMESTEPS))
+
+
+def sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """Return both ends of a grid in σ, 0 < sigma_min <= sigma_max.
+
+    Raises:
+        InvalidArgument: an end is outside its range.
+    """
+    high = _positive("sigma_max", sigma_max)
+    return _positive("sigma_min", sigma_min, high), high
 
 
 def _positive(name: str, value: float, high: float = math.inf) -> float:

@@ -17,7 +17,7 @@ from minidiff.errors import CheckpointError, InvalidArgument, one_of
 from minidiff.nn import AutoencoderKL, SpaceToDepth, TextEncoder, UNet
 from minidiff.runtime import files
 from minidiff.schedulers import SCHEDULERS, Scheduler
-from minidiff.schedulers.base import CONFIG_NAME
+from minidiff.schedulers.core.config import CONFIG_NAME
 from minidiff.text.clip import load_tokenizer
 from minidiff.text.prompts import Prompts, PromptsXL, WordPrompts
 from minidiff.text.words import WordTokenizer

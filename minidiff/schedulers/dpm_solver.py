@@ -32,9 +32,9 @@ from minidiff.noise import Generators
 from minidiff.prediction import combine, split
 from minidiff.runtime.files import Config
 from minidiff.schedule import Level
-from minidiff.schedulers.base import Evaluation, SchedulerOutput, split_variance
+from minidiff.schedulers.base import Evaluation, Noise, SchedulerOutput, split_variance
 from minidiff.schedulers.core.quirks import Exact
-from minidiff.schedulers.core.sigmas import SolverSigmas
+from minidiff.schedulers.core.sigmas import SigmaScheduler, SolverSigmas
 
 
 class Algorithm(NamedTuple):
@@ -114,9 +114,7 @@ class Interval:
     def phi3(self) -> float:
         return self.reading.phi3(self.k, self.h, self.phi2)
 
-    def advance(
-        self, x: Tensor, m: Tensor, correction: Tensor | None, noise: Callable[[], Tensor]
-    ) -> Tensor:
+    def advance(self, x: Tensor, m: Tensor, correction: Tensor | None, noise: Noise) -> Tensor:
         """x at t from x at s: m held constant, and a correction for what it is not."""
         new = self.mean(x, m, correction)
         return torch.add(new, noise(), alpha=self.injected) if self.stochastic else new
@@ -244,47 +242,55 @@ class DPMSolverMultistepScheduler(DPMSolver):
         )
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
-        c = self.config
-        step = Interval.between(c.algorithm_type, now, nxt, self.reading)
-        x = self.solver_sample(x)
-        if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
-            return x
-        order = self._order()
-        m = x0 if step.k > 0 else eps
-        if order == 1:
-            return step.advance(x, m, None, noise)
-        history = [past.x0 if step.k > 0 else past.eps for past in self.past]
-        h0 = now.lam - self.past[-1].level.lam
-        slope0 = (m - history[-1]) * (step.h / h0)
-        if order == 2:
-            weight = step.phi1 / 2 if c.solver_type == "midpoint" else step.phi2
-            return step.advance(x, m, weight * slope0, noise)
-        h1 = self.past[-1].level.lam - self.past[-2].level.lam
-        slope1 = (history[-1] - history[-2]) * (step.h / h1)
-        change = (slope0 - slope1) / (h0 + h1)  # divided differences, times powers of h
-        d1, d2 = slope0 + h0 * change, step.h * change
-        return step.advance(x, m, step.phi2 * d1 + step.phi3 * d2, noise)
-
-    def solver_sample(self, x: Tensor) -> Tensor:
-        """The sample in the dtype of the solver's arithmetic."""
-        return self.reading.solver_sample(x)
-
-    def _order(self) -> int:
-        """The order of this step: as many evaluations as there are, fewer towards the end."""
-        c, n = self.config, len(self.grid)
-        left = n - self._step_index
-        short = c.lower_order_final and n < 15
-        if left == 1 and (short or c.euler_at_final or c.final_sigmas_type == "zero"):
-            return 1
-        if left == 2 and short:
-            return min(2, c.solver_order, len(self.past) + 1)
-        return min(c.solver_order, len(self.past) + 1)
+        x = self.reading.solver_sample(x)
+        return multistep(self, Evaluation(now, x, x0, eps), nxt, noise)
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype:
         return self.reading.solver_sample(model_output).dtype
 
     def _rounds(self, formula: str) -> bool:
         return super()._rounds(formula) and self.config.beta_schedule != "squaredcos_cap_v2"
+
+
+def multistep(scheduler: SigmaScheduler, here: Evaluation, nxt: Level, noise: Noise) -> Tensor:
+    """Return the sample at `nxt` from the evaluation here and those in `scheduler.past`.
+
+    Args:
+        scheduler: scheduler with the options of DPM-Solver, in the middle of sampling.
+        here: present evaluation, its x in the dtype of the arithmetic.
+        nxt: next level.
+        noise: function that returns standard normal noise, for an SDE.
+    """
+    c, past = scheduler.config, scheduler.past
+    step = Interval.between(c.algorithm_type, here.level, nxt, scheduler.reading)
+    x, m = here.x, here.x0 if step.k > 0 else here.eps
+    if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
+        return x
+    order = multistep_order(c, scheduler.step_index, len(scheduler.grid), len(past) + 1)
+    if order == 1:
+        return step.advance(x, m, None, noise)
+    history = [earlier.x0 if step.k > 0 else earlier.eps for earlier in past]
+    h0 = here.level.lam - past[-1].level.lam
+    slope0 = (m - history[-1]) * (step.h / h0)
+    if order == 2:
+        weight = step.phi1 / 2 if c.solver_type == "midpoint" else step.phi2
+        return step.advance(x, m, weight * slope0, noise)
+    h1 = past[-1].level.lam - past[-2].level.lam
+    slope1 = (history[-1] - history[-2]) * (step.h / h1)
+    change = (slope0 - slope1) / (h0 + h1)  # divided differences, times powers of h
+    d1, d2 = slope0 + h0 * change, step.h * change
+    return step.advance(x, m, step.phi2 * d1 + step.phi3 * d2, noise)
+
+
+def multistep_order(config: Config, index: int, n: int, evaluations: int) -> int:
+    """Return the order of step `index` of n: as many evaluations as there are, fewer at the end."""
+    left = n - index
+    short = config.lower_order_final and n < 15
+    if left == 1 and (short or config.euler_at_final or config.final_sigmas_type == "zero"):
+        return 1
+    if left == 2 and short:
+        return min(2, config.solver_order, evaluations)
+    return min(config.solver_order, evaluations)
 
 
 def check_noise_start(option: str, first: Level) -> None:

@@ -23,11 +23,13 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
 from minidiff.prediction import combine, edm_row
-from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
+from minidiff.runtime.checks import positive
+from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, sigma_range
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
+from minidiff.schedulers.core.options import falling
 from minidiff.schedulers.core.sigmas import SigmaScheduler
-from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
-from minidiff.schedulers.euler import EulerDiscreteScheduler, churn, euler_step, falling_numbers
+from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler, multistep
+from minidiff.schedulers.euler import churn, euler_step, evaluate_churned
 
 
 class EDMSigmas(SigmaScheduler):
@@ -73,9 +75,9 @@ class EDMSigmas(SigmaScheduler):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """c_in·x, what the network is shown. Raises InvalidArgument for a timestep off the grid."""
-        return self.shown(sample, self.present_level(timestep))
+        return self.scaled_input(sample, self.present_level(timestep))
 
-    def shown(self, sample: Tensor, level: Level) -> Tensor:
+    def scaled_input(self, sample: Tensor, level: Level) -> Tensor:
         return self.precondition_inputs(sample, level.sigma)
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
@@ -98,8 +100,7 @@ class EDMSigmas(SigmaScheduler):
 
     def _prepare(self) -> None:
         c = self.config
-        high = real_number("sigma_max", c.sigma_max, 0)
-        real_number("sigma_min", c.sigma_min, 0, high)
+        sigma_range(c.sigma_min, c.sigma_max)
         real_number("rho", c.rho, 1, 100)
         self._place_edm(self._sigmas_of(c.num_train_timesteps + self.more_at_first))
         self.num_inference_steps = None  # until set_timesteps the grid is a fine one
@@ -168,10 +169,7 @@ class EDMEulerScheduler(EDMSigmas):
             self._place_edm(self._sigmas_of(num_inference_steps), device)
         else:
             self.reading.check_edm_sigmas(sigmas)
-            given = falling_numbers("sigmas", sigmas, math.inf)
-            if given[-1] == 0:
-                raise InvalidArgument(f"sigmas must be above 0, the end follows them: {sigmas}")
-            self._place_edm(given, device)
+            self._place_edm(np.array(falling("sigmas", sigmas, positive)), device)
 
     def step(
         self,
@@ -200,7 +198,7 @@ class EDMEulerScheduler(EDMSigmas):
         )  # fmt: skip
 
     def _evaluate(self, out, x, now, noise, *, churn, x0_is_given) -> Evaluation:
-        here = EulerDiscreteScheduler._evaluate(self, out, x, now, noise, churn=churn)
+        here = evaluate_churned(self, out, x, now, noise, churn)
         if x0_is_given:
             return here._replace(x0=out, eps=(here.x - out) / here.level.sigma)
         return here
@@ -274,9 +272,6 @@ class EDMDPMSolverMultistepScheduler(EDMSigmas):
             model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
         )
 
-    def solver_sample(self, x: Tensor) -> Tensor:
-        """The sample in the dtype of the solver's arithmetic."""
-        return self.reading.edm_sample(x)
-
-    update = DPMSolverMultistepScheduler.update
-    _order = DPMSolverMultistepScheduler._order
+    def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
+        x = self.reading.edm_sample(x)
+        return multistep(self, Evaluation(now, x, x0, eps), nxt, noise)

@@ -27,9 +27,11 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
 from minidiff.prediction import target
+from minidiff.runtime.checks import real
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
-from minidiff.schedulers.base import Evaluation, SchedulerOutput
-from minidiff.schedulers.core.sigmas import FORMULAS, TrainedSigmas
+from minidiff.schedulers.base import Evaluation, Noise, SchedulerOutput
+from minidiff.schedulers.core.options import falling
+from minidiff.schedulers.core.sigmas import FORMULAS, SigmaScheduler, TrainedSigmas
 
 
 class ExplodingSigmas(TrainedSigmas):
@@ -52,9 +54,9 @@ class ExplodingSigmas(TrainedSigmas):
 
         Raises InvalidArgument: the first timestep is not on the grid.
         """
-        return self.shown(sample, self.present_level(timestep))
+        return self.scaled_input(sample, self.present_level(timestep))
 
-    def shown(self, sample: Tensor, level: Level) -> Tensor:
+    def scaled_input(self, sample: Tensor, level: Level) -> Tensor:
         return sample / self.reading.input_norm(level.sigma)
 
     def _prepare(self) -> None:
@@ -98,7 +100,7 @@ class ExplodingSigmas(TrainedSigmas):
         if (n is None) == (timesteps is None):
             raise InvalidArgument("give either num_inference_steps or timesteps, not both or none")
         if timesteps is not None:
-            t = falling_numbers("timesteps", timesteps, len(self.schedule) - 1)
+            t = np.array(falling("timesteps", timesteps, real(0, len(self.schedule) - 1)))
         else:
             spacing = self.config.timestep_spacing  # of whole steps there are only so many
             most = MAX_TRAIN_TIMESTEPS if spacing == "linspace" else last
@@ -191,9 +193,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         if len(sigmas) < 2:
             raise InvalidArgument(f"sigmas must hold a first and a last σ, got {sigmas}")
         visited, (end,) = (
-            torch.tensor(
-                falling_numbers("sigmas", part, math.inf), dtype=self.reading.dtype
-            ).numpy()
+            torch.tensor(falling("sigmas", part, real(0)), dtype=self.reading.dtype).numpy()
             for part in (sigmas[:-1], sigmas[-1:])
         )
         if end > visited[-1]:  # equal is where final_sigmas_type "sigma_min" ends
@@ -241,15 +241,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         )  # fmt: skip
 
     def _evaluate(self, out, x, now, noise, *, churn) -> Evaluation:
-        x = self.reading.solver_sample(x)
-        sigma = churn.raised(now.sigma, len(self.levels) - 1) if churn else now.sigma
-        if sigma == now.sigma:
-            return Evaluation(now, x, *self._split(out, x, now))
-        std = churn.s_noise * math.sqrt(sigma**2 - now.sigma**2)
-        raised, raised_x = Level(now.alpha, sigma), x + std * noise()  # algorithm 2, line 6
-        x, now = self.reading.churned_sample(self.output_type, x, now, raised_x, raised)
-        x0, _ = self._split(out, x, now)
-        return Evaluation(raised, raised_x, x0, (raised_x - x0) / sigma)
+        return evaluate_churned(self, out, x, now, noise, churn)
 
     def update(self, x, x0, eps, now, nxt, noise, *, churn) -> Tensor:
         return euler_step(x, x0, eps, now.sigma, self.reading.descent(now.sigma, nxt.sigma))
@@ -366,12 +358,29 @@ def churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Churn
     return Churn(s_churn, s_tmin, s_tmax, s_noise)
 
 
-def falling_numbers(name: str, values: Sequence[float] | Tensor, high: float) -> np.ndarray:
-    """One's own grid: real numbers in [0, high] that fall strictly. Raises InvalidArgument."""
-    values = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
-    if not isinstance(values, list | tuple | range):
-        raise InvalidArgument(f"{name} must be a list of numbers, got {values!r}")
-    numbers = np.array([real_number(name, value, 0, high) for value in values])
-    if not len(numbers) or not (np.diff(numbers) < 0).all():
-        raise InvalidArgument(f"{name} must be strictly falling, got {values}")
-    return numbers
+def evaluate_churned(
+    scheduler: SigmaScheduler,
+    out: Tensor,
+    x: Tensor,
+    now: Level,
+    noise: Noise,
+    churn: Churn | None,
+) -> Evaluation:
+    """Return the sample, raised to σ̂ by churn if there is any, and its x̂0 and ε̂.
+
+    Args:
+        scheduler: scheduler whose `split` reads the output, and whose `output_type` it is.
+        out, x: network output and its unscaled input, (B, C, *space).
+        now: level of x.
+        noise: function that returns standard normal noise.
+        churn: options of churn; None for no churn.
+    """
+    reading, x = scheduler.reading, scheduler.reading.solver_sample(x)
+    sigma = churn.raised(now.sigma, len(scheduler.levels) - 1) if churn else now.sigma
+    if sigma == now.sigma:
+        return Evaluation(now, x, *scheduler.split(out, x, now))
+    std = churn.s_noise * math.sqrt(sigma**2 - now.sigma**2)
+    raised, raised_x = Level(now.alpha, sigma), x + std * noise()  # algorithm 2, line 6
+    x, now = reading.churned_sample(scheduler.output_type, x, now, raised_x, raised)
+    x0, _ = scheduler.split(out, x, now)
+    return Evaluation(raised, raised_x, x0, (raised_x - x0) / sigma)

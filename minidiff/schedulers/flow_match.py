@@ -13,7 +13,6 @@ Rectified Flow Transformers" (Stable Diffusion 3), arXiv:2403.03206, for the shi
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,9 +20,11 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
+from minidiff.runtime.checks import real
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, shifted_sigmas, stretched_sigmas
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.core import options as option_rules
+from minidiff.schedulers.core.options import falling
 from minidiff.schedulers.core.sigmas import FORMULAS, SigmaScheduler
 
 Tokens = tuple[Level, Level] | None  # of every token: now and next, tensors (B, N, 1)
@@ -171,10 +172,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
     def _falling(self, name: str, values: Sequence[float] | None, high: float) -> np.ndarray | None:
         if values is None:
             return None
-        numbers = [real_number(name, v, 0, high) for v in values]
-        if not numbers or any(a <= b for a, b in pairwise(numbers)):
-            raise InvalidArgument(f"{name} must be strictly falling, got {str(values)[:80]}")
-        return np.array(numbers, dtype=self._numpy_dtype)
+        return np.array(falling(name, values, real(0, high)), dtype=self._numpy_dtype)
 
     def _shaped(self, sigmas: np.ndarray, shift: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Shifted, then stretched, then replaced by a formula, whichever the options ask for."""

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number
 from minidiff.noise import Generators
+from minidiff.runtime.checks import positive
 from minidiff.schedule import Level, shifted_sigmas, stretched_sigmas
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
-from minidiff.schedulers.core.options import at_most_one
+from minidiff.schedulers.core.options import at_most_one, falling
 from minidiff.schedulers.core.sigmas import FORMULAS, SolverSigmas
 from minidiff.schedulers.dpm_solver import Interval, check_noise_start
 
@@ -138,7 +139,7 @@ class UniPCMultistepScheduler(SolverSigmas):
             raise InvalidArgument("give either num_inference_steps or sigmas, not both")
         if self._formula() != "use_flow_sigmas":
             raise InvalidArgument("sigmas can be given with use_flow_sigmas=True alone")
-        given = _falling(sigmas)
+        given = np.array(falling("sigmas", sigmas, _flow_sigma, np.float32))  # diffusers' type
         grid, shifted = self._on_flow(self._shifted(given, self._flow_shift(mu)))
         self._place_sigmas(grid, shifted, self._end(shifted), device)
 
@@ -271,10 +272,5 @@ class UniPCMultistepScheduler(SolverSigmas):
         return point.x0 if self.predict_x0 else point.eps
 
 
-def _falling(sigmas: Sequence[float]) -> np.ndarray:
-    """Strictly falling numbers in (0, 1] as an array. Raises InvalidArgument."""
-    given = np.array([real_number("sigmas", sigma, 0, 1) for sigma in sigmas])
-    apart = np.diff(given.astype(np.float32)) < 0  # also as diffusers keeps them
-    if len(given) == 0 or given[-1] == 0 or not bool(apart.all()):
-        raise InvalidArgument(f"sigmas must be strictly falling in (0, 1], got {str(sigmas)[:80]}")
-    return given
+def _flow_sigma(name: str, value: float) -> float:
+    return positive(name, real_number(name, value, 0, 1))

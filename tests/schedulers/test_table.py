@@ -53,7 +53,7 @@ def test_the_table_reproduces_the_trajectory(
     x = start = torch.randn(5, 2, dtype=torch.float64) * scheduler.init_noise_sigma
     states = []
     for i, t in enumerate(scheduler.grid):
-        scheduler._noise = lambda *_, z=noise[i]: lambda: z
+        scheduler.noise_source = lambda like, z=noise[i]: z
         out = network(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x, return_dict=False, **step_options)[0]
         states.append(x)

@@ -418,7 +418,7 @@ def test_an_option_that_cannot_work_is_refused_by_name(options: dict, named: str
         (FLOW, {"sigmas": [0.5, 0.9]}, "sigmas must be strictly falling"),
         (FLOW, {"sigmas": [0.5, 0.5]}, "sigmas must be strictly falling"),
         (FLOW, {"sigmas": [0.5 + 1e-12, 0.5]}, "sigmas must be strictly falling"),
-        (FLOW, {"sigmas": [0.5, 0.0]}, "sigmas must be strictly falling"),
+        (FLOW, {"sigmas": [0.5, 0.0]}, "sigmas must be above 0"),
         (FLOW, {"sigmas": [1.5, 0.5]}, "sigmas"),
         (FLOW, {"sigmas": [0.5, float("nan")]}, "sigmas"),
         (DYNAMIC, {"num_inference_steps": 5}, "mu must be given"),

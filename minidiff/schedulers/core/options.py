@@ -1,61 +1,59 @@
-"""What the options of the schedulers may be: each name, whichever class has it, is checked once.
+"""The allowed values of every scheduler option, in one table, whichever class has the option.
 
 Names and values are those of diffusers 0.42.1. An option that a class has but that cannot work
 there is refused by the class itself (`unsupported`, or its constructor).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
+from minidiff.errors import InvalidArgument, one_of, real_number
 from minidiff.prediction import PREDICTION_TYPES
+from minidiff.runtime.checks import Check, choice, each, flag, optional, positive, real, whole
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS
 from minidiff.schedulers.core.quirks import READINGS
 
 LARGEST_SAMPLE = 1e4  # half precision holds it
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise InvalidArgument(f"{name} must be True or False, got {value!r}")
-
-
-def _choice(*allowed: str | None) -> Callable[[str, Any], None]:
-    return lambda name, value: one_of(name, value, allowed)
-
-
-def _whole(low: int, high: int | None = None) -> Callable[[str, Any], None]:
-    return lambda name, value: whole_number(name, value, low, high)
-
-
-def _real(low: float, high: float = math.inf) -> Callable[[str, Any], None]:
-    return lambda name, value: real_number(name, value, low, high)
-
-
-def _positive(name: str, value: Any) -> None:
-    if real_number(name, value, 0) == 0:
-        raise InvalidArgument(f"{name} must be above 0, got {value!r}")
-
-
-def shift(name: str, value: Any) -> float:
-    """The shift of a flow; beyond, float32 cannot tell its σ apart. Raises InvalidArgument."""
-    return real_number(name, value, 1e-4, 1e4)
+shift = real(1e-4, 1e4)  # of a flow; beyond, float32 cannot distinguish its σ
 
 
 def shift_of(mu: float, time_shift_type: str) -> float:
-    """The dynamic shift that mu stands for: e^mu, or mu if "linear". Raises InvalidArgument."""
+    """Return the dynamic shift for mu: e^mu, or mu if "linear". Raises InvalidArgument."""
     if time_shift_type == "linear":
         return shift("mu", mu)
     return math.exp(real_number("mu", mu, -9, 9))
 
 
-def _optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
-    return lambda name, value: None if value is None else check(name, value)
+def falling(name: str, values: Iterable, check: Check, dtype: type | None = None) -> list:
+    """Return a custom grid as a list of host numbers.
+
+    Args:
+        name: argument, for messages.
+        values: at least one number; an array or a tensor is read back.
+        check: range of each number.
+        dtype: NumPy type in which the numbers must still fall, where they are rounded later.
+    Raises:
+        InvalidArgument: a number fails the check, or the numbers do not fall strictly.
+    """
+    values = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise InvalidArgument(f"{name} must be a list of numbers, got {values!r}")
+    numbers = [check(name, value) for value in values]
+    if not numbers or not is_falling(numbers if dtype is None else [*map(dtype, numbers)]):
+        raise InvalidArgument(f"{name} must be strictly falling, got {str(values)[:80]}")
+    return numbers
+
+
+def is_falling(numbers: Sequence[float]) -> bool:
+    """Return whether every number is below the one before it."""
+    return all(a > b for a, b in pairwise(numbers))
 
 
 def _lambda_min(name: str, value: Any) -> None:
@@ -63,83 +61,76 @@ def _lambda_min(name: str, value: Any) -> None:
         real_number(name, value, -math.inf)
 
 
-def _share(name: str, value: Any) -> None:
+def _fraction(name: str, value: Any) -> None:
     if not 0 < real_number(name, value, 0, 1) < 1:
         raise InvalidArgument(f"{name} must be between 0 and 1, got {value!r}")
 
 
-def _steps(name: str, value: Any) -> None:
-    if not isinstance(value, list | tuple):
-        raise InvalidArgument(f"{name} must be a list of step numbers, got {value!r}")
-    for step in value:
-        whole_number(name, step, 0)
+def _unchecked(name: str, value: Any) -> None:
+    """Accept any value: `NoiseSchedule.named` checks β and its schedule."""
 
 
-def _nothing(name: str, value: Any) -> None:
-    """β and its schedule are checked where they are used, in `NoiseSchedule.named`."""
-
-
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "num_train_timesteps": _whole(1, MAX_TRAIN_TIMESTEPS),
-    "beta_start": _nothing,
-    "beta_end": _nothing,
-    "beta_schedule": _nothing,
-    "trained_betas": _nothing,
-    "rescale_betas_zero_snr": _flag,
-    "prediction_type": _choice(*PREDICTION_TYPES, "flow_prediction"),
-    "compat": _choice(*READINGS),
+_CHECKS: dict[str, Check] = {
+    "num_train_timesteps": whole(1, MAX_TRAIN_TIMESTEPS),
+    "beta_start": _unchecked,
+    "beta_end": _unchecked,
+    "beta_schedule": _unchecked,
+    "trained_betas": _unchecked,
+    "rescale_betas_zero_snr": flag,
+    "prediction_type": choice(*PREDICTION_TYPES, "flow_prediction"),
+    "compat": choice(*READINGS),
     # clipping of x0
-    "clip_sample": _flag,
-    "clip_sample_range": _real(0, LARGEST_SAMPLE),
-    "thresholding": _flag,
-    "dynamic_thresholding_ratio": _real(0, 1),
-    "sample_max_value": _real(1e-4, LARGEST_SAMPLE),
+    "clip_sample": flag,
+    "clip_sample_range": real(0, LARGEST_SAMPLE),
+    "thresholding": flag,
+    "dynamic_thresholding_ratio": real(0, 1),
+    "sample_max_value": real(1e-4, LARGEST_SAMPLE),
     # the grid
-    "timestep_spacing": _choice(*TIMESTEP_SPACINGS),
-    "steps_offset": _whole(0, MAX_TRAIN_TIMESTEPS),
-    "set_alpha_to_one": _flag,
-    "final_sigmas_type": _choice("zero", "sigma_min"),
+    "timestep_spacing": choice(*TIMESTEP_SPACINGS),
+    "steps_offset": whole(0, MAX_TRAIN_TIMESTEPS),
+    "set_alpha_to_one": flag,
+    "final_sigmas_type": choice("zero", "sigma_min"),
     "lambda_min_clipped": _lambda_min,
-    "interpolation_type": _choice("linear", "log_linear"),
-    "timestep_type": _choice("discrete", "continuous"),
-    "use_karras_sigmas": _flag,
-    "use_exponential_sigmas": _flag,
-    "use_beta_sigmas": _flag,
-    "use_lu_lambdas": _flag,
-    "use_flow_sigmas": _flag,
+    "interpolation_type": choice("linear", "log_linear"),
+    "timestep_type": choice("discrete", "continuous"),
+    "use_karras_sigmas": flag,
+    "use_exponential_sigmas": flag,
+    "use_beta_sigmas": flag,
+    "use_lu_lambdas": flag,
+    "use_flow_sigmas": flag,
     "flow_shift": shift,
     "shift": shift,
-    "shift_terminal": _optional(_share),
-    "use_dynamic_shifting": _flag,
-    "time_shift_type": _choice("exponential", "linear"),
-    "base_shift": _optional(_real(-math.inf)),
-    "max_shift": _optional(_real(-math.inf)),
-    "base_image_seq_len": _optional(_whole(1)),
-    "max_image_seq_len": _optional(_whole(1)),
-    "invert_sigmas": _flag,
-    "sigma_min": _optional(_real(1e-10, 1e10)),
-    "sigma_max": _optional(_real(1e-10, 1e10)),
-    "sigma_data": _real(1e-10, 1e10),
-    "sigma_schedule": _choice("karras", "exponential"),
-    "rho": _positive,
-    "original_inference_steps": _whole(1),
-    "timestep_scaling": _real(0, 1e10),
+    "shift_terminal": optional(_fraction),
+    "use_dynamic_shifting": flag,
+    "time_shift_type": choice("exponential", "linear"),
+    "base_shift": optional(real()),
+    "max_shift": optional(real()),
+    "base_image_seq_len": optional(whole(1)),
+    "max_image_seq_len": optional(whole(1)),
+    "invert_sigmas": flag,
+    "sigma_min": optional(real(1e-10, 1e10)),
+    "sigma_max": optional(real(1e-10, 1e10)),
+    "sigma_data": real(1e-10, 1e10),
+    "sigma_schedule": choice("karras", "exponential"),
+    "rho": positive,
+    "original_inference_steps": whole(1),
+    "timestep_scaling": real(0, 1e10),
     # the update
-    "variance_type": _choice(None, "fixed_small", "fixed_small_log", "fixed_large", "learned",
+    "variance_type": choice(None, "fixed_small", "fixed_small_log", "fixed_large", "learned",
                              "learned_range"),
-    "solver_order": _whole(1, 3),
-    "solver_type": _choice("midpoint", "heun"),
-    "algorithm_type": _choice("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
-    "lower_order_final": _flag,
-    "euler_at_final": _flag,
-    "predict_x0": _flag,
-    "disable_corrector": _steps,
-    "solver_p": _nothing,
-    "skip_prk_steps": _flag,
-    "stochastic_sampling": _flag,
+    "solver_order": whole(1, 3),
+    "solver_type": choice("midpoint", "heun"),
+    "algorithm_type": choice("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
+    "lower_order_final": flag,
+    "euler_at_final": flag,
+    "predict_x0": flag,
+    "disable_corrector": each(whole(0)),
+    "solver_p": _unchecked,
+    "skip_prk_steps": flag,
+    "stochastic_sampling": flag,
 }  # fmt: skip
 
-# Every option that some scheduler has: `from_config` may meet it in another class' config.
+# Every option of any scheduler: `from_config` may find it in another class' config.
 FAMILY = frozenset(_CHECKS)
 
 
@@ -153,8 +144,9 @@ def check(
     """Refuse an option's value. Raises InvalidArgument naming the option.
 
     Args:
-        owner: the class' name, for the message.
-        choices: values of this class where it allows fewer or others than its family.
+        owner: name of the class, for the message.
+        name, value: option and what was given.
+        choices: option → allowed values, where this class differs from its family.
         unsupported: option → the only value that this class supports.
     """
     if name in unsupported:
@@ -164,18 +156,18 @@ def check(
             )
     elif name in choices:
         one_of(name, value, choices[name])
-    elif name in _CHECKS:  # an option of a scheduler defined elsewhere is its own business
+    elif name in _CHECKS:  # a scheduler defined elsewhere checks its own options
         _CHECKS[name](name, value)
 
 
 def check_flow(config: Mapping[str, Any]) -> None:
-    """Refuse what is said of a flow by a scheduler that walks none. Raises InvalidArgument."""
+    """Refuse options of a flow without use_flow_sigmas. Raises InvalidArgument."""
     if config.get("use_flow_sigmas"):
         return
     if config.get("prediction_type") == "flow_prediction":
         raise InvalidArgument(
-            "prediction_type 'flow_prediction' needs use_flow_sigmas=True: it is on flow levels "
-            "alone; on variance-preserving levels it is called 'flow'"
+            "prediction_type 'flow_prediction' needs use_flow_sigmas=True: it belongs to flow "
+            "levels; on variance-preserving levels it is called 'flow'"
         )
     for name, idle in (("flow_shift", 1.0), ("use_dynamic_shifting", False)):
         if "use_flow_sigmas" in config and config[name] != idle:
@@ -183,7 +175,7 @@ def check_flow(config: Mapping[str, Any]) -> None:
 
 
 def at_most_one(config: Mapping[str, Any], *names: str) -> str | None:
-    """The one flag of `names` that is set, or None. Raises InvalidArgument if several are."""
+    """Return the one flag of `names` that is set, or None; refuse several."""
     chosen = [name for name in names if config.get(name)]
     if len(chosen) > 1:
         raise InvalidArgument(f"{' and '.join(chosen)} exclude each other: set one of them")
@@ -191,7 +183,7 @@ def at_most_one(config: Mapping[str, Any], *names: str) -> str | None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality that survives arrays (trained_betas) and tells True from 1."""
+    """Compare two values: arrays (trained_betas) never equal, and True differs from 1."""
     if isinstance(a, np.ndarray | Tensor) or isinstance(b, np.ndarray | Tensor):
         return False
     return type(a) is type(b) and a == b

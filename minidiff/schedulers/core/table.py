@@ -123,7 +123,7 @@ def coefficients(
     scale, rows = [], []
     for i, t in enumerate(probe.grid):
         x, out, z = basis[i], basis[n + i], basis[2 * n + i]
-        probe._noise = lambda *_, z=z: lambda: z  # each step draws once, whatever its generator
+        probe.noise_source = lambda like, z=z: z  # each step draws at most once
         scale.append(probe.scale_model_input(torch.ones(1, dtype=torch.float64), t).item())
         rows.append(probe.step(out, t, x, return_dict=False, **step_options)[0].flatten())
     weights = torch.stack(rows).reshape(n, 3, n)
