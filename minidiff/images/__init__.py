@@ -1,1 +1,1 @@
-"""Pictures: from and to files and arrays, and drawn."""
+"""Images: conversion from and to files and arrays, and figures."""

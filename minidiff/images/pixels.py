@@ -1,9 +1,9 @@
-"""Pictures on their way into a pipeline and out of it: PIL images, bytes, floats in [−1, 1].
+"""Conversion between the images of a caller (PIL, bytes, floats) and those of a pipeline.
 
-What comes in may be what came out: a list of PIL images, a uint8 array (N, H, W, C), a float
-tensor (N, C, H, W). Inside they are float32 (N, C, H, W), and bytes survive the way there and back
-to the bit. Nothing is converted, resized or clipped on the way: another size, another number of
-channels or another range is refused.
+A pipeline accepts every form that it returns: a list of PIL images, a uint8 array (N, H, W, C), a
+float tensor (N, C, H, W). Inside, images are float32 (N, C, H, W) in [−1, 1], and bytes survive the
+round trip exactly. Nothing is resized or clipped and no mode is converted: another size, another
+number of channels or another range is refused.
 """
 
 from collections.abc import Sequence
@@ -17,35 +17,36 @@ from torch import Tensor
 from minidiff.errors import DataError, InvalidArgument, one_of
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-MODES = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # PIL's, by the number of channels
-READ = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs another program
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # which float32 holds to the bit
+MODES = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # PIL's modes by the number of channels
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # read without running other programs
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # exact in float32
 
 
 class Original(NamedTuple):
-    """The pictures that a call starts from.
+    """The images that a call starts from.
 
     Attributes:
         pixels: (N, C, H, W) in [−1, 1].
-        mask: (N, 1, H, W) in [0, 1], 1 where a picture is to be replaced; None for all of it.
+        mask: (N, 1, H, W) in [0, 1], 1 where an image is replaced; None for everywhere.
     """
 
     pixels: Tensor
     mask: Tensor | None = None
 
     def part(self, part: slice, device: torch.device) -> "Original":
-        """Some of the pictures, on a device."""
+        """Return some of the images, on a device."""
         mask = None if self.mask is None else self.mask[part].to(device)
         return Original(self.pixels[part].to(device), mask)
 
-    def put_back(self, made: Tensor) -> Tensor:
-        """What was made where the mask is, and the original around it, to the bit."""
-        return blended(self.pixels, made, self.mask)
+    def put_back(self, generated: Tensor) -> Tensor:
+        """Return generated images with the original, bit for bit, where the mask is 0."""
+        return blend(self.pixels, generated, self.mask)
 
-    def times(self, n: int) -> "Original":
-        """One for each of n pictures; N divides n, and neighbours have the same original.
+    def repeat(self, n: int) -> "Original":
+        """Return one original for each of n images, each repeated n/N times in a row.
 
-        Raises InvalidArgument: N does not divide n.
+        Raises:
+            InvalidArgument: N does not divide n.
         """
         if n % len(self.pixels):
             raise InvalidArgument(
@@ -57,31 +58,29 @@ class Original(NamedTuple):
         return Original(self.pixels.repeat_interleave(repeats, 0), mask)
 
 
-def original_of(
+def as_original(
     image: Any, mask: Any, channels: int, *, needs_mask: bool = False
 ) -> Original | None:
-    """The pictures, and what is to be replaced in them, in any form that the pipeline takes.
+    """Return images and masks in any form that the pipeline accepts; None without an image.
 
     Args:
-        image: see `pixels_of`; None if there is none.
-        mask: see `mask_of`; one for all pictures or one each; None for none.
-        channels: of a picture.
-        needs_mask: whether the network can do nothing without.
+        image: images in a form of `as_pixels`, or None.
+        mask: masks in a form of `as_mask`, one for all images or one each, or None.
+        channels: channels of an image.
+        needs_mask: True for an inpainting network, which takes a mask as input.
     Raises:
         InvalidArgument: names `image` or `mask_image` and what is wrong with it.
     """
     if needs_mask and (image is None or mask is None):
-        raise InvalidArgument(
-            "image and mask_image must be given: this network is shown what is to be replaced"
-        )
+        raise InvalidArgument("image and mask_image must be given: this network is for inpainting")
     if image is None:
         if mask is not None:
             raise InvalidArgument("mask_image needs an image to keep a part of, got image=None")
         return None
-    pixels = pixels_of(image, channels)
+    pixels = as_pixels(image, channels)
     if mask is None:
         return Original(pixels)
-    masks = mask_of(mask, pixels.shape[-2:])
+    masks = as_mask(mask, pixels.shape[-2:])
     if len(masks) not in (1, len(pixels)):
         raise InvalidArgument(
             f"mask_image must be one mask, or one for each of {len(pixels)} pictures; "
@@ -90,19 +89,19 @@ def original_of(
     return Original(pixels, masks.expand(len(pixels), -1, -1, -1))
 
 
-def pixels_of(image: Any, channels: int) -> Tensor:
-    """Pictures as float32 (N, C, H, W) in [−1, 1].
+def as_pixels(image: Any, channels: int) -> Tensor:
+    """Return images as float32 (N, C, H, W) in [−1, 1].
 
     Args:
         image: a PIL image of mode L (one channel) or RGB (three); a uint8 array (H, W, C) or
             (N, H, W, C), or (H, W) for one channel; a uint8 tensor (C, H, W) or (N, C, H, W); a
             float tensor of that shape in [−1, 1]; or a list of these, of one size.
-        channels: C.
+        channels: channels C.
     Raises:
         InvalidArgument: anything else.
     """
     if isinstance(image, list | tuple):
-        return _joined("image", [pixels_of(one, channels) for one in image])
+        return _joined("image", [as_pixels(one, channels) for one in image])
     raw = _tensor("image", image, MODES.get(channels, ()))
     if raw.ndim == 2 and channels == 1:
         raw = raw[None]
@@ -123,21 +122,21 @@ def pixels_of(image: Any, channels: int) -> Tensor:
     return _within("image", raw.float(), -1)
 
 
-def mask_of(mask: Any, size: Sequence[int]) -> Tensor:
-    """Masks as float32 (N, 1, H, W) in [0, 1]: 1 (white) is replaced, 0 kept, grey blended.
+def as_mask(mask: Any, size: Sequence[int]) -> Tensor:
+    """Return masks as float32 (N, 1, H, W) in [0, 1]: 1 is replaced, 0 kept, between blended.
 
     Args:
         mask: a PIL image of mode 1 or L; a uint8 (0 to 255), bool or float array or tensor (H, W),
             (N, H, W), an array (N, H, W, 1) or a tensor (N, 1, H, W); or a list of these.
-        size: (H, W) of the pictures.
+        size: height and width of the images.
     Raises:
         InvalidArgument: anything else.
     """
     if isinstance(mask, list | tuple):
-        return _joined("mask_image", [mask_of(one, size) for one in mask])
+        return _joined("mask_image", [as_mask(one, size) for one in mask])
     raw = _tensor("mask_image", mask, ("L", "1"))
     if raw.ndim == 3 and raw.shape[0] != 1 and not isinstance(mask, Tensor):
-        raw = raw.movedim(0, -1)  # (N, H, W): what was moved to the front was no channel
+        raw = raw.movedim(0, -1)  # an array (N, H, W) has no channels to move to the front
     if raw.ndim == 4 and raw.shape[1] == 1:
         raw = raw[:, 0]
     raw = raw[None] if raw.ndim == 2 else raw
@@ -159,7 +158,7 @@ def mask_of(mask: Any, size: Sequence[int]) -> Tensor:
 
 
 def _tensor(name: str, given: Any, modes: Sequence[str]) -> Tensor:
-    """A picture or an array of them as a tensor whose channels, if it has any, come first."""
+    """Return an image, or an array of images, as a tensor with its channels, if any, first."""
     if isinstance(given, Tensor):
         return given.detach()
     if not isinstance(given, np.ndarray):
@@ -178,7 +177,7 @@ def _tensor(name: str, given: Any, modes: Sequence[str]) -> Tensor:
         given = np.asarray(given)
     if given.dtype.kind not in "buif":
         raise InvalidArgument(f"{name} must hold numbers, got an array of {given.dtype}")
-    # A copy in the order of this machine: PIL's memory cannot be written to.
+    # A copy in the byte order of this machine: PIL's memory is read-only.
     raw = torch.from_numpy(np.array(given, given.dtype.newbyteorder("=")))
     return raw.movedim(-1, -3) if raw.ndim > 2 else raw
 
@@ -194,7 +193,7 @@ def _joined(name: str, parts: list[Tensor]) -> Tensor:
 
 def _within(name: str, x: Tensor, low: float) -> Tensor:
     least, most = (bound.item() for bound in x.aminmax())
-    if not low <= least <= most <= 1:  # NaN is in no range
+    if not low <= least <= most <= 1:  # False for NaN
         raise InvalidArgument(
             f"{name} of floats must lie in [{low:g}, 1], got {least:g} to {most:g}"
         )
@@ -206,36 +205,36 @@ def _shape(given: Any) -> tuple[int, ...]:
 
 
 def read_picture(path: str | Path, mode: str) -> Any:
-    """A picture from a file, as a PIL image of this mode.
+    """Read an image file as a PIL image of this mode.
 
     Raises:
-        DataError: there is no such file, or it is no picture, or a damaged one.
+        DataError: the file is missing, damaged or not an image.
     """
     from PIL import Image, ImageOps
 
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file")
     try:
-        with Image.open(path, formats=READ) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return ImageOps.exif_transpose(image).convert(mode)
-    except Exception as error:  # Pillow's decoders raise what they like for damaged files
+    except Exception as error:  # Pillow's decoders raise any exception for damaged files
         raise DataError(f"{path}: no readable picture ({error})") from error
 
 
-def blended(kept: Tensor, made: Tensor, mask: Tensor) -> Tensor:
-    """(1 − m)·kept + m·made, and `kept` to the bit where m is 0."""
-    return torch.where(mask == 0, kept, (1 - mask) * kept + mask * made)
+def blend(kept: Tensor, generated: Tensor, mask: Tensor) -> Tensor:
+    """Return (1 − m)·kept + m·generated, and exactly `kept` where m is 0."""
+    return torch.where(mask == 0, kept, (1 - mask) * kept + mask * generated)
 
 
 def check_output(output_type: str, channels: int) -> None:
-    """Refuse another type, or PIL images of such channels. Raises InvalidArgument."""
+    """Check an output type; PIL has no images of some channels. Raises InvalidArgument."""
     one_of("output_type", output_type, OUTPUT_TYPES)
     if output_type == "pil" and channels not in MODES:
         raise InvalidArgument(f"output_type must be np or pt for pictures of {channels} channels")
 
 
 def as_output(images: Tensor, output_type: str) -> Any:
-    """Pictures (N, C, H, W) in [−1, 1] as PIL images, as a uint8 array, or as they are."""
+    """Return images (N, C, H, W) in [−1, 1] as "pil", "np" (uint8 NHWC) or "pt" (unchanged)."""
     if output_type == "pt":
         return images
     array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
@@ -247,14 +246,14 @@ def as_output(images: Tensor, output_type: str) -> Any:
 
 
 def to_float(u: Tensor) -> Tensor:
-    """Bytes 0..255 as float32 in [−1, 1]: x = u / 127.5 − 1."""
+    """Return bytes 0..255 as float32 in [−1, 1]: x = u / 127.5 − 1."""
     return u.float().div_(127.5).sub_(1)
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Floats in [−1, 1] as bytes, rounded and clamped: the inverse of `to_float`.
+    """Return floats in [−1, 1] as bytes, rounded: the inverse of `to_float`.
 
-    Values outside [−1, 1] saturate. bfloat16 and float16 are widened first: neither can tell
-    255 levels apart after the scaling.
+    Values outside [−1, 1] are clamped. bfloat16 and float16 are widened first: neither has 256
+    levels after the scaling.
     """
     return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)

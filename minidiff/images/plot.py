@@ -1,7 +1,7 @@
-"""Pictures of pictures: grids, the forward process, and a GIF of denoising.
+"""Figures: grids of images, the forward process, and a GIF of denoising.
 
-Everything is written atomically, from uint8 arrays (N, H, W, C). matplotlib is imported only by
-what draws text.
+Files are written atomically, from uint8 arrays (N, H, W, C). Only figures with text import
+matplotlib.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,20 @@ from minidiff.schedule import NoiseSchedule, add_noise
 
 
 def as_array(images: Tensor) -> np.ndarray:
-    """Float pictures (N, C, H, W) in [−1, 1] as uint8 (N, H, W, C)."""
+    """Return float images (N, C, H, W) in [−1, 1] as uint8 (N, H, W, C)."""
     return rearrange(to_uint8(images), "n c h w -> n h w c").cpu().numpy()
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 2, gap: int = 1) -> Image.Image:
-    """Tile uint8 pictures (N, H, W, C) row by row.
+    """Arrange images in a grid, row by row.
 
     Args:
-        columns: pictures a row; the last row may be short.
-        scale: side of the square that a pixel becomes.
-        gap: pixels of grey between pictures, before scaling.
+        images: uint8 (N, H, W, C) with C = 1 or 3.
+        columns: images per row; the last row may be shorter.
+        scale: side of a pixel in the result.
+        gap: grey pixels between images, before scaling.
     Raises:
-        InvalidArgument: not such an array.
+        InvalidArgument: another kind of array.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise InvalidArgument(
@@ -48,15 +49,15 @@ def grid(images: np.ndarray, columns: int, scale: int = 2, gap: int = 1) -> Imag
 
 
 def save(image: Image.Image, path: str | Path) -> None:
-    """Write a PNG. Raises CheckpointError where it cannot be written."""
+    """Write a PNG. Raises CheckpointError if it cannot be written."""
     with atomic_file(path) as temporary:
         image.save(temporary, format="PNG", optimize=True)
 
 
 def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.0) -> None:
-    """Write an endless GIF that shows `frames` in `seconds` and rests on the last one.
+    """Write a looping GIF that plays `frames` in `seconds` and then holds the last one.
 
-    Noise does not compress, so 16 colours are kept: the eye does not miss the others in motion.
+    Noise does not compress well, so only 16 colours are kept, which is not visible in motion.
     """
     each = 1000 * seconds / len(frames)
     durations = [each] * (len(frames) - 1) + [1500]
@@ -71,11 +72,14 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3
 def forward_figure(
     x0: Tensor, schedule: NoiseSchedule, path: str | Path, columns: int = 9, seed: int = 0
 ) -> None:
-    """Draw the forward process: each picture from clean to noise, with α and σ above.
+    """Draw the forward process: each image from clean to noise, with α and σ above.
 
     Args:
-        x0: clean pictures (N, C, H, W) in [−1, 1]; one row each.
-        columns: how many training steps to show, evenly spaced, after the clean picture.
+        x0: clean images (N, C, H, W) in [−1, 1], one row each.
+        schedule: noise schedule.
+        path: PNG file to write.
+        columns: number of training steps drawn after the clean image, evenly spaced.
+        seed: seed of the noise.
     """
     from matplotlib.figure import Figure
 

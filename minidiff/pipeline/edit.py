@@ -88,7 +88,7 @@ def invert(
 
     Args:
         pipe: pipeline whose scheduler has the noise schedule; the steps are DDIM's.
-        image: one or several images, see `images.pixels.pixels_of`.
+        image: one or several images, see `images.pixels.as_pixels`.
         prompt: text or class that describes the image, one or one per image; None for an
             unconditional network.
         num_inference_steps: steps of the inversion; generate with as many. By default the

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from minidiff.guidance import Denoiser, Reader
-from minidiff.images.pixels import blended
+from minidiff.images.pixels import blend
 from minidiff.noise import Generators, randn
 from minidiff.sample import Change, Step, trajectory
 from minidiff.schedule import Level, add_noise
@@ -50,8 +50,8 @@ def keeping(x0: Tensor, mask: Tensor, noise: Callable[[], Tensor], scheduler: Sc
     def kept(step: Step) -> Tensor:
         entry = (scheduler.begin_index or 0) + step.index + 1
         if entry == len(scheduler.grid):
-            return blended(x0, step.next_x, mask)
-        return blended(add_noise(x0, noise(), scheduler.levels[entry]), step.next_x, mask)
+            return blend(x0, step.next_x, mask)
+        return blend(add_noise(x0, noise(), scheduler.levels[entry]), step.next_x, mask)
 
     return kept
 

@@ -44,13 +44,13 @@ def check_parts(
             f"got {list(class_names)}"
         )
     numbers = unet.config.get("addition_embed_type") is not None
-    if prompts is not None and prompts.needs_numbers != numbers:
+    if prompts is not None and prompts.adds_text_time != numbers:
         raise InvalidArgument(
             f"prompts must be {'PromptsXL' if numbers else 'Prompts'} for a network with "
             f"addition_embed_type={unet.config.addition_embed_type!r}"
         )
     summary = unet.config.get("projection_class_embeddings_input_dim") if not numbers else None
-    if prompts is not None and (prompts.width if prompts.sums_up else None) != summary:
+    if prompts is not None and (prompts.width if prompts.labels_are_pooled else None) != summary:
         raise InvalidArgument(
             f"prompts must {'' if summary else 'not '}be WordPrompts for a network with "
             f"projection_class_embeddings_input_dim={summary}"

@@ -147,12 +147,12 @@ class Pipeline:
             negative_prompt: text that guidance moves away from, one or one per image; None for
                 the empty text. Without guidance it has no effect, and a warning says so.
             image: image-to-image: one image to start from, or one each, in any form that
-                `images.pixels.pixels_of` takes.
+                `images.pixels.as_pixels` takes.
             strength: fraction of the way to noise and back, in [0, 1]: the last
                 ⌊strength · steps⌋ steps are taken, and 0 returns the image unchanged. The default
                 is 0.8, or 1 with a mask, where sampling then starts from pure noise.
             mask_image: inpainting: white (1) where the image is replaced, black where every bit
-                of it is kept, grey where the two are blended; see `images.pixels.mask_of`.
+                of it is kept, grey where the two are blended; see `images.pixels.as_mask`.
             resamples: how many times RePaint takes every step; 1 for plain inpainting.
             jump_length: steps that RePaint goes back at a time (the paper: 10 of 250 steps, each
                 taken 10 times).

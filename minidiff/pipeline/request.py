@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, true_or_false, whole_number
 from minidiff.guidance import extrapolated, interval_of, rescaled
-from minidiff.images.pixels import Original, check_output, original_of
+from minidiff.images.pixels import Original, as_original, check_output
 from minidiff.noise import MAX_SEED, Generators
 from minidiff.pipeline.denoiser import Guidance, Method
 from minidiff.pipeline.inpaint import Stretch, stretches
@@ -117,7 +117,7 @@ class Request:
         true_or_false("progress", progress)
         _check_function("callback", callback)
         _check_function("callback_on_step_end", callback_on_step_end)
-        original = original_of(image, mask_image, space.image_channels, needs_mask=space.takes_mask)
+        original = as_original(image, mask_image, space.image_channels, needs_mask=space.takes_mask)
         number = number_of_images(num_images, num_images_per_prompt, original)
         conditioning, n = resolve_conditioning(
             pipe, prompt, class_labels, number, num_images_per_prompt, first_index
@@ -143,7 +143,7 @@ class Request:
             batches=slices(n, batch_size),
             source_of=noise_sources(n, seed, generator, first_index),
             noise_of=initial_noise(latents, (n, *shape), pipe.device),
-            original=None if original is None else original.times(n),
+            original=None if original is None else original.repeat(n),
             first_step=first,
             passes=passes,
             step_options=options,

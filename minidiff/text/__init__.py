@@ -1,1 +1,1 @@
-"""From a text to what a network is given of it."""
+"""From prompts to the conditioning of a network."""

@@ -1,8 +1,8 @@
-"""Prompts to token numbers, by the tokenizer that lies in a checkpoint's folder.
+"""Prompts to token numbers, by the CLIP tokenizer in a checkpoint's folder.
 
-CLIP's vocabulary and merges are files of the checkpoint; the code that applies them is that of
-the `transformers` library, which only prompts need: `pip install minidiff[text]`. Nothing is
-downloaded, and nothing in the folder is run.
+CLIP's vocabulary and merges are files of the checkpoint. The code that applies them is the
+`transformers` library, which nothing else needs: `pip install minidiff[text]`. Nothing is
+downloaded, and no code in the folder is run.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from minidiff.runtime.files import read_json
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")  # as tokenizer_config.json names them
+CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")  # names in tokenizer_config.json
 
 
 def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
@@ -26,8 +26,8 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
 
     Raises:
         MinidiffError: transformers is not installed.
-        CheckpointError: a file is missing or damaged, or it is not CLIP's tokenizer, or one
-            that does not say how long a text may be (`model_max_length`).
+        CheckpointError: a file is missing or damaged, the tokenizer is not CLIP's, or its
+            `model_max_length` is missing.
     """
     try:
         from transformers import CLIPTokenizer
@@ -36,13 +36,13 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
             f"prompts need the tokenizer of transformers: pip install minidiff[text] ({error})"
         ) from error
     folder = Path(folder)
-    # Read here because transformers takes another class' files, with a warning at most.
+    # Checked here because transformers accepts the files of other classes with a mere warning.
     options = read_json(folder / "tokenizer_config.json")
     if (written_by := options.get("tokenizer_class", CLASSES[0])) not in CLASSES:
         raise CheckpointError(
             f"{folder}: tokenizer_class must be CLIPTokenizer, got {written_by!r}"
         )
-    # Without these transformers takes the path for a name on the Hub, or starts an empty table.
+    # Without these transformers takes the path for a name on the Hub, or returns an empty table.
     if not (
         (folder / "tokenizer.json").is_file()
         or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
@@ -51,17 +51,17 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         whole_number("model_max_length", tokenizer.model_max_length, 2, 1 << 16)
-        tokenize(tokenizer, [""])  # a tokenizer that cannot pad, or not encode, shows it here
-    except Exception as error:  # tokenizers raises Exception itself for files that are damaged
+        tokenize(tokenizer, [""])  # raises if the tokenizer cannot pad or encode
+    except Exception as error:  # tokenizers raises plain Exception for damaged files
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}: not a readable CLIP tokenizer ({reason})") from error
     return tokenizer
 
 
 def tokenize(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> Tensor:
-    """Token numbers of every prompt, int64 (B, model_max_length), padded at the end.
+    """Return the token numbers of every prompt, int64 (B, model_max_length), padded at the end.
 
-    A prompt that is too long loses its end, and a warning tells which part.
+    The end of a prompt that is too long is cut off, with a warning that names it.
 
     Raises:
         InvalidArgument: not a list of texts, an empty one, or one that is not Unicode.
@@ -69,7 +69,7 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> Tensor:
     check_texts(prompts)
     prompts, length = list(prompts), tokenizer.model_max_length
     whole = tokenizer(prompts, verbose=False).input_ids
-    # A text that is cut keeps its first length - 1 tokens and then the one that ends it.
+    # A text that is cut keeps its first length - 1 tokens and the token that ends a text.
     if cut := [tokenizer.decode(ids[length - 1 : -1]) for ids in whole if len(ids) > length]:
         warnings.warn(
             f"a prompt has at most {length} tokens; the end of "
@@ -82,7 +82,7 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> Tensor:
 
 
 def check_texts(prompts: Sequence[str]) -> None:
-    """Refuse what no tokenizer can cut into tokens.
+    """Check that prompts are texts that a tokenizer can take.
 
     Raises:
         InvalidArgument: not a list of texts, an empty one, or one that is not Unicode.

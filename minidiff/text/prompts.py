@@ -1,10 +1,10 @@
-"""Prompts: from a text to what a network is told of it.
+"""Prompts: from texts to the conditioning of a network.
 
-A tokenizer cuts the text into numbers, a text encoder makes a vector of each, and the U-Net looks
-at these vectors. Stable Diffusion 1 and 2 have one encoder and read its last layer; SDXL has two,
-reads the last layer but one of each side by side, and adds the second one's summary of the text
-and the size of the picture to the embedding of time. A model that is trained here has one small
-encoder, trained along with the U-Net, and a tokenizer of whole words.
+A tokenizer splits the text into numbered tokens, a text encoder maps each to a vector, and the
+U-Net attends to these vectors. Stable Diffusion 1 and 2 have one encoder and use its last layer.
+SDXL has two and concatenates the last layer but one of each. It adds the pooled vector of the
+second one and the size of the image to the time embedding. A model trained with minidiff has one
+small encoder, trained with the U-Net, and a tokenizer of whole words.
 
 Sources: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.3; Podell et al. 2023,
 "SDXL", https://arxiv.org/abs/2307.01952, sections 2.1 and 2.2.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minidiff.errors import InvalidArgument
+from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.guidance import Condition
 from minidiff.nn import TextEncoder
 from minidiff.text.clip import tokenize
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 class Prompts:
-    """The text side of Stable Diffusion 1 and 2.
+    """Tokenizer and text encoder of Stable Diffusion 1 and 2.
 
     Args:
-        tokenizer: of CLIP, see `minidiff.text.clip.load_tokenizer`.
-        text_encoder: takes as many tokens as the tokenizer makes.
+        tokenizer: CLIP tokenizer from `minidiff.text.clip.load_tokenizer`.
+        text_encoder: encoder for at least the tokens of the tokenizer.
     Raises:
         InvalidArgument: the two do not fit.
     """
 
-    guidance_scale: ClassVar[float] = 7.5  # where neither the call nor the folder names one
-    needs_numbers: ClassVar[bool] = False  # whether the network is told a summary and a size
-    sums_up: ClassVar[bool] = False  # whether it is told the summary beside the time
+    guidance_scale: ClassVar[float] = 7.5  # default if neither the call nor the folder has one
+    adds_text_time: ClassVar[bool] = False  # SDXL's added_cond_kwargs: pooled text and sizes
+    labels_are_pooled: ClassVar[bool] = False  # class_labels: the pooled text
 
     def __init__(
         self, tokenizer: "CLIPTokenizer | WordTokenizer", text_encoder: TextEncoder
@@ -49,7 +49,7 @@ class Prompts:
 
     @property
     def encoders(self) -> tuple[TextEncoder, ...]:
-        """The networks, to be moved from device to device."""
+        """The text encoders, for moves between devices."""
         return (self.text_encoder,)
 
     @property
@@ -58,49 +58,51 @@ class Prompts:
         return self.text_encoder.config.hidden_size
 
     def condition(self, prompts: Sequence[str], size: tuple[int, int]) -> Condition:
-        """What the network is told of each prompt, for pictures of (height, width) pixels.
+        """Return the conditioning on each prompt, for images of (height, width) pixels.
 
-        Raises InvalidArgument: prompts that are no texts.
+        Raises:
+            InvalidArgument: prompts that are not texts.
         """
         return self.encode(self.tokens(prompts).to(next(self.text_encoder.parameters()).device))
 
     def null(self, n: int, size: tuple[int, int]) -> Condition:
-        """What it is told n times where guidance leads away from no text."""
+        """Return the unconditional conditioning for guidance, n times."""
         return self.condition([""] * n, size)
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Token numbers of each prompt, int64 (B, L). Raises InvalidArgument, as `condition`."""
+        """Return the token numbers of each prompt, int64 (B, L). Raises InvalidArgument."""
         return tokenize(self.tokenizer, prompts)
 
     def encode(self, ids: Tensor) -> Condition:
-        """What the network is told of token numbers (B, L) on the encoder's device."""
+        """Return the conditioning on token numbers (B, L) on the encoder's device."""
         return {"encoder_hidden_states": self.text_encoder(ids).last_hidden_state}
 
 
 class WordPrompts(Prompts):
-    """The text side of a model that is trained here.
+    """Tokenizer and text encoder of a model trained with minidiff.
 
-    The network looks at the tokens, and their summary, the token that ends the text, is added to
-    its embedding of time as a class would be. In sixteen pictures of one prompt a network
-    without it drew the right colours and hardly ever the digit, after two million pictures.
+    The network attends to the tokens. The vector of the token that ends the text is also added to
+    the time embedding, like a class. Without it, a network trained on two million images drew the
+    right colours but hardly ever the right digit, in sixteen images of one prompt.
 
     Args:
-        tokenizer: of whole words.
-        text_encoder: takes as many tokens as the tokenizer makes.
+        tokenizer: tokenizer of whole words.
+        text_encoder: encoder for at least the tokens of the tokenizer.
     Raises:
         InvalidArgument: the two do not fit.
     """
 
     guidance_scale: ClassVar[float] = 3.0
-    sums_up: ClassVar[bool] = True
+    labels_are_pooled: ClassVar[bool] = True
 
     @classmethod
     def fresh(cls, tokenizer: WordTokenizer, width: int, layers: int) -> "WordPrompts":
-        """With an encoder that has not learnt anything yet.
+        """Build with a text encoder of fresh weights.
 
         Args:
-            width: channels of a token, of which a head has up to 32.
-            layers: of the encoder.
+            tokenizer: tokenizer of whole words.
+            width: channels of a token; a head has gcd(width, 32) of them.
+            layers: layers of the encoder.
         Raises:
             InvalidArgument: a number that is not allowed.
         """
@@ -129,18 +131,18 @@ class WordPrompts(Prompts):
 
 
 class PromptsXL:
-    """The text side of SDXL: two encoders, the second one with a projection.
+    """Tokenizers and text encoders of SDXL, the second encoder with a projection.
 
     Args:
-        tokenizer, text_encoder, tokenizer_2, text_encoder_2: see `Prompts`.
-        force_zeros_for_empty_prompt: guidance leads away from zeros, not from the encoding of "".
+        tokenizer, text_encoder, tokenizer_2, text_encoder_2: two pairs as in `Prompts`.
+        force_zeros_for_empty_prompt: zeros instead of the encoding of "" for guidance.
     Raises:
         InvalidArgument: a tokenizer and its encoder do not fit, or the second has no projection.
     """
 
     guidance_scale: ClassVar[float] = 5.0
-    needs_numbers: ClassVar[bool] = True
-    sums_up: ClassVar[bool] = False
+    adds_text_time: ClassVar[bool] = True
+    labels_are_pooled: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -157,18 +159,15 @@ class PromptsXL:
                 "text_encoder_2 must be a CLIPTextModelWithProjection, got "
                 f"{text_encoder_2.class_name}"
             )
-        if not isinstance(force_zeros_for_empty_prompt, bool):
-            raise InvalidArgument(
-                f"force_zeros_for_empty_prompt must be True or False, "
-                f"got {force_zeros_for_empty_prompt!r}"
-            )
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
-        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
+        self.force_zeros_for_empty_prompt = true_or_false(
+            "force_zeros_for_empty_prompt", force_zeros_for_empty_prompt
+        )
 
     @property
     def encoders(self) -> tuple[TextEncoder, ...]:
-        """The networks, to be moved from device to device."""
+        """The text encoders, for moves between devices."""
         return self.text_encoder, self.text_encoder_2
 
     @property
@@ -177,14 +176,15 @@ class PromptsXL:
         return sum(encoder.config.hidden_size for encoder in self.encoders)
 
     def condition(self, prompts: Sequence[str], size: tuple[int, int]) -> Condition:
-        """What the network is told of each prompt, for pictures of (height, width) pixels.
+        """Return the conditioning on each prompt, for images of (height, width) pixels.
 
-        Raises InvalidArgument: prompts that are no texts.
+        Raises:
+            InvalidArgument: prompts that are not texts.
         """
         pairs = zip((self.tokenizer, self.tokenizer_2), self.encoders, strict=True)
         texts = [encoder(_tokens(tokenizer, prompts, encoder)) for tokenizer, encoder in pairs]
         tokens = torch.cat([text.hidden_states[-2] for text in texts], dim=-1)
-        # Original size, where the crop began, and target size: SDXL sections 2.2.
+        # Original size, corner of the crop, and target size: SDXL section 2.2.
         numbers = tokens.new_tensor([[*size, 0, 0, *size]]).expand(len(prompts), -1)
         return {
             "encoder_hidden_states": tokens,
@@ -192,7 +192,7 @@ class PromptsXL:
         }
 
     def null(self, n: int, size: tuple[int, int]) -> Condition:
-        """What it is told n times where guidance leads away from no text."""
+        """Return the unconditional conditioning for guidance, n times."""
         empty = self.condition([""] * n, size)
         if not self.force_zeros_for_empty_prompt:
             return empty

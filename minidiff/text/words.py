@@ -1,12 +1,12 @@
-"""A tokenizer of whole words, for models that are trained here on a few dozen of them.
+"""A tokenizer of whole words, for models trained on a vocabulary of a few dozen.
 
-A text is lower-cased and cut at everything that is no letter and no digit. Each word that the
-vocabulary has becomes a number, between a mark that begins and one that ends the text, and padding
-follows up to a fixed length:
+A text is converted to lower case and split at everything but letters and digits. Each word of the
+vocabulary becomes a number. A mark begins the text, another ends it, and padding fills up to a
+fixed length:
 
     "A red 7!"  →  begin a red 7 end pad pad …
 
-A word that the vocabulary does not have is left out, with a warning that names it.
+A word outside the vocabulary is left out, with a warning that names it.
 """
 
 import re
@@ -23,24 +23,23 @@ from minidiff.text.clip import check_texts
 
 FILE = "tokenizer_config.json"
 CLASS = "WordTokenizer"
-MARKS = ("<pad>", "<end>", "<begin>")  # numbers 0, 1 and 2: a CLIP encoder takes 2 for no end
+MARKS = ("<pad>", "<end>", "<begin>")  # 0, 1 and 2; <end> must not be 2, see nn.text.TextEncoder
 PAD, END, BEGIN = range(len(MARKS))
 _WORD = re.compile(r"[^\W_]+")
 _MAX_LENGTH, _MAX_WORDS = 1 << 10, 1 << 16
 
 
 class WordTokenizer:
-    """Texts to numbers by a fixed vocabulary.
+    """A map from texts to numbers by a fixed vocabulary.
 
     Args:
-        words: the vocabulary, in the order of the numbers that follow those of the marks.
-        model_max_length: tokens a text, the two marks included.
+        words: vocabulary, in the order of the numbers after those of the marks.
+        model_max_length: tokens per text, both marks included.
     Attributes:
         words, model_max_length: the arguments.
         numbers: word → number.
     Raises:
-        InvalidArgument: no words, one that is no lower-case word or there twice, or a length that
-            holds no word.
+        InvalidArgument: no words, one twice or not in lower case, or a length without room for one.
     """
 
     def __init__(self, words: Sequence[str], model_max_length: int) -> None:
@@ -60,14 +59,14 @@ class WordTokenizer:
         self.numbers = {word: number for number, word in enumerate(words, len(MARKS))}
 
     def __len__(self) -> int:
-        """How many numbers there are."""
+        """Return the number of tokens, marks included."""
         return len(MARKS) + len(self.words)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Token numbers of every text, int64 (B, model_max_length).
+        """Return the token numbers of every text, int64 (B, model_max_length).
 
-        Words that are unknown, and those at the end of a text that is too long, are left out, and
-        a warning names them.
+        Unknown words and the end of a text that is too long are left out, with a warning that
+        names them.
 
         Raises:
             InvalidArgument: not a list of texts, an empty one, or one that is not Unicode.
@@ -99,9 +98,10 @@ class WordTokenizer:
         return ids
 
     def decode(self, ids: Tensor) -> list[str]:
-        """The words of token numbers (B, L), a text a row, without the marks.
+        """Return one text per row of token numbers (B, L), without the marks.
 
-        Raises InvalidArgument: a number that is none of this vocabulary's.
+        Raises:
+            InvalidArgument: a number outside the vocabulary.
         """
         names = (*MARKS, *self.words)
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
@@ -112,7 +112,7 @@ class WordTokenizer:
     # ------------------------------------------------------------------------- folders
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `tokenizer_config.json`. Raises CheckpointError: it cannot be written."""
+        """Write `tokenizer_config.json`. Raises CheckpointError if it cannot be written."""
         content = {
             "tokenizer_class": CLASS,
             "words": list(self.words),
@@ -122,17 +122,17 @@ class WordTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "WordTokenizer":
-        """Read what `save_pretrained` wrote.
+        """Read a folder that `save_pretrained` wrote.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or is not that of such a tokenizer.
+            CheckpointError: the file is missing, damaged or of another kind of tokenizer.
         """
         path = Path(folder) / FILE
         content = read_json(path)
-        wanted = {"tokenizer_class", "words", "model_max_length"}
-        if content.keys() != wanted or content["tokenizer_class"] != CLASS:
+        keys = {"tokenizer_class", "words", "model_max_length"}
+        if content.keys() != keys or content["tokenizer_class"] != CLASS:
             raise CheckpointError(
-                f"{path}: must hold {', '.join(sorted(wanted))} of a {CLASS}, "
+                f"{path}: must hold {', '.join(sorted(keys))} of a {CLASS}, "
                 f"got {', '.join(sorted(content)) or 'nothing'}"
             )
         try:
@@ -142,5 +142,5 @@ class WordTokenizer:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case: its runs of letters and digits."""
+    """Return the words of a text in lower case: its runs of letters and digits."""
     return _WORD.findall(text.lower())

@@ -14,7 +14,7 @@ from minidiff import DDIMScheduler, NoiseSchedule, Pipeline, UNet, add_noise
 from minidiff.errors import InvalidArgument
 from minidiff.exact import GaussianMixture
 from minidiff.guidance import Meaning
-from minidiff.images.pixels import mask_of, to_float, to_uint8
+from minidiff.images.pixels import as_mask, to_float, to_uint8
 from minidiff.lab.order import output_of
 from minidiff.noise import image_generators, randn
 from minidiff.pipeline.inpaint import (
@@ -306,9 +306,9 @@ def test_masks_of_every_form_mean_the_same():
         [white],
     ]
     for form in forms:
-        assert torch.equal(mask_of(form, (SIDE, SIDE)), white)
+        assert torch.equal(as_mask(form, (SIDE, SIDE)), white)
     several = np.stack([white[0, 0].numpy(), 1 - white[0, 0].numpy()])
-    assert torch.equal(mask_of(several, (SIDE, SIDE)), torch.cat([white, 1 - white]))
+    assert torch.equal(as_mask(several, (SIDE, SIDE)), torch.cat([white, 1 - white]))
 
 
 def test_one_image_or_one_each_and_neighbours_share_an_original(latent_pipe):
