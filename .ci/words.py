@@ -9,7 +9,6 @@ samples are left alone. In Markdown no sentence may have more than 35 words.
 """
 
 import argparse
-import ast
 import io
 import json
 import re
@@ -48,12 +47,6 @@ BANNED = re.compile(
 )
 INSTEAD = list(PHRASES.values())
 
-# Functions are described by what they do: "Return the level of each timestep."
-NO_VERB = re.compile(r"(?:What|Whether|Where|How|That|Those|The same|Of|As|Who|When)\b")
-# An argument is described by a noun phrase that stands alone.
-NO_NOUN = re.compile(r"^ +\*{0,2}\w+(?:, \*{0,2}\w+)*: (?:of|as|see)\b")
-ARGUMENTS = re.compile(r"^ *Args:\n((?: *\n| +.*\n?)*?)(?=^ *\w+:\n|\Z)", re.MULTILINE)
-
 # Names that have a plain successor.
 NAMES = {
     "told_of": "resolve_conditioning",
@@ -85,27 +78,8 @@ def phrases(text: str, line: int) -> Iterator[Finding]:
         yield Finding(at, found[0], INSTEAD[found.lastindex - 1])
 
 
-def docstrings(tree: ast.AST) -> Iterator[Finding]:
-    """Yield docstrings of functions without a verb, and argument lines without a noun."""
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue
-        text = ast.get_docstring(node, clean=False) or ""
-        line = node.body[0].lineno
-        decorators = {getattr(d, "id", getattr(d, "attr", "")) for d in node.decorator_list}
-        described = isinstance(node, ast.ClassDef) or decorators & {"property", "cached_property"}
-        if not described and NO_VERB.match(text):
-            yield Finding(line, text.splitlines()[0][:60], "begin with a verb")
-        for section in ARGUMENTS.finditer(text):
-            first = line + text.count("\n", 0, section.start(1))
-            for offset, row in enumerate(section[1].splitlines()):
-                if NO_NOUN.match(row):
-                    yield Finding(first + offset, row.strip()[:60], "a noun phrase")
-
-
 def python(source: str) -> Iterator[Finding]:
     """Yield the findings of a Python file."""
-    yield from docstrings(ast.parse(source))
     comment = []  # consecutive lines, as one text
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

@@ -1,16 +1,24 @@
-"""The documents keep to plain words, and the checker in `.ci/words.py` finds what it should."""
+"""The documents keep to plain words, and the checkers in `.ci/` find what they should."""
 
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("words", ROOT / ".ci" / "words.py")
-words = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(words)
 
+
+def checker(name: str) -> ModuleType:
+    """Import a script of `.ci/`, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+words, docstrings = checker("words"), checker("docstrings")
 DOCUMENTS = sorted({path for pattern in words.DOCUMENTS for path in ROOT.glob(pattern)})
 
 
@@ -36,17 +44,35 @@ def test_code_is_not_prose() -> None:
     assert found("a\n\n    told anew\n\n```\ntold\n```\nand `told`\n| told |\n", ".md") == []
 
 
+def changes(source: str) -> list[str]:
+    return [change for _, change in docstrings.findings(source)]
+
+
 def test_a_function_is_described_by_a_verb_and_a_property_by_a_noun() -> None:
-    assert found('def f():\n    """What f does."""\n') == [(2, "What f does.")]
-    assert found('class A:\n    @property\n    def f(self):\n        """What f is."""\n') == []
-    assert found('def f():\n    """Return what f does."""\n') == []
+    assert changes('def f():\n    """What f does."""\n') == ["begin with a verb: 'What f does.'"]
+    assert changes('class A:\n    @property\n    def f(self):\n        """What f is."""\n') == []
+    assert changes('def f():\n    """Return what f does."""\n') == []
 
 
-def test_an_argument_is_described_by_a_noun_phrase() -> None:
-    source = (
-        'def f(a, b):\n    """Return f.\n\n    Args:\n        a: of b.\n        b: size.\n    """\n'
-    )
-    assert found(source) == [(5, "a: of b.")]
+ARGUMENTS = """
+def f({}):
+    '''Return f.
+
+    Args:
+        a: {}
+        b, c: two sizes,
+            which continue.
+    '''
+"""
+
+
+def test_all_arguments_are_described_by_noun_phrases_and_no_others() -> None:
+    assert changes(ARGUMENTS.format("a, b, *, c=1", "size.")) == []
+    assert changes(ARGUMENTS.format("a, b, c", "of f.")) == ["describe a by a noun phrase: 'of f.'"]
+    assert changes(ARGUMENTS.format("a, b, c, d", "size.")) == ["describe d of f"]
+    assert changes(ARGUMENTS.format("a, b", "size.")) == ["f has no argument c"]
+    others = ARGUMENTS.replace("b, c:", "others:")
+    assert changes(others.format("a, b, c, **d", "size.")) == []
 
 
 def test_a_sentence_of_a_document_has_at_most_35_words() -> None:
