@@ -1,26 +1,26 @@
 """Guidance: denoiser in, denoiser out.
 
-A denoiser is a function (x_t, t) → output. Guidance combines what a network says under two
-conditions, or what two networks say, into another denoiser, so the sampling loop never knows of
-it. A condition is what the network is told besides, by the names of its arguments:
+A denoiser is a function (x_t, t) → output. Guidance combines the outputs of a network under two
+conditions, or the outputs of two networks, into another denoiser, so the sampling loop does not
+know it. A condition is a mapping of the network's further arguments by name:
 `{"class_labels": labels}`, or `{"encoder_hidden_states": tokens}`.
 
-Most methods extrapolate from an output u that is not wanted through one, c, that is:
+Most methods extrapolate from an unwanted output u through a wanted one, c:
 
     pair = both(network, condition, null)      (x_t, t) → (c, u), from one batch of twice the size
     pair = pair_of(good, bad)                  the same from any two denoisers
-    pair = autoguided(pair, bad, w)            … with a c that is led away from a weaker network's
+    pair = autoguided(pair, bad, w)            … with a c that is autoguided
 
     extrapolated(pair, w)                      u + w·(c − u)
-    rescaled(pair, w, φ)                       … with the spread of c (Lin et al. 2023)
-    projected(pair, w, meaning)                … without what only brightens (Sadat et al. 2024)
+    rescaled(pair, w, φ)                       … with the std of c (Lin et al. 2023)
+    projected(pair, w, meaning)                … without the part along c (Sadat et al. 2024)
 
-    within(guided, plain, meaning, low, high)  guided at some levels (Kynkäänniemi et al. 2024)
+    within(guided, plain, meaning, low, high)  in an interval of levels (Kynkäänniemi et al. 2024)
     thresholded(denoise, meaning)              x̂0 kept in range (Saharia et al. 2022)
-    classifier_guided(denoise, log_prob, …)    led by a classifier (Dhariwal & Nichol 2021)
+    classifier_guided(denoise, log_prob, …)    by a classifier (Dhariwal & Nichol 2021)
 
-w is diffusers' scale: 1 is c itself. Where a method works on x̂0 it has to know what the output at
-t means; `meaning_of` in `sample.py` tells it for a scheduler, `reading` for a noise schedule.
+w is diffusers' scale: 1 is c itself. A method on x̂0 needs to know what the output at t stands for:
+`sample.meaning_of` gives that of a scheduler, `reading` that of a noise schedule.
 """
 
 import math
@@ -36,24 +36,28 @@ from minidiff.runtime.shapes import append_dims
 from minidiff.schedule import Level
 
 Denoiser = Callable[[Tensor, float], Tensor]
-Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # what is wanted, and what is not
+Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # → (c, u): wanted, unwanted
 Network = Callable[..., Tensor]  # (x, t, **condition) → output
 Condition = Mapping[str, Any]  # name → tensor (B, …), or another such mapping
 
 
 class Meaning(NamedTuple):
-    """What a network's input and output at one t stand for.
+    """Parameterization of a network at one t: its input and output in terms of x0 and ε.
 
     Attributes:
-        level: α and σ of x_t = α·x0 + σ·ε, as the network is shown it.
-        row: p and q of out = p·x0 + q·ε, see `prediction.py`.
+        level: α and σ of the network's input x_t = α·x0 + σ·ε.
+        row: p and q of its output p·x0 + q·ε, see `prediction.py`.
     """
 
     level: Level
     row: tuple[float, float]
 
     def split(self, out: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x̂0, ε̂) that an output implies. Raises InvalidArgument: it implies none."""
+        """Return the (x̂0, ε̂) that an output implies.
+
+        Raises:
+            InvalidArgument: the shapes differ, or the output does not determine x0 at this level.
+        """
         if out.shape != x.shape:
             raise InvalidArgument(
                 f"guidance on x0 needs an output of the shape of x, {tuple(x.shape)}, "
@@ -63,13 +67,14 @@ class Meaning(NamedTuple):
             return solve(out, x, self.level, self.row)
         except ZeroDivisionError:
             raise InvalidArgument(
-                f"guidance on x0 cannot work at {self.level}: the output says nothing of x0 there"
+                f"guidance on x0 cannot work at {self.level}: the output does not determine x0"
             ) from None
 
     def moved(self, out: Tensor, change: Tensor) -> Tensor:
-        """The output that implies another x̂0, by so much, for the same x.
+        """Return the output for the same x whose x̂0 differs by `change`.
 
-        Raises InvalidArgument: the level is clean, where x0 is x.
+        Raises:
+            InvalidArgument: the level is clean, where x0 is x.
         """
         (alpha, sigma), (p, q) = self.level, self.row
         if sigma == 0:
@@ -82,12 +87,13 @@ Reader = Callable[[float], Meaning]
 
 
 def reading(level_of: Callable[[float], Level], prediction_type: str) -> Reader:
-    """What a network of this prediction type means at t.
+    """Return the meaning, at every t, of a network with this prediction type.
 
     Args:
-        level_of: such as `NoiseSchedule.__getitem__`.
+        level_of: from t to its level, such as `NoiseSchedule.__getitem__`.
+        prediction_type: see `minidiff.prediction`.
     Raises:
-        InvalidArgument: another prediction type, when it is asked.
+        InvalidArgument: when called, for an unknown prediction type.
     """
     return lambda t: Meaning(level_of(t), row(prediction_type, level_of(t)))
 
@@ -96,31 +102,31 @@ def reading(level_of: Callable[[float], Level], prediction_type: str) -> Reader:
 
 
 def conditional(network: Network, condition: Condition) -> Denoiser:
-    """The network under one condition, as a denoiser; {} for an unconditional network."""
+    """Return the network under a condition, {} for an unconditional one, as a denoiser."""
     return lambda x, t: network(x, t, **condition)
 
 
 def both(network: Network, condition: Condition, null: Condition) -> Pair:
-    """The network under two conditions at once, in one batch of twice the size.
+    """Return the network under two conditions, evaluated in one batch of twice the size.
 
     Args:
         network: called as network(x, t, **condition).
-        condition, null: what is wanted, and its absence (or what is not wanted, a negative
-            prompt); of the same names and shapes, one entry an image.
+        condition, null: wanted condition, and its absence or a negative prompt, with the same
+            names and shapes, one entry per image.
     Raises:
         InvalidArgument: conditions of different names or shapes.
     """
     joined = _joined(condition, null)
 
-    def ask(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def evaluate(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         c, u = network(torch.cat([x, x]), t, **joined).chunk(2)
         return c, u
 
-    return ask
+    return evaluate
 
 
 def pair_of(wanted: Denoiser, unwanted: Denoiser) -> Pair:
-    """Two denoisers asked one after the other."""
+    """Return the outputs of two denoisers, evaluated one after the other."""
     return lambda x, t: (wanted(x, t), unwanted(x, t))
 
 
@@ -128,9 +134,10 @@ def pair_of(wanted: Denoiser, unwanted: Denoiser) -> Pair:
 
 
 def extrapolated(pair: Pair, scale: float) -> Denoiser:
-    """u + w·(c − u).
+    """Return the denoiser u + w·(c − u).
 
     Args:
+        pair: wanted and unwanted output, (x_t, t) → (c, u).
         scale: w; 1 is c, 0 is u.
     Raises:
         InvalidArgument: a scale that is not finite.
@@ -147,13 +154,13 @@ def extrapolated(pair: Pair, scale: float) -> Denoiser:
 def classifier_free(
     network: Network, condition: Condition, null: Condition, scale: float
 ) -> Denoiser:
-    """Classifier-free guidance: u + w·(c − u), c and u from one batch of twice the size.
+    """Apply classifier-free guidance: u + w·(c − u), with c and u from one batch.
 
     Args:
         network, condition, null: see `both`.
-        scale: w in diffusers' convention: 1 is the conditional network itself (and costs one
-            evaluation an image, not two), 0 the unconditional one. Ho & Salimans 2022,
-            arXiv:2207.12598, eq. 6 has w − 1 in its place.
+        scale: w in diffusers' convention. 1 is the conditional network itself, with one evaluation
+            per image instead of two; 0 is the unconditional one. Ho & Salimans 2022,
+            arXiv:2207.12598, eq. 6, call w − 1 what is w here.
     Raises:
         InvalidArgument: a scale that is not finite, or conditions of different names or shapes.
     """
@@ -162,13 +169,18 @@ def classifier_free(
 
 
 def autoguidance(good: Denoiser, bad: Denoiser, scale: float) -> Denoiser:
-    """Away from a weaker network's output, both under the same condition: u + w·(c − u).
+    """Guide a network by a worse version of itself, both under one condition: u + w·(c − u).
 
-    A smaller or less trained network makes the same mistakes, only larger ones; unlike
-    classifier-free guidance this does not narrow the samples to what the condition makes likely
-    (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself",
-    arXiv:2406.02507, eq. 6).
+    A smaller or less trained network makes the same errors, only larger ones. Unlike
+    classifier-free guidance, autoguidance does not reduce the variety of the samples.
 
+    Args:
+        good: denoiser whose output is c.
+        bad: denoiser of the guidance network, whose output is u.
+        scale: w; 1 is c.
+    Source:
+        Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself",
+        arXiv:2406.02507, eq. 6.
     Raises:
         InvalidArgument: a scale that is not finite.
     """
@@ -176,34 +188,39 @@ def autoguidance(good: Denoiser, bad: Denoiser, scale: float) -> Denoiser:
 
 
 def autoguided(pair: Pair, bad: Denoiser, scale: float) -> Pair:
-    """The pair whose wanted output c is led away from a weaker network's by `autoguidance`.
+    """Return a pair whose wanted output c is autoguided, for two kinds of guidance at once.
 
-    Any method that extrapolates from u then does so through a better c: two kinds of guidance at
-    once, of which this one changes nothing where the weaker network agrees.
+    Any method that extrapolates from u then does so through a better c. Where the guidance network
+    agrees with c, the pair is unchanged.
 
+    Args:
+        pair: wanted and unwanted output of the network.
+        bad: denoiser of the guidance network, see `autoguidance`.
+        scale: scale of autoguidance; 1 disables it.
     Raises:
         InvalidArgument: a scale that is not finite.
     """
     real_number("autoguidance_scale", scale, -math.inf)
 
-    def ask(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def evaluate(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         c, u = pair(x, t)
         return torch.lerp(bad(x, t), c, scale), u
 
-    return ask
+    return evaluate
 
 
 def rescaled(pair: Pair, scale: float, share: float) -> Denoiser:
-    """Extrapolation whose output has the standard deviation of c, image by image.
+    """Extrapolate, and rescale the output to the standard deviation of c, image by image.
 
-    A large w enlarges the output as a whole, which over-exposes the picture (Lin et al. 2023,
+    A large w enlarges the output as a whole, which over-exposes the image (Lin et al. 2023,
     "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891, section 3.4).
 
     Args:
+        pair: wanted and unwanted output.
         scale: w.
-        share: φ in [0, 1], how much of the result is rescaled; the paper takes 0.7.
+        share: φ in [0, 1], the weight of the rescaled output; the paper uses 0.7.
     Raises:
-        InvalidArgument: a scale that is not finite, or a share outside [0, 1].
+        InvalidArgument: a scale that is not finite, or φ outside [0, 1].
     """
     scale = real_number("guidance_scale", scale, -math.inf)
     share = real_number("guidance_rescale", share, 0, 1)
@@ -230,25 +247,27 @@ def projected(
     momentum: float = -0.5,
     threshold: float = math.inf,
 ) -> Denoiser:
-    """Adaptive projected guidance, on x̂0: x̂c + (w − 1)·(Δ⊥ + η·Δ∥) with Δ = x̂c − x̂u.
+    """Apply adaptive projected guidance to x̂0: x̂c + (w − 1)·(Δ⊥ + η·Δ∥) with Δ = x̂c − x̂u.
 
-    The part of Δ along x̂c only raises contrast and saturation, so it is left out; what stays may
-    be limited in length and lead away from where it led before (Sadat et al. 2024, "Eliminating
-    Oversaturation and Artifacts of High Guidance Scales in Diffusion Models", arXiv:2410.02416,
-    eq. 7 to 10 and algorithm 1).
+    The part of Δ along x̂c only raises contrast and saturation, so it is left out. The rest may be
+    limited in length, and a negative momentum subtracts the direction of earlier steps.
 
-    The momentum is that of one trajectory: it begins anew where t rises, and a second evaluation
-    at the same t (Heun's method) takes the place of the first.
+    The momentum belongs to one trajectory: it restarts where t rises, and a second evaluation at
+    the same t (Heun's method) replaces the first.
 
     Args:
+        pair: wanted and unwanted output.
         scale: w.
-        meaning: of the network's output.
-        parallel: η; 1 with no momentum and no threshold is plain extrapolation.
-        momentum: β, usually negative; 0 for none.
-        threshold: r, the greatest length of Δ, over all elements of an image.
+        meaning: meaning of the network's output at t.
+        parallel: η; 1 without momentum and threshold is plain extrapolation.
+        momentum: β, usually negative; 0 disables it.
+        threshold: r, the largest norm of Δ, over all elements of an image.
+    Source:
+        Sadat et al. 2024, "Eliminating Oversaturation and Artifacts of High Guidance Scales in
+        Diffusion Models", arXiv:2410.02416, eq. 7 to 10 and algorithm 1.
     Raises:
-        InvalidArgument: a number that is not finite (but threshold may be infinite), or a
-            threshold of 0 or less.
+        InvalidArgument: a number that is not finite (threshold may be infinite), or a threshold
+            that is not above 0.
     """
     scale = real_number("guidance_scale", scale, -math.inf)
     parallel = real_number("parallel", parallel, -math.inf)
@@ -271,17 +290,17 @@ def projected(
 
 
 def _length(x: Tensor) -> Tensor:
-    """The norm of each image, (B, 1, …); 0 counts as the smallest number above it."""
+    """Return the norm of each image, (B, 1, …), at least the smallest positive number."""
     norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
     return norm.clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
 
 
 class _Average:
-    """Δ + β·(the average before): of a trajectory, over the different t that it visits."""
+    """Running average Δ + β·(previous average) over the timesteps of one trajectory."""
 
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
-        self._before: Tensor | None = None  # up to the t before this one
+        self._before: Tensor | None = None  # up to the previous t
         self._latest: tuple[float, Tensor | None] = (math.inf, None)
 
     def __call__(self, delta: Tensor, t: float) -> Tensor:
@@ -300,16 +319,17 @@ class _Average:
 
 
 def within(guided: Denoiser, plain: Denoiser, meaning: Reader, low: float, high: float) -> Denoiser:
-    """Guidance in an interval of noise levels alone.
+    """Apply guidance only in an interval of noise levels.
 
-    At high noise guidance narrows the choice of pictures, at low noise it changes nothing
-    (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and
-    Distribution Quality in Diffusion Models", arXiv:2404.07724, eq. 6).
+    At high noise guidance reduces the variety of samples, at low noise it has no effect.
 
     Args:
-        guided, plain: the denoisers inside and outside; only one of them is asked.
-        low, high: the interval (low, high] of σ/α, EDM's σ. 0 and infinity hold everything that
-            has noise in it.
+        guided, plain: denoisers inside and outside the interval; only one of them is evaluated.
+        meaning: meaning of the denoisers' output at t.
+        low, high: interval (low, high] of σ/α, EDM's σ; (0, inf) is every noisy level.
+    Source:
+        Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and
+        Distribution Quality in Diffusion Models", arXiv:2404.07724, eq. 6.
     Raises:
         InvalidArgument: not two numbers with 0 <= low < high.
     """
@@ -326,17 +346,17 @@ def within(guided: Denoiser, plain: Denoiser, meaning: Reader, low: float, high:
 def thresholded(
     denoise: Denoiser, meaning: Reader, ratio: float = 0.995, max_value: float = math.inf
 ) -> Denoiser:
-    """The same denoiser with x̂0 kept in [−1, 1] by its own percentile, see `dynamic_threshold`.
+    """Keep x̂0 in [−1, 1] by dynamic thresholding, see `dynamic_threshold`.
 
-    Guidance drives x̂0 out of the range of pixels, where the network has never been; cutting it at
-    the percentile and dividing by that keeps detail (Saharia et al. 2022, "Imagen",
-    arXiv:2205.11487, section 2.3). For pixels, not for latents, which have no such range.
+    Guidance drives x̂0 out of the range of pixels, on which the network was trained. Clipping at a
+    percentile and dividing by it keeps detail (Saharia et al. 2022, "Imagen", arXiv:2205.11487,
+    section 2.3). It is meant for pixels: latents have no such range.
 
     Args:
-        denoise: guided, mostly.
-        meaning: of its output.
-        ratio: the quantile of |x̂0|, in (0, 1].
-        max_value: upper limit of it, at least 1.
+        denoise: denoiser, usually a guided one.
+        meaning: meaning of its output at t.
+        ratio: quantile of |x̂0|, in (0, 1].
+        max_value: upper limit of the quantile, at least 1.
     Raises:
         InvalidArgument: a number outside its range.
     """
@@ -356,21 +376,23 @@ def thresholded(
 def classifier_guided(
     denoise: Denoiser, log_prob: Denoiser, meaning: Reader, scale: float
 ) -> Denoiser:
-    """Led by the gradient of a classifier: ε̂ − w·σ·∇ ln p(y|x_t).
+    """Guide by the gradient of a classifier: ε̂ − w·σ·∇ ln p(y|x_t).
 
-    Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233,
-    algorithm 2. With the exact classifier of the exact distributions on an unconditional denoiser
-    this is classifier-free guidance of the same w.
+    With an exact classifier and an unconditional denoiser this equals classifier-free guidance of
+    the same w.
 
     Args:
-        denoise: conditional or not.
-        log_prob: (x_t, t) → ln p(y|x_t) (B,), differentiable in x_t, which it is shown as the
-            network is; the classifier must know noisy pictures.
-        meaning: of the denoiser's output.
-        scale: w, 0 for none.
+        denoise: conditional or unconditional denoiser.
+        log_prob: (x_t, t) → ln p(y|x_t) (B,), differentiable in x_t, with the network's input; the
+            classifier must be trained on noisy images.
+        meaning: meaning of the denoiser's output at t.
+        scale: w; 0 disables it.
+    Source:
+        Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233,
+        algorithm 2.
     Raises:
-        InvalidArgument: a scale that is not finite. When it is asked: log_prob gives anything but
-            one number an image.
+        InvalidArgument: a scale that is not finite; or, when evaluated, log_prob returns anything
+            but one number per image.
     """
     scale = real_number("scale", scale, -math.inf)
 
@@ -378,13 +400,14 @@ def classifier_guided(
         at, out = meaning(t), denoise(x, t)
         alpha, sigma = at.level
         if alpha == 0:
-            return out  # x_t is noise alone, of which no classifier can say anything
+            return out  # x_t is pure noise, which no classifier can tell apart
         with torch.enable_grad():
             here = x.detach().requires_grad_()
             log_p = log_prob(here, t)
             if log_p.shape != x.shape[:1]:
                 raise InvalidArgument(
-                    f"log_prob must give one number an image, ({len(x)},), got {tuple(log_p.shape)}"
+                    f"log_prob must return one number per image, ({len(x)},), "
+                    f"got {tuple(log_p.shape)}"
                 )
             (gradient,) = torch.autograd.grad(log_p.sum(), here)
         # algorithm 2 moves ε̂ by −w·σ·∇; as x stays, x̂0 moves by w·σ²/α·∇
@@ -393,11 +416,11 @@ def classifier_guided(
     return guided
 
 
-# --- conditions, and numbers of fewer bits -------------------------------------------------------
+# --- conditions, number types and channels -------------------------------------------------------
 
 
 def _joined(condition: Condition, null: Condition) -> dict[str, Any]:
-    """Both conditions as one batch of twice the size."""
+    """Return both conditions as one batch of twice the size."""
     if condition.keys() != null.keys():
         raise InvalidArgument(
             f"null must have the names of condition, {sorted(condition)}, got {sorted(null)}"
@@ -418,7 +441,7 @@ def _joined(condition: Condition, null: Condition) -> dict[str, Any]:
 
 
 def each_tensor(condition: Condition, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The condition with every tensor changed, such as moved to a device or cut to a part."""
+    """Return the condition with a function applied to every tensor."""
     return {
         name: each_tensor(value, change) if isinstance(value, Mapping) else change(value)
         for name, value in condition.items()
@@ -426,10 +449,10 @@ def each_tensor(condition: Condition, change: Callable[[Tensor], Tensor]) -> dic
 
 
 def autocast(network: Network, dtype: torch.dtype) -> Network:
-    """The same network, or denoiser, with its matrix work in `dtype`; its output is float32 again.
+    """Return the network, or denoiser, with matrix products in `dtype` and output in float32.
 
-    Only the network runs in low precision. Guidance and the sampler's arithmetic stay in float32,
-    where the differences between outputs and between steps would otherwise drown.
+    Only the network runs in low precision. Guidance and the sampler stay in float32, because they
+    subtract nearly equal numbers.
     """
 
     def narrow(x: Tensor, t: float, **condition: Any) -> Tensor:
@@ -440,7 +463,7 @@ def autocast(network: Network, dtype: torch.dtype) -> Network:
 
 
 def in_dtype(network: Network, dtype: torch.dtype) -> Network:
-    """The same around a network whose weights are `dtype`; its output is as x again."""
+    """Return a network whose weights are `dtype` with input and output in the dtype of x."""
     return lambda x, t, **condition: network(x.to(dtype), t, **condition).to(x.dtype)
 
 

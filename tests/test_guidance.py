@@ -273,7 +273,7 @@ def test_a_network_may_be_shown_more_than_x():
             lambda: classifier_guided(
                 says(DATA.union, "epsilon"), lambda x, t: x, means("epsilon"), 1.0
             )(points(), 5),
-            "log_prob must give one number an image",
+            "log_prob must return one number per image",
         ),
         (
             lambda: thresholded(lambda x, t: x[:, :1], means("epsilon"))(points(), 5),

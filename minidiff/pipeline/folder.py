@@ -1,9 +1,9 @@
-"""A pipeline on disk: `model_index.json`, and a folder a part.
+"""A pipeline on disk: `model_index.json`, and one folder per part.
 
-The index names the kind of pipeline, and library and class of every part. Kinds that are read are
-minidiff's own "Pipeline", which may have a text encoder and a tokenizer of whole words, and of
-diffusers Stable Diffusion 1.x, 2.x and XL and the pipelines without a condition; all are written so
-that diffusers reads their parts, and those with CLIP's tokenizer so that it reads the whole.
+The index names the kind of pipeline, and library and class of every part. The kinds are minidiff's
+own "Pipeline", which may have a text encoder with a word tokenizer, and from diffusers Stable
+Diffusion 1.x, 2.x and XL and the unconditional pipelines. diffusers reads every part that minidiff
+writes, and whole pipelines that have CLIP's tokenizer.
 """
 
 import warnings
@@ -25,37 +25,39 @@ from minidiff.text.words import WordTokenizer
 INDEX = "model_index.json"
 OWN = "Pipeline"
 TEXT, SECOND = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
-# The parts of every kind of pipeline that is read.
+# Parts of every kind of pipeline that is read.
 KINDS = {OWN: ("unet", "scheduler")}
 KINDS |= dict.fromkeys(("DDPMPipeline", "DDIMPipeline"), ("unet", "scheduler"))
 for _suffix in ("", "Img2Img", "Inpaint"):  # the same parts, used in another way
     KINDS[f"StableDiffusion{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT)
     KINDS[f"StableDiffusionXL{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT, *SECOND)
+EXTRA_NETWORKS = ("weaker",)  # optional in minidiff's own kind: the guidance network
 CLASSES = {
     "unet": UNet.class_names,
     "scheduler": tuple(SCHEDULERS),
     "vae": ("AutoencoderKL", "SpaceToDepth"),
-    "weaker": UNet.class_names,
+    **dict.fromkeys(EXTRA_NETWORKS, UNet.class_names),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder": TextEncoder.class_names,
 }
 _OWN_CLASSES = {"tokenizer": (WordTokenizer.__name__,)}
-# Parts that pictures do not depend on, and options of the index.
+# Parts that images do not depend on, and options of the index.
 UNUSED = ("feature_extractor", "image_encoder")
 OPTIONS = ("class_names", "guidance_scale", "num_inference_steps")
-LATER_OPTIONS = ("guidance_interval", "autoguidance_scale")  # that older folders lack
+LATER_OPTIONS = ("guidance_interval", "autoguidance_scale")  # older folders lack them
 XL_OPTIONS = ("force_zeros_for_empty_prompt",)
 NOTES = ("requires_safety_checker", "add_watermarker")
 
 
 def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> dict[str, Any]:
-    """The arguments of the Pipeline that a folder holds.
+    """Return the arguments of the Pipeline that a folder holds.
 
     Args:
+        folder: folder with `model_index.json`.
         torch_dtype, variant: see `Model.from_pretrained`.
     Raises:
         CheckpointError: names the file that is missing, damaged or not understood.
-        InvalidArgument: parts or options that do not fit each other.
+        InvalidArgument: parts or options do not fit each other.
     """
     folder = Path(folder)
     index = files.read_json(folder / INDEX)
@@ -65,7 +67,7 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         raise CheckpointError(f"{folder / INDEX}: has no {missing[0]}")
     if index.get("safety_checker", [None])[0] is not None:
         warnings.warn(
-            f"{folder}: its safety_checker is left out, pictures are not looked at", stacklevel=3
+            f"{folder}: its safety_checker is not loaded: images are not filtered", stacklevel=3
         )
 
     def network(part: str, cls: type) -> Any:
@@ -75,8 +77,7 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         "unet": network("unet", UNet),
         "scheduler": _scheduler(folder / "scheduler", SCHEDULERS[index["scheduler"][1]]),
     }
-    if "weaker" in index:
-        arguments["weaker"] = network("weaker", UNet)
+    arguments |= {part: network(part, UNet) for part in EXTRA_NETWORKS if part in index}
     if "vae" in index:
         arguments["vae"] = _vae(folder / "vae", index["vae"][1], torch_dtype, variant)
     texts = [part for part in (*TEXT, *SECOND) if part in parts]
@@ -111,7 +112,7 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
     allowed = {
         *parts,
         "vae",
-        *(["weaker"] if index["_class_name"] == OWN else []),
+        *(EXTRA_NETWORKS if index["_class_name"] == OWN else ()),
         "safety_checker",
         *UNUSED,
         *OPTIONS,
@@ -123,7 +124,7 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
         if name.startswith("_"):
             continue
         if name not in allowed:
-            raise CheckpointError(f"{path}: {name!r} is no part or option of this pipeline")
+            raise CheckpointError(f"{path}: {name!r} is not a part or option of this pipeline")
         if name in (*OPTIONS, *LATER_OPTIONS, *XL_OPTIONS, *NOTES):
             continue
         absent = name not in parts and value == [None, None]
@@ -138,7 +139,7 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
 
 
 def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """The parts that a pipeline must have; those of a text go together."""
+    """Return the parts that a pipeline must have; tokenizer and text encoder go together."""
     parts, kind = KINDS[index["_class_name"]], index["_class_name"]
     return (*parts, *TEXT) if kind == OWN and not index.keys().isdisjoint(TEXT) else parts
 
@@ -165,12 +166,14 @@ def write(
     """Write a pipeline; an existing one is replaced as a whole.
 
     Args:
-        parts: unet, scheduler, and vae and weaker, which may be None.
-        options: of the index, written where there is no CLIP tokenizer: diffusers has no place
-            for them.
+        folder: folder of the pipeline, new, empty or with an earlier pipeline.
+        parts: unet, scheduler, vae and extra networks; None for an absent one.
+        prompts: tokenizers and text encoders, or None.
+        options: options of minidiff's own index. diffusers' kinds have no place for them, so they
+            are not written beside CLIP's tokenizer.
     Raises:
         CheckpointError: the folder cannot be written, or holds something else.
-        InvalidArgument: there is a weaker network, which diffusers' pipelines do not know.
+        InvalidArgument: there is an extra network, which diffusers' pipelines do not have.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
@@ -183,9 +186,9 @@ def write(
         if not isinstance(prompts, WordPrompts):
             index = _XL_INDEX if second else _INDEX
             index = index | {name: getattr(prompts, name) for name in XL_OPTIONS if second}
-            if "weaker" in parts:
+            for name in parts.keys() & set(EXTRA_NETWORKS):
                 raise InvalidArgument(
-                    f"weaker must be None: {index['_class_name']} has no place for it"
+                    f"{name} must be None: {index['_class_name']} has no place for it"
                 )
     with files.atomic_folder(folder) as temporary:
         for name, part in parts.items():

@@ -67,8 +67,7 @@ def check_guidance_network(network: UNet | None, unet: UNet) -> None:
         given, wanted = network.config.get(name), unet.config.get(name)
         if given != wanted:
             raise InvalidArgument(
-                f"weaker must have {name}={wanted!r}, as the network that it is to guide; "
-                f"got {given!r}"
+                f"the guidance network must have {name}={wanted!r} like the network; got {given!r}"
             )
 
 

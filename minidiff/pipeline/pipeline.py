@@ -310,7 +310,7 @@ class Pipeline:
             raise InvalidArgument(f"dtype must be one of {allowed}, got {dtype}")
         place = None if device is None else pick_device(device)
         encoders = () if self.prompts is None else self.prompts.encoders
-        for network in (self.unet, self.weaker, self.vae, *encoders):
+        for network in (self.unet, self.guidance_network, self.vae, *encoders):
             if network is not None:
                 network.to(place)
         self.dtype = dtype or self.dtype
@@ -344,7 +344,7 @@ class Pipeline:
                 "unet": self.unet,
                 "scheduler": self.scheduler,
                 "vae": self.vae,
-                "weaker": self.weaker,
+                "weaker": self.guidance_network,
             },
             self.prompts,
             {

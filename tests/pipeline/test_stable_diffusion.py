@@ -201,7 +201,7 @@ def test_pipelines_without_a_condition_are_read(tmp_path):
     ("change", "message"),
     [
         ({"_class_name": "FluxPipeline"}, "_class_name must be one of Pipeline, DDPMPipeline"),
-        ({"controlnet": ["diffusers", "ControlNetModel"]}, "'controlnet' is no part or option"),
+        ({"controlnet": ["diffusers", "ControlNetModel"]}, "'controlnet' is not a part or option"),
         ({"unet": ["diffusers", "UNet3DConditionModel"]}, "unet must be one of"),
         ({"unet": "UNet2DConditionModel"}, "unet must be a library and a class"),
         ({"vae": [None, None]}, "vae must be a library and a class"),
