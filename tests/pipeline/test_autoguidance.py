@@ -192,7 +192,7 @@ def test_a_call_without_a_weaker_network_is_refused_before_work(pipe, monkeypatc
     [
         (
             {"num_class_embeds": 10},
-            "num_class_embeds=11, as the network that it is to guide; got 10",
+            "num_class_embeds=11 like the network; got 10",
         ),
         ({"out_channels": 8}, "the guidance network must have out_channels=4"),
         ({"in_channels": 1}, "the guidance network must have in_channels=4"),

@@ -174,7 +174,7 @@ def test_a_safety_checker_is_left_out_with_a_word(tmp_path):
     content = json.loads(index.read_text())
     content["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match="safety_checker is left out"):
+    with pytest.warns(UserWarning, match="safety_checker is not loaded"):
         Pipeline.from_pretrained(tmp_path / "sd")
 
 
