@@ -76,6 +76,14 @@ def test_the_custom_objective_trains_and_has_the_value_of_hubers_loss(
         torch.testing.assert_close(error, torch.full((2,), expected))
 
 
+def test_every_import_of_an_example_works() -> None:
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+    imports = re.findall(r"^from minidiff.*$", "\n".join(examples), re.M)
+    assert len(imports) > 10
+    for line in imports:
+        exec(line, {})
+
+
 def test_the_table_of_folders_names_every_folder_once() -> None:
     rows = re.findall(r"^\| `([\w/]+/)` \|", README, re.M)
     for folder in rows:
