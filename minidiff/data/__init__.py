@@ -3,8 +3,8 @@
 load("digits")                      the digits embedded in the package: no download
 load("mnist", data_dir="…")         the four published IDX files
 load("cifar10", data_dir="…")       the published binary version
-load("moons")                       points on a plane, see `minidiff.data.toys`
-load("captions")                    coloured digits with captions, made as they are asked for
+load("moons")                       points in a plane, see `minidiff.data.toys`
+load("captions")                    coloured digits with captions, drawn batch by batch
 load("path/to/folder")              any folder of images
 """
 
@@ -53,20 +53,19 @@ def load(
 
     Args:
         name: "digits" (16×16 grey, embedded), "mnist" (28×28 grey), "cifar10" (32×32 RGB),
-            "captions" (32×32 RGB, endless, with texts in place of labels), one of `TOYS` for
-            points on a plane, or an existing folder of images.
-        split: "train" or "test". A folder has no test split of its own: every tenth image of
-            its sorted order is held out for it, see `minidiff.data.folder`.
-        data_dir: for mnist and cifar10, the folder that holds the published files, or whose
-            sub-folder of that name does; by default the environment variable MINIDIFF_DATA.
-        image_size: for a folder, the side to which images are cropped and resized; by default
-            they must all have one size. Named data sets have the size they have.
-        download: for mnist and cifar10, fetch the files that are not there into that sub-folder,
-            checked by size and SHA-256, see `minidiff.data.download`.
+            "captions" (32×32 RGB, endless, with texts instead of labels), one of `TOYS` for
+            points in a plane, or an existing folder of images.
+        split: "train" or "test". The test split of a folder is every tenth image of its sorted
+            order, see `minidiff.data.folder`.
+        data_dir: folder of the published files of mnist or cifar10, or the parent of their folder
+            "mnist" or "cifar10"; by default the environment variable MINIDIFF_DATA.
+        image_size: side to which the images of a folder are cropped and resized; by default they
+            must all have one size. Named data sets have a fixed size.
+        download: fetch missing files of mnist or cifar10 into that sub-folder, checked by size
+            and SHA-256, see `minidiff.data.download`.
 
     Raises:
-        InvalidArgument: an unknown name or split, or an argument that this data set has no
-            use for.
+        InvalidArgument: an unknown name or split, or an argument that this data set does not take.
         DataError: a file is missing or damaged, or could not be downloaded.
         CheckpointError: a folder to download to cannot be written.
     """
@@ -82,7 +81,7 @@ def load(
                 )
     if name in TOYS:
         return toys.load(name, split)
-    # Imported here: neither Pillow nor the embedded file costs anything until asked for.
+    # Imported here, so that Pillow and the embedded file are loaded only when needed.
     if name == "digits":
         from minidiff.data import digits
 
@@ -106,7 +105,7 @@ def load(
 def _load_published(
     name: str, split: str, data_dir: str | Path | None, download: bool
 ) -> ImageData:
-    """MNIST or CIFAR-10, from `data_dir` or MINIDIFF_DATA, or the folder of its name in there."""
+    """Read MNIST or CIFAR-10 from `data_dir` or MINIDIFF_DATA, or a folder of its name in it."""
     from minidiff.data import cifar10, mnist
     from minidiff.data.download import download as fetch
 

@@ -1,9 +1,9 @@
-"""A .tar.gz whose author is not trusted, read member by member.
+"""An untrusted .tar.gz, read member by member.
 
-What a member may be: an ordinary file, or a folder, under one known top folder. A path that leaves
-it, a link, a device, a name that comes twice, or more bytes than were allowed stops the reading,
-before anything of that member is used. The bytes are counted where they leave the decompressor, so
-neither a large member nor a large header can take memory or disk (a "zip bomb").
+A member is an ordinary file or a folder under one known top folder. A path outside it, a link, a
+device, a duplicate name, or more bytes than allowed stops the reading before that member is used.
+Bytes are counted at the output of the decompressor, so neither a large member nor a large header
+can fill memory or disk (a "zip bomb").
 """
 
 import contextlib
@@ -25,9 +25,9 @@ class Member(NamedTuple):
     """One file of an archive.
 
     Attributes:
-        path: below the top folder, relative, without "..".
-        size: in bytes.
-        file: its content, to be read before the next member is asked for.
+        path: path relative to the top folder, without "..".
+        size: size in bytes.
+        file: content, to be read before the next member is requested.
     """
 
     path: PurePosixPath
@@ -35,23 +35,24 @@ class Member(NamedTuple):
     file: "_Named"
 
 
-def members(archive: Path, top: str, most: int) -> Iterator[Member]:
-    """The files of a .tar.gz below its folder `top`, in their order.
+def members(archive: Path, top: str, max_bytes: int) -> Iterator[Member]:
+    """Yield the files of a .tar.gz below its folder `top`, in order.
+
+    The checksum is at the end of an archive: content is verified only when the iterator ends.
 
     Args:
-        archive: the file.
-        top: the one folder that everything must lie in.
-        most: bytes that the whole archive may unpack to, headers included.
+        archive: path of the archive.
+        top: the one folder that all members must lie in.
+        max_bytes: limit of the unpacked size, headers included.
     Raises:
-        DataError: it cannot be read, is damaged, larger than `most`, or holds a member that is
-            not allowed; names the archive and the member. So does reading a member's content. The
-            checksum comes last: what was read before is good only when the iterator has ended.
+        DataError: unreadable, damaged, larger than `max_bytes`, or a member that is not allowed;
+            names the archive and the member. Reading a member raises it too.
     """
     seen = set()
     with (
         _naming(archive),
         gzip.open(archive) as unpacked,
-        tarfile.open(fileobj=(counted := _Counted(unpacked, archive, most)), mode="r|") as tar,
+        tarfile.open(fileobj=(counted := _Counted(unpacked, archive, max_bytes)), mode="r|") as tar,
     ):
         for entry in tar:
             path = _checked(archive, entry, top)
@@ -60,21 +61,22 @@ def members(archive: Path, top: str, most: int) -> Iterator[Member]:
             seen.add(path)
             if entry.isfile():
                 yield Member(path, entry.size, _Named(tar.extractfile(entry), archive))
-        while counted.read(1 << 16):  # to the end, where gzip's checksum is
+        while counted.read(1 << 16):  # up to gzip's checksum at the end
             pass
 
 
-def unpack(archive: Path, folder: Path, top: str, most: int) -> None:
-    """Write what lies in `top` to `folder/top`, as a whole or not at all.
+def unpack(archive: Path, folder: Path, top: str, max_bytes: int) -> None:
+    """Write the files below `top` to `folder/top`, as a whole or not at all.
 
-    Only names and contents are taken over: no owner, mode or time. Arguments as of `members`.
+    Only names and contents are copied: no owner, mode or time. For the other arguments see
+    `members`.
 
     Raises:
-        DataError: as `members`.
+        DataError: an error of `members`.
         CheckpointError: the folder cannot be written.
     """
     with atomic_folder(folder / top) as temporary:
-        for path, _, file in members(archive, top, most):
+        for path, _, file in members(archive, top, max_bytes):
             target = temporary / path
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as out:
@@ -83,10 +85,10 @@ def unpack(archive: Path, folder: Path, top: str, most: int) -> None:
 
 @contextlib.contextmanager
 def _naming(archive: Path) -> Iterator[None]:
-    """Turn what the decompressor and the unpacker say of bad bytes into one error."""
+    """Turn the errors of the decompressor and the unpacker into DataError."""
     try:
         yield
-    except OSError as error:  # gzip's own errors are of this kind
+    except OSError as error:  # gzip's errors are of this class too
         raise DataError(f"{archive}: cannot be read ({error.strerror or error})") from error
     except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError) as error:
         raise DataError(f"{archive}: truncated or damaged ({error})") from error
@@ -104,11 +106,11 @@ class _Named:
 
 
 class _Counted(_Named):
-    """What comes out of the decompressor, to `most` bytes and no further."""
+    """The output of the decompressor, up to `max_bytes`."""
 
-    def __init__(self, file: BinaryIO, archive: Path, most: int) -> None:
+    def __init__(self, file: BinaryIO, archive: Path, max_bytes: int) -> None:
         super().__init__(file, archive)
-        self.left = most
+        self.left = max_bytes
 
     def read(self, count: int) -> bytes:
         content = super().read(count)
@@ -119,9 +121,9 @@ class _Counted(_Named):
 
 
 def _checked(archive: Path, entry: tarfile.TarInfo, top: str) -> PurePosixPath:
-    """The path of a member below `top`, if it is one that may be there."""
+    """Return the path of a member below `top`, if the member is allowed."""
     named = f"{archive}: member {entry.name!r}"
-    # Of a sparse file the archive holds little and says that it is large.
+    # A sparse file is small in the archive and declared as large.
     if not (entry.isfile() or entry.isdir()) or entry.issparse():
         raise DataError(f"{named} is a link, a device or sparse, expected files and folders only")
     path = PurePosixPath(entry.name)

@@ -1,16 +1,15 @@
-"""Augmentations: small shifts, and for photographs mirror images.
+"""Augmentations: small shifts, and horizontal flips for photographs.
 
-    augmented(data, shift=2, flip=True, seed=0)      data again, to be trained on like any other
+    augmented(data, shift=2, flip=True, seed=0)      data with the same interface
 
-What happens to an image depends on (seed, its position in the stream) alone, see
-`minidiff.data.protocol`: it is another thing at every pass, and the same after an interruption or
-in a batch that several processes share. All images of a batch move by one gather on the device.
+The augmentation of an image depends on (seed, its position in the stream) alone, see
+`minidiff.data.protocol`. It differs between passes, but is the same after an interruption or in a
+batch that several processes share. All images of a batch move by one gather on the device.
 
-A digit has no mirror image: 2, 3, 4, 5, 6, 7 and 9 become signs that do not exist.
+Digits are never flipped: 2, 3, 4, 5, 6, 7 and 9 become signs that do not exist.
 """
 
 import re
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,17 +29,17 @@ _BLACK = -1.0  # the background of digits
 def augmented(
     data: Data, *, shift: int = 0, flip: bool = False, seed: int = 0, padding: str | None = None
 ) -> Data:
-    """The same data, every image moved and mirrored at random.
+    """Return data whose images are shifted and flipped at random.
 
     Args:
-        data: images. Without shift and flip it is returned as it is.
-        shift: up to so many pixels along each axis, all 2·shift + 1 offsets being equally likely.
-        flip: mirror every second image, left to right; not for digits.
-        seed: of the numbers, 0 … 2³²−1.
-        padding: what comes in at the border: "background", black, or "reflect", the image itself.
-            By default black for digits, and for others the image.
+        data: images; returned unchanged without shift and flip.
+        shift: maximum shift along each axis in pixels; all 2·shift + 1 offsets are equally likely.
+        flip: flip an image left to right with probability ½; not for digits.
+        seed: seed of the random numbers, 0 … 2³²−1.
+        padding: content of the border: "background" for black, or "reflect" for the image
+            reflected at the border. By default black for digits, and reflected for others.
     Raises:
-        InvalidArgument: data without images, an argument out of range, or digits to be mirrored.
+        InvalidArgument: data without images, an argument out of range, or digits to be flipped.
     """
     if len(data.shape) != 3:
         raise InvalidArgument(f"data must be images, {data.name} has items of shape {data.shape}")
@@ -55,32 +54,19 @@ def augmented(
     return Augmented(data, shift, flip, seed, padding) if shift or flip else data
 
 
-@dataclass(frozen=True, eq=False)
 class Augmented(Data):
-    """Data whose images `augmented` moves and mirrors; see there."""
+    """Data whose images are shifted and flipped; for the arguments see `augmented`."""
 
-    data: Data
-    shift: int
-    flip: bool
-    seed: int
-    padding: str
+    def __init__(self, data: Data, shift: int, flip: bool, seed: int, padding: str) -> None:
+        self.data, self.name, self.class_names = data, data.name, data.class_names
+        self.shift, self.flip, self.seed, self.padding = shift, flip, seed, padding
 
     def __len__(self) -> int:
         return len(self.data)
 
     @property
-    def name(self) -> str:
-        """Of the data without augmentation."""
-        return self.data.name
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Of the data."""
-        return self.data.class_names
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image: (C, H, W)."""
+        """Shape of one image: (C, H, W)."""
         return self.data.shape
 
     def condition(self, config: ConditionConfig) -> Condition:
@@ -90,14 +76,14 @@ class Augmented(Data):
         return self.data.example_prompts(n)
 
     def to(self, device: torch.device | str) -> "Augmented":
-        """The same data with its batches on `device`."""
-        return replace(self, data=self.data.to(device))
+        """Return the data with its batches on `device`."""
+        return Augmented(self.data.to(device), self.shift, self.flip, self.seed, self.padding)
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """The images at `index`, as they come at `position`; as in `minidiff.data.protocol`."""
+        """Return the images at `index`, augmented by their positions; see `Data.batch`."""
         x, labels = self.data.batch(index, position)
         words = random_words(self.seed, Purpose.AUGMENTATION, position, len(x))
-        mirrored, down, right = (torch.from_numpy(number).to(x.device, non_blocking=True)
+        flipped, down, right = (torch.from_numpy(number).to(x.device, non_blocking=True)
                                  for number in self._choices(words))  # fmt: skip
         if self.shift:
             mode = "reflect" if self.padding == "reflect" else "constant"
@@ -106,14 +92,14 @@ class Augmented(Data):
         height, width = self.shape[1:]
         rows = down[:, None] + torch.arange(height, device=x.device)
         columns = torch.arange(width, device=x.device)
-        columns = right[:, None] + torch.where(mirrored[:, None], width - 1 - columns, columns)
+        columns = right[:, None] + torch.where(flipped[:, None], width - 1 - columns, columns)
         image = torch.arange(len(x), device=x.device)[:, None, None]
         moved = x[image, :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
         return moved.permute(0, 3, 1, 2), labels
 
     def _choices(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """From random words (B, 4): whether to mirror, and where to cut, from 0 to 2·shift."""
+        """Return from random words (B, 4) whether to flip, and the offsets from 0 to 2·shift."""
         high = words >> 32
-        mirrored = self.flip & (high[:, 0] >= 1 << 31)
+        flipped = self.flip & (high[:, 0] >= 1 << 31)
         offsets = (high[:, 1:3] * (2 * self.shift + 1) >> 32).astype(np.int64)
-        return mirrored, offsets[:, 0].copy(), offsets[:, 1].copy()
+        return flipped, offsets[:, 0].copy(), offsets[:, 1].copy()

@@ -3,8 +3,8 @@
     data_batch_1.bin … data_batch_5.bin, test_batch.bin      10,000 records each
 
 A record is a label byte, 0..9, and 3,072 pixel bytes: the red, the green and the blue plane of a
-32×32 image, row by row. A file has no header, so that its length is the only sign of a truncation:
-it must be that of 10,000 records. The Python version of the data is a pickle and not read.
+32×32 image, row by row. A file has no header, so only its length, that of 10,000 records, reveals
+a truncation. The Python version of the data is a pickle and not read.
 
 Source: A. Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images",
 https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -33,21 +33,21 @@ CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer",
 SHAPE = (3, 32, 32)
 RECORDS = 10_000
 RECORD = 1 + 3 * 32 * 32
-MOST = 6 * RECORDS * RECORD + (1 << 20)  # of the whole archive, its two text files included
+MAX_UNPACKED_BYTES = 6 * RECORDS * RECORD + (1 << 20)  # of the archive with its two text files
 
 
 def load(folder: str | Path, split: str = "train") -> ImageData:
     """Read one split.
 
     Args:
-        folder: holds the six files, or `cifar-10-batches-bin` with them in it, or else
-            `cifar-10-binary.tar.gz`; the first of these that is there is read.
+        folder: folder of the six files, of `cifar-10-batches-bin` with them, or of
+            `cifar-10-binary.tar.gz`; the first of these that exists is read.
         split: "train" (50,000 images) or "test" (10,000).
     Returns:
         Images (N, 3, 32, 32) with labels 0..9.
     Raises:
         InvalidArgument: another split.
-        DataError: names the file that is missing, truncated or not what it claims to be.
+        DataError: names the file that is missing, truncated or of another kind.
     """
     one_of("split", split, FILES)
     folder, names = Path(folder), FILES[split]
@@ -66,15 +66,15 @@ def load(folder: str | Path, split: str = "train") -> ImageData:
 
 
 def is_in(folder: Path) -> bool:
-    """Whether the folder holds CIFAR-10, or a part of it, in one of the three ways."""
+    """Return True for a folder with CIFAR-10, or a part of it, in one of the three forms."""
     return _unpacked(folder) is not None or (folder / ARCHIVE).is_file()
 
 
 def is_unpacked(folder: Path) -> bool:
-    """Whether the six files lie in the folder, or in `cifar-10-batches-bin` in it.
+    """Return True if the six files lie in the folder, or in `cifar-10-batches-bin` in it.
 
     Raises:
-        DataError: some of them do, or one has another length.
+        DataError: only some of them do, or one has another length.
     """
     place = _unpacked(folder)
     if place is None:
@@ -88,7 +88,7 @@ def is_unpacked(folder: Path) -> bool:
 
 
 def _unpacked(folder: Path) -> Path | None:
-    """The folder with the files: this one or the one in it."""
+    """Return the folder with the files, this one or the one in it; None without files."""
     known = FILES["train"] + FILES["test"]
     for place in (folder, folder / FOLDER):
         if any((place / name).is_file() for name in known):
@@ -97,16 +97,16 @@ def _unpacked(folder: Path) -> Path | None:
 
 
 def _files(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str, int, BinaryIO]]:
-    """The wanted files that are there, and the list of class names: name, size, content."""
+    """Yield the files of these names that exist, and the class names: name, size, content."""
     place = _unpacked(folder)
     if not is_in(folder):
         raise DataError(
             f"{folder}: no {names[0]}, no {FOLDER}/{names[0]} and no {ARCHIVE}, "
-            "expected CIFAR-10's binary version in one of these ways; "
+            "expected CIFAR-10's binary version in one of these forms; "
             "--download / download=True fetches it"
         )
     if place is None:
-        for member in archive.members(folder / ARCHIVE, FOLDER, MOST):
+        for member in archive.members(folder / ARCHIVE, FOLDER, MAX_UNPACKED_BYTES):
             yield member.path.as_posix(), member.size, member.file
         return
     for path in (place / name for name in (NAMES_FILE, *names)):
@@ -137,7 +137,7 @@ def _read(file: BinaryIO, size: int, into: Tensor, named: str) -> None:
 
 
 def _check_class_names(file: BinaryIO, named: str) -> None:
-    """Refuse a list of other names, or in another order: labels would mean something else."""
+    """Refuse other class names or another order, in which labels have another meaning."""
     names = tuple(file.read(4096).decode("utf-8", errors="replace").split())
     if names != CLASS_NAMES:
         raise DataError(f"{named} names the classes {', '.join(names)[:200]}, expected "

@@ -1,16 +1,16 @@
-"""Any map-style `torch.utils.data.Dataset` as data to train on, with worker processes or without.
+"""Training on any map-style `torch.utils.data.Dataset`, with or without worker processes.
 
     from_dataset(dataset, workers=4)                              images as bytes or PIL
     from_dataset(dataset, value_range=(0, 1), class_names=names)  images as floats
 
 An item is an image, or (image, label). Random numbers that a data set draws from `random`,
-`numpy.random` or torch while it makes an item depend on (seed, position in the stream) alone, see
-`minidiff.data.protocol`, and the caller's generators are left as they were. So the batches are the
-same for any number of workers, and after an interruption at any position.
+`numpy.random` or torch while it builds an item depend on (seed, position in the stream) alone, see
+`minidiff.data.protocol`, and the states of the caller's generators are restored. So the batches are
+the same for any number of workers, and after an interruption at any position.
 
-Workers make the next batch while this one is trained on: it is known as soon as the batches come in
-the order of the seed. They are processes of `concurrent.futures`; what they make comes through a
-pipe, nothing is written to disk.
+Workers build the next batch during a training step, if batches are requested in the order of the
+seed. They are processes of `concurrent.futures` and return items through a pipe; nothing is written
+to disk.
 """
 
 import contextlib
@@ -37,40 +37,40 @@ from minidiff.images.pixels import to_float
 from minidiff.noise import MAX_SEED
 
 MAX_WORKERS = 256
-_ROUNDING = 1e-4  # of a range: how far resizing and float arithmetic may leave it
+_ROUNDING = 1e-4  # fraction of a range by which resizing and rounding may exceed it
 
 
 class Items:
-    """The items of a data set, checked and brought to one form.
+    """The items of a data set, checked and converted to one form.
 
     Args:
-        dataset, name, value_range, seed: as of `from_dataset`.
+        dataset, name, value_range, seed: arguments of `from_dataset`.
     Attributes:
-        shape: (C, H, W) of every image, that of item 0; `from_dataset` sets it.
-        num_classes: which labels are allowed, 0 for items without; `from_dataset` sets it.
+        shape: shape (C, H, W) of every image, that of item 0; `from_dataset` sets it.
+        num_classes: number of labels, 0 for items without; `from_dataset` sets it.
     """
 
     def __init__(
         self, dataset: Any, name: str, value_range: tuple[float, float] | None, seed: int
     ) -> None:
         self.dataset, self.name, self.value_range, self.seed = dataset, name, value_range, seed
-        self.shape: tuple[int, ...] | None = None  # not known before item 0
+        self.shape: tuple[int, ...] | None = None  # unknown before item 0
         self.num_classes: int | None = None
 
     def first(self) -> tuple[np.ndarray, Any]:
-        """Image and label (or None) of item 0, which decide what the others must be."""
-        with _own_random_state():
+        """Return image and label (or None) of item 0, whose form all items must have."""
+        with _restored_random_state():
             return self._split(0, self._raw(0, [0, 0, 0]))
 
     def make(self, numbers: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images (B, C, H, W), uint8 or float32 in [−1, 1], and labels int64 (B,) or (0,).
+        """Return images (B, C, H, W), uint8 or float32 in [−1, 1], and labels int64 (B,) or (0,).
 
         Raises:
-            DataError: names the item that fails, or that is unlike item 0.
+            DataError: names the item that fails, or that differs in form from item 0.
         """
         images, labels = [], []
         words = random_words(self.seed, Purpose.ITEM, position, len(numbers)).tolist()
-        with _own_random_state():
+        with _restored_random_state():
             for number, seeds in zip(numbers, words, strict=True):
                 image, label = self._split(number, self._raw(number, seeds))
                 if image.shape != self.shape:
@@ -84,18 +84,18 @@ class Items:
 
     def _raw(self, number: int, seeds: Sequence[int]) -> Any:
         random.seed(seeds[0])
-        np.random.seed(seeds[1] >> 32)  # noqa: NPY002 - a data set may draw from this one
+        np.random.seed(seeds[1] >> 32)  # noqa: NPY002 - for data sets that use this one
         torch.default_generator.manual_seed(seeds[2] >> 1)
         try:
             return self.dataset[number]
-        except Exception as error:  # a data set is anyone's code
+        except Exception as error:  # a data set may raise anything
             self._refuse(number, f"raised {type(error).__name__}: {error}", error)
 
-    def _refuse(self, number: int, what: str, cause: Exception | None = None) -> None:
-        raise DataError(f"{self.name}: item {number} {what}") from cause
+    def _refuse(self, number: int, reason: str, cause: Exception | None = None) -> None:
+        raise DataError(f"{self.name}: item {number} {reason}") from cause
 
     def _split(self, number: int, item: Any) -> tuple[np.ndarray, Any]:
-        """Image and label of an item."""
+        """Return image and label of an item."""
         if not isinstance(item, tuple | list):
             return self._image(number, item), None
         if len(item) not in (1, 2):
@@ -103,7 +103,7 @@ class Items:
         return self._image(number, item[0]), item[1] if len(item) == 2 else None
 
     def _image(self, number: int, image: Any) -> np.ndarray:
-        """An image as uint8 or float32 (C, H, W)."""
+        """Return an image as uint8 or float32 (C, H, W)."""
         pillow = hasattr(image, "getbands")
         if not (pillow or isinstance(image, Tensor | np.ndarray)):
             self._refuse(number, f"is {type(image).__name__}, expected a tensor (C, H, W), an "
@@ -112,7 +112,7 @@ class Items:
             self._refuse(number, f"is a PIL image of mode {image.mode}, expected L or RGB")
         try:
             array = _as_array(image)
-        except Exception as error:  # Pillow decodes now; some types of torch have no array
+        except Exception as error:  # from Pillow's decoder, or a sparse tensor
             self._refuse(number, f"cannot be read as an array: {error}", error)
         if array.ndim == 3 and not isinstance(image, Tensor):
             array = array.transpose(2, 0, 1)
@@ -127,14 +127,14 @@ class Items:
     def _bytes(self, number: int, array: np.ndarray) -> np.ndarray:
         if array.dtype != np.uint8:
             self._refuse(number, f"is an image of {array.dtype}, expected uint8; for "
-                                 "floats, value_range says what is black and white")  # fmt: skip
+                                 "floats, set value_range to (black, white)")  # fmt: skip
         return array
 
     def _floats(self, number: int, array: np.ndarray) -> np.ndarray:
         low, high = self.value_range
         if not np.issubdtype(array.dtype, np.floating):
-            self._refuse(number, f"is an image of {array.dtype}, expected floats in [{low:g}, "
-                                 f"{high:g}], as value_range says")  # fmt: skip
+            self._refuse(number, f"is an image of {array.dtype}, expected floats in "
+                                 f"value_range [{low:g}, {high:g}]")  # fmt: skip
         wide = array.astype(np.float64)
         slack = _ROUNDING * (high - low)
         if not (wide.min() >= low - slack and wide.max() <= high + slack):  # NaN is refused too
@@ -165,19 +165,19 @@ def from_dataset(
     seed: int = 0,
     workers: int = 0,
 ) -> "DatasetImages":
-    """Wrap a data set, so that it can be trained on.
+    """Wrap a data set for training.
 
     Args:
-        dataset: has `len()` and `[i]`; its items are an image, or (image, label). An image is a
-            tensor (C, H, W), an array (H, W, C), a PIL image (L or RGB), C = 1 or 3; all have the
-            shape of item 0.
-        name: what error messages and reports call it.
+        dataset: object with `len()` and `[i]`, whose items are images or pairs (image, label). An
+            image is a tensor (C, H, W), an array (H, W, C) or a PIL image (L or RGB), C = 1 or 3;
+            all have the shape of item 0.
+        name: name of the data in error messages and reports.
         value_range: None for images of bytes (uint8, PIL); (black, white) for floats.
-        class_names: one name a class, in the order of the labels 0, 1, …; by default the data
-            set's own `classes`, as torchvision's have it. Needed, and allowed, with labels only.
-        seed: of the random numbers that the data set draws; that of the training, which lets the
-            workers know the next batch.
-        workers: processes that make the items; 0 for this one.
+        class_names: one name per class, in the order of the labels 0, 1, …; by default the
+            `classes` of the data set, as in torchvision. Required with labels, refused without.
+        seed: seed of the data set's random numbers. With the seed of the training, the workers
+            know the next batch.
+        workers: number of processes that build items; 0 for the calling process.
     Raises:
         InvalidArgument: an argument that is not allowed, or a data set without length or items.
         DataError: item 0 cannot be used.
@@ -211,14 +211,14 @@ def from_dataset(
 
 
 class Request(NamedTuple):
-    """A batch that is asked for: which items, and the position of the first."""
+    """A request for a batch: the numbers of its items, and the position of the first."""
 
     numbers: tuple[int, ...]
     position: int
 
 
 class DatasetImages(Data):
-    """The data that `from_dataset` makes; used as `minidiff.data.protocol.Data`."""
+    """The data that `from_dataset` returns."""
 
     def __init__(self, items: Items, class_names: tuple[str, ...], workers: int) -> None:
         self.items, self.class_names, self.workers = items, class_names, workers
@@ -230,25 +230,25 @@ class DatasetImages(Data):
 
     @property
     def name(self) -> str:
-        """What error messages and reports call it."""
+        """Name of the data in error messages and reports."""
         return self.items.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image: (C, H, W)."""
+        """Shape of one image: (C, H, W)."""
         return self.items.shape
 
     def to(self, device: torch.device | str) -> "DatasetImages":
-        """The same data with its batches on `device`."""
+        """Return the data with its batches on `device`."""
         other = copy.copy(self)
         other.device, other._ahead = torch.device(device), None
         return other
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """The images at `index`; as in `minidiff.data.protocol`.
+        """Return the images at `index`; see `Data.batch`.
 
         Raises:
-            DataError: names the item that cannot be used; or a worker has died.
+            DataError: names the item that cannot be used, or a worker died.
         """
         request = Request(tuple(index.tolist()), position)
         if not self.workers:
@@ -264,7 +264,7 @@ class DatasetImages(Data):
 
     def _moved(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # from pinned memory the copy need not be waited for
+        if self.device.type == "cuda":  # a copy from pinned memory does not block
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
@@ -273,10 +273,10 @@ class DatasetImages(Data):
 
 
 class ReadAhead:
-    """Makes batches in worker processes, the next one while this one is used.
+    """Worker processes that build the next batch while the current one is used.
 
-    The next one is guessed: the items of the seed's order, as far on as this batch is from the
-    last. A wrong guess costs time and nothing else.
+    The next one is a guess: it follows in the order of the seed, at the distance of this batch from
+    the last. A wrong guess costs only time.
     """
 
     def __init__(self, items: Items, workers: int) -> None:
@@ -287,7 +287,7 @@ class ReadAhead:
         self.guess: tuple[Request, list[Future]] | None = None
 
     def take(self, request: Request) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The parts of a batch, in order. Raises DataError."""
+        """Return the parts of a batch, in order. Raises DataError."""
         try:
             guess, parts = self.guess or (None, [])
             guessed = guess == request
@@ -297,7 +297,7 @@ class ReadAhead:
             self.last = request.position
             return [part.result() for part in parts]
         except BrokenProcessPool as error:
-            raise DataError("a worker that makes the items died; is memory short?") from error
+            raise DataError("a worker that builds items died; is memory short?") from error
 
     def _submit(self, request: Request) -> list[Future]:
         size = -(-len(request.numbers) // self.workers)
@@ -307,7 +307,7 @@ class ReadAhead:
         ]
 
     def _next(self, request: Request, guessed: bool) -> tuple[Request, list[Future]] | None:
-        """Begin with the batch that should come after this one, if this one is in order."""
+        """Submit the batch that follows this one, if this one is in the order of the seed."""
         count, step = len(request.numbers), request.position - self.last
         if not guessed and self._in_order(request.position, count) != request.numbers:
             return None
@@ -316,7 +316,7 @@ class ReadAhead:
         return following, self._submit(following)
 
     def _in_order(self, position: int, count: int) -> tuple[int, ...]:
-        """The items that the seed's order has at a position."""
+        """Return the items at a position of the order of the seed."""
         if not 0 <= position - self.at <= 10 * count:  # elsewhere, or far ahead
             self.order, self.at = batches(self.length, 1, self.seed, start=position), position
         skip = position - self.at
@@ -328,18 +328,18 @@ _items: Items | None = None  # of a worker process
 
 
 def _begin_work(items: Items) -> None:
-    """What a worker does first."""
+    """Initialize a worker process."""
     global _items
     _items = items
     torch.set_num_threads(1)  # the workers share the cores
-    # The parent answers Ctrl-C and ends its workers; a handler of its own is not for them.
+    # The parent handles Ctrl-C and ends its workers, which must not inherit its handlers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
 def _end_with_the_parent() -> None:
-    """A parent that is killed ends nobody; its workers would wait for work for ever."""
+    """Exit with the parent: a killed parent would leave its workers waiting forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -349,8 +349,8 @@ def _work(numbers: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray
 
 
 @contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
-    """The global generators may be seeded; afterwards they are as they were."""
+def _restored_random_state() -> Iterator[None]:
+    """Restore the states of the global random generators on exit."""
     before = random.getstate(), torch.default_generator.get_state()
     numpy_state = np.random.get_state()  # noqa: NPY002
     try:

@@ -1,8 +1,8 @@
 """The embedded digits: 16×16 grey images of 0..9, rendered from fonts and frozen as a file.
 
-They make the first run possible without a download. `render_digits.py` made `digits.npz`; train
-and test are independent draws of one distribution, so the test split is a fair ceiling for what
-a model can reach. Pixels have 16 grey levels in the file, level k standing for byte 17·k.
+They allow a first run without a download. `lab/render_digits.py` made `digits.npz`. Train and test
+split are independent draws from one distribution, so the test split is a fair ceiling for a model.
+Pixels have 16 grey levels in the file; level k means byte 17·k.
 """
 
 import zipfile
@@ -26,8 +26,8 @@ def load(split: str = "train", path: str | Path = FILE) -> ImageData:
     Image i shows digit i mod 10, so every class is equally frequent.
 
     Raises:
-        InvalidArgument: for another split.
-        DataError: the file is missing, damaged or does not hold what it should.
+        InvalidArgument: another split.
+        DataError: the file is missing, damaged or of another kind.
     """
     one_of("split", split, COUNTS)
     levels = _read(Path(path), split)
@@ -37,7 +37,7 @@ def load(split: str = "train", path: str | Path = FILE) -> ImageData:
 
 
 def _read(path: Path, split: str) -> np.ndarray:
-    """The grey levels of one split, uint8 (N, 16, 16) in 0..15."""
+    """Read the grey levels of one split, uint8 (N, 16, 16) in 0..15."""
     try:
         with np.load(path, allow_pickle=False) as file:
             levels = file[split]

@@ -1,7 +1,7 @@
-"""The published files of MNIST and CIFAR-10: where they are, their checksums, and fetching them.
+"""The published files of MNIST and CIFAR-10: their URLs, checksums, and download.
 
-What is there already is accepted by its bytes: for MNIST those that a file unpacks to, so that a
-copy which was zipped again, or unpacked, is as good as the published one.
+Existing files are accepted by their checksum: for MNIST that of the unpacked bytes, so that a copy
+that was unpacked, or compressed again, is accepted like the published one.
 
 Sources: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits, from the mirrors
 that torchvision and TensorFlow use; A. Krizhevsky, https://www.cs.toronto.edu/~kriz/cifar.html
@@ -18,7 +18,7 @@ from minidiff.errors import DataError, one_of
 from minidiff.runtime.files import locked
 
 NAMES = ("mnist", "cifar10")
-_MOST = 1 << 28  # bytes; what is longer is none of these files
+_MAX_BYTES = 1 << 28  # longer than any of these files
 
 _MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -27,9 +27,11 @@ _MIRRORS = (
 
 
 class IdxFile(NamedTuple):
-    """One of MNIST's files: its names for `mnist.find`, where it is, and what it unpacks to.
+    """One of MNIST's files.
 
     Attributes:
+        stem, dimensions: arguments of `mnist.find`.
+        source: published file.
         unpacked: SHA-256 of the unpacked bytes.
     """
 
@@ -71,15 +73,15 @@ def download(name: str, folder: str | Path) -> None:
     """Fetch a data set into a folder, unless it is there. Processes that share it take turns.
 
     MNIST's four files stay gzipped. CIFAR-10's archive is unpacked to `cifar-10-batches-bin` and
-    then deleted; six files of the right length count as being there.
+    then deleted; six files of the right length are accepted as they are.
 
     Args:
         name: "mnist" or "cifar10".
-        folder: made if it does not exist.
+        folder: folder for the files, made if missing.
     Raises:
         InvalidArgument: another name.
-        DataError: no mirror gave a file; the message has its URL, size, checksum and place, for
-            fetching it by hand. Or a file is there that is not the published one.
+        DataError: no mirror delivered a file; the message has its URL, size, checksum and place,
+            for fetching it by hand. Or an existing file is not the published one.
         CheckpointError: the folder cannot be written.
     """
     one_of("download", name, NAMES)
@@ -88,7 +90,7 @@ def download(name: str, folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be made ({error.strerror})") from error
-    with locked(folder, wait=True):  # a part that two have written fails its checksum
+    with locked(folder, wait=True):  # a part written by two processes fails its checksum
         if name == "mnist":
             for file in MNIST:
                 if not _has(folder, file):
@@ -103,27 +105,27 @@ def _unpack_cifar10(folder: Path) -> None:
         fetch(CIFAR10, folder)
     elif _sha256(packed) != CIFAR10.sha256:
         raise _other(packed, CIFAR10.sha256)
-    archive.unpack(packed, folder, cifar10.FOLDER, cifar10.MOST)
+    archive.unpack(packed, folder, cifar10.FOLDER, cifar10.MAX_UNPACKED_BYTES)
     packed.unlink()
 
 
-def _has(folder: Path, wanted: IdxFile) -> bool:
-    """Whether a file of MNIST is there, under any of its names and zipped or not.
+def _has(folder: Path, idx: IdxFile) -> bool:
+    """Return True if a file of MNIST exists under any of its names, compressed or not.
 
     Raises:
-        DataError: it is, with other bytes.
+        DataError: it exists with other bytes.
     """
     try:
-        path = mnist.find(folder, wanted.stem, wanted.dimensions)
+        path = mnist.find(folder, idx.stem, idx.dimensions)
     except DataError:
         return False
     with mnist.open_idx(path) as file:
         try:
-            same = sha256_of(file, _MOST) == wanted.unpacked
+            same = sha256_of(file, _MAX_BYTES) == idx.unpacked
         except (OSError, EOFError, zlib.error):
             same = False
     if not same:
-        raise _other(path, f"{wanted.unpacked}, unpacked")
+        raise _other(path, f"{idx.unpacked}, unpacked")
     return True
 
 
@@ -135,9 +137,9 @@ def _other(path: Path, sha256: str) -> DataError:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file as it is."""
+    """Return the SHA-256 of a file. Raises DataError."""
     try:
         with path.open("rb") as file:
-            return sha256_of(file, _MOST)
+            return sha256_of(file, _MAX_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,12 +1,12 @@
-"""Fetch a file over HTTP, resumable, and believe nothing but its checksum.
+"""A resumable download over HTTP, verified by its checksum.
 
-    FOLDER/name.part         what has come so far
-    FOLDER/name.part.json    where it came from, and the server's mark of that version
-    FOLDER/name              the whole file, once its size and SHA-256 are the expected ones
+    FOLDER/name.part         bytes received so far
+    FOLDER/name.part.json    their URL, and the server's validator of that version
+    FOLDER/name              the whole file, after its size and SHA-256 are verified
 
-A transfer that breaks off is taken up where it stopped, by a Range request (RFC 9110, section 14),
-conditional on the mark (If-Range, section 13.1.5). A server that answers with the whole file is
-obeyed, one that answers with another part is refused; neither is appended. Mirrors take turns.
+An interrupted transfer is resumed by a Range request (RFC 9110, section 14), conditional on the
+validator (If-Range, section 13.1.5). If a server sends the whole file instead, the transfer begins
+again; another range is refused. Mirrors take turns.
 """
 
 import hashlib
@@ -27,22 +27,22 @@ from minidiff.runtime.files import atomic_file, read_json, write_json
 
 ATTEMPTS = 5  # over all mirrors
 TIMEOUT = 30.0  # seconds
-LEAST = 1 << 14  # bytes that a server must send in that time
+MIN_BYTES = 1 << 14  # that a server must send in that time
 PAUSE = 1.0  # seconds
 MAX_REDIRECTS = 5
 BLOCK = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
-_BUSY = (408, 416, 425, 429)  # client errors after which asking again can help
+_BUSY = (408, 416, 425, 429)  # client errors after which another request can succeed
 
 
 class Source(NamedTuple):
     """A published file.
 
     Attributes:
-        name: of the file.
-        size: in bytes.
-        sha256: of the file.
-        urls: where it is, the first being asked first.
+        name: file name.
+        size: size in bytes.
+        sha256: SHA-256 in hexadecimal.
+        urls: mirrors, in the order of use.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Source(NamedTuple):
 
 
 class _Refused(OSError):
-    """A server's answer that is not the file, or the part of it, that was asked for."""
+    """A response without the file, or the part of it, that was requested."""
 
 
 class _Hopeless(_Refused):
-    """An answer that will be the same next time."""
+    """A response that another request would not change."""
 
 
 def fetch(
@@ -70,14 +70,14 @@ def fetch(
     """Download one file to `folder/source.name` and return its path.
 
     Args:
-        source: what and where from.
-        folder: exists; what an earlier call left there is gone on with.
-        attempts: how often to ask, mirrors taking turns.
-        timeout: seconds after which a server that sends nothing, or less than 16 KiB, is left.
-        pause: seconds before a mirror is asked again, doubled every time.
+        source: file to download.
+        folder: existing folder, where an interrupted download is resumed.
+        attempts: number of requests over all mirrors, which take turns.
+        timeout: seconds in which a server must send at least 16 KiB.
+        pause: seconds before a mirror is used again, doubled every time.
     Raises:
-        DataError: no mirror gave the file; the message has URLs, size, checksum and place, for
-            fetching it by hand. Or the folder cannot be written.
+        DataError: no mirror delivered the file; the message has URLs, size, checksum and place,
+            for fetching it by hand. Or the folder cannot be written.
     """
     part = Path(folder, f"{source.name}.part")
     mirrors, failures = list(source.urls), {}
@@ -100,20 +100,20 @@ def fetch(
                 os.replace(part, temporary)
             _forget(part)
             return target
-    told = "; ".join(f"{url}: {reason}" for url, reason in failures.items())
+    reasons = "; ".join(f"{url}: {reason}" for url, reason in failures.items())
     raise DataError(
-        f"{source.name} could not be downloaded ({told}). Fetch it by other means from "
+        f"{source.name} could not be downloaded ({reasons}). Fetch it by other means from "
         f"{' or '.join(source.urls)} ({source.size} bytes, SHA-256 {source.sha256}) and put it "
         f"into {folder}"
     )
 
 
-def sha256_of(file: BinaryIO, most: int) -> str:
-    """SHA-256 of an open file in hexadecimal; after `most` bytes and a few it reads no further."""
-    digest, come = hashlib.sha256(), 0
-    while come <= most and (block := file.read(BLOCK)):
+def sha256_of(file: BinaryIO, max_bytes: int) -> str:
+    """Return the SHA-256 of an open file in hexadecimal; reading stops after `max_bytes`."""
+    digest, count = hashlib.sha256(), 0
+    while count <= max_bytes and (block := file.read(BLOCK)):
         digest.update(block)
-        come += len(block)
+        count += len(block)
     return digest.hexdigest()
 
 
@@ -121,17 +121,17 @@ def sha256_of(file: BinaryIO, most: int) -> str:
 
 
 def _transfer(url: str, source: Source, part: Path, timeout: float) -> None:
-    """Bring `part` to its whole length from this URL and check it.
+    """Complete `part` from this URL and check it.
 
-    What has come stays in `part` when the connection breaks, unless it cannot be right.
+    When the connection breaks, the bytes received stay in `part`, unless they cannot be right.
     """
     have = part.stat().st_size if part.is_file() else 0
     if have < source.size:
-        with _answer(url, _asking(url, part, have), timeout) as response:
-            if response.status == 416:  # no such part there: what is here is of another file
+        with _response(url, _request_headers(url, part, have), timeout) as response:
+            if response.status == 416:  # no such range: our part belongs to another file
                 _forget(part)
-            begin = _begin(response, source, have)
-            _note(url, part, response)
+            begin = _body_offset(response, source, have)
+            _save_note(url, part, response)
             _append(response, source, part, begin, timeout)
     with _open(part, "rb") as file:
         if sha256_of(file, source.size) == source.sha256:
@@ -140,25 +140,25 @@ def _transfer(url: str, source: Source, part: Path, timeout: float) -> None:
     raise _Refused("sent a file of another SHA-256")
 
 
-def _asking(url: str, part: Path, have: int) -> dict[str, str]:
-    """The headers that ask for what is missing, on condition that the file has not changed."""
+def _request_headers(url: str, part: Path, have: int) -> dict[str, str]:
+    """Return the headers of a request for the missing bytes, if the file has not changed."""
     headers = {"User-Agent": "minidiff", "Accept-Encoding": "identity"}
     if not have:
         return headers
     headers["Range"] = f"bytes={have}-"
     try:
-        note = read_json(_note_of(part))
+        note = read_json(_note_path(part))
     except CheckpointError:
-        return headers  # without a mark the checksum alone decides
-    # Another mirror has marks of its own and would send everything: the checksum decides there.
+        return headers  # without a validator the checksum alone decides
+    # Another mirror has other validators and would send everything: the checksum decides there.
     if note.get("url") == url and isinstance(note.get("mark"), str):
         headers["If-Range"] = note["mark"]
     return headers
 
 
-def _answer(url: str, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
-    """Ask, and follow a few redirections, to http and https only."""
-    opener = urllib.request.OpenerDirector()  # the usual one would read file: and ftp: URLs too
+def _response(url: str, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
+    """Send a request and follow a few redirections, to http and https only."""
+    opener = urllib.request.OpenerDirector()  # the default one reads file: and ftp: URLs too
     for handler in (
         urllib.request.ProxyHandler,
         urllib.request.HTTPHandler,
@@ -176,18 +176,18 @@ def _answer(url: str, headers: dict[str, str], timeout: float) -> http.client.HT
         if response.status not in _REDIRECTS:
             return response
         url = urljoin(url, response.headers["Location"] or "")
-        response.close()  # unread: it may never end
+        response.close()  # unread: the body may be endless
     raise _Hopeless(f"redirects more than {MAX_REDIRECTS} times")
 
 
-def _begin(response: http.client.HTTPResponse, source: Source, have: int) -> int:
-    """Where in the file the body begins. Raises _Refused if it is of another file or place."""
+def _body_offset(response: http.client.HTTPResponse, source: Source, have: int) -> int:
+    """Return the offset of the body in the file. Raises _Refused for another file or range."""
     begin = 0
     if response.status == 206:
         given = response.headers["Content-Range"] or ""
         span = re.fullmatch(r"bytes (\d{1,20})-\d{1,20}/(\d{1,20}|\*)", given)
         if not span or int(span[1]) != have or span[2] not in ("*", str(source.size)):
-            raise _Refused(f"sent the range {given!r}, asked for bytes {have}- of {source.size}")
+            raise _Refused(f"sent the range {given!r}, expected bytes {have}- of {source.size}")
         begin = have
     elif response.status != 200:
         lasting = 400 <= response.status < 500 and response.status not in _BUSY
@@ -201,7 +201,7 @@ def _begin(response: http.client.HTTPResponse, source: Source, have: int) -> int
 def _append(
     response: http.client.HTTPResponse, source: Source, part: Path, begin: int, timeout: float
 ) -> None:
-    """Write the body at `begin`, watching its length and its pace, and show a bar on a terminal."""
+    """Write the body at `begin`, with limits on its length and time, and a bar on a terminal."""
     from tqdm import tqdm
 
     bar = tqdm(total=source.size, initial=begin, unit="B", unit_scale=True, desc=source.name,
@@ -220,19 +220,19 @@ def _append(
 
 
 def _paced(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
-    """The body in blocks; a server that drips a byte now and then times out as a silent one."""
-    since, come = time.monotonic(), 0
-    # read1 returns what one packet brought, so that the clock is looked at between packets.
+    """Yield the body in blocks; a server that sends too slowly times out like a silent one."""
+    since, count = time.monotonic(), 0
+    # read1 returns one packet, so that the time is checked between packets.
     while block := response.read1(BLOCK):
         yield block
-        come += len(block)
+        count += len(block)
         if time.monotonic() - since > timeout:
-            if come < LEAST:
-                raise TimeoutError(f"sent only {come} bytes in {timeout:g} seconds")
-            since, come = time.monotonic(), 0
+            if count < MIN_BYTES:
+                raise TimeoutError(f"sent only {count} bytes in {timeout:g} seconds")
+            since, count = time.monotonic(), 0
 
 
-# --- the files on this side: what is wrong with them is no mirror's fault ---------------------
+# --- local files: their errors are not those of a mirror --------------------------------------
 
 
 def _open(part: Path, mode: str) -> BinaryIO:
@@ -250,18 +250,18 @@ def _write(file: BinaryIO, block: bytes) -> None:
         raise DataError(f"{file.name}: cannot be written ({error.strerror})") from error
 
 
-def _note_of(part: Path) -> Path:
+def _note_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _note(url: str, part: Path, response: http.client.HTTPResponse) -> None:
-    """Keep the server's mark of this version: a strong ETag, or the date of the last change."""
+def _save_note(url: str, part: Path, response: http.client.HTTPResponse) -> None:
+    """Save the server's validator of this version: a strong ETag, or the last modification."""
     etag = response.headers["ETag"]
-    weak = etag is None or etag.startswith("W/")  # which RFC 9110, section 13.1.5, forbids
+    weak = etag is None or etag.startswith("W/")  # not allowed by RFC 9110, section 13.1.5
     mark = response.headers["Last-Modified"] if weak else etag
-    write_json(_note_of(part), {"url": url, "mark": mark})
+    write_json(_note_path(part), {"url": url, "mark": mark})
 
 
 def _forget(part: Path) -> None:
     part.unlink(missing_ok=True)
-    _note_of(part).unlink(missing_ok=True)
+    _note_path(part).unlink(missing_ok=True)

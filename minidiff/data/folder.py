@@ -1,17 +1,17 @@
 """Any folder of images as a data set.
 
-    folder/cat/1.png, folder/dog/1.png …    one class a sub-folder, labels in sorted name order
+    folder/cat/1.png, folder/dog/1.png …    one class per sub-folder, labels in sorted name order
     folder/1.png, folder/2.png …            no sub-folders: no labels
 
-Sub-folders are searched to any depth, links are followed; a sub-folder without images is no class;
-names that begin with a dot are passed over, and so are files that are not called like images. The
-order is that of the sorted relative paths.
+Sub-folders are searched to any depth and links are followed. A sub-folder without images is not a
+class. Names that begin with a dot, and files without the suffix of an image, are ignored. The order
+is that of the sorted relative paths.
 
-Every tenth image of that order (the 10th, 20th, …) is the test split and never in the train
-split: a folder comes without one, and memorising has to be told apart from generalising.
+Every tenth image of that order (the 10th, 20th, …) belongs to the test split and never to the train
+split. It is needed to distinguish memorizing from generalizing.
 
-Pixels: the first frame; EXIF orientation applied; transparency composited on black; grey
-(C = 1) if every file is stored as grey, else RGB (C = 3) for all.
+Pixels are those of the first frame, with EXIF orientation applied and transparency composited on
+black. They are grey (C = 1) if every file is stored as grey, else RGB (C = 3) for all.
 """
 
 import re
@@ -30,21 +30,13 @@ from minidiff.errors import DataError, one_of, whole_number
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
                       ".pgm", ".pnm", ".jfif"})  # fmt: skip
-UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2"})  # images, but not to be passed over
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "WEBP",
-    "GIF",
-    "TIFF",
-    "PPM",
-)  # Pillow would run Ghostscript on EPS
+UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2"})  # refused, not ignored
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # for EPS Pillow runs Ghostscript
 HOLD_OUT = 10  # one image in ten is the test split
 
 _GREY = frozenset({"1", "L", "LA", "La"})
 _COLOUR = frozenset({"P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr"})
-_ORIENTATION = 0x0112  # EXIF tag; its values 5..8 turn the image on its side
+_ORIENTATION = 0x0112  # EXIF tag; its values 5..8 swap width and height
 
 
 class _Header(NamedTuple):
@@ -54,19 +46,19 @@ class _Header(NamedTuple):
 
 
 def load(folder: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
-    """Read a folder of images, see the module's text for its layout.
+    """Read a folder of images, with the layout of this module's docstring.
 
     Args:
-        folder: an existing folder.
+        folder: existing folder.
         split: "train", or "test" for the images held out.
-        image_size: None, all images must have one size; or N, each image is cropped to its
-            central square and resized to N×N with an antialiasing filter.
+        image_size: side to which the central square of each image is resized, with an antialiasing
+            filter; None if all images have one size.
 
     Returns:
         Images uint8 (N, C, H, W), labelled if there are sub-folders.
 
     Raises:
-        InvalidArgument: for another split or an image_size below 1.
+        InvalidArgument: another split, or an image_size below 1.
         DataError: no images, an unreadable one, or sizes that differ; names the file.
     """
     one_of("split", split, ("train", "test"))
@@ -74,7 +66,7 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
         image_size = whole_number("image_size", image_size, 1, 65536)
     root = Path(folder)
     files, labels, class_names = _list(root)
-    # Size and colour are decided over all files: both splits must come out with the same shape.
+    # Size and colour depend on all files, so that both splits have the same shape.
     headers = [_header(path) for path in files]
     if image_size is None:
         _require_one_size(files, headers)
@@ -90,13 +82,13 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
     for row, i in enumerate(chosen):
         images[row] = _pixels(files[i], mode, size)
     chosen_labels = torch.tensor([labels[i] for i in chosen]) if class_names else None
-    # "folder", so that a folder called "mnist" is not taken for the data set of that name
+    # "folder" distinguishes a folder called "mnist" from the data set of that name.
     name = f"folder {root.resolve().name}"
     return ImageData(name, images, chosen_labels, class_names)
 
 
 def _list(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """All image files in order, the label of each, and the class names."""
+    """Return all image files in order, the label of each, and the class names."""
     files, folders = _entries(root)
     classes = {folder.name: _search(folder, (root.resolve(),)) for folder in folders}
     classes = {name: found for name, found in classes.items() if found}
@@ -115,7 +107,7 @@ def _list(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The image files and the folders in a folder, each sorted by name."""
+    """Return the image files and the folders in a folder, each sorted by name."""
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
@@ -134,7 +126,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _search(folder: Path, above: tuple[Path, ...]) -> list[Path]:
-    """Image files at any depth, sorted by relative path on every system alike."""
+    """Return image files at any depth, sorted by relative path in the same way on all systems."""
     real = folder.resolve()
     if real in above:
         raise DataError(f"{folder}: is a link to a folder that it lies in")
@@ -144,9 +136,9 @@ def _search(folder: Path, above: tuple[Path, ...]) -> list[Path]:
 
 
 def _open(path: Path) -> Image.Image:
-    """Open an image: its header is read, its pixels are not."""
+    """Open an image and read its header but not its pixels."""
     with warnings.catch_warnings():
-        # Pillow warns from 89 million pixels on and refuses from twice that; we refuse at once.
+        # Pillow warns from 89 million pixels on and refuses twice as many; here both are refused.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(path, formats=FORMATS)
 
@@ -158,9 +150,9 @@ def _header(path: Path) -> _Header:
             mode, depth = image.mode, str(image.tile)  # before getexif, which may empty the latter
             if image.getexif().get(_ORIENTATION, 1) >= 5:
                 width, height = height, width
-    except Exception as error:  # decoders fed with arbitrary bytes raise nearly anything
+    except Exception as error:  # decoders of arbitrary bytes raise nearly anything
         raise DataError(f"{path}: not a readable image ({error})") from error
-    # Pillow would clip 16-bit grey and floats, and of 16-bit colours drop half of the bits.
+    # Pillow would clip 16-bit grey and floats, and drop half of the bits of 16-bit colours.
     deep = re.search(r";16[BLN]", depth) is not None
     if deep or mode not in _GREY | _COLOUR:
         bits = ", 16 bits" if deep else ""

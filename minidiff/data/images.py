@@ -1,11 +1,10 @@
-"""Images that live on the device as bytes.
+"""Images stored on the device as bytes.
 
-A data set is one uint8 tensor (N, C, H, W). A network sees floats in [−1, 1]:
+A data set is one uint8 tensor (N, C, H, W). The inputs of a network are floats in [−1, 1]:
 
     x = u / 127.5 − 1        u = round(127.5·(x + 1)), clamped to 0..255
 
-Turning bytes into a batch is one gather and one multiply-add on the device; there are no worker
-processes.
+A batch takes one gather and one multiply-add on the device, so no worker processes are needed.
 """
 
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from minidiff.images.pixels import to_float
 
 @dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value to compare by
 class ImageData(Data):
-    """Images as bytes, with a class label each or none at all.
+    """Images as bytes, all with a class label or all without.
 
     Attributes:
-        name: what error messages and reports call this data.
+        name: name of the data in error messages and reports.
         images: uint8 (N, C, H, W), C = 1 grey or 3 RGB.
         labels: int64 (N,) in 0..len(class_names) − 1, or None.
-        class_names: one name a class, in label order; empty without labels.
+        class_names: one name per class, in label order; empty without labels.
 
     Raises:
         InvalidArgument: a dtype, a shape or a label does not fit this description.
@@ -53,27 +52,26 @@ class ImageData(Data):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image: (C, H, W)."""
+        """Shape of one image: (C, H, W)."""
         return tuple(self.images.shape[1:])
 
     def to(self, device: torch.device | str) -> "ImageData":
-        """The same data with its tensors on `device`."""
+        """Return the data with its tensors on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return ImageData(self.name, self.images.to(device), labels, self.class_names)
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """The images at `index`, as a network sees them.
+        """Return the images at `index` as inputs of a network.
 
         Args:
-            index: int64 (B,), on any device.
-            position: of the first of them in the stream, see `minidiff.data.protocol.Data`; an
-                image is the same at every pass.
+            index: image numbers, int64 (B,), on any device.
+            position: unused, because an image is the same at every position of the stream.
 
         Returns:
             x float32 (B, C, H, W) in [−1, 1] and the labels int64 (B,) or None, both on the
             device of the data.
         """
-        # Without waiting: a copy to the device that waits would stop the training loop each step.
+        # A blocking copy to the device would stall the training loop at each step.
         index = index.to(self.images.device, non_blocking=True)
         labels = None if self.labels is None else self.labels[index]
         return to_float(self.images[index]), labels

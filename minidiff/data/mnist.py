@@ -22,14 +22,14 @@ from minidiff.errors import DataError, one_of
 
 _PREFIX = {"train": "train", "test": "t10k"}
 _SIDE = 28
-_MAX_COUNT = 300_000  # bounds what a damaged header or a gzip bomb can make us read
+_MAX_COUNT = 300_000  # limits the damage of a bad header or a gzip bomb
 
 
 def load(folder: str | Path, split: str = "train") -> ImageData:
     """Read one split from the folder that holds the published files.
 
     Args:
-        folder: holds train-images-idx3-ubyte and its three siblings, each with or without
+        folder: folder of train-images-idx3-ubyte and its three siblings, each with or without
             `.gz`; the spelling train-images.idx3-ubyte is also found.
         split: "train" (60,000 images as published) or "test" (10,000).
 
@@ -37,8 +37,8 @@ def load(folder: str | Path, split: str = "train") -> ImageData:
         Images (N, 1, 28, 28) with labels 0..9.
 
     Raises:
-        InvalidArgument: for another split.
-        DataError: names the file that is missing, truncated or not what it claims to be.
+        InvalidArgument: another split.
+        DataError: names the file that is missing, truncated or of another kind.
     """
     one_of("split", split, _PREFIX)
     folder, prefix = Path(folder), _PREFIX[split]
@@ -57,12 +57,12 @@ def load(folder: str | Path, split: str = "train") -> ImageData:
 
 
 def is_in(folder: Path) -> bool:
-    """Whether the folder holds a file that is called like one of the four."""
+    """Return True if the folder has a file with a name like those of the four."""
     return any(folder.glob("*-ubyte*"))
 
 
 def find(folder: Path, stem: str, dimensions: int) -> Path:
-    """The file that holds `stem` under one of its four known names. Raises DataError."""
+    """Find the file of `stem` under one of its four known names. Raises DataError."""
     kind = f"idx{dimensions}-ubyte"
     names = [f"{stem}{dot}{kind}{gz}" for dot in "-." for gz in ("", ".gz")]
     for name in names:
@@ -78,7 +78,7 @@ def read_idx(path: Path, item: tuple[int, ...]) -> Tensor:
     """Read an IDX file of unsigned bytes, uint8 (N, *item), to the last byte.
 
     Raises:
-        DataError: the magic number, a size, or the length is not as declared or expected.
+        DataError: an unexpected magic number, size or length.
     """
     dimensions = 1 + len(item)
     with open_idx(path) as file:
@@ -96,7 +96,7 @@ def read_idx(path: Path, item: tuple[int, ...]) -> Tensor:
                 expected = " × ".join(map(str, (f"0..{_MAX_COUNT}", *item)))
                 raise DataError(f"{path}: declares sizes {shape}, expected {expected}")
             length = math.prod(shape)
-            content = file.read(length + 1)  # one more, to notice what follows the end
+            content = file.read(length + 1)  # one more, to notice bytes after the end
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: truncated or damaged ({error})") from error
     if len(content) != length:
@@ -106,9 +106,9 @@ def read_idx(path: Path, item: tuple[int, ...]) -> Tensor:
 
 
 def open_idx(path: Path) -> BinaryIO:
-    """Open what is in a file, zipped or not. Raises DataError.
+    """Open a file, uncompressing it if its first bytes are gzip's. Raises DataError.
 
-    The first two bytes tell gzip from plain: names are often wrong.
+    The name is not used, because names are often wrong.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The order in which training sees its images: a function of (seed, epoch), and a position."""
+"""The order of images in training: a function of (seed, epoch), and a position in it."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from minidiff.errors import whole_number
 
-MEASURED_IMAGES = 10_000  # are looked at where mean and spread of all are wanted
+MEASURED_IMAGES = 10_000  # for estimates of mean and standard deviation of all
 
 
 class Stream:
-    """Image numbers for ever: permutation after permutation, taken in batches of any size.
+    """An endless stream of image numbers: one permutation after another, in batches of any size.
 
-    Epoch e is a permutation of 0..n−1 that depends on (seed, e) alone. Batches run on across the
-    end of an epoch, so none is short and every image is seen equally often.
+    Epoch e is a permutation of 0..n−1 that depends on (seed, e) alone. Batches continue across the
+    end of an epoch, so none is short and every image occurs equally often.
 
     Args:
         n: number of images, at least 1.
-        seed: 0 or more.
-        position: how many images to pass over, so that an interrupted run resumes its stream.
+        seed: seed of the order, at least 0.
+        position: number of images to skip, with which an interrupted run resumes its stream.
     Raises:
         InvalidArgument: an argument is out of range.
     """
@@ -32,7 +32,7 @@ class Stream:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def take(self, count: int) -> Tensor:
-        """The next `count` image numbers, int64 (count,) on the CPU; more than n is allowed."""
+        """Return the next `count` image numbers, int64 (count,) on the CPU; count may exceed n."""
         parts, missing = [], whole_number("count", count, 1)
         while missing:
             epoch, offset = divmod(self.position, self.n)
@@ -50,17 +50,19 @@ class Stream:
         return self._order
 
 
-def evenly_spaced(n: int, most: int) -> Tensor:
-    """Numbers of at most `most` images spread evenly over all n, which a measurement looks at."""
-    return torch.linspace(0, n - 1, min(n, most)).round().long()
+def evenly_spaced(n: int, max_count: int) -> Tensor:
+    """Return the numbers of at most `max_count` images, spread evenly over all n."""
+    return torch.linspace(0, n - 1, min(n, max_count)).round().long()
 
 
 def batches(n: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:
-    """Yield the image numbers of equal batches for ever, see `Stream`.
+    """Return an endless iterator over the image numbers of equal batches, see `Stream`.
 
     Args:
+        n: number of images.
         batch_size: length of every batch; may exceed n.
-        start: number of batches to pass over.
+        seed: seed of the order.
+        start: number of batches to skip.
     Raises:
         InvalidArgument: an argument is out of range.
     """

@@ -1,4 +1,4 @@
-"""Points on a plane, for models that are trained in seconds and looked at whole.
+"""Points in a plane, for models that train in seconds and can be plotted completely.
 
     moons          two interleaving half circles           labels: which
     swissroll      a spiral of one and a half turns        no labels
@@ -7,9 +7,9 @@
     ring           eight Gaussians on a circle             labels: which Gaussian
     grid           5×5 Gaussians                           labels: which Gaussian
 
-Every point is a function of four random numbers of its own, of (seed, index) alone: point i is the
-same in a set of any size. All are centred, with a root mean square of about 1 a coordinate, so
-that a noise schedule for images fits. `mixture` is what `ring` and `grid` are drawn from, with
+Every point is a function of four random numbers that depend on (seed, index) alone: point i is the
+same in a set of any size. All sets are centred, with a root mean square of about 1 per coordinate,
+which suits the noise schedules for images. `mixture` is the distribution of `ring` and `grid`, with
 denoiser, score and density in closed form (`minidiff.exact`).
 
 Moons and roll are shaped as in scikit-learn, the pinwheel as in Johnson et al. 2016,
@@ -32,19 +32,19 @@ from minidiff.noise import MAX_SEED
 
 COUNTS = {"train": 50_000, "test": 10_000}
 _MAX_COUNT = 10**8  # points are held in memory
-_STD = 0.1  # of every Gaussian of a mixture
+_STD = 0.1  # standard deviation of every Gaussian of a mixture
 _ARMS = 5
 
 
 @dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value to compare by
 class PointData(Data):
-    """Points in D dimensions with a label each or none at all: data as in `minidiff.data.protocol`.
+    """Points in D dimensions, all with a class label or all without.
 
     Attributes:
-        name: what error messages and reports call this data.
+        name: name of the data in error messages and reports.
         points: float32 (N, D), finite.
         labels: int64 (N,) in 0..len(class_names) − 1, or None.
-        class_names: one name a class, in label order; empty without labels.
+        class_names: one name per class, in label order; empty without labels.
     Raises:
         InvalidArgument: a dtype, a shape or a label does not fit this description.
     """
@@ -67,16 +67,16 @@ class PointData(Data):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one point: (D,)."""
+        """Shape of one point: (D,)."""
         return tuple(self.points.shape[1:])
 
     def to(self, device: torch.device | str) -> "PointData":
-        """The same data with its tensors on `device`."""
+        """Return the data with its tensors on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return PointData(self.name, self.points.to(device), labels, self.class_names)
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """The points at `index`, float32 (B, D), and their labels int64 (B,) or None."""
+        """Return the points at `index`, float32 (B, D), and their labels int64 (B,) or None."""
         index = index.to(self.points.device, non_blocking=True)
         return self.points[index], None if self.labels is None else self.labels[index]
 
@@ -84,14 +84,14 @@ class PointData(Data):
 def load(
     name: str, split: str = "train", count: int | None = None, seed: int = 0, start: int = 0
 ) -> PointData:
-    """Draw a toy.
+    """Draw a toy data set.
 
     Args:
-        name: of `NAMES`.
-        split: "train" or "test": independent draws.
-        count: how many points; by default 50,000 or 10,000.
-        seed: of all points.
-        start: number of the first one; go on at `start + count` for fresh points without end.
+        name: one of `NAMES`.
+        split: "train" or "test", which are independent draws.
+        count: number of points; by default 50,000 or 10,000.
+        seed: seed of all points, 0 … 2³²−1.
+        start: index of the first point; new points begin at `start + count`.
     Raises:
         InvalidArgument: a name or a number that is not allowed.
     """
@@ -110,24 +110,24 @@ def load(
 
 
 def mixture(name: str) -> GaussianMixture:
-    """The distribution that "ring" and "grid" are drawn from. Raises InvalidArgument for others."""
+    """Return the distribution of "ring" or "grid". Raises InvalidArgument for others."""
     one_of("mixture", name, _MEANS)
     means = _MEANS[name]
     return GaussianMixture(np.ones(len(means)), means, np.full(len(means), _STD))
 
 
-# --- shapes: uniform numbers (N, 4) → points (N, 2) and which class, (N,) ----------------------
+# --- shapes: uniform numbers (N, 4) → points (N, 2) and classes (N,) ----------------------------
 
 _Draw = tuple[np.ndarray, np.ndarray]
 
 
 def _choice(u: np.ndarray, n: int) -> np.ndarray:
-    """0..n−1 from uniform numbers."""
+    """Return integers in 0..n−1 from uniform numbers."""
     return np.minimum((u * n).astype(np.int64), n - 1)
 
 
 def _normal(u: np.ndarray) -> np.ndarray:
-    """Standard normal (N, 2) from uniform (N, 2), by Box & Muller 1958."""
+    """Return standard normal (N, 2) from uniform (N, 2) numbers, by Box & Muller 1958."""
     radius, angle = np.sqrt(-2 * np.log1p(-u[:, 0])), 2 * math.pi * u[:, 1]
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
@@ -169,19 +169,19 @@ def _gaussians(means: np.ndarray) -> Callable[[np.ndarray], _Draw]:
 
 
 def _ring(n: int = 8) -> np.ndarray:
-    """Means on the circle where R²/2 + s² = 1: unit variance."""
+    """Return means on the circle with R²/2 + s² = 1, for unit variance."""
     angle = 2 * math.pi * np.arange(n) / n
     return math.sqrt(2 * (1 - _STD**2)) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 def _grid(side: int = 5) -> np.ndarray:
-    """Means d apart where d²·(n² − 1)/12 + s² = 1."""
+    """Return means at distance d with d²·(n² − 1)/12 + s² = 1, for unit variance."""
     line = math.sqrt(12 * (1 - _STD**2) / (side**2 - 1)) * (np.arange(side) - (side - 1) / 2)
     return np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
 class _Toy(NamedTuple):
-    """A shape, its mean, its mean variance a coordinate, and the names of its classes."""
+    """A shape, its mean, its mean variance per coordinate, and the names of its classes."""
 
     draw: Callable[[np.ndarray], _Draw]
     centre: tuple[float, float]
@@ -196,7 +196,7 @@ def _numbered(word: str, n: int) -> tuple[str, ...]:
 _PI = math.pi
 _MEANS = {"ring": _ring(), "grid": _grid()}
 _TOYS = {
-    # means and variances of the curves are their integrals over the angle
+    # Means and variances of the curves are integrals over the angle.
     "moons": _Toy(_moons, (0.5, 0.25), (1.3125 - 1 / _PI) / 2 + 0.01, ("upper", "lower")),
     "swissroll": _Toy(
         _swissroll, (2.0, 2 / (3 * _PI)), (9.75 * _PI**2 - 4 - (2 / (3 * _PI)) ** 2) / 2 + 0.25, ()

@@ -258,7 +258,7 @@ def end() -> None:
 
 def test_a_worker_that_dies_is_told_of():
     held = from_dataset(Listed([GOOD, end]), workers=1)
-    with pytest.raises(DataError, match="a worker that makes the items died"):
+    with pytest.raises(DataError, match="a worker that builds items died"):
         held.batch(torch.tensor([1]))
 
 

@@ -484,7 +484,7 @@ def test_what_is_written_down_of_the_published_files_is_complete():
     for source in sources:
         assert len(bytes.fromhex(source.sha256)) == 32
         assert all(url.startswith("https://") and url.endswith(source.name) for url in source.urls)
-    assert cifar10.MOST > 6 * 30_730_000
+    assert cifar10.MAX_UNPACKED_BYTES > 6 * 30_730_000
 
 
 def test_download_is_for_what_is_published(tmp_path):
