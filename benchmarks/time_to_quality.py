@@ -117,7 +117,7 @@ class Snapshots:
 
     def __call__(self, budget: Budget, images: int, network: Callable[[], nn.Module]) -> None:
         """Save one if it is due; see `peers.contender.Keep`."""
-        due = min(int(budget.progress * self.count), self.count)
+        due = min(int(budget.fraction_done * self.count), self.count)
         if due <= self.saved:
             return
         self.saved = due  # after a slow step several are due at once: one stands for all

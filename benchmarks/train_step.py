@@ -21,7 +21,7 @@ from import_time import cpu_name
 from minidiff import data
 from minidiff.runtime.device import DTYPES, keep_freed_memory, pick_device
 from minidiff.training.build import resolve
-from minidiff.training.diffusion import Training
+from minidiff.training.diffusion import DiffusionTraining
 from minidiff.training.presets import PRESETS
 
 VARIANTS = {"plain": {}, "compile": {"compile": True}, "cuda-graph": {"cuda_graph": True}}
@@ -58,7 +58,7 @@ def main() -> None:
     print(f"{where}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")
     print(f"{options.threads} threads; {options.preset}, batches of {size}, {options.dtype}")
 
-    def take(training: Training, steps: int) -> float:
+    def take(training: DiffusionTraining, steps: int) -> float:
         """The seconds of so many steps."""
         start = time.perf_counter()
         for _ in range(steps):
@@ -69,7 +69,7 @@ def main() -> None:
 
     runs = {}
     for name in names:
-        runs[name] = Training(replace(config, **VARIANTS[name]), images, device)
+        runs[name] = DiffusionTraining(replace(config, **VARIANTS[name]), images, device)
         print(f"{name:12} ready after {take(runs[name], WARM_UP):.0f} s", flush=True)
     spent = {name: [] for name in runs}
     for _ in range(options.rounds):

@@ -1,19 +1,19 @@
-"""Objectives: how noisy the images are, what the network is shown and told, and what it should say.
+"""Objectives: noise levels, model input, conditioning on time, and target of the network.
 
-For an image x0 and noise ε at a level (α, σ) the network sees x = α·x0 + σ·ε and should say the
-row p·x0 + q·ε of `minidiff.prediction`:
+For an image x0 and noise ε at a level (α, σ) the noisy image is x = α·x0 + σ·ε, and the network is
+to predict the row p·x0 + q·ε of `minidiff.prediction`:
 
-    prediction type          level                told t          shown         row (p, q)
-    epsilon, sample, v       of a β schedule      the step        x             their own
+    prediction type          level                time t          input         row (p, q)
+    epsilon, sample, v       of a β schedule      the step        x             theirs
     flow                     (1 − σ, σ)           T·σ             x             (−1, 1)
     edm                      (1, σ)               ¼·ln σ          c_in·x        F of EDM
 
     L = E_level [ w · ‖ network − (p·x0 + q·ε) ‖² ]          (mean over the elements of an image)
 
-Each comes with the scheduler that samples it, and asks that scheduler for target and input, so
-that what is sampled is what was learnt. The levels are spread in one of three ways:
+Each comes with the scheduler that samples it. That scheduler computes target and input, so training
+and sampling agree. The levels are distributed in one of three ways:
 
-    uniform        in what the network is told
+    uniform        in the time t
     log_normal     ln(σ/α) ~ N(mean, std²)     (Karras et al. 2022, arXiv:2206.00364, table 1)
     logit_normal   logit σ ~ N(mean, std²)     (Esser et al. 2024, arXiv:2403.03206, eq. 19)
 
@@ -25,12 +25,13 @@ the error of x̂0, as their papers do, and turned into weights of the network's 
     min_snr        min(α²/σ², γ) for x̂0's        (Hang et al. 2023, arXiv:2303.09556, eq. 8)
     edm            (s² + σ_d²)/(s·σ_d)² for x̂0's, s = σ/α   (Karras et al. 2022, table 1, λ(σ))
 
-Everything that belongs to a level is a number of the host in float64; a batch of levels goes to
-the device in one piece.
+Everything that belongs to a level is a float64 number on the host; a batch of levels goes to the
+device in one piece.
 """
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ from minidiff.schedulers.base import split_variance
 
 PRESERVING = ("epsilon", "sample", "v_prediction")
 PREDICTION_TYPES = (*PRESERVING, "flow", "edm")
-SPREADS = {  # of the levels, by prediction type; the first is what None means
+SPREADS = {  # distributions of the levels by prediction type; the first is the default
     **dict.fromkeys(PRESERVING, ("uniform", "log_normal")),
     "flow": ("logit_normal", "uniform"),
     "edm": ("log_normal", "uniform"),
@@ -54,21 +55,21 @@ NOISE_LEVELS = ("uniform", "log_normal", "logit_normal")
 MOMENTS = {"log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}  # the papers' mean and std
 LOSS_WEIGHTS = ("none", "min_snr", "edm")
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 4.3
-VLB_SHARE = 0.001  # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16, λ
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # Karras et al. 2022, table 1: where an EDM is sampled
+VLB_WEIGHT = 0.001  # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16, λ
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # Karras et al. 2022, table 1: range of sampling
 
-Network = Callable[[Tensor, Tensor], Tensor]  # (x, t) → output, conditions already told
+Network = Callable[[Tensor, Tensor], Tensor]  # (x, t) → output, the condition being bound
 
 
 class Levels(NamedTuple):
-    """The levels of a batch and what belongs to them, one entry an image.
+    """The levels of a batch and what belongs to them, one entry per image.
 
     Attributes:
-        alpha, sigma: of x = α·x0 + σ·ε.
-        t: what the network is told.
-        weight: of the image's loss.
+        alpha, sigma: scales of x = α·x0 + σ·ε.
+        t: time, as the network is conditioned on it.
+        weight: weight of the image's loss.
 
-    On the host, as `Objective.levels` makes them, all are float64 arrays (B,).
+    `Objective.levels` returns them on the host, as float64 arrays (B,).
     """
 
     alpha: np.ndarray | Tensor
@@ -77,11 +78,11 @@ class Levels(NamedTuple):
     weight: np.ndarray | Tensor
 
     def part(self, images: slice) -> "Levels":
-        """The levels of a part of the batch."""
+        """Return the levels of a part of the batch."""
         return Levels(*(values[images] for values in self))
 
     def on(self, like: Tensor) -> "Levels":
-        """float32 on the device of `like` (B, C, *space); α and σ are (B, 1, …) to multiply it."""
+        """Return float32 tensors on the device of `like` (B, C, *space), α and σ as (B, 1, …)."""
         table = torch.from_numpy(np.stack(self)).float()
         alpha, sigma, t, weight = table.to(like.device, non_blocking=True)
         alpha, sigma = append_dims(alpha, like.ndim), append_dims(sigma, like.ndim)
@@ -89,6 +90,7 @@ class Levels(NamedTuple):
 
     @property
     def level(self) -> Level:
+        """α and σ."""
         return Level(self.alpha, self.sigma)
 
 
@@ -99,7 +101,7 @@ class Spread(NamedTuple):
     std: float
 
     def ratios(self, u: np.ndarray) -> np.ndarray:
-        """σ/α at these quantiles in [0, 1), float64."""
+        """Return σ/α at quantiles in [0, 1), float64."""
         inside = torch.from_numpy(u).clamp(2**-53, 1 - 2**-53)  # 0 would be −∞
         return np.exp(self.mean + self.std * torch.special.ndtri(inside).numpy())
 
@@ -108,9 +110,9 @@ Weight = Callable[[Level, tuple], np.ndarray]  # (level, row) → weights of the
 
 
 def quantiles(n: int, generator: torch.Generator) -> np.ndarray:
-    """Random numbers (n,) in [0, 1), one from each n-th of it, in random order, float64.
+    """Draw n numbers in [0, 1), one from each of n equal parts, in random order, float64.
 
-    Every batch then sees all levels evenly, which takes variance out of the loss (Kingma et al.
+    A batch then covers all levels evenly, which reduces the variance of the loss (Kingma et al.
     2021, arXiv:2107.00630, appendix I.1).
     """
     order = torch.randperm(n, generator=generator)
@@ -119,15 +121,15 @@ def quantiles(n: int, generator: torch.Generator) -> np.ndarray:
 
 
 class Objective:
-    """A prediction of x on the levels of a β schedule: "epsilon", "sample" or "v_prediction".
+    """A prediction on the levels of a β schedule: "epsilon", "sample" or "v_prediction".
 
     Args:
-        scheduler: samples what is learnt.
-        spread: of the levels; None for uniform.
-        weight: of the loss.
+        scheduler: scheduler that samples what is learnt.
+        spread: distribution of the levels; None for uniform.
+        weight: function from level and row to the weight of the network's error.
     Attributes:
-        scheduler: as given.
-        channels: of the network's output, for each of its input.
+        scheduler: the argument.
+        channels: output channels of the network per input channel.
     """
 
     channels = 1
@@ -136,46 +138,51 @@ class Objective:
         self.scheduler, self.spread, self.weight = scheduler, spread, weight
 
     def levels(self, u: np.ndarray) -> Levels:
-        """The levels at quantiles u (B,) in [0, 1) of their distribution, on the host."""
+        """Return the levels at quantiles u (B,) in [0, 1) of their distribution, on the host."""
         level, t = self._levels(u)
         weight = np.broadcast_to(self.weight(level, self.row(level)), u.shape)
         return Levels(level.alpha, level.sigma, t, weight)
 
     def loss(self, network: Network, x0: Tensor, eps: Tensor, levels: Levels) -> Tensor:
-        """Weighted squared error of the network's prediction, an image's mean, (B,) float32.
+        """Return the weighted error of the network's prediction, the mean per image, (B,) float32.
 
         Args:
             network: (x, t) → output; x (B, C, *space), t (B,).
-            x0, eps: clean images in the network's space and standard normal noise like them.
-            levels: of the images, after `Levels.on`.
+            x0, eps: clean images in the network's space and standard normal noise of their shape.
+            levels: levels of the images, after `Levels.on`.
         """
         x = add_noise(x0, eps, levels.level)
-        out = network(self.shown(x, levels.level), levels.t).float()
+        out = network(self.model_input(x, levels.level), levels.t).float()
         return levels.weight * self.error(out, x, x0, eps, levels)
 
     def error(self, out: Tensor, x: Tensor, x0: Tensor, eps: Tensor, levels: Levels) -> Tensor:
-        """Mean squared error of an image's output, before its weight, (B,)."""
+        """Return the mean squared error of each image's output, before its weight, (B,)."""
         target = self.scheduler.target(x0, eps, levels.level)
         return (out - target).square().flatten(1).mean(1)
 
     # --- what distinguishes the objectives ----------------------------------------------------
 
     def _levels(self, u: np.ndarray) -> tuple[Level, np.ndarray]:
-        """Levels (B,) and what the network is told, whole steps."""
+        """Return levels (B,) and times, here whole steps."""
         schedule = self.scheduler.schedule
         if self.spread is None:
             t = np.minimum(np.floor(u * len(schedule)), len(schedule) - 1)
-        else:  # the samplers ask at whole steps
+        else:  # samplers evaluate the network at whole steps
             t = np.rint(schedule.timestep_of(self.spread.ratios(u)))
-        alpha, sigma = np.array(schedule.levels())[t.astype(int)].T
+        alpha, sigma = self._level_table[t.astype(int)].T
         return Level(alpha, sigma), t
 
+    @cached_property
+    def _level_table(self) -> np.ndarray:
+        """α and σ of every step, float64 (T, 2)."""
+        return np.array(self.scheduler.schedule.levels())
+
     def row(self, level: Level) -> tuple:
-        """(p, q) of what the network says."""
+        """Return (p, q) of the network's prediction p·x0 + q·ε."""
         return row(self.scheduler.config.prediction_type, level)
 
-    def shown(self, x: Tensor, level: Level) -> Tensor:
-        """What the network sees of x."""
+    def model_input(self, x: Tensor, level: Level) -> Tensor:
+        """Return the network's input for the noisy images x."""
         return x
 
 
@@ -203,16 +210,16 @@ class EDMObjective(Objective):
     def row(self, level: Level) -> tuple:
         return edm_row(level, self.scheduler.config.sigma_data)
 
-    def shown(self, x: Tensor, level: Level) -> Tensor:
+    def model_input(self, x: Tensor, level: Level) -> Tensor:
         return self.scheduler.precondition_inputs(x, level.sigma)
 
 
 class LearnedVariance(Objective):
-    """The prediction, and in as many channels again the variance of the reverse step.
+    """The prediction and, in as many further channels, the variance of the reverse step.
 
     L = L_simple + 0.001·L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16). L_vlb is the sum
     over the T steps of KL(q(x_{t−1} | x_t, x0) ‖ p(x_{t−1} | x_t)), at t = 0 the likelihood of the
-    bytes, in nats an element; one step of it, times T, is its unbiased estimate. It teaches the
+    bytes, in nats per element. One step of it, times T, is an unbiased estimate. It trains the
     variance alone: the mean is detached. Images are pixels in [−1, 1] of 256 grey levels.
     """
 
@@ -226,15 +233,17 @@ class LearnedVariance(Objective):
             prediction.detach(), x, levels.level, self.scheduler.config.prediction_type
         )
         bound = self.bound(interpolation, guess, x0, levels.t.long())
-        return simple + VLB_SHARE * len(schedule) * bound
+        return simple + VLB_WEIGHT * len(schedule) * bound
 
     def bound(self, interpolation: Tensor, guess: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """The term of the variational bound that belongs to step t, nats an element, (B,).
+        """Return the terms of the variational bound at steps t, in nats per element, (B,).
 
         Args:
-            interpolation: the network's v in [−1, 1], nominally; log σ² = f·ln β + (1 − f)·ln β̃,
+            interpolation: the network's v, nominally in [−1, 1]; log σ² = f·ln β + (1 − f)·ln β̃,
                 f = (v + 1)/2 (eq. 15).
-            guess: the x̂0 that the network's prediction implies.
+            guess: x̂0 that the network's prediction implies.
+            x0: clean images.
+            t: steps, int64 (B,).
         """
         table = self._posterior(x0.device)[:, t]
         gain, log_beta, log_small = (append_dims(row, x0.ndim) for row in table)
@@ -247,7 +256,7 @@ class LearnedVariance(Objective):
         return torch.where(t == 0, decoder.flatten(1).mean(1), kl.flatten(1).mean(1))
 
     def _posterior(self, device: torch.device) -> Tensor:
-        """Of all steps: what x0 counts in the posterior's mean, ln β and ln β̃, (3, T) float32."""
+        """Return x0's factor in the posterior's mean, ln β and ln β̃ by step, float32 (3, T)."""
         if not hasattr(self, "_table"):
             levels = self.scheduler.schedule.levels()
             rows = []
@@ -267,7 +276,7 @@ class LearnedVariance(Objective):
 
 
 def byte_log_likelihood(x0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """ln P(x0) where x0 is one of 256 grey levels in [−1, 1], each the middle of its bin.
+    """Return ln P(x0) where x0 is one of 256 grey levels in [−1, 1], each the centre of its bin.
 
     The first and the last bin are open (Ho et al. 2020, arXiv:2006.11239, eq. 13).
     """

@@ -20,11 +20,11 @@ from minidiff.runs import snapshot
 from minidiff.runtime.distributed import Processes, Shards
 from minidiff.sample import trajectory
 from minidiff.schedulers import SCHEDULERS, DDIMScheduler
-from minidiff.training.autoencoder import VAETraining
+from minidiff.training.autoencoder import AutoencoderTraining
 from minidiff.training.autoencoder import build as build_vae
 from minidiff.training.build import resolve
 from minidiff.training.config import TrainConfig, VAEConfig
-from minidiff.training.diffusion import Training, train
+from minidiff.training.diffusion import DiffusionTraining, train
 
 pytestmark = [
     pytest.mark.cuda,
@@ -214,7 +214,9 @@ def test_a_pipeline_draws_the_pictures_of_the_cpu_within_one_grey_level():
 def test_training_learns_on_a_gpu(tmp_path):
     data, losses = load("digits"), []
     config = TrainConfig(steps=400, channels=(32, 48), batch_size=64, pictures=1)
-    pipe = train(config, data, device="cuda", report=lambda progress: losses.append(progress.loss))
+    pipe = train(
+        config, data, device="cuda", on_log_row=lambda progress: losses.append(progress.loss)
+    )
     assert losses[-1] < losses[0] / 2
     pipe.save_pretrained(tmp_path / "model")
     again = Pipeline.from_pretrained(tmp_path / "model")
@@ -232,9 +234,11 @@ OBJECTIVES = [
 ]
 
 
-def training(device: str = "cuda", world=None, data: str = "digits", **options) -> Training:
+def training(
+    device: str = "cuda", world=None, data: str = "digits", **options
+) -> DiffusionTraining:
     data, config = load(data), TrainConfig(steps=1000, **TRAIN | options)
-    return Training(resolve(config, data), data, torch.device(device), world=world)
+    return DiffusionTraining(resolve(config, data), data, torch.device(device), world=world)
 
 
 @pytest.mark.parametrize("options", OBJECTIVES, ids=str)
@@ -356,7 +360,7 @@ def test_a_compiled_network_gives_the_same_numbers():
 
 def test_an_autoencoder_s_training_does_not_wait(never_waiting):
     config = VAEConfig(steps=9, channels=(16, 16), adversarial_start=0)
-    training = VAETraining(config, load("digits"), torch.device("cuda"))
+    training = AutoencoderTraining(config, load("digits"), torch.device("cuda"))
     training.step()
     never_waiting()
     training.step()

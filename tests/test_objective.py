@@ -53,7 +53,7 @@ def exact_network(objective, level: Level):
     """What a perfect network says at one level; it gets x as the objective shows it."""
 
     def network(shown, t):
-        x = shown / objective.shown(torch.ones(()), level)
+        x = shown / objective.model_input(torch.ones(()), level)
         x0 = exact(x, level)
         p, q = objective.row(level)
         return p * x0 + q * (x - level.alpha * x0) / level.sigma
@@ -98,7 +98,7 @@ def test_a_perfect_network_of_edm_has_a_loss_of_one_times_what_is_left_at_every_
     sigma = levels.sigma
     p, q = learn.row(levels.level)
     assert (p * STD) ** 2 + q**2 == pytest.approx(np.ones(50))
-    assert learn.shown(np.sqrt(STD**2 + sigma**2), levels.level) == pytest.approx(np.ones(50))
+    assert learn.model_input(np.sqrt(STD**2 + sigma**2), levels.level) == pytest.approx(np.ones(50))
 
 
 @pytest.mark.parametrize("options", EVERY, ids=str)
@@ -262,7 +262,7 @@ def test_every_objective_learns_and_comes_back_from_its_folder(options, tmp_path
     config = TrainConfig(
         steps=40, channels=(8, 16), batch_size=32, pictures=0, num_inference_steps=3, **options
     )
-    pipe = train(config, data, report=rows.append)
+    pipe = train(config, data, on_log_row=rows.append)
     fresh, learn = build(config, data), resolve(config, data).objective()
     z = fresh.vae.to_latents(data.batch(torch.arange(64))[0])
     generator = torch.Generator().manual_seed(0)

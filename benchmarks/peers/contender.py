@@ -152,7 +152,7 @@ class Peer:
         parameters = list(model.parameters())
         optimizer, average = self.optimizer(parameters, loop.learning_rate), self.average(model)
         stream, budget = Stream(len(images), loop.seed), Budget(loop)
-        while budget.progress < 1:
+        while budget.fraction_done < 1:
             for group in optimizer.param_groups:
                 group["lr"] = self._rate_now(loop, budget)
             for _ in range(self.passes):
@@ -206,7 +206,7 @@ class Peer:
 
     def _rate_now(self, loop: LoopConfig, budget: Budget) -> float:
         if self.rate is None:
-            return learning_rate(loop, budget.progress)
+            return learning_rate(loop, budget.fraction_done)
         return loop.learning_rate * self.rate(budget.step)
 
 

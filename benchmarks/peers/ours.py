@@ -16,7 +16,7 @@ from minidiff.data import ImageData
 from minidiff.pipeline import Pipeline
 from minidiff.training.build import build
 from minidiff.training.config import LoopConfig, TrainConfig
-from minidiff.training.diffusion import Training, train
+from minidiff.training.diffusion import DiffusionTraining, train
 from minidiff.training.presets import PRESETS
 from peers.contender import Keep
 
@@ -40,12 +40,12 @@ class Minidiff:
     steps: int = _PRESET.num_inference_steps
 
     def train(self, loop: LoopConfig, data: ImageData, device: torch.device, keep: Keep) -> None:
-        def after(training: Training) -> bool:
+        def after(training: DiffusionTraining) -> bool:
             position = training.batches.stream.position
             keep(training.budget, position, lambda: self._sampled(training.result))
             return False
 
-        train(self._config(loop), data, device, after=after)
+        train(self._config(loop), data, device, after_step=after)
 
     def network(self, loop: LoopConfig, data: ImageData) -> nn.Module:
         return self._sampled(build(self._config(loop), data))

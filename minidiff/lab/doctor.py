@@ -31,7 +31,7 @@ from minidiff.schedulers.base import split_variance
 from minidiff.schedulers.edm import EDMSigmas
 from minidiff.training.build import check, scheduler_of
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import Training
+from minidiff.training.diffusion import DiffusionTraining
 from minidiff.training.learner import Learner
 
 IMAGES = 256  # that are looked at
@@ -118,7 +118,7 @@ def _patient(path: Path, data: Data, device: torch.device) -> Patient:
     raw, pipe = None, None
     folder = snapshot.newest(path, lambda text: None)
     if folder is not None:
-        training = Training(config, data, device)
+        training = DiffusionTraining(config, data, device)
         snapshot.restore(folder, training)
         raw, pipe = training.learner.eval(), training.result
     if (path / diffusion.MODEL).is_dir():
@@ -371,7 +371,7 @@ def overfit(p: Patient) -> Finding:
         accumulate=1, compile=False, dropout=0.0, shift=0, flip=False, label_dropout=0.0,
         warmup=0.1, dtype="float32",
     )  # fmt: skip
-    training = Training(config, p.data, p.z.device)
+    training = DiffusionTraining(config, p.data, p.z.device)
     training.batches.stream = Stream(min(8, len(p.data)), seed=0)
     training.batches.data = _Still(p.data)
     losses = []

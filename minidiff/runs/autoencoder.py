@@ -1,7 +1,7 @@
-"""A run of `minidiff train-vae`: what it adds to the folder of any run, see `minidiff.runs.folder`.
+"""A run of `minidiff train-vae`, and what it adds to the folder of a run (`minidiff.runs.folder`).
 
 RUN/vae/                 the autoencoder with the averaged weights, which diffusers reads as well
-RUN/reconstructions.png  held-out images, each above what the autoencoder makes of it
+RUN/reconstructions.png  held-out images, each above its reconstruction
 """
 
 import math
@@ -22,8 +22,9 @@ from minidiff.images.pixels import to_uint8
 from minidiff.metrics import Evaluator, Scores, load_classifier, shipped
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.model import CONFIG
-from minidiff.runs.autosave import Saving
-from minidiff.runs.folder import RECONSTRUCTIONS, VAE, Say, Settings, about, create, kept, resumed
+from minidiff.runs.autosave import PrintLine, Saving
+from minidiff.runs.folder import RECONSTRUCTIONS, VAE
+from minidiff.runs.run import Run
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched
 from minidiff.training.autoencoder import check, train_vae
@@ -31,17 +32,18 @@ from minidiff.training.config import VAEConfig
 
 COMMAND = "train-vae"
 PICTURE = f"{RECONSTRUCTIONS}.png"
-SHOWN = 40  # images in the picture
+PICTURE_IMAGES = 40
 
 
 class Quality(NamedTuple):
-    """What an autoencoder is worth on images that it was not trained on.
+    """The quality of an autoencoder on images that it was not trained on.
 
     Attributes:
         l1: mean absolute error of a pixel, in grey levels of 255.
         psnr: 10·log₁₀(255² / mean square error), in dB; infinite for no error.
-        mean, std: of the latents of a diffusion model, one sample an image; meant to be 0 and 1.
-        made, real: the scores of the reconstructions, and of the images themselves; None where no
+        mean, std: mean and standard deviation of scaled latents, one sample per image; 0 and 1 are
+            intended.
+        made, real: scores of the reconstructions, and of the images themselves; None where no
             classifier is shipped for the data.
     """
 
@@ -72,12 +74,17 @@ def train_vae_into(
     saving: Saving | None = None,
     load: Mapping[str, Any] | None = None,
 ) -> tuple[AutoencoderKL, Quality]:
-    """Train with a progress bar, measure, and keep everything in the folder `out`, see the module.
+    """Train with a progress bar, measure, and keep everything in the folder `out`.
 
     Args:
+        out: folder of the run; new or empty.
+        config: all options of the run.
+        data: training images.
         held_out: images of the same kind, for the measurement and the picture.
-        load: the arguments of `minidiff.data.load` that gave both, but for the split, so that the
-            run can be continued without being told them again.
+        device: device of the training.
+        saving: how often to save; by default every five minutes.
+        load: arguments of `minidiff.data.load` that gave both, except the split, so that
+            `minidiff train-vae --resume` finds them.
     Raises:
         InvalidArgument: config and data do not fit together, or torchrun started several
             processes; nothing is written then.
@@ -87,10 +94,8 @@ def train_vae_into(
     """
     device = pick_device(device)
     _check(config, data, held_out)
-    settings = Settings(
-        COMMAND, config, dict(load or {}), about(data), device.type, saving or Saving()
-    )
-    return _run(create(out, settings), settings, data, held_out, device, print)
+    run = Run.begin(out, COMMAND, config, data, device, saving=saving, load=load)
+    return _train(run, data, held_out, device)
 
 
 def resume(
@@ -99,45 +104,46 @@ def resume(
     held_out: ImageData,
     device: Device | str | None = None,
     *,
-    say: Say = print,
+    print_line: PrintLine = print,
 ) -> tuple[AutoencoderKL, Quality]:
-    """Go on with a run from its newest snapshot that verifies, or from its beginning.
+    """Resume a run from its newest snapshot that verifies, or from its beginning.
 
     Args:
-        out: the run's folder.
+        out: folder of the run.
         data, held_out: as they were given to `train_vae_into`.
-        device: where to train; by default where the run was.
-        say: told which snapshots were passed over, and where the run goes on.
+        device: device of the training; by default that of the run.
+        print_line: called with the snapshots that are passed over and where the run goes on.
     Raises:
         CheckpointError: the folder is no run of train-vae, none of its snapshots verifies, or the
             data are not those of the run; otherwise as `train_vae_into`.
     """
-    settings = resumed(out, COMMAND, data)
-    device = pick_device(settings.device if device is None else device)
-    _check(settings.config, data, held_out)
-    return _run(Path(out), settings, data, held_out, device, say)
+    run = Run.reopen(out, COMMAND, data, print_line)
+    device = pick_device(run.settings.device if device is None else device)
+    _check(run.settings.config, data, held_out)
+    return _train(run, data, held_out, device)
 
 
 def _check(config: VAEConfig, data: ImageData, held_out: ImageData) -> None:
+    """Refuse several processes, and images that cannot be trained on. Raises InvalidArgument."""
     if launched():
         raise InvalidArgument("train-vae is for one process: start it without torchrun")
     check(config, data)
     check(config, held_out)
 
 
-def _run(
-    out: Path,
-    settings: Settings,
-    data: ImageData,
-    held_out: ImageData,
-    device: Device,
-    say: Say,
+def _train(
+    run: Run, data: ImageData, held_out: ImageData, device: Device
 ) -> tuple[AutoencoderKL, Quality]:
-    with kept(out, settings, say) as (report, keeper):
-        vae = train_vae(settings.config, data, device, report, keeper.begin, keeper.after)
-    vae.save_pretrained(out / VAE)
+    """Train, and write the autoencoder and its reconstructions."""
+    with run.kept() as autosave:
+        vae = train_vae(
+            run.settings.config, data, device,
+            autosave.on_log_row, autosave.resume, autosave.after_step,
+        )  # fmt: skip
+    vae.save_pretrained(run.out / VAE)
     made = reconstructed(vae, held_out)
-    plot.save(side_by_side(held_out.images[:SHOWN], made[:SHOWN]), out / PICTURE)
+    chosen = slice(PICTURE_IMAGES)
+    plot.save(side_by_side(held_out.images[chosen], made[chosen]), run.out / PICTURE)
     return vae, measure(vae, made, data, held_out)
 
 
@@ -156,14 +162,17 @@ def open_vae(path: str | Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def reconstructed(vae: AutoencoderKL, data: ImageData) -> Tensor:
-    """What the decoder makes of the most likely latents of all images: uint8 like them."""
+    """Return the reconstructions from the most likely latents of all images, uint8 (N, C, H, W)."""
     device = next(vae.parameters()).device
     batches = (data.batch(index)[0] for index in torch.arange(len(data)).split(BATCH))
     return torch.cat([to_uint8(vae(x.to(device))).cpu() for x in batches])
 
 
 def side_by_side(images: Tensor, made: Tensor, columns: int = 10) -> Image.Image:
-    """A grid of uint8 images (N, C, H, W), N a multiple of `columns`: below each row its twins."""
+    """Return a grid of uint8 images (N, C, H, W), below each row its reconstructions.
+
+    N is a multiple of `columns`.
+    """
     rows = zip(images.split(columns), made.split(columns), strict=True)
     both = torch.cat([row for pair in rows for row in pair])
     return plot.grid(both.permute(0, 2, 3, 1).numpy(), columns)
@@ -172,13 +181,14 @@ def side_by_side(images: Tensor, made: Tensor, columns: int = 10) -> Image.Image
 def measure(vae: AutoencoderKL, made: Tensor, train: ImageData, held_out: ImageData) -> Quality:
     """Compare held-out images with their reconstructions.
 
-    The Fréchet distance is that of `minidiff evaluate`: from all reconstructions to all training
-    images, so that it stands beside the scores of samples; a perfect autoencoder would reach that
-    of the held-out images themselves.
+    The Fréchet distance is that of `minidiff evaluate`, from all reconstructions to all training
+    images, and so comparable with the scores of samples. A perfect autoencoder would reach that of
+    the held-out images themselves.
 
     Args:
-        made: of the held-out images, see `reconstructed`.
-        train, held_out: what the autoencoder was trained on, and other images.
+        vae: the autoencoder.
+        made: reconstructions of the held-out images, see `reconstructed`.
+        train, held_out: training images, and other images.
     """
     device = next(vae.parameters()).device
     error = made.double() - held_out.images

@@ -1,4 +1,4 @@
-"""What keeps a run safe while it trains: its log, its snapshots, and signals that end it."""
+"""Autosave: the log of a run, its snapshots, and signals that stop it."""
 
 import json
 import os
@@ -8,38 +8,46 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from minidiff.errors import CheckpointError, Stopped, TrainingError, whole_number
+from minidiff.errors import CheckpointError, Stopped, TrainingError
 from minidiff.runs import snapshot
+from minidiff.runtime.checks import check_fields, option, optional, whole
 from minidiff.runtime.distributed import launched
-from minidiff.training.loop import Loop
+from minidiff.training.loop import TrainingState
 from minidiff.training.progress import Progress
 
-SAVE_SECONDS = 300.0  # between snapshots, where save_every does not say otherwise
+if TYPE_CHECKING:
+    from minidiff.runs.run import Run
+
+SAVE_SECONDS = 300.0  # between snapshots, where save_every is None
+
+OnLogRow = Callable[[Progress], None]
+PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How often a run is saved, and how much of it is kept. Raises InvalidArgument.
+    """How often a run is saved, and how many snapshots are kept. Raises InvalidArgument.
 
     Attributes:
-        save_every: steps between snapshots; None for one every five minutes. The last step and
-            one at which the run is stopped are saved in any case.
-        keep_last: how many of the last snapshots are kept, beside the best: the one with the
+        save_every: steps between snapshots; None for one every five minutes. The last step, and
+            one at which the run is stopped, are saved in any case.
+        keep_last: number of the last snapshots that are kept, besides the best: the one with the
             lowest running average of the training loss.
     """
 
-    save_every: int | None = None
-    keep_last: int = 2
+    save_every: int | None = option(None, "steps between snapshots", optional(whole(1)))
+    keep_last: int = option(
+        2, "number of the last snapshots to keep, besides that of the lowest running loss", whole(1)
+    )
 
     def __post_init__(self) -> None:
-        if self.save_every is not None:
-            whole_number("save_every", self.save_every, 1)
-        whole_number("keep_last", self.keep_last, 1)
+        check_fields(self)
 
 
 class Log:
-    """The rows of a run, one JSON object a line; can be cut back to where a snapshot was made."""
+    """The rows of a run, one JSON object a line; can be cut back to a snapshot."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,13 +55,13 @@ class Log:
             self._file = path.open("ab")
 
     def append(self, row: Progress) -> None:
-        """Write a row. Raises TrainingError where that cannot be done."""
+        """Write a row. Raises TrainingError if that fails."""
         with self._naming():
             self._file.write(json.dumps(row._asdict()).encode() + b"\n")
             self._file.flush()
 
     def sync(self) -> int:
-        """Make sure that all rows are on the disk; returns the length in bytes."""
+        """Make sure that all rows are on the disk and return the length in bytes."""
         with self._naming():
             os.fsync(self._file.fileno())
             return self._file.tell()
@@ -66,11 +74,13 @@ class Log:
                 self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
+        """Close the file."""
         with self._naming():
             self._file.close()
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
+        """Turn an error of the system into one that names the file."""
         try:
             yield
         except OSError as error:
@@ -78,14 +88,14 @@ class Log:
 
 
 class Signals:
-    """The first SIGINT or SIGTERM is only noted, the second one does what it always does."""
+    """SIGINT and SIGTERM: the first is only noted, the second has its usual effect."""
 
     def __init__(self) -> None:
         self.caught: int | None = None
 
     @contextmanager
     def watch(self) -> Iterator["Signals"]:
-        """Note signals inside the block; only the main thread of a program can."""
+        """Note signals inside the block, in the main thread of a program."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -100,75 +110,68 @@ class Signals:
 
     def _note(self, number: int, frame: object) -> None:
         self.caught = number
-        if launched():  # torchrun passes on what the terminal has sent already, and kills in time
+        if launched():  # torchrun repeats what the terminal has sent already, and kills in time
             return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class Keeper:
-    """Puts a run where its newest snapshot is, saves it along the way, and ends it when asked to.
+class Autosave:
+    """Restores a run from its newest snapshot, saves it along the way, and stops it on a signal.
+
+    Its three functions are the callbacks of a training.
 
     Args:
-        run: the run's folder.
-        command: of minidiff, that goes on with it.
-        log: None for a process that does not lead: it writes nothing.
-        say: told which snapshots were passed over, and where the run goes on.
+        run: the run.
+        log: log of the run; None for a process other than rank 0, which writes nothing.
+        on_log_row: writes a row and shows it.
+        signals: signals that were caught.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        command: str,
-        saving: Saving,
-        log: Log | None,
-        signals: Signals,
-        say: Callable[[str], None],
-    ) -> None:
-        self.run, self.command, self.saving = run, command, saving
-        self.log, self.signals, self.say = log, signals, say
-        self.leads = log is not None
+    def __init__(self, run: "Run", log: Log | None, on_log_row: OnLogRow, signals: Signals) -> None:
+        self.run, self.out, self.saving = run, run.out, run.settings.saving
+        self.log, self.on_log_row, self.signals = log, on_log_row, signals
         self.saved_at = 0.0
 
-    def begin(self, training: Loop) -> None:
-        """Go on from the newest snapshot that verifies, or begin. Raises CheckpointError."""
-        training.asks = lambda: self.signals.caught or 0
-        folder = snapshot.newest(self.run, self.say)
+    def resume(self, training: TrainingState) -> None:
+        """Restore the newest snapshot that verifies, if there is any. Raises CheckpointError."""
+        training.stop_requested = lambda: self.signals.caught or 0
+        folder = snapshot.newest(self.out, self.run.print_line)
         length = 0 if folder is None else snapshot.restore(folder, training)
         self.saved_at, step = training.budget.elapsed, training.budget.step
         if training.world.largest(step, -step) != [step, -step]:
-            raise CheckpointError(f"{self.run}: the processes find different snapshots in it")
-        if self.leads:
-            snapshot.clear_leftovers(self.run)
+            raise CheckpointError(f"{self.out}: the processes find different snapshots in it")
+        if self.log is not None:
+            snapshot.clear_leftovers(self.out)
             self.log.cut(length)
         if folder is not None:
-            self.say(f"going on from step {step}")
+            self.run.print_line(f"going on from step {step}")
 
-    def after(self, training: Loop) -> None:
-        """Save where it is due. Raises Stopped where a signal asked for it before the end."""
+    def after_step(self, training: TrainingState) -> None:
+        """Save where it is due. Raises Stopped after a signal, except at the end."""
         budget, every = training.budget, self.saving.save_every
-        done, asked = budget.progress >= 1, training.asked
+        done, stop = budget.fraction_done >= 1, training.agreed_stop
         due = budget.step % every == 0 if every else budget.elapsed - self.saved_at >= SAVE_SECONDS
-        if due or asked or done:
+        if due or stop or done:
             self.save(training)
-        if asked and not done:
+        if stop and not done:
             training.world.largest(0)  # no process leaves before the snapshot is there
             raise Stopped(
-                f"stopped by {signal.Signals(asked).name} and saved at step {budget.step}; go on "
-                f"with: minidiff {self.command} --resume {self.run}",
-                asked,
+                f"stopped by {signal.Signals(stop).name} and saved at step {budget.step}; go on "
+                f"with: minidiff {self.run.settings.command} --resume {self.out}",
+                stop,
             )
 
-    def save(self, training: Loop) -> None:
+    def save(self, training: TrainingState) -> None:
         """Write a snapshot and delete those that are not kept. Raises CheckpointError."""
         content = snapshot.content(training)
-        if not self.leads:
+        if self.log is None:
             return
         try:
-            snapshot.write(self.run, content, self.log.sync())
+            snapshot.write(self.out, content, self.log.sync())
         except CheckpointError as error:
-            held = snapshot.snapshots(self.run)
+            held = snapshot.snapshots(self.out)
             left = f"{held[-1].name} is intact" if held else "there is no earlier one"
             raise CheckpointError(f"{error}; of the run's snapshots {left}") from error
-        snapshot.prune(self.run, self.saving.keep_last)
+        snapshot.prune(self.out, self.saving.keep_last)
         self.saved_at = training.budget.elapsed

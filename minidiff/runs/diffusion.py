@@ -1,4 +1,4 @@
-"""A run of `minidiff train`: what it adds to the folder of any run, see `minidiff.runs.folder`.
+"""A run of `minidiff train`, and what it adds to the folder of a run (`minidiff.runs.folder`).
 
 RUN/samples-N.png   pictures along the way, N the step
 RUN/samples.png     pictures at the end
@@ -17,23 +17,11 @@ from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.images import plot
 from minidiff.pipeline import Pipeline
-from minidiff.runs.autosave import Saving
-from minidiff.runs.folder import (
-    CONFIG,
-    LOG,
-    MODEL,
-    SAMPLES,
-    Report,
-    Say,
-    Settings,
-    about,
-    create,
-    kept,
-    progress_bar,
-    resumed,
-)
+from minidiff.runs.autosave import OnLogRow, PrintLine, Saving
+from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES
+from minidiff.runs.run import Run, progress_bar
 from minidiff.runtime.device import pick_device
-from minidiff.runtime.distributed import launched, own_device, processes, rank, world
+from minidiff.runtime.distributed import launched, own_device, processes, world
 from minidiff.training.build import check, resolve
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import MakeLearner, check_machine, train
@@ -64,13 +52,15 @@ def train_into(
     start: Pipeline | None = None,
     learner: MakeLearner = Learner.of,
 ) -> Pipeline:
-    """Train with a progress bar and keep everything in the folder `out`, see the module.
+    """Train with a progress bar and keep everything in the folder `out`.
 
     Args:
-        load: the arguments of `minidiff.data.load` that gave the data, so that the run can be
-            continued without being told them again.
-        shard: whether the processes that torchrun started share the weights among them (FSDP2).
-        start, learner: see `minidiff.training.diffusion.train`.
+        out: folder of the run; new or empty.
+        config, data, device, start, learner: see `minidiff.training.diffusion.train`.
+        saving: how often to save; by default every five minutes.
+        load: arguments of `minidiff.data.load` that gave the data, so that `minidiff train
+            --resume` finds them.
+        shard: the processes that torchrun started shard the weights (FSDP2).
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
@@ -82,19 +72,11 @@ def train_into(
         raise InvalidArgument("shard is for several processes: torchrun --nproc_per_node K …")
     check(config, data, start)
     check_machine(config, device, processes(), shard)
-    config = resolve(config, data, start)
-    settings = Settings(
-        COMMAND,
-        config,
-        dict(load or {}),
-        about(data, started=start is not None),
-        device.type,
-        saving or Saving(),
-        shard,
-    )
-    if rank() == 0:
-        create(out, settings)
-    return _run(Path(out), settings, data, device, print, start, learner)
+    run = Run.begin(
+        out, COMMAND, resolve(config, data, start), data, device,
+        saving=saving, load=load, shard=shard, started=start is not None,
+    )  # fmt: skip
+    return _train(run, data, device, start, learner)
 
 
 def resume(
@@ -102,58 +84,51 @@ def resume(
     data: Data,
     device: Device | str | None = None,
     *,
-    say: Say = print,
+    print_line: PrintLine = print,
     start: Pipeline | None = None,
     learner: MakeLearner = Learner.of,
 ) -> Pipeline:
-    """Go on with a run from its newest snapshot that verifies, or from its beginning.
+    """Resume a run from its newest snapshot that verifies, or from its beginning.
 
     Args:
-        out: the run's folder.
-        data: what it was trained on.
-        device: where to train; by default where the run was.
-        say: told which snapshots were passed over, and where the run goes on.
-        start, learner: as they were given to `train_into`.
+        out: folder of the run.
+        data, start, learner: as they were given to `train_into`.
+        device: device of the training; by default that of the run.
+        print_line: called with the snapshots that are passed over and where the run goes on.
     Raises:
-        CheckpointError: the folder is no run, none of its snapshots verifies, or the data are not
-            those of the run; otherwise as `train_into`.
+        CheckpointError: the folder is no run, none of its snapshots verifies, or data or start are
+            not those of the run; otherwise as `train_into`.
     """
-    settings = resumed(out, COMMAND, data, started=start is not None)
-    device = own_device(pick_device(settings.device if device is None else device))
-    if settings.config.cuda_graph and (device.type != "cuda" or launched()):
-        say("going on without --cuda-graph, which is for one process on a GPU")
-        settings = settings._replace(config=replace(settings.config, cuda_graph=False))
-    return _run(Path(out), settings, data, device, say, start, learner)
+    run = Run.reopen(out, COMMAND, data, print_line, started=start is not None)
+    device = own_device(pick_device(run.settings.device if device is None else device))
+    if run.settings.config.cuda_graph and (device.type != "cuda" or launched()):
+        print_line("going on without --cuda-graph, which is for one process on a GPU")
+        config = replace(run.settings.config, cuda_graph=False)
+        run.settings = run.settings._replace(config=config)
+    return _train(run, data, device, start, learner)
 
 
-def _run(
-    out: Path,
-    settings: Settings,
-    data: Data,
-    device: Device,
-    say: Say,
-    start: Pipeline | None,
-    learner: MakeLearner,
+def _train(
+    run: Run, data: Data, device: Device, start: Pipeline | None, learner: MakeLearner
 ) -> Pipeline:
     """Train on this process, and the others that torchrun started; that of rank 0 writes."""
-    leads = rank() == 0
-    prompts = data.example_prompts(100)
+    config, prompts = run.settings.config, data.example_prompts(100)
 
     def picture(pipe: Pipeline, step: int) -> None:
-        if leads:
-            write_samples(pipe, out / f"{SAMPLES}-{step:06d}.png", prompts=prompts)
+        if run.leads:
+            write_samples(pipe, run.out / f"{SAMPLES}-{step:06d}.png", prompts=prompts)
 
-    with world(device, settings.shard) as all_of_us:
-        with kept(out, settings, say) as (report, keeper):
+    with world(device, run.settings.shard) as all_of_us:
+        with run.kept() as autosave:
             pipe = train(
-                settings.config, data, device, report, picture,
-                begin=keeper.begin, after=keeper.after, world=all_of_us,
+                config, data, device, autosave.on_log_row, picture,
+                resume=autosave.resume, after_step=autosave.after_step, world=all_of_us,
                 start=start, learner=learner,
             )  # fmt: skip
-        if leads:
-            pipe.save_pretrained(out / MODEL)
-            if settings.config.pictures:
-                write_samples(pipe, out / f"{SAMPLES}.png", prompts=prompts)
+        if run.leads:
+            pipe.save_pretrained(run.out / MODEL)
+            if config.pictures:
+                write_samples(pipe, run.out / f"{SAMPLES}.png", prompts=prompts)
     return pipe
 
 
@@ -161,11 +136,11 @@ def train_with_bar(
     config: TrainConfig,
     data: Data,
     device: Device | str = "cpu",
-    report: Report = lambda row: None,
+    on_log_row: OnLogRow = lambda row: None,
 ) -> Pipeline:
-    """`minidiff.training.diffusion.train` with a progress bar, nothing of it kept."""
-    with progress_bar(config, report) as report_and_show:
-        return train(config, data, device, report_and_show)
+    """Train with a progress bar and keep nothing, see `minidiff.training.diffusion.train`."""
+    with progress_bar(config, on_log_row) as log_and_show:
+        return train(config, data, device, log_and_show)
 
 
 def write_samples(
@@ -175,10 +150,14 @@ def write_samples(
     seed: int = 0,
     prompts: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Write a grid of `rows` rows, one column a class (ten without classes); return the images.
+    """Write a grid of samples, one column per class (ten without classes); return the images.
 
     Args:
-        prompts: one an image, for a pipeline that draws what a text says.
+        pipe: the pipeline.
+        path: PNG file to write.
+        rows: rows of the grid.
+        seed: seed of the noise.
+        prompts: one prompt per image, for a pipeline with prompts.
     """
     columns = len(pipe.class_names) or 10
     images = pipe(prompts, num_images=rows * columns, seed=seed, output_type="np").images

@@ -3,7 +3,7 @@
 RUN/checkpoints/step-N/
     weights.safetensors     the raw weights
     average.safetensors     their average, apart
-    weaker.safetensors      the average of an earlier time, where autoguidance is to have it
+    NAME.safetensors        a network that the training keeps as well, see `TrainingState.extras`
     optimizer.safetensors   the tensors of the optimizer's state
     state.json              its numbers; step, seconds, position in the data and in the log, the
                             losses of the row under way
@@ -15,7 +15,6 @@ a step depend on (seed, step) alone (`training.batches`), and nothing reads torc
 Python's global state. bfloat16 needs no scaler of gradients.
 """
 
-import copy
 import math
 import re
 import shutil
@@ -30,13 +29,11 @@ from minidiff.errors import CheckpointError
 from minidiff.runtime import files
 from minidiff.runtime.distributed import laid_out
 from minidiff.runtime.tensors import SUFFIX, check_fit, read_headers, read_tensor, write_tensors
-from minidiff.training.loop import Loop
+from minidiff.training.loop import TrainingState
 
 FOLDER = "checkpoints"
 STATE, MANIFEST = "state.json", "manifest.json"
-WEIGHTS, AVERAGE, OPTIMIZER, WEAKER = (
-    f"{stem}{SUFFIX}" for stem in ("weights", "average", "optimizer", "weaker")
-)
+WEIGHTS, AVERAGE, OPTIMIZER = (f"{s}{SUFFIX}" for s in ("weights", "average", "optimizer"))
 FILES = (WEIGHTS, AVERAGE, OPTIMIZER, STATE)
 MAX_STATE_BYTES = 1 << 26  # the numbers of an optimizer, a few for every parameter
 VERSION = 1
@@ -53,7 +50,7 @@ class Content(NamedTuple):
     state: dict[str, Any]
 
 
-def content(training: Loop) -> Content:
+def content(training: TrainingState) -> Content:
     """What a snapshot of a training holds; the live weights are only read.
 
     Where the weights are shared out, all processes call this.
@@ -69,8 +66,7 @@ def content(training: Loop) -> Content:
         AVERAGE: training.average.model.state_dict(),
         OPTIMIZER: moments,
     }
-    if training.weaker is not None:
-        found[WEAKER] = training.weaker.state_dict()
+    found |= {f"{name}{SUFFIX}": extra.state_dict() for name, extra in training.extras.items()}
     state = {
         "version": VERSION,
         "step": training.budget.step,
@@ -102,8 +98,7 @@ def write(run: Path, content: Content, log_bytes: int) -> Path:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    names = [*FILES, *([WEAKER] if (folder / WEAKER).is_file() else [])]
-    return {name: _seal(folder / name) for name in names}
+    return {path.name: _seal(path) for path in sorted(folder.iterdir())}
 
 
 def _seal(path: Path) -> dict[str, Any]:
@@ -174,11 +169,12 @@ def clear_leftovers(run: Path) -> None:
         files.clear_temporaries(run / FOLDER)
 
 
-def newest(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest snapshot that verifies; None where there are none at all.
+def newest(run: Path, print_line: Callable[[str], None]) -> Path | None:
+    """Return the newest snapshot that verifies; None where there are none at all.
 
     Args:
-        say: told which were passed over, and why.
+        run: folder of the run.
+        print_line: called with those that are passed over, and why.
     Raises:
         CheckpointError: there are some, and none verifies.
     """
@@ -187,7 +183,7 @@ def newest(run: Path, say: Callable[[str], None]) -> Path | None:
         try:
             verify(folder)
         except CheckpointError as error:
-            say(f"passed over {folder.name}: {error}")
+            print_line(f"passed over {folder.name}: {error}")
         else:
             return folder
     if found:
@@ -201,7 +197,7 @@ def newest(run: Path, say: Callable[[str], None]) -> Path | None:
 def verify(folder: Path) -> None:
     """Raises CheckpointError unless every file is there as the manifest says."""
     manifest = files.read_json(folder / MANIFEST)
-    for name in (*FILES, *({WEAKER} & manifest.keys())):
+    for name in dict.fromkeys((*FILES, *manifest)):
         if name not in manifest:
             raise CheckpointError(f"{folder / MANIFEST}: names no {name}")
         if not (folder / name).is_file():
@@ -210,7 +206,7 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder / name}: is not what was written (size or SHA-256)")
 
 
-def restore(folder: Path, training: Loop) -> int:
+def restore(folder: Path, training: TrainingState) -> int:
     """Put a training where the snapshot's was; returns the length of the log that belongs to it.
 
     Raises:
@@ -231,12 +227,12 @@ def restore(folder: Path, training: Loop) -> int:
         training.average.updates = state["averaged"]
         training.budget.step, training.budget.elapsed = state["step"], state["seconds"]
         training.stream.position = state["images"]
-        if (folder / WEAKER).is_file():
-            weaker = copy.deepcopy(training.result.unet)
-            _load(weaker, folder / WEAKER)
-            training.set_aside(weaker)
-        elif training.weaker_is_due:  # a later average in its place would be another run
-            raise CheckpointError(f"{folder / WEAKER}: no such file")
+        for extra in training.planned:
+            if (file := folder / f"{extra.name}{SUFFIX}").is_file():
+                _load(network := extra.make(), file)
+                training.keep(extra, network)
+        for extra in training.missing_extras():  # a later network instead would be another run
+            raise CheckpointError(f"{folder / extra.name}{SUFFIX}: no such file")
         training.meter.load(state["meter"])
         return state["log_bytes"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

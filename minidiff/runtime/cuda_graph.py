@@ -26,7 +26,7 @@ class Recording(NamedTuple):
     results: Results
 
 
-class Recorded:
+class CudaGraph:
     """A function that is recorded at the first call with tensors of these shapes, then replayed.
 
     The results are memory of the recording, which the next call writes to.

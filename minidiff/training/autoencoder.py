@@ -41,7 +41,7 @@ from minidiff.runtime.device import DTYPES, pick_device
 from minidiff.runtime.distributed import World
 from minidiff.training.build import groups_of
 from minidiff.training.config import VAEConfig
-from minidiff.training.loop import Loop, steps
+from minidiff.training.loop import TrainingState, steps
 from minidiff.training.optim import EMA
 from minidiff.training.progress import Progress, batch_size
 
@@ -154,7 +154,7 @@ def balance(error: Tensor, judged: Tensor, last: Tensor) -> Tensor:
 # --- the loop --------------------------------------------------------------------------------
 
 
-class VAETraining(Loop):
+class AutoencoderTraining(TrainingState):
     """A run under way, and its step.
 
     Args:
@@ -186,10 +186,10 @@ class VAETraining(Loop):
 
     def step(self) -> None:
         """Image → latents → image → loss → step → average. Raises TrainingError."""
-        config, progress = self.config, self.budget.progress
-        judged = config.adversarial_weight > 0 and progress >= config.adversarial_start
+        config, done = self.config, self.budget.fraction_done
+        judged = config.adversarial_weight > 0 and done >= config.adversarial_start
         position = self.stream.position
-        x, _ = self.data.batch(self.stream.take(batch_size(config, progress)), position)
+        x, _ = self.data.batch(self.stream.take(batch_size(config, done)), position)
         x = x.contiguous(memory_format=torch.channels_last)
         with self._cast():
             posterior = self.vae.encode(x)
@@ -227,25 +227,25 @@ def train_vae(
     config: VAEConfig,
     data: ImageData,
     device: torch.device | str = "cpu",
-    report: Callable[[Progress], None] = lambda row: None,
-    begin: Callable[[VAETraining], None] = lambda training: None,
-    after: Callable[[VAETraining], None] = lambda training: None,
+    on_log_row: Callable[[Progress], None] = lambda row: None,
+    resume: Callable[[AutoencoderTraining], None] = lambda training: None,
+    after_step: Callable[[AutoencoderTraining], None] = lambda training: None,
 ) -> AutoencoderKL:
     """Train an autoencoder until the budget is spent; returns it with the averaged weights.
 
     Args:
-        config: the run.
-        data: the images, moved to `device` whole.
-        device: where to train.
-        report: called with every row for the log; its loss is that of `bound`.
-        begin, after: called before the first step and after every one, see `training.diffusion`.
+        config: all options of the run.
+        data: images, moved to `device` whole.
+        device: device of the training.
+        on_log_row: called with every row for the log; its loss is that of `bound`.
+        resume, after_step: called before the first step and after each, see `training.diffusion`.
     Raises:
         InvalidArgument: config and data do not fit together, or the device is not there.
         TrainingError: a loss or a gradient is not finite.
     """
-    training = VAETraining(config, data, pick_device(device))
-    begin(training)
-    for _ in steps(training, report, after):
+    training = AutoencoderTraining(config, data, pick_device(device))
+    resume(training)
+    for _ in steps(training, on_log_row, after_step):
         pass
     return with_unit_latents(training.average.model, training.data)
 

@@ -1,8 +1,8 @@
 """Training: batch → level → target → loss → step → average.
 
-What the network sees, is told and should say is the objective's business (`minidiff.objective`);
-which images and how long, the config's. What is sampled from later is a running average of the
-weights. The budget, minutes or steps, decides the whole learning-rate schedule.
+The objective (`minidiff.objective`) decides noise levels, model input and target; the config
+decides images and duration. Sampling later uses a running average of the weights. The budget, in
+minutes or steps, decides the whole learning-rate schedule.
 """
 
 import copy
@@ -16,26 +16,27 @@ from torch import Tensor, nn
 
 from minidiff.data import Data, Stream
 from minidiff.errors import InvalidArgument
-from minidiff.nn import SpaceToDepth, UNet
+from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
-from minidiff.objective import Levels, Network, Objective
+from minidiff.objective import Network, Objective
 from minidiff.pipeline import Pipeline
-from minidiff.runtime.cuda_graph import Recorded
+from minidiff.runtime.cuda_graph import CudaGraph
 from minidiff.runtime.device import DTYPES, pick_device
 from minidiff.runtime.distributed import World
-from minidiff.training.batches import DROPOUT, Batch, Batches
+from minidiff.training.autoguidance import GuidanceNetwork
+from minidiff.training.batches import DROPOUT, Batch, Batches, LossInputs
 from minidiff.training.build import build, check, resolve, seen
 from minidiff.training.config import TrainConfig
 from minidiff.training.learner import Learner
-from minidiff.training.loop import Loop, steps
+from minidiff.training.loop import TrainingState, steps
 from minidiff.training.optim import EMA, Muon, orthogonalized, split_groups
 from minidiff.training.progress import Progress, batch_size, learning_rate
 
 __all__ = [
     "EMA",
+    "DiffusionTraining",
     "Progress",
     "TrainConfig",
-    "Training",
     "batch_size",
     "build",
     "check",
@@ -48,18 +49,18 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeLearner = Callable[[Pipeline], Learner]
 
 
-class Training(Loop):
-    """A run under way, and its step.
+class DiffusionTraining(TrainingState):
+    """A diffusion training under way, and its step.
 
     Args:
-        config: the run, with σ_data where its objective needs it (`resolve`).
-        data: the images, or their latents, moved to `device` whole.
-        device: where to train.
-        make_optimizer: see `train`.
-        world: the processes that train together.
+        config: the run, after `resolve`.
+        data: images or latents, moved to `device` whole.
+        device: device of the training.
+        make_optimizer: see `optimizer` of `train`.
+        world: processes that train together.
         objective, start, learner: see `train`.
     Attributes:
-        learner, average, optimizer, budget, meter: see `Loop`.
+        learner, average, optimizer, budget, meter: see `TrainingState`.
         batches: images, levels and noise of every step.
     """
 
@@ -91,74 +92,53 @@ class Training(Loop):
         for module in (learner, average.model):
             world.share(module)
         make = make_optimizer or partial(_optimizer, config, learner)
-        optimizer = make(learner.trained())
-        super().__init__(config, learner, average, optimizer, device, world)
+        extras = (GuidanceNetwork(config, lambda: self.result),)
+        super().__init__(config, learner, average, make(learner.trained()), device, world, extras)
         encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
         data = seen(config, data).to(device)
         if config.cuda_graph:
             data = data.captured()
-        self.batches = Batches(
-            config,
-            data,
-            learner,
-            self.objective,
-            encode,
-            world.part,
-            device,
-        )
+        self.batches = Batches(config, data, learner, self.objective, encode, world.part, device)
         self.synced = world.wrap(learner)
-        self.recorded = Recorded(self._backward)
+        self.graph = CudaGraph(self._tensors_to_gradients)
         if config.compile:
             learner.compile()
 
     @property
     def stream(self) -> Stream:
+        """Order of the images, and the position in it."""
         return self.batches.stream
 
     def step(self) -> None:
         """Batch → level → target → loss → step → average. Raises TrainingError."""
-        config = self.config
-        batch = self.batches.take(self.budget.step, batch_size(config, self.budget.progress))
+        size = batch_size(self.config, self.budget.fraction_done)
+        batch = self.batches.take(self.budget.step, size)
         self._seed_dropout()
-        total, norm = (self._replay if config.cuda_graph else self._gradients)(batch)
+        total, norm = (self._replay if self.config.cuda_graph else self._gradients)(batch)
         self.update(total, norm, total)
-        if self.weaker_is_due:
-            self.set_aside(copy.deepcopy(self.result.unet))
-
-    @property
-    def weaker_is_due(self) -> bool:
-        """See `Loop`."""
-        wanted = self.config.autoguidance_scale != 1 and self.weaker is None
-        return wanted and self.budget.progress >= self.config.weaker_at
-
-    def set_aside(self, weaker: UNet) -> None:
-        """Keep a network of the averaged weights so far, for autoguidance to lead away from."""
-        self.weaker = self._result.weaker = weaker
-        self._result.autoguidance_scale = self.config.autoguidance_scale
-        # A pipeline that nothing can guide is built without it.
-        self._result.guidance_interval = self.config.guidance_interval
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Leave them at the parameters; returns the mean loss and their norm before the cut."""
+        """Compute the parameters' gradients; return the mean loss and their norm before the cut."""
         total = torch.zeros((), device=self.device)
         for last, part in _marking_the_last(batch.parts(self.config.accumulate)):
             with nullcontext() if last else self.world.without_sync(self.synced):
-                loss = self._loss(batch.size, *part.tensors())
+                loss = self._loss(batch.size, part.loss_inputs())
                 (loss * self.world.size).backward()  # gradients are averaged over processes
             total += loss.detach()
         return self.world.total(total), self._clip()
 
     def _replay(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same by a recording, whose gradients lie where the recording has them."""
-        total, norm, *gradients = self.recorded(*batch.tensors())
+        """Do the same by a CUDA graph, in whose memory the gradients lie."""
+        total, norm, *gradients = self.graph(*batch.loss_inputs().flat())
         for parameter, gradient in zip(self.learner.trained(), gradients, strict=True):
             parameter.grad = gradient
         return total, norm
 
-    def _backward(self, x0: Tensor, *others: Tensor) -> list[Tensor | None]:
-        """What is recorded: from `Batch.tensors` to mean loss, norm and gradients."""
+    def _tensors_to_gradients(self, *tensors: Tensor) -> list[Tensor | None]:
+        """Return mean loss, norm and gradients for `LossInputs.flat`; this is what is captured."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(len(x0), x0, *others)
+        inputs = LossInputs.unflat(tensors)
+        loss = self._loss(len(inputs.x0), inputs)
         loss.backward()
         norm = self._clip()
         return [loss.detach(), norm, *(p.grad for p in self.learner.trained())]
@@ -166,23 +146,23 @@ class Training(Loop):
     def _clip(self) -> Tensor:
         return self.world.clip(self.learner.trained(), self.config.clip or math.inf)
 
-    def _loss(self, size: int, x0: Tensor, eps: Tensor, *others: Tensor) -> Tensor:
-        """What `Batch.tensors` of a part add to the mean loss of a batch of that size."""
-        levels, told = Levels(*others[:4]), others[4] if others[4:] else None
-        return self.objective.loss(self._network(told), x0, eps, levels).sum() / size
+    def _loss(self, size: int, inputs: LossInputs) -> Tensor:
+        """Return what a part contributes to the mean loss of a batch of `size` images."""
+        x0, eps, levels, labels = inputs
+        return self.objective.loss(self._network(labels), x0, eps, levels).sum() / size
 
-    def _network(self, told: Tensor | None) -> Network:
-        """The network under what it is told, its matrix work in the config's dtype."""
+    def _network(self, labels: Tensor | None) -> Network:
+        """Return the network under a condition, its matrix work in the config's dtype."""
         dtype = DTYPES[self.config.dtype]
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                return self.synced(x, t, told)
+                return self.synced(x, t, labels)
 
         return network
 
     def _seed_dropout(self) -> None:
-        """Nothing but dropout reads torch's global generators."""
+        """Seed torch's global generators, which nothing but dropout reads."""
         if self.config.dropout:
             stream = DROPOUT + self.world.rank
             seed = stream_seed(self.config.seed, stream, self.budget.step)
@@ -192,25 +172,25 @@ class Training(Loop):
 
     @property
     def result(self) -> Pipeline:
-        """A pipeline of the averaged weights; where they are shared out, all processes ask."""
+        """Pipeline of the averaged weights; where they are sharded, all processes must read it."""
         if self.world.splits:
             self._whole.load_state_dict(self.world.whole(self.average.model.state_dict()))
         return self._result
 
     def pictures(self) -> int:
-        """How many grids of samples should exist by now."""
-        return int(min(self.budget.progress, 1) * self.config.pictures)
+        """Return how many grids of samples should exist by now."""
+        return int(min(self.budget.fraction_done, 1) * self.config.pictures)
 
 
 def train(
     config: TrainConfig,
     data: Data,
     device: torch.device | str = "cpu",
-    report: Callable[[Progress], None] = lambda row: None,
+    on_log_row: Callable[[Progress], None] = lambda row: None,
     picture: Callable[[Pipeline, int], None] = lambda pipe, step: None,
     optimizer: MakeOptimizer | None = None,
-    begin: Callable[[Training], None] = lambda training: None,
-    after: Callable[[Training], None] = lambda training: None,
+    resume: Callable[[DiffusionTraining], None] = lambda training: None,
+    after_step: Callable[[DiffusionTraining], None] = lambda training: None,
     world: World | None = None,
     objective: type[Objective] | None = None,
     *,
@@ -220,19 +200,19 @@ def train(
     """Train a pipeline until the budget is spent and return it with the averaged weights.
 
     Args:
-        config: the run.
-        data: the images, or their latents, moved to `device` whole.
-        device: where to train.
-        report: called with every row for the log: every second of a budget in minutes, every
+        config: all options of the run.
+        data: images or latents, moved to `device` whole.
+        device: device of the training.
+        on_log_row: called with every row for the log: every second of a budget in minutes, every
             hundredth of one in steps.
         picture: called `config.pictures` times, evenly spaced, with a pipeline of the averaged
-            weights so far.
-        optimizer: makes one of the parameters, in place of AdamW; the learning rate of its groups
-            then rises and falls as the config's would.
-        begin: called before the first step; may put the training where another one was.
-        after: called after every step; what it raises ends the run.
-        world: the processes that train together, each of which calls this; report, picture and
-            after are called on all of them.
+            weights so far and the number of the step.
+        optimizer: function from the parameters to an optimizer, instead of AdamW or Muon; the
+            learning rates of its groups rise and fall as the config's would.
+        resume: called before the first step; may restore the state of an earlier training.
+        after_step: called after every step; what it raises ends the run.
+        world: processes that train together. Each of them calls this function, and the callbacks
+            are called on all of them.
         objective: custom class instead of the config's; a subclass of that, see
             `minidiff.training.objectives.class_of`.
         start: pipeline to go on from, which stays as it is; None for a fresh network. Its network
@@ -245,11 +225,11 @@ def train(
     """
     device = pick_device(device)
     config = resolve(config, data, start)
-    training = Training(config, data, device, optimizer, world, objective, start, learner)
-    begin(training)
+    training = DiffusionTraining(config, data, device, optimizer, world, objective, start, learner)
+    resume(training)
     pictures = training.pictures()
     with _own_random_state(device):
-        for last in steps(training, report, after):
+        for last in steps(training, on_log_row, after_step):
             if training.pictures() > pictures and not last:
                 pictures = training.pictures()
                 picture(training.result, training.budget.step)
@@ -257,11 +237,13 @@ def train(
 
 
 def check_machine(config: TrainConfig, device: torch.device, size: int, splits: bool) -> None:
-    """Refuse what this device, or so many processes, cannot do. Raises InvalidArgument.
+    """Refuse what this device or this number of processes cannot do. Raises InvalidArgument.
 
     Args:
-        size: how many processes train.
-        splits: whether they share the weights.
+        config: the run.
+        device: device of the training.
+        size: number of processes that train together.
+        splits: whether the weights are sharded over them.
     """
     if config.batch_size < (least := size * config.accumulate):
         raise InvalidArgument(
@@ -269,9 +251,9 @@ def check_machine(config: TrainConfig, device: torch.device, size: int, splits: 
             f"on each of {size} processes; got {config.batch_size}"
         )
     if config.optimizer == "muon" and splits:
-        raise InvalidArgument("optimizer must be 'adamw' where processes share the weights (shard)")
+        raise InvalidArgument("optimizer must be 'adamw' where the weights are sharded (shard)")
     if config.cuda_graph and device.type != "cuda":
-        raise InvalidArgument(f"cuda_graph must be False on {device.type}: it is of NVIDIA's GPUs")
+        raise InvalidArgument(f"cuda_graph needs an NVIDIA GPU, but the device is {device.type}")
     if config.cuda_graph and (size > 1 or splits):
         raise InvalidArgument(
             f"cuda_graph must be False where several processes train, got {size} of them"
@@ -279,15 +261,16 @@ def check_machine(config: TrainConfig, device: torch.device, size: int, splits: 
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Compile next to nothing, so that a machine that cannot is known before a run begins."""
+    """Refuse a machine that cannot compile before a run begins. Raises InvalidArgument."""
     try:
         torch.compile(torch.exp)(torch.zeros(2, device=device))
-    except Exception as error:  # whatever torch, Triton or the compiler have to say
+    except Exception as error:  # of torch, Triton or the compiler
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise InvalidArgument(f"compile must be False on this machine: {why}") from error
 
 
 def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:
+    """Yield each part, and before it whether it is the last."""
     *others, last = parts
     yield from ((False, part) for part in others)
     yield True, last
@@ -296,22 +279,22 @@ def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:
 def _optimizer(
     config: TrainConfig, learner: Learner, trained: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The config's optimizer, where a text encoder has its own learning rate."""
+    """Return the config's optimizer, with a learning rate of its own for a text encoder."""
     text = set(learner.condition.parameters())
     groups = [
-        {"params": parameters, "lr": config.learning_rate * share}
-        for encodes, share in ((False, 1.0), (True, config.text_learning_rate))
+        {"params": parameters, "lr": config.learning_rate * factor}
+        for encodes, factor in ((False, 1.0), (True, config.text_learning_rate))
         if (parameters := [p for p in trained if (p in text) == encodes])
     ]
     options = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
-        call = Recorded(orthogonalized) if config.cuda_graph else orthogonalized
+        call = CudaGraph(orthogonalized) if config.cuda_graph else orthogonalized
         return Muon(split_groups(groups, learner), **options, orthogonalize=call)
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
 @contextmanager
 def _own_random_state(device: torch.device) -> Iterator[None]:
-    """The caller finds torch's global random state as it was."""
+    """Restore torch's global random state at the end of the block."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield

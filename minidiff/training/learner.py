@@ -1,7 +1,8 @@
 """Learner: all trained parts of a pipeline as one module.
 
-The condition, a class or an encoded text, is a part of that module: the loop that trains it knows
-neither.
+The condition (class labels, or an encoded text) is a part of that module, so the loop that trains
+it need not know it. A custom learner decides what of a pipeline is trained: it freezes parameters
+(`requires_grad_(False)`) or adds its own, and `pipeline` says how they are used afterwards.
 """
 
 import copy
@@ -16,12 +17,11 @@ from minidiff.runtime.shapes import append_dims
 
 
 class Learner(nn.Module):
-    """All that is trained, as one module: the network, and what turns what it is told into inputs.
+    """All trained parts as one module: the network, and the condition that makes its inputs.
 
     Args:
         unet: (x, t, **condition) → output.
-        condition: a module that maps what the data tell of a batch, (B, …) or None, to the
-            condition; its `null` is the entry that means nothing.
+        condition: module from the labels of a batch to further inputs of the network.
     """
 
     def __init__(self, unet: UNet, condition: Condition) -> None:
@@ -29,34 +29,34 @@ class Learner(nn.Module):
         self.unet, self.condition = unet, condition
         for name, layer in self.named_modules():
             if name.endswith((".to_k", ".k_proj")) and layer.bias is not None:
-                # It adds the same to all scores of a query, which softmax does not see. Its
-                # gradient is rounding, and Adam would make whole steps of that.
+                # It adds the same number to all scores of a query, which softmax ignores. Its
+                # gradient is rounding, and Adam would turn that into whole steps.
                 layer.bias.requires_grad_(False)
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that training changes."""
+        """Return the parameters that training changes."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @classmethod
     def of(cls, pipe: Pipeline) -> "Learner":
-        """What is trained of a pipeline."""
+        """Return the learner of a pipeline's network and text encoder."""
         if pipe.prompts is not None:
             return cls(pipe.unet, Captions(pipe.prompts))
         return cls(pipe.unet, ClassLabels(len(pipe.class_names), pipe.has_null_class))
 
     def pipeline(self, like: Pipeline) -> Pipeline:
-        """Another pipeline with these networks."""
+        """Return a copy of a pipeline with these networks."""
         other = copy.copy(like)
-        other.unet = self.unet
-        other.prompts = self.condition.prompts
+        other.unet, other.prompts = self.unet, self.condition.prompts
         return other
 
-    def forward(self, x: Tensor, t: Tensor, told: Tensor | None) -> Tensor:
-        return self.unet(x, t, **self.condition(told))
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the network's output for noisy images (B, C, *space), times (B,) and labels."""
+        return self.unet(x, t, **self.condition(labels))
 
-    def hide(self, told: Tensor | None, hidden: Tensor) -> Tensor | None:
-        """What the data tell (B, …), with `null` where `hidden` (B,) says so."""
-        if told is None:
+    def hide(self, labels: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """Return labels (B, …) with the condition's `null` where `hidden` (B,) is True."""
+        if labels is None:
             return None
-        hidden = hidden.to(told.device, non_blocking=True)
-        return torch.where(append_dims(hidden, told.ndim), self.condition.null, told)
+        hidden = hidden.to(labels.device, non_blocking=True)
+        return torch.where(append_dims(hidden, labels.ndim), self.condition.null, labels)

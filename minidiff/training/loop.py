@@ -1,11 +1,11 @@
-"""A training under way, whatever is trained: what changes from step to step, and the way on.
+"""A training under way: its state, and the loop over its steps.
 
-`Training` and `VAETraining` say how a loss comes about. What follows from its gradients is here,
-and so is all that a snapshot keeps, so that either goes on as if it had never stopped.
+`DiffusionTraining` and `AutoencoderTraining` compute gradients. What follows from the gradients is
+here, and so is everything that a snapshot keeps, so that both resume as if never interrupted.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,45 @@ from minidiff.training.optim import EMA
 from minidiff.training.progress import Budget, Guard, Meter, Progress, learning_rate
 
 
-class Loop:
-    """All of a training that changes from step to step. A subclass adds the step.
+class Extra(Protocol):
+    """A network that is kept beside the learner from some time of a run on.
+
+    Attributes:
+        name: its name in `TrainingState.extras`; a snapshot keeps it as NAME.safetensors.
+    """
+
+    name: str
+
+    def is_due(self, fraction_done: float) -> bool:
+        """Return whether the network is to be kept by now."""
+
+    def make(self) -> nn.Module:
+        """Return the network as it is now; a snapshot's weights are also read into it."""
+
+    def attach(self, network: nn.Module) -> None:
+        """Use the network, fresh or restored."""
+
+
+class TrainingState:
+    """Everything of a training that changes from step to step. A subclass adds the step.
 
     Args:
         config: budget and optimizer.
-        learner: all that is trained, with the raw weights.
-        average: of the weights that are sampled from later, see `averaged`.
-        optimizer: the learning rate of its groups rises and falls as the config's does.
-        device: where the training is.
-        world: the processes that train together.
+        learner: all trained parts as one module, with the raw weights.
+        average: average of the weights of `averaged`.
+        optimizer: its groups' learning rates rise and fall as the config's does.
+        device: device of the training.
+        world: processes that train together.
+        planned: networks that may be kept as well.
     Attributes:
-        stream: the order of the images, and the position in it; a subclass has it.
-        budget, meter: what else a snapshot keeps.
-        asks: says which signal asks this process to stop, 0 for none.
-        asked: the same, as all processes agree on it at the end of a step.
-        weaker: a network of an earlier time that is kept as well; None for none.
+        stream: order of the images, and the position in it; a subclass has it.
+        budget, meter: further state that a snapshot keeps.
+        extras: networks that are kept as well, by name, such as a guidance network.
+        stop_requested: returns the number of a signal that this process received, or 0.
+        agreed_stop: that number after all processes agreed on it at the end of a step.
     """
 
     stream: Stream
-    weaker: nn.Module | None = None
-    weaker_is_due = False  # whether one should be kept by now and is not
 
     def __init__(
         self,
@@ -47,67 +65,83 @@ class Loop:
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         world: World,
+        planned: tuple[Extra, ...] = (),
     ) -> None:
         self.config, self.device, self.world = config, device, world
         self.learner, self.average, self.optimizer = learner, average, optimizer
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.asks: Callable[[], int] = lambda: 0
-        self.asked = 0
+        self.stop_requested: Callable[[], int] = lambda: 0
+        self.agreed_stop = 0
         self.budget, self.guard = Budget(config), Guard(config, device)
         self.meter = Meter(config, self.guard)
+        self.planned, self.extras = planned, dict[str, nn.Module]()
 
     @property
     def averaged(self) -> nn.Module:
-        """What of the learner the average is of."""
+        """Part of the learner that is averaged."""
         return self.learner
 
     def step(self) -> None:
-        """Everything between a batch and its gradients, then `update`. Raises TrainingError."""
+        """Compute the gradients of a batch, then call `update`. Raises TrainingError."""
         raise NotImplementedError  # a subclass is what is trained
 
     def update(self, total: Tensor, norm: Tensor, loss: Tensor) -> None:
-        """Take the step that the gradients ask for, if it is finite. Raises TrainingError.
+        """Take the optimizer's step if it is finite, and count the step. Raises TrainingError.
 
         Args:
-            total: of which they are the gradients.
-            norm: of the gradients.
-            loss: for the log.
+            total: value whose gradients were computed.
+            norm: norm of the gradients.
+            loss: value for the log.
         """
         if self.guard.passes(self.budget.step, total, norm):
-            rate = learning_rate(self.config, self.budget.progress)
-            share = rate / (self.config.learning_rate or 1)
+            rate = learning_rate(self.config, self.budget.fraction_done)
+            fraction = rate / (self.config.learning_rate or 1)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * share
+                group["lr"] = peak * fraction
             self.optimizer.step()
             self.average.update(self.averaged)
             self.meter.add(loss)
         self.optimizer.zero_grad(set_to_none=True)
-        now, asked = self.world.largest(self.budget.now(), self.asks())
+        now, stop = self.world.largest(self.budget.now(), self.stop_requested())
         self.budget.tick(now)
-        self.asked = int(asked)
+        self.agreed_stop = int(stop)
+        for extra in self.missing_extras():
+            self.keep(extra, extra.make())
+
+    def missing_extras(self) -> list[Extra]:
+        """Return the planned networks that should be kept by now and are not."""
+        done = self.budget.fraction_done
+        return [e for e in self.planned if e.name not in self.extras and e.is_due(done)]
+
+    def keep(self, extra: Extra, network: nn.Module) -> None:
+        """Keep a network from now on."""
+        self.extras[extra.name] = network
+        extra.attach(network)
 
     def row(self, last: bool = False) -> Progress | None:
-        """A row for the log, where one is due."""
+        """Return a row for the log, where one is due."""
         return self.meter.row(self.budget, self.stream.position, last)
 
 
-AnyLoop = TypeVar("AnyLoop", bound=Loop)
+AnyState = TypeVar("AnyState", bound=TrainingState)
 
 
 def steps(
-    loop: AnyLoop, report: Callable[[Progress], None], after: Callable[[AnyLoop], None]
+    training: AnyState,
+    on_log_row: Callable[[Progress], None],
+    after_step: Callable[[AnyState], None],
 ) -> Iterator[bool]:
-    """Take steps until the budget is spent; yields after each whether it is the last.
+    """Take steps until the budget is spent, yielding after each whether it is the last.
 
     Args:
-        report: called with every row for the log.
-        after: called when all else of a step is done; what it raises ends the run.
+        on_log_row: called with every row for the log.
+        after_step: called at the very end of a step; what it raises ends the run.
     """
-    loop.budget.start()
-    while loop.budget.progress < 1:
-        loop.step()
-        last = loop.budget.progress >= 1
-        if row := loop.row(last):
-            report(row)
+    training.budget.start()
+    while training.budget.fraction_done < 1:
+        training.step()
+        last = training.budget.fraction_done >= 1
+        if row := training.row(last):
+            on_log_row(row)
         yield last
-        after(loop)
+        after_step(training)

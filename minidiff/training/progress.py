@@ -42,8 +42,8 @@ class Budget:
         self.step, self.elapsed = self.step + 1, now
 
     @property
-    def progress(self) -> float:
-        """From 0 at the start to 1 and beyond at the end."""
+    def fraction_done(self) -> float:
+        """Fraction of the budget that is spent, from 0 to 1 and slightly beyond."""
         return self.step / self.steps if self.steps else self.elapsed / self.seconds
 
 
@@ -148,7 +148,7 @@ class Meter:
             return None
         mean = float(self.sum) / self.count  # the one sync
         self.running = mean if self.running is None else 0.9 * self.running + 0.1 * mean
-        rate = learning_rate(self.config, budget.progress)
+        rate = learning_rate(self.config, budget.fraction_done)
         skipped, self.skips_told = self.guard.skipped[self.skips_told :], len(self.guard.skipped)
         self.sum, self.count, self.reported_at = 0.0, 0, budget.elapsed
         return Progress(budget.step, budget.elapsed, images, mean, rate, skipped)

@@ -47,7 +47,7 @@ def test_snapshots_are_evenly_spaced_and_saving_them_is_not_counted(
     monkeypatch.setattr("minidiff.training.progress.time.monotonic", lambda: clock[0])
     monkeypatch.setattr(bench, "write_tensors", lambda *_: clock.__setitem__(0, clock[0] + 1000))
     budget, keep = Budget(LoopConfig(minutes=1)), bench.Snapshots(tmp_path, 3, {})
-    while budget.progress < 1:
+    while budget.fraction_done < 1:
         clock[0] += 50 if budget.step == 3 else 7
         budget.tick(budget.now())
         keep(budget, 64 * budget.step, lambda: torch.nn.Linear(2, 3))

@@ -193,7 +193,7 @@ def test_other_objectives_are_understood(options, tmp_path):
 def test_a_snapshot_alone_is_enough_and_without_one_the_average_is_not_judged(ill):
     shutil.rmtree(ill / diffusion.MODEL)
     assert not failed(found(ill))
-    diffusion.resume(ill, shades(), say=lambda text: None)
+    diffusion.resume(ill, shades(), print_line=lambda text: None)
     shutil.rmtree(ill / snapshot.FOLDER)
     assert look("average", ill).good is None
     shutil.rmtree(ill / diffusion.MODEL)

@@ -21,7 +21,7 @@ from minidiff.pipeline import Pipeline
 from minidiff.pipeline.denoiser import Guidance
 from minidiff.training.build import check
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import Training, train
+from minidiff.training.diffusion import DiffusionTraining, train
 
 TINY = {"channels": (4, 4), "batch_size": 8, "pictures": 0}
 DRAWN = {"num_images": 3, "num_inference_steps": 4, "seed": 0, "output_type": "pt"}
@@ -138,11 +138,11 @@ def test_diffusers_pipelines_have_no_place_for_it(latent_pipe, tmp_path):
 def test_the_weaker_network_is_the_average_of_its_time_and_training_goes_on_as_without():
     averages, data = [], load("digits")
 
-    def look(training: Training) -> None:
+    def look(training: DiffusionTraining) -> None:
         averages.append(copy.deepcopy(training.average.model.unet.state_dict()))
 
     pipe = train(
-        TrainConfig(steps=12, autoguidance_scale=2, weaker_at=0.25, **TINY), data, after=look
+        TrainConfig(steps=12, autoguidance_scale=2, weaker_at=0.25, **TINY), data, after_step=look
     )
     plain = train(TrainConfig(steps=12, **TINY), data)
     assert (plain.weaker, plain.autoguidance_scale, pipe.autoguidance_scale) == (None, 1, 2)

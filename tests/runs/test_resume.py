@@ -19,9 +19,10 @@ from minidiff.runs import diffusion, snapshot
 from minidiff.runs.autosave import Saving
 from minidiff.runtime import files
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import Training
+from minidiff.training.diffusion import DiffusionTraining
 
 STEPS = 24
+GUIDANCE = "weaker.safetensors"
 TINY = {"channels": (4, 4), "batch_size": 8, "pictures": 0, "dropout": 0.1,
         "autoguidance_scale": 2.0, "weaker_at": 0.1}  # fmt: skip
 
@@ -103,7 +104,7 @@ def rows_so_far(out: Path) -> int:
 def test_a_second_interrupt_stops_at_once(monkeypatch, tmp_path):
     """The first is noted; the second raises KeyboardInterrupt in the middle of the step."""
     taken = []
-    step = Training.step
+    step = DiffusionTraining.step
 
     def pressed(self):
         step(self)
@@ -112,7 +113,7 @@ def test_a_second_interrupt_stops_at_once(monkeypatch, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         taken.append("not reached")
 
-    monkeypatch.setattr(Training, "step", pressed)
+    monkeypatch.setattr(DiffusionTraining, "step", pressed)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         diffusion.train_into(tmp_path / "run", TrainConfig(steps=5, **TINY), load("digits"))
@@ -123,7 +124,7 @@ def test_a_second_interrupt_stops_at_once(monkeypatch, tmp_path):
 # --- what a snapshot holds -------------------------------------------------------------------
 
 
-def saved(folder: Path, training: Training) -> Path:
+def saved(folder: Path, training: DiffusionTraining) -> Path:
     return snapshot.write(folder, snapshot.content(training), 0)
 
 
@@ -133,7 +134,7 @@ class Ended(Exception):
 
 def partly(out: Path, steps: int, monkeypatch, config: TrainConfig | None = None, **saving) -> None:
     """A run of ten steps that crashes after so many."""
-    step = Training.step
+    step = DiffusionTraining.step
 
     def until(self):
         if self.budget.step == steps:
@@ -142,7 +143,7 @@ def partly(out: Path, steps: int, monkeypatch, config: TrainConfig | None = None
 
     config = config or TrainConfig(steps=10, **TINY)
     with monkeypatch.context() as patch, pytest.raises(Ended):
-        patch.setattr(Training, "step", until)
+        patch.setattr(DiffusionTraining, "step", until)
         diffusion.train_into(
             out, config, load("digits"), saving=Saving(**{"save_every": 1} | saving)
         )
@@ -170,7 +171,7 @@ def crash(crashed, tmp_path) -> Path:
     return shutil.copytree(crashed, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", [*snapshot.FILES, snapshot.WEAKER])
+@pytest.mark.parametrize("name", [*snapshot.FILES, GUIDANCE])
 @pytest.mark.parametrize("how", ["changed", "cut", "gone"])
 def test_a_damaged_snapshot_is_passed_over_and_named(name, how, crash):
     newest, earlier = snapshot.snapshots(crash)[:0:-1]
@@ -191,7 +192,7 @@ def test_a_run_goes_on_from_the_newest_snapshot_that_is_whole(crash, tmp_path):
     said = []
     damage(snapshot.snapshots(crash)[-1] / snapshot.WEIGHTS)
     (snapshot.snapshots(crash)[-2] / snapshot.MANIFEST).write_text("{")
-    diffusion.resume(crash, load("digits"), say=said.append)
+    diffusion.resume(crash, load("digits"), print_line=said.append)
     assert [line.split(":")[0] for line in said] == [
         "passed over step-000003", "passed over step-000002", "going on from step 1",
     ]  # fmt: skip
@@ -209,25 +210,25 @@ def test_a_snapshot_without_an_average_is_an_error(crash):
         snapshot.verify(folder)
     config, data = TrainConfig(steps=10, **TINY), load("digits")
     with pytest.raises(CheckpointError, match=rf"{snapshot.AVERAGE}: no such file"):
-        snapshot.restore(folder, Training(config, data, torch.device("cpu")))
+        snapshot.restore(folder, DiffusionTraining(config, data, torch.device("cpu")))
     with pytest.raises(CheckpointError, match="none of 3 snapshots is whole"):
-        diffusion.resume(crash, data, say=lambda text: None)
+        diffusion.resume(crash, data, print_line=lambda text: None)
 
 
-def test_a_snapshot_without_the_weaker_network_of_its_time_is_an_error(crash):
+def test_a_snapshot_without_the_guidance_network_of_its_time_is_an_error(crash):
     *_, folder = snapshot.snapshots(crash)
-    (folder / snapshot.WEAKER).unlink()
+    (folder / GUIDANCE).unlink()
     manifest = files.read_json(folder / snapshot.MANIFEST)
-    del manifest[snapshot.WEAKER]
+    del manifest[GUIDANCE]
     files.write_json(folder / snapshot.MANIFEST, manifest)
-    training = Training(TrainConfig(steps=10, **TINY), load("digits"), torch.device("cpu"))
-    with pytest.raises(CheckpointError, match=rf"{snapshot.WEAKER}: no such file"):
+    training = DiffusionTraining(TrainConfig(steps=10, **TINY), load("digits"), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=rf"{GUIDANCE}: no such file"):
         snapshot.restore(folder, training)
 
 
 def test_raw_and_averaged_weights_are_apart_and_saving_touches_neither(tmp_path):
     config, data = TrainConfig(steps=10, **TINY), load("digits")
-    training = Training(config, data, torch.device("cpu"))
+    training = DiffusionTraining(config, data, torch.device("cpu"))
     for _ in range(4):
         training.step()
     live = {name: t.clone() for name, t in training.learner.state_dict().items()}
@@ -241,7 +242,7 @@ def test_raw_and_averaged_weights_are_apart_and_saving_touches_neither(tmp_path)
                for name in live)  # fmt: skip
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
 
-    other = Training(config, data, torch.device("cpu"))
+    other = DiffusionTraining(config, data, torch.device("cpu"))
     snapshot.restore(folder, other)
     training.step()
     other.step()
@@ -251,10 +252,12 @@ def test_raw_and_averaged_weights_are_apart_and_saving_touches_neither(tmp_path)
 
 def test_a_snapshot_of_another_network_is_refused(tmp_path):
     data = load("digits")
-    training = Training(TrainConfig(steps=10, **TINY), data, torch.device("cpu"))
+    training = DiffusionTraining(TrainConfig(steps=10, **TINY), data, torch.device("cpu"))
     training.step()
     folder = saved(tmp_path, training)
-    wide = Training(TrainConfig(steps=10, **TINY | {"channels": (8, 8)}), data, training.device)
+    wide = DiffusionTraining(
+        TrainConfig(steps=10, **TINY | {"channels": (8, 8)}), data, training.device
+    )
     with pytest.raises(CheckpointError, match="has shape"):
         snapshot.restore(folder, wide)
 
@@ -266,7 +269,7 @@ def test_an_optimizer_of_ones_own_goes_on_as_well(tmp_path):
     def make(parameters):
         return torch.optim.NAdam(parameters, lr=torch.tensor(1e-3))
 
-    trainings = [Training(config, data, torch.device("cpu"), make) for _ in range(2)]
+    trainings = [DiffusionTraining(config, data, torch.device("cpu"), make) for _ in range(2)]
     first, second = trainings
     for _ in range(2):
         first.step()
@@ -281,14 +284,14 @@ def test_an_optimizer_of_ones_own_goes_on_as_well(tmp_path):
 
 def test_a_budget_in_minutes_goes_on_with_the_seconds_that_are_left(tmp_path, monkeypatch):
     config = TrainConfig(minutes=0.05, **TINY | {"weaker_at": 0.9})  # not due by then
-    training = Training(config, load("digits"), torch.device("cpu"))
+    training = DiffusionTraining(config, load("digits"), torch.device("cpu"))
     training.step()
     training.budget.elapsed = 1.5
     folder = saved(tmp_path, training)
-    other = Training(config, load("digits"), torch.device("cpu"))
+    other = DiffusionTraining(config, load("digits"), torch.device("cpu"))
     snapshot.restore(folder, other)
     other.budget.start()
-    assert other.budget.progress == 0.5
+    assert other.budget.fraction_done == 0.5
     other.budget.tick(other.budget.now())
     assert other.budget.elapsed >= 1.5
     assert other.budget.step == 2
@@ -308,7 +311,7 @@ def test_a_run_of_cuda_graphs_goes_on_without_them_off_a_gpu(crash, tmp_path):
     said = []
     config = files.read_json(crash / diffusion.CONFIG)["train"]
     edit(crash, train=config | {"cuda_graph": True})
-    diffusion.resume(crash, load("digits"), device="cpu", say=said.append)
+    diffusion.resume(crash, load("digits"), device="cpu", print_line=said.append)
     assert "without --cuda-graph" in said[0]
     diffusion.train_into(tmp_path / "whole", TrainConfig(steps=10, **TINY), load("digits"))
     assert_same_run(tmp_path / "whole", crash)
@@ -317,14 +320,14 @@ def test_a_run_of_cuda_graphs_goes_on_without_them_off_a_gpu(crash, tmp_path):
 def test_the_last_snapshots_and_the_best_are_kept(tmp_path, monkeypatch):
     out = tmp_path / "run"
     losses = {2: 0.1}  # the running loss of other steps is what it is, far above
-    state = Training.row
+    state = DiffusionTraining.row
 
     def row(self, last=False):
         found = state(self, last)
         self.meter.running = losses.get(self.budget.step, self.meter.running + 1)
         return found
 
-    monkeypatch.setattr(Training, "row", row)
+    monkeypatch.setattr(DiffusionTraining, "row", row)
     partly(out, 8, monkeypatch, keep_last=3)
     names = [folder.name for folder in snapshot.snapshots(out)]
     assert names == ["step-000002", "step-000006", "step-000007", "step-000008"]
@@ -354,7 +357,7 @@ def test_a_full_disk_leaves_the_earlier_snapshot_and_says_so(photos, whole, tmp_
 
 def test_a_write_that_fails_at_any_file_leaves_the_earlier_snapshot(tmp_path, monkeypatch):
     data, config = load("digits"), TrainConfig(steps=10, **TINY)
-    training = Training(config, data, torch.device("cpu"))
+    training = DiffusionTraining(config, data, torch.device("cpu"))
     training.step()
     first = saved(tmp_path, training)
     training.step()
@@ -376,7 +379,7 @@ def test_a_write_that_fails_at_any_file_leaves_the_earlier_snapshot(tmp_path, mo
 def test_a_loss_that_is_not_finite_never_replaces_a_good_snapshot(tmp_path, monkeypatch):
     out, data = tmp_path / "run", load("digits")
     config = TrainConfig(steps=10, **TINY)
-    step = Training.step
+    step = DiffusionTraining.step
 
     def spoiled(self):
         if self.budget.step == 4:
@@ -385,7 +388,7 @@ def test_a_loss_that_is_not_finite_never_replaces_a_good_snapshot(tmp_path, monk
         step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "step", spoiled)
+        patch.setattr(DiffusionTraining, "step", spoiled)
         with pytest.raises(TrainingError, match="not finite at step 4"):
             diffusion.train_into(out, config, data, saving=Saving(save_every=1))
     assert snapshot.snapshots(out)[-1].name == "step-000004"

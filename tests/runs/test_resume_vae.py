@@ -18,7 +18,7 @@ from minidiff.errors import CheckpointError, InvalidArgument, Stopped, TrainingE
 from minidiff.runs import autoencoder, diffusion, snapshot
 from minidiff.runs.autosave import Saving
 from minidiff.runs.folder import CONFIG, LOG
-from minidiff.training.autoencoder import VAETraining
+from minidiff.training.autoencoder import AutoencoderTraining
 from minidiff.training.config import TrainConfig, VAEConfig
 
 STEPS = 10
@@ -51,7 +51,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 def signalled(monkeypatch, at: list[int], number: int = signal.SIGTERM) -> None:
     """The process gets a signal in the middle of each of these steps, once."""
-    step, left = VAETraining.step, set(at)
+    step, left = AutoencoderTraining.step, set(at)
 
     def interrupted(self):
         if self.budget.step in left:
@@ -59,7 +59,7 @@ def signalled(monkeypatch, at: list[int], number: int = signal.SIGTERM) -> None:
             os.kill(os.getpid(), number)
         step(self)
 
-    monkeypatch.setattr(VAETraining, "step", interrupted)
+    monkeypatch.setattr(AutoencoderTraining, "step", interrupted)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,10 @@ def test_a_run_stopped_at_random_steps_ends_bit_for_bit_as_one_never_stopped(
     for again in range(len(steps)):
         with pytest.raises(Stopped, match=rf"saved at step {steps[again] + 1}; go on with: "):
             if again:
-                autoencoder.resume(out, DATA, HELD_OUT, say=said.append)
+                autoencoder.resume(out, DATA, HELD_OUT, print_line=said.append)
             else:
                 autoencoder.train_vae_into(out, CONFIG_OF_ALL, DATA, HELD_OUT)
-    autoencoder.resume(out, DATA, HELD_OUT, say=said.append)
+    autoencoder.resume(out, DATA, HELD_OUT, print_line=said.append)
     assert said == [f"going on from step {step + 1}" for step in steps]
     assert_same_run(whole, out)
 
@@ -100,7 +100,7 @@ def test_a_run_goes_on_from_the_newest_snapshot_that_is_whole(whole, tmp_path, m
     newest = snapshot.snapshots(out)[-1]
     with (newest / snapshot.OPTIMIZER).open("r+b") as file:
         file.truncate(100)
-    autoencoder.resume(out, DATA, HELD_OUT, say=said.append)
+    autoencoder.resume(out, DATA, HELD_OUT, print_line=said.append)
     assert len(said) == 2
     assert said[0].startswith("passed over step-000008: ")
     assert snapshot.OPTIMIZER in said[0]
@@ -109,7 +109,7 @@ def test_a_run_goes_on_from_the_newest_snapshot_that_is_whole(whole, tmp_path, m
 
 
 def test_a_loss_that_is_not_finite_never_replaces_a_good_snapshot(whole, tmp_path, monkeypatch):
-    out, step = tmp_path / "run", VAETraining.step
+    out, step = tmp_path / "run", AutoencoderTraining.step
 
     def spoiled(self):
         if self.budget.step == 8:
@@ -121,11 +121,11 @@ def test_a_loss_that_is_not_finite_never_replaces_a_good_snapshot(whole, tmp_pat
         monkeypatch.context() as patch,
         pytest.raises(TrainingError, match="not finite at step 8"),
     ):
-        patch.setattr(VAETraining, "step", spoiled)
+        patch.setattr(AutoencoderTraining, "step", spoiled)
         autoencoder.train_vae_into(out, CONFIG_OF_ALL, DATA, HELD_OUT, saving=Saving(4))
     assert snapshot.snapshots(out)[-1].name == "step-000008"
     assert not (out / "vae").exists()
-    autoencoder.resume(out, DATA, HELD_OUT, say=lambda text: None)
+    autoencoder.resume(out, DATA, HELD_OUT, print_line=lambda text: None)
     assert_same_run(whole, out)
 
 
@@ -231,7 +231,7 @@ def test_a_finished_run_writes_its_results_again(whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(out / "vae")
     (out / f".{autoencoder.PICTURE}.x7.minidiff-tmp").write_text("half a picture")
-    autoencoder.resume(out, DATA, HELD_OUT, say=lambda text: None)
+    autoencoder.resume(out, DATA, HELD_OUT, print_line=lambda text: None)
     assert_same_run(whole, out)
     assert sorted(entry.name for entry in out.iterdir()) == sorted(
         ["checkpoints", CONFIG, LOG, "vae", autoencoder.PICTURE]

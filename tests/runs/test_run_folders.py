@@ -10,7 +10,8 @@ from minidiff.data import load
 from minidiff.errors import CheckpointError
 from minidiff.lab.demo import demo
 from minidiff.runs import autoencoder, diffusion
-from minidiff.runs.folder import kept, read_settings
+from minidiff.runs.folder import read_settings
+from minidiff.runs.run import Run
 from minidiff.runtime import files
 from minidiff.training.config import TrainConfig, VAEConfig
 
@@ -64,7 +65,7 @@ def test_going_on_with_a_run_clears_its_own_temporary_names_alone(tmp_path):
         (out / name).write_text("precious")
     left = out / f".samples.png.abc{files.TEMPORARY}"
     left.write_text("half a picture")
-    diffusion.resume(out, data, say=lambda text: None)
+    diffusion.resume(out, data, print_line=lambda text: None)
     assert not left.exists()
     assert all((out / name).read_text() == "precious" for name in FOREIGN)
 
@@ -77,11 +78,11 @@ def test_a_run_in_use_is_refused_and_left_alone(tmp_path):
     half.mkdir()
     before = contents(out)
     with (
-        kept(out, read_settings(out, "train"), print),  # another process is at it
+        Run(out, read_settings(out, "train"), print).kept(),  # another process is at it
         pytest.raises(CheckpointError, match="in use by another process"),
     ):
         half.mkdir()  # and is writing
-        diffusion.resume(out, data, say=lambda text: None)
+        diffusion.resume(out, data, print_line=lambda text: None)
     assert contents(out) == before
     assert half.is_dir()
 

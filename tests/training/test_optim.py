@@ -10,7 +10,7 @@ from minidiff.data import load
 from minidiff.errors import InvalidArgument
 from minidiff.runs import snapshot
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import Training
+from minidiff.training.diffusion import DiffusionTraining
 from minidiff.training.optim import MATCH, Muon, as_matrix, orthogonalized, split_groups
 
 TINY = {"channels": (16, 16), "batch_size": 8, "pictures": 0, "dropout": 0.1, "optimizer": "muon"}
@@ -110,7 +110,7 @@ def test_weights_of_layers_are_told_from_tables_norms_and_offsets():
 
 def test_a_run_goes_on_bit_for_bit(tmp_path):
     data, config = load("digits"), TrainConfig(steps=8, **TINY)
-    first, second = (Training(config, data, torch.device("cpu")) for _ in range(2))
+    first, second = (DiffusionTraining(config, data, torch.device("cpu")) for _ in range(2))
     assert isinstance(first.optimizer, Muon)
     for _ in range(3):
         first.step()

@@ -13,10 +13,10 @@ from minidiff.data.latents import LatentData
 from minidiff.errors import InvalidArgument
 from minidiff.nn import AutoencoderKL
 from minidiff.schedule import Level
-from minidiff.training.batches import HELD
+from minidiff.training.batches import STEPS_PER_REFERENCE
 from minidiff.training.build import build, check
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import Training, train
+from minidiff.training.diffusion import DiffusionTraining, train
 from minidiff.training.stable_target import MAX_RATIO, Reference, stable_pair
 
 TINY = {"channels": (8, 8), "batch_size": 12, "pictures": 0}
@@ -97,16 +97,16 @@ def test_classes_explain_their_own():
     at pure noise the mean is then that of the class, or of all."""
     digits = data.load("digits")
     config = TrainConfig(steps=1, stable_target=600, label_dropout=0.5, **TINY)
-    training = Training(config, digits, torch.device("cpu"))
+    training = DiffusionTraining(config, digits, torch.device("cpu"))
     batch = training.batches.take(0, 12)
     assert 0 < int(batch.hidden.sum()) < 12
-    assert torch.equal(batch.told == 10, batch.hidden)
+    assert torch.equal(batch.labels == 10, batch.hidden)
     mean, _ = batch.pair(batch.levels._replace(
         alpha=torch.zeros(12, 1, 1, 1), sigma=torch.ones(12, 1, 1, 1)
     ))  # fmt: skip
     y, labels = batch.reference
     for i in range(12):
-        own = y if batch.hidden[i] else y[labels == batch.told[i]]
+        own = y if batch.hidden[i] else y[labels == batch.labels[i]]
         every = torch.cat([batch.z[i : i + 1], own])
         torch.testing.assert_close(mean[i], every.mean(0), rtol=1e-4, atol=1e-5)
 
@@ -115,13 +115,15 @@ def test_every_process_has_the_same_reference_and_some_steps_share_one():
     """Which one depends on the step alone, not on those before it."""
     digits = data.load("digits")
     config = TrainConfig(steps=1, stable_target=40, shift=1, **TINY)
-    one = Training(config, digits, torch.device("cpu")).batches
-    other = Training(config, digits, torch.device("cpu")).batches
+    one = DiffusionTraining(config, digits, torch.device("cpu")).batches
+    other = DiffusionTraining(config, digits, torch.device("cpu")).batches
     other.part = lambda size: slice(size // 2, size)
-    first, same, next_one = (one.take(step, 12).reference.y for step in (0, HELD - 1, HELD))
+    first, same, next_one = (
+        one.take(step, 12).reference.y for step in (0, STEPS_PER_REFERENCE - 1, STEPS_PER_REFERENCE)
+    )
     assert torch.equal(first, same)
     assert not torch.equal(same, next_one)
-    assert torch.equal(next_one, other.take(HELD + 1, 12).reference.y)
+    assert torch.equal(next_one, other.take(STEPS_PER_REFERENCE + 1, 12).reference.y)
     assert torch.equal(first, other.take(1, 12).reference.y)
 
 
@@ -143,9 +145,9 @@ def test_the_loss_lacks_the_noise_of_the_target():
 
     def loss(count):
         config = TrainConfig(steps=1, stable_target=count, **TINY | {"batch_size": 256})
-        training = Training(config, digits, torch.device("cpu"))
+        training = DiffusionTraining(config, digits, torch.device("cpu"))
         with torch.no_grad():
-            return float(training._loss(256, *training.batches.take(0, 256).tensors()))
+            return float(training._loss(256, training.batches.take(0, 256).loss_inputs()))
 
     assert loss(1500) < 0.97 * loss(0)
 
@@ -156,7 +158,7 @@ def test_the_loss_lacks_the_noise_of_the_target():
 def test_every_objective_learns_it(options):
     rows = []
     config = TrainConfig(steps=40, stable_target=128, optimizer="muon", **TINY | options)
-    train(config, data.load("digits"), report=rows.append)
+    train(config, data.load("digits"), on_log_row=rows.append)
     assert rows[-1].loss < rows[0].loss
 
 
@@ -168,7 +170,9 @@ def test_latents_have_a_reference_of_latents():
     )  # fmt: skip
     latents = LatentData(vae, data.load("digits", "test"))
     config = TrainConfig(steps=2, stable_target=50, block=1, **TINY)
-    y, labels = Training(config, latents, torch.device("cpu")).batches.take(0, 12).reference
+    y, labels = (
+        DiffusionTraining(config, latents, torch.device("cpu")).batches.take(0, 12).reference
+    )
     assert y.shape == (50, *latents.shape)
     assert labels.shape == (50,)
     train(config, latents)

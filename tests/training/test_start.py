@@ -54,7 +54,7 @@ def same(first: dict, second: dict) -> bool:
 def test_a_shipped_model_is_trained_on_other_data_and_stays_as_it_is(mnist, stripes):
     rows, before = [], weights(mnist)
     config = TrainConfig(steps=30, **SMALL)
-    pipe = train(config, stripes, report=rows.append, start=mnist)
+    pipe = train(config, stripes, on_log_row=rows.append, start=mnist)
     losses = [row.loss for row in rows]
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:3])
     assert same(before, weights(mnist))
@@ -125,7 +125,7 @@ def test_a_run_with_frozen_weights_that_was_cut_short_goes_on_to_the_same_weight
         diffusion.train_into(
             cut, config, data, saving=Saving(save_every=2), start=tiny, learner=ending
         )
-    second = diffusion.resume(cut, data, say=lambda line: None, **how)
+    second = diffusion.resume(cut, data, print_line=lambda line: None, **how)
     assert same(weights(first), weights(second))
     assert same(weights(first), weights(Pipeline.from_pretrained(cut / "model")))
     with pytest.raises(CheckpointError, match="was trained from a start"):

@@ -17,7 +17,7 @@ from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
 from minidiff.runtime.distributed import World
 from minidiff.runtime.files import read_options
 from minidiff.training.config import TrainConfig, merged, options_of
-from minidiff.training.diffusion import Batches, Training, train
+from minidiff.training.diffusion import Batches, DiffusionTraining, train
 from minidiff.training.learner import Learner
 from minidiff.training.presets import PRESETS
 from minidiff.training.progress import batch_size
@@ -37,7 +37,12 @@ def test_a_run_repeats_bit_for_bit():
 def test_pictures_and_reports_come_when_the_budget_says(tmp_path):
     rows, pictures = [], []
     config = TrainConfig(steps=10, channels=(8, 8), batch_size=4, pictures=5)
-    train(config, load("digits"), report=rows.append, picture=lambda p, step: pictures.append(step))
+    train(
+        config,
+        load("digits"),
+        on_log_row=rows.append,
+        picture=lambda p, step: pictures.append(step),
+    )
     assert pictures == [2, 4, 6, 8]  # the fifth is the result
     assert rows[-1].step == 10
     assert rows[-1].images == 40
@@ -47,7 +52,7 @@ def test_pictures_and_reports_come_when_the_budget_says(tmp_path):
 def test_a_budget_in_minutes_ends_in_time_with_a_rate_of_zero():
     rows = []
     config = TrainConfig(minutes=0.05, channels=(8, 8), batch_size=4, pictures=0)
-    train(config, load("digits"), report=rows.append)
+    train(config, load("digits"), on_log_row=rows.append)
     assert 3 <= rows[-1].seconds < 10
     assert rows[-1].learning_rate == 0
 
@@ -66,11 +71,11 @@ def test_hidden_labels_have_the_share_that_was_asked_for():
     labels = torch.arange(10).repeat(10_000)
     data = ImageData("grey", torch.zeros(100_000, 1, 2, 2, dtype=torch.uint8), labels, TEN)
     config = TrainConfig(steps=1, label_dropout=0.1)
-    told = batches_of(config, data).take(0, len(labels)).told
+    found = batches_of(config, data).take(0, len(labels)).labels
     shown = labels[Stream(len(data), config.seed).take(len(labels))]
-    hidden = told == 10
+    hidden = found == 10
     assert float(hidden.double().mean()) == pytest.approx(0.1, abs=4 * (0.09 / 1e5) ** 0.5)
-    assert torch.equal(told[~hidden], shown[~hidden])
+    assert torch.equal(found[~hidden], shown[~hidden])
 
 
 def test_the_noise_of_a_step_depends_on_the_seed_and_the_step_alone():
@@ -265,7 +270,7 @@ class Readings(TorchDispatchMode):
 )  # fmt: skip
 def test_a_step_reads_no_number_back_from_the_device(options):
     config = TrainConfig(steps=10, **TINY | options)
-    training = Training(config, load("digits"), torch.device("cpu"))
+    training = DiffusionTraining(config, load("digits"), torch.device("cpu"))
     training.guard.looks = False  # as on a GPU; the CPU may look, it has nothing to wait for
     training.step()
     with Readings() as readings:
@@ -281,7 +286,7 @@ def test_the_batch_grows_with_the_run():
     config = TrainConfig(steps=6, **TINY | {"batch_size": 4, "final_batch_size": 12})
     assert [batch_size(config, i / 6) for i in range(7)] == [4, 4, 8, 8, 12, 12, 12]
     rows = []
-    train(config, load("digits"), report=rows.append)
+    train(config, load("digits"), on_log_row=rows.append)
     assert rows[-1].images == 48
 
 
@@ -301,7 +306,7 @@ def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
 
     broken = Broken(data.name, data.images, data.labels, data.class_names)
     rows = []
-    pipe = train(TrainConfig(steps=6, skip_nonfinite=2, **TINY), broken, report=rows.append)
+    pipe = train(TrainConfig(steps=6, skip_nonfinite=2, **TINY), broken, on_log_row=rows.append)
     assert [step for row in rows for step in row.skipped] == [1, 3]
     assert all(torch.isfinite(p).all() for p in pipe.unet.parameters())
     Broken.calls = 0
@@ -312,10 +317,10 @@ def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
 @pytest.mark.parametrize("name", ["digits", "captions"])
 def test_a_fresh_network_says_nothing_and_soon_every_layer_learns(name):
     config = TrainConfig(steps=4, **TINY)
-    training = Training(config, load(name), torch.device("cpu"))
+    training = DiffusionTraining(config, load(name), torch.device("cpu"))
     batch = training.batches.take(0, 8)
     with torch.no_grad():
-        assert not training.learner(batch.z, torch.arange(8.0), batch.told).any()
+        assert not training.learner(batch.z, torch.arange(8.0), batch.labels).any()
     before = {key: p.clone() for key, p in training.learner.named_parameters()}
     training.budget.start()
     for _ in range(4):

@@ -43,7 +43,7 @@ def test_the_text_encoder_learns_with_the_network_and_is_averaged_like_it():
     def after(training):
         seen.append(weights(training.learner.condition.text_encoder).detach().clone())
 
-    pipe = train(config, load("captions"), after=after)
+    pipe = train(config, load("captions"), after_step=after)
     encoder = pipe.prompts.text_encoder
     assert not torch.equal(seen[-1], weights(fresh.prompts.text_encoder))
     exponent = torch.log(torch.tensor(0.5)) / torch.log1p(torch.tensor(-0.3))
@@ -71,7 +71,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(folder, tmp_path):
     again = shutil.copytree(folder, tmp_path / "again")
     shutil.rmtree(again / "model")
     shutil.rmtree(again / "checkpoints" / "step-000006")
-    diffusion.resume(again, load("captions"), say=lambda line: None)
+    diffusion.resume(again, load("captions"), print_line=lambda line: None)
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
         whole = (folder / "model" / f"{part}.safetensors").read_bytes()
         assert (again / "model" / f"{part}.safetensors").read_bytes() == whole

@@ -38,7 +38,7 @@ def digits() -> ImageData:
 def trained(digits) -> tuple[AutoencoderKL, list]:
     """A short run and the rows of its log."""
     rows = []
-    return train_vae(VAEConfig(steps=STEPS, **TINY), digits, report=rows.append), rows
+    return train_vae(VAEConfig(steps=STEPS, **TINY), digits, on_log_row=rows.append), rows
 
 
 def test_the_loss_falls(trained):
@@ -147,7 +147,7 @@ def test_a_patch_is_as_wide_as_it_says():
 def test_the_discriminator_takes_part_from_its_start_on(digits, trained):
     """Until then a run without one is the same, and from then on it is not."""
     rows = []
-    train_vae(VAEConfig(steps=STEPS, adversarial_weight=0, **TINY), digits, report=rows.append)
+    train_vae(VAEConfig(steps=STEPS, adversarial_weight=0, **TINY), digits, on_log_row=rows.append)
     same = [one.loss == other.loss for one, other in zip(rows, trained[1], strict=True)]
     first = STEPS // 2 + 1  # the step after the first with a verdict shows what it did
     assert same == [True] * first + [False] * (STEPS - first)

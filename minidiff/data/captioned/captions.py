@@ -26,7 +26,7 @@ from minidiff.data.conditioning import Captions, ConditionConfig
 from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument, one_of, whole_number
 from minidiff.images.pixels import to_float
-from minidiff.runtime.cuda_graph import Recorded
+from minidiff.runtime.cuda_graph import CudaGraph
 from minidiff.text.prompts import WordPrompts
 from minidiff.text.words import WordTokenizer
 
@@ -98,7 +98,7 @@ class CaptionedDigits(Data):
     def captured(self) -> "CaptionedDigits":
         """Return data on a GPU whose batches are drawn by replaying a CUDA graph."""
         other = copy.copy(self)
-        other._draw = Recorded(self._drawn)
+        other._draw = CudaGraph(self._drawn)
         return other
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,145 @@
+"""A run in its folder, whatever it trains: begun or resumed, and kept while it is under way.
+
+A run that is resumed equals one that was never interrupted, bit for bit on the CPU with as many
+threads, in everything but the column "seconds" of its log.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minidiff.data.protocol import Data
+from minidiff.errors import CheckpointError
+from minidiff.runs.autosave import Autosave, Log, OnLogRow, PrintLine, Saving, Signals
+from minidiff.runs.folder import LOG, Settings, about, create, read_settings
+from minidiff.runtime import files
+from minidiff.runtime.distributed import rank
+from minidiff.training.config import LoopConfig
+from minidiff.training.progress import Progress
+
+
+class Run:
+    """A run: its folder and its settings.
+
+    Args:
+        out: folder of the run, which holds its `config.json`.
+        settings: content of that file.
+        print_line: called with the snapshots that are passed over and where the run goes on.
+    Attributes:
+        leads: this process is the only one or has rank 0; only that one writes and prints.
+    """
+
+    def __init__(self, out: str | Path, settings: Settings, print_line: PrintLine) -> None:
+        self.out, self.settings, self.leads = Path(out), settings, rank() == 0
+        self.print_line = print_line if self.leads else _ignore
+
+    @classmethod
+    def begin(
+        cls,
+        out: str | Path,
+        command: str,
+        config: LoopConfig,
+        data: Data,
+        device: torch.device,
+        *,
+        saving: Saving | None = None,
+        load: Mapping[str, Any] | None = None,
+        shard: bool = False,
+        started: bool = False,
+    ) -> "Run":
+        """Make a new run's folder and write its `config.json`, before any work starts.
+
+        Args:
+            out: folder of the run; new or empty.
+            command: command of minidiff that resumes the run.
+            config, data, device: what is trained, on which data and where.
+            saving: how often to save; by default every five minutes.
+            load: arguments of `minidiff.data.load` that gave the data.
+            shard: the processes shard the weights.
+            started: the training starts from a pipeline.
+        Raises:
+            CheckpointError: the folder is not empty or cannot be written.
+        """
+        known = about(data, started=started)
+        settings = Settings(
+            command, config, dict(load or {}), known, device.type, saving or Saving(), shard
+        )
+        run = cls(out, settings, print)
+        if run.leads:
+            create(out, settings)
+        return run
+
+    @classmethod
+    def reopen(
+        cls,
+        out: str | Path,
+        command: str,
+        data: Data,
+        print_line: PrintLine,
+        *,
+        started: bool = False,
+    ) -> "Run":
+        """Return a run that is to be resumed.
+
+        Raises:
+            CheckpointError: the folder is no run of the command, the data are not those of the
+                run, or it started from a pipeline that is not given, or the other way round.
+        """
+        settings = read_settings(out, command)
+        if settings.about.get("start", False) != started:
+            how = "fresh weights, not a start" if started else "a start, which must be given again"
+            raise CheckpointError(f"{out}: was trained from {how}")
+        if (now := about(data, started=started)) != settings.about:
+            raise CheckpointError(f"{out}: was trained on {settings.about}, the data are {now}")
+        return cls(out, settings, print_line)
+
+    @contextmanager
+    def kept(self) -> Iterator[Autosave]:
+        """Lock the folder and yield the callbacks of a training; a signal then ends no step.
+
+        Of several processes only that of rank 0 writes.
+        """
+        signals = Signals()
+        with (
+            files.locked(self.out, wait=False) if self.leads else nullcontext(),
+            closing(self._open_log()) if self.leads else nullcontext() as log,
+            progress_bar(self.settings.config, log.append if log else _ignore) as on_log_row,
+            signals.watch(),
+        ):
+            yield Autosave(self, log, on_log_row, signals)
+
+    def _open_log(self) -> Log:
+        """Open the log, and clear what a killed process left; the folder is locked."""
+        files.clear_temporaries(self.out)
+        return Log(self.out / LOG)
+
+
+def _ignore(_: object) -> None:
+    """Do nothing, where a process neither writes nor prints."""
+
+
+@contextmanager
+def progress_bar(config: LoopConfig, on_log_row: OnLogRow) -> Iterator[OnLogRow]:
+    """Show a bar of the budget, the loss and the time left.
+
+    Yields a function that passes a row on to `on_log_row` and moves the bar.
+    """
+    in_steps = config.steps is not None
+    bar = tqdm(
+        total=config.steps if in_steps else max(1, round(60 * config.minutes)),
+        desc="training",
+        disable=rank() != 0,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
+    )
+
+    def log_and_show(row: Progress) -> None:
+        on_log_row(row)
+        bar.n = min(row.step if in_steps else int(row.seconds), bar.total)
+        bar.set_postfix_str(f"step {row.step}, loss {row.loss:.4f}")
+
+    with bar:
+        yield log_and_show
