@@ -165,7 +165,7 @@ def test_a_signal_saves_and_says_in_one_line_how_to_go_on(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "going on from step 5"
     assert said[1] == "2 held-out images"
-    assert said[-1].startswith(f"wrote {out}, look at {out}/{autoencoder.PICTURE}. Next: ")
+    assert said[-1].startswith(f"wrote {out}, see {out}/{autoencoder.PICTURE}. Next: ")
     assert len(rows(out)) == STEPS
 
 
