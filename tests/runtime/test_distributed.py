@@ -97,13 +97,13 @@ def test_a_batch_that_leaves_a_process_without_an_image_is_refused():
         DiffusionTraining(config, load("digits"), torch.device("cpu"), world=Third())
 
 
-def test_muon_is_refused_where_processes_share_the_weights():
-    class Sharing(Third):
+def test_muon_is_refused_where_the_weights_are_sharded():
+    class Sharded(Third):
         splits = True
 
     config = TrainConfig(steps=1, batch_size=6, channels=(8, 8), optimizer="muon")
-    with pytest.raises(InvalidArgument, match="optimizer must be 'adamw' where processes share"):
-        DiffusionTraining(config, load("digits"), torch.device("cpu"), world=Sharing())
+    with pytest.raises(InvalidArgument, match="optimizer must be 'adamw' where the weights are"):
+        DiffusionTraining(config, load("digits"), torch.device("cpu"), world=Sharded())
 
 
 def test_a_process_knows_its_place_from_torchruns_variables(monkeypatch):
