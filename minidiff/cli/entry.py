@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Return True if torch ran out of memory: a type of its own on GPUs, a message on the CPU."""
+    """Return True if torch ran out of memory: an exception type on GPUs, a message on the CPU."""
     words = ("out of memory", "allocate memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 

@@ -41,6 +41,8 @@ def draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tu
     """Return n images (N, H, W, C) and their labels (N,), −1 where there are none.
 
     Args:
+        pipe: model to sample.
+        options: parsed flags of `add_sampling`.
         n: number of images.
         more: further arguments of the pipeline.
     """

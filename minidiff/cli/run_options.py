@@ -40,6 +40,7 @@ def config_of(
 
     Args:
         kind: class of the config.
+        options: parsed flags.
         device: device that the dtype "auto" depends on.
         layers: options below --config, such as those of a preset.
     """
@@ -97,6 +98,7 @@ def resumed_settings(
     """Return the settings of the run of --resume, and its device; refuse all other options.
 
     Args:
+        options: parsed flags.
         command: command that started the run.
         known: fields of its config, for their flags.
         python_name: function to use for a run that was started from Python.

@@ -1,4 +1,4 @@
-"""The demo: train on the embedded digits, sample with three samplers, and measure the result."""
+"""The demo: train on the embedded digits, draw with three samplers, and measure the samples."""
 
 import time
 from pathlib import Path
@@ -21,11 +21,11 @@ from minidiff.sample import Step
 from minidiff.schedulers.core.names import SAMPLERS, sampler
 from minidiff.training.config import TrainConfig
 
-STEPS = {"ddpm": 50, "ddim": 20, "dpm++": 10}  # enough for each to be near its best
+STEPS = {"ddpm": 50, "ddim": 20, "dpm++": 10}  # near the best of each
 
 
 class Row(NamedTuple):
-    """One line of the demo's table."""
+    """A row of the demo's table."""
 
     sampler: str
     steps: int
@@ -39,19 +39,21 @@ def demo(
     """Train, sample and measure; print a table; write pictures and the model into `out`.
 
     Args:
-        out: receives samples.png, forward.png, denoise.gif and model/; replaced if there.
+        out: folder for samples.png, forward.png, denoise.gif and model/; an earlier demo is
+            replaced.
         config: budget, seed and guidance of the run.
-        samples: how many each sampler makes for the table.
+        device: device to train on.
+        samples: number of samples of each sampler for the table.
     Returns:
-        One row a sampler.
+        A row per sampler.
     Raises:
-        CheckpointError: `out` cannot be written, or holds anything but an earlier demo.
+        CheckpointError: `out` cannot be written, or holds something other than an earlier demo.
     """
     out = Path(out)
     _refuse_foreign(out)
     data = load("digits")
     settings = Settings("demo", config, {"name": "digits"}, about(data), device.type)
-    settings.write(out)  # refused now if `out` cannot be written
+    settings.write(out)  # fails now if `out` cannot be written
     print(f"device: {describe(device, DTYPES[config.dtype])}")
     evaluator = Evaluator("digits", device=device)
     pipe = diffusion.train_with_bar(config, data, device)
@@ -64,7 +66,7 @@ def demo(
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Refuse a folder with anything in it but what an earlier demo wrote."""
+    """Refuse a folder that is neither empty nor of an earlier demo. Raises CheckpointError."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
@@ -73,13 +75,13 @@ def _refuse_foreign(out: Path) -> None:
         command = None
     if command != "demo":
         raise CheckpointError(
-            f"{out}: not empty and not of an earlier demo, which alone is replaced; choose another "
-            "--out"
+            f"{out}: not empty and not of an earlier demo, which would be replaced; choose "
+            "another --out"
         )
 
 
 def measure(pipe: Pipeline, name: str, steps: int, evaluator: Evaluator, n: int) -> Row:
-    """Make n pictures with a sampler, classes in equal shares, and score them."""
+    """Return a row for n samples of a sampler, every class equally often."""
     pipe.scheduler = sampler(name, pipe.scheduler)
     started = time.monotonic()
     result = pipe(num_images=n, num_inference_steps=steps, seed=1, output_type="np")
@@ -89,7 +91,7 @@ def measure(pipe: Pipeline, name: str, steps: int, evaluator: Evaluator, n: int)
 
 
 def table(rows: list[Row], evaluator: Evaluator, n: int) -> str:
-    """The rows as text, with what real images score beside them."""
+    """Return the rows as text, with the scores of real images below."""
     lines = [
         f"{'sampler':<22}{'steps':>6}{'seconds':>9}{'accuracy':>10}{'FD ‰':>8}{'coverage':>10}"
     ]
@@ -104,6 +106,7 @@ def table(rows: list[Row], evaluator: Evaluator, n: int) -> str:
 
 
 def _figures(scores: Scores) -> str:
+    """Return accuracy, FD and coverage as cells of the table."""
     accuracy = "–" if scores.accuracy is None else f"{scores.accuracy:.1%}"
     return f"{accuracy:>10}{scores.fd:>8.1f}{scores.coverage:>10.3f}"
 
@@ -113,12 +116,13 @@ def draw(pipe: Pipeline, data: ImageData, out: Path) -> None:
     pipe.scheduler = sampler("ddim", pipe.scheduler)
     frames: list[np.ndarray] = []
 
-    def look(step: Step) -> None:
+    def keep_frame(step: Step) -> None:
+        """Decode the state before the first step and after every step."""
         if not frames:
             frames.append(plot.as_array(pipe.decode(step.x)))
         frames.append(plot.as_array(pipe.decode(step.next_x)))
 
-    pipe(num_images=100, num_inference_steps=30, seed=0, output_type="np", callback=look)
+    pipe(num_images=100, num_inference_steps=30, seed=0, output_type="np", callback=keep_frame)
     plot.save(plot.grid(frames[-1], 10, scale=3), out / "samples.png")
     plot.save_gif([plot.grid(frame[:50], 10, scale=3) for frame in frames], out / "denoise.gif")
     first = [int((data.labels == c).nonzero()[0]) for c in range(0, 10, 3)]

@@ -1,10 +1,10 @@
-"""The doctor: why are my samples noise?
+"""Diagnosis of a run whose samples are noise.
 
     minidiff check RUN
 
-Looks at everything between the data and a sample, one thing after the other, and says of each what
-it found; where that is wrong, what is likely the cause and what helps. Nothing here is a measure of
-quality: a run that passes everything can still be young.
+Each check covers one step between the data and a sample, and yields a finding. A failed check names
+the likely cause and a remedy. The checks do not measure quality: a run that passes them all may
+still need more training.
 """
 
 import math
@@ -34,24 +34,24 @@ from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import DiffusionTraining
 from minidiff.training.learner import Learner
 
-IMAGES = 256  # that are looked at
-KNOWN = 2000  # among which the floor of the loss looks for the image
-GRID = 50  # steps of the sampler, from which levels are taken
-RATIOS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)  # σ/α of the levels that are looked at
+IMAGES = 256  # that the network is evaluated on
+FLOOR_IMAGES = 2000  # whose posterior mean gives the smallest possible loss
+GRID = 50  # steps of the sampler whose levels are used
+RATIOS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)  # σ/α of the levels for the loss
 OVERFIT_STEPS = 60
-CLEARLY = 0.8  # of the error as what is read: a network that says something else errs less as that
-CAUSES = ("scheduler", "prediction type")  # while one of these is wrong,
-FOLLOWING = ("average", "loss by level", "samples")  # these say little of themselves
+MAX_ERROR_RATIO = 0.8  # error under another prediction type over that under the scheduler's
+CAUSES = ("scheduler", "prediction type")  # if one of these failed,
+FOLLOWING = ("average", "loss by level", "samples")  # these may fail for that reason alone
 
 
 class Finding(NamedTuple):
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        name: of the check.
-        good: None where it could not be looked at.
-        text: what was found.
-        advice: the likely cause and the remedy, where it is not good.
+        name: name of the check.
+        good: True if it passed; None if it could not be decided.
+        text: measured values.
+        advice: likely cause and remedy; empty if it passed.
     """
 
     name: str
@@ -61,18 +61,25 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         mark = {True: "ok  ", False: "FAIL", None: "?   "}[self.good]
-        told = f"{mark} {self.name}: {self.text}"
-        return told if not self.advice else f"{told}\n     {self.advice}"
+        line = f"{mark} {self.name}: {self.text}"
+        return line if not self.advice else f"{line}\n     {self.advice}"
 
 
-class Patient(NamedTuple):
-    """A run, ready to be looked at.
+def _decided(name: str, good: bool, text: str, advice: str) -> Finding:
+    """Return a finding, with the advice only if the check failed."""
+    return Finding(name, good, text, "" if good else advice)
+
+
+class OpenedRun(NamedTuple):
+    """A run, opened for the checks.
 
     Attributes:
-        config, data: of the run.
-        pipe: the model, with the averaged weights.
-        average, raw: its networks, and those with the raw weights where a snapshot has them.
-        z, told: some of the data, in the network's space, and what they tell.
+        config, data: config and training data of the run.
+        pipe: model with the averaged weights.
+        average: networks with the averaged weights.
+        raw: networks with the raw weights; None without a snapshot.
+        z: images of the training data in the network's space.
+        conditioning: labels or tokens of these images; None for unconditional data.
     """
 
     config: TrainConfig
@@ -81,37 +88,39 @@ class Patient(NamedTuple):
     average: Learner
     raw: Learner | None
     z: Tensor
-    told: Tensor | None
+    conditioning: Tensor | None
 
 
 def examine(path: str | Path, data: Data, device: torch.device | str = "cpu") -> Iterator[Finding]:
-    """Check a run; yields the findings one after the other, as far as the data fit the model.
+    """Yield the findings of all checks of a run, up to the shape if the data do not fit.
 
     Args:
-        path: the run's folder; a model, a snapshot or both must be in it.
-        data: what it was trained on.
+        path: folder of the run, with a model, a snapshot or both.
+        data: training data of the run.
+        device: device of the networks.
     Raises:
-        CheckpointError: the folder holds no run, or nothing of it that could be looked at.
-        InvalidArgument: the data are not such as the run's network takes.
+        CheckpointError: the folder holds no run, or neither a model nor a snapshot.
+        InvalidArgument: the data do not fit the config of the run.
     """
-    patient = _patient(Path(path), data, torch.device(device))
+    run = _open(Path(path), data, torch.device(device))
     cause = None
-    for look in CHECKS:
+    for check_run in CHECKS:
         with torch.random.fork_rng(devices=[]):
-            finding = look(patient)
-        wrong = finding.good is False
-        if wrong and cause and finding.name in FOLLOWING:
+            finding = check_run(run)
+        failed = finding.good is False
+        if failed and cause and finding.name in FOLLOWING:
             finding = finding._replace(
-                advice=f"This may follow from the {cause} above: mend that first."
+                advice=f"This may follow from the {cause} above: correct that first."
             )
         yield finding
-        if wrong and finding.name == "shape":
-            return  # nothing below can be asked of the network
-        if wrong and finding.name in CAUSES:
+        if failed and finding.name == "shape":
+            return  # the network cannot be evaluated
+        if failed and finding.name in CAUSES:
             cause = cause or finding.name
 
 
-def _patient(path: Path, data: Data, device: torch.device) -> Patient:
+def _open(path: Path, data: Data, device: torch.device) -> OpenedRun:
+    """Return a run with its networks and some of its data."""
     config = read_settings(path, diffusion.COMMAND).config
     check(config, data)
     data = data.to(device)
@@ -126,55 +135,53 @@ def _patient(path: Path, data: Data, device: torch.device) -> Patient:
     if pipe is None:
         raise CheckpointError(f"{path}: holds neither a model nor a snapshot yet; train on")
     index = torch.linspace(0, len(data) - 1, min(len(data), IMAGES)).long()
-    z, told = data.batch(index)
+    z, conditioning = data.batch(index)
     z = SpaceToDepth(config.block).to_latents(z)
-    return Patient(config, data, pipe, Learner.of(pipe).eval(), raw, z, told)
+    return OpenedRun(config, data, pipe, Learner.of(pipe).eval(), raw, z, conditioning)
 
 
 # --- the data --------------------------------------------------------------------------------
 
 
-def data_range(p: Patient) -> Finding:
-    """Images are in [−1, 1] and use it."""
-    low, high, std = (float(v) for v in (p.z.min(), p.z.max(), p.z.std()))
-    latent = p.data.decoder is not None
-    text = f"{len(p.data)} {'latents' if latent else 'images'} of {tuple(p.data.shape)}, "
+def data_range(run: OpenedRun) -> Finding:
+    """Check that images are in [−1, 1] with some contrast, and latents near unit variance."""
+    low, high, std = (float(v) for v in (run.z.min(), run.z.max(), run.z.std()))
+    latent = run.data.decoder is not None
+    text = f"{len(run.data)} {'latents' if latent else 'images'} of {tuple(run.data.shape)}, "
     text += f"{low:.2f} to {high:.2f}, standard deviation {std:.3f}"
     if not math.isfinite(low + high + std):
-        advice = "Some are not finite: look for images that were damaged or divided by 0."
+        advice = "Some values are not finite: look for damaged images or a division by 0."
     elif latent:
         if 0.4 < std < 2.5:
             return Finding("data", True, text)
-        advice = "Far from 1: train the autoencoder anew, whose scaling_factor makes it so."
+        advice = "Far from 1: train the autoencoder again, which sets its scaling_factor."
     elif low < -1.001 or high > 1.001:
         advice = "Outside [−1, 1]: divide bytes by 127.5 and subtract 1."
     elif low >= 0:
-        advice = "Nothing is below 0, as in [0, 1]: the network expects [−1, 1], x = 2·x − 1."
+        advice = "No value is below 0, as in [0, 1]: the network expects [−1, 1], x = 2·x − 1."
     elif std < 0.05:
-        advice = "Hardly any contrast: were the images scaled twice, or are they of one grey?"
+        advice = "Very low contrast: the images may be scaled twice, or be of a single grey."
     else:
         return Finding("data", True, text)
     return Finding("data", False, text, advice)
 
 
-def shape(p: Patient) -> Finding:
-    """The model's network takes what the data are, in its space."""
-    config = p.pipe.unet.config
+def shape(run: OpenedRun) -> Finding:
+    """Check that the network's input has the shape of the data."""
+    config = run.pipe.unet.config
     sides = config.sample_size
-    takes = (config.in_channels, *(sides if isinstance(sides, list | tuple) else (sides, sides)))
-    given = tuple(p.z.shape[1:])
-    text = f"the model's network takes {takes}, the data give {given}"
-    if takes == given:
-        return Finding("shape", True, text)
-    return Finding("shape", False, text,
-                   "The model is of other data: train it anew on these.")  # fmt: skip
+    wanted = (config.in_channels, *(sides if isinstance(sides, list | tuple) else (sides, sides)))
+    given = tuple(run.z.shape[1:])
+    text = f"the network takes {wanted}, the data have {given}"
+    advice = "The model was trained on other data: train a new one on these."
+    return _decided("shape", wanted == given, text, advice)
 
 
 # --- the network and the scheduler -----------------------------------------------------------
 
 
-class Answer(NamedTuple):
-    """What a network said of the images at a level, as the sampler asks it."""
+class Evaluation(NamedTuple):
+    """A level, noisy images x, their noise, and the network's output."""
 
     level: Level
     x: Tensor
@@ -183,29 +190,30 @@ class Answer(NamedTuple):
 
 
 @torch.no_grad()
-def _ask(p: Patient, learner: Learner, ratio: float) -> Answer:
-    """Ask at the level of the sampler's grid whose σ/α is nearest."""
-    scheduler = p.pipe.scheduler
+def _evaluate(run: OpenedRun, learner: Learner, ratio: float) -> Evaluation:
+    """Evaluate networks at the level of the sampler's grid with the nearest σ/α."""
+    scheduler = run.pipe.scheduler
     i = _nearest(scheduler, ratio)
     t, level = scheduler.grid[i], scheduler.levels[i]
-    eps = torch.randn(p.z.shape, generator=torch.Generator().manual_seed(0)).to(p.z)
-    x = add_noise(p.z, eps, level)
+    eps = torch.randn(run.z.shape, generator=torch.Generator().manual_seed(0)).to(run.z)
+    x = add_noise(run.z, eps, level)
     times = torch.full((len(x),), float(t), device=x.device)
-    out = learner(scheduler.scale_model_input(x, t), times, p.told).float()
+    out = learner(scheduler.scale_model_input(x, t), times, run.conditioning).float()
     if out.shape != x.shape:
         out, _ = split_variance(out, x)
-    return Answer(level, x, eps, out)
+    return Evaluation(level, x, eps, out)
 
 
 def _nearest(scheduler: Scheduler, ratio: float) -> int:
-    scheduler.set_timesteps(GRID)  # and forget the entry that was asked for last
+    """Return the entry of the sampler's grid with the nearest σ/α."""
+    scheduler.set_timesteps(GRID)  # which also resets the current step
     wanted = -math.log(ratio)
     return min(range(GRID), key=lambda i: abs(scheduler.levels[i].lam - wanted))
 
 
 def _rows(scheduler: Scheduler) -> dict[str, Callable[[Level], tuple]]:
-    """What the network might say, by the name of its prediction type; the scheduler's is first."""
-    mine = scheduler.config.get("prediction_type", "flow_prediction")
+    """Return rows (p, q) of prediction types by name, that of the scheduler first."""
+    own = scheduler.config.get("prediction_type", "flow_prediction")
     if isinstance(scheduler, EDMSigmas):
         data = scheduler.config.sigma_data
 
@@ -217,163 +225,159 @@ def _rows(scheduler: Scheduler) -> dict[str, Callable[[Level], tuple]]:
     elif scheduler.config.get("use_flow_sigmas") or isinstance(
         scheduler, FlowMatchEulerDiscreteScheduler
     ):
-        mine = "flow_prediction"
-        rows = {mine: lambda level: (-1.0, 1.0), "its negative, x0 − ε": lambda level: (1.0, -1.0)}
+        own = "flow_prediction"
+        rows = {own: lambda level: (-1.0, 1.0), "its negative, x0 − ε": lambda level: (1.0, -1.0)}
     else:
         names = ("epsilon", "sample", "v_prediction")
         rows = {name: lambda level, name=name: row(name, level) for name in names}
-    return {mine: rows[mine], **rows}
+    return {own: rows[own], **rows}
 
 
-def prediction_type(p: Patient) -> Finding:
-    """What the network says is what the scheduler reads."""
-    rows = _rows(p.pipe.scheduler)
-    misses = dict.fromkeys(rows, 0.0)
+def prediction_type(run: OpenedRun) -> Finding:
+    """Check that the network's output is of the scheduler's prediction type."""
+    rows = _rows(run.pipe.scheduler)
+    errors = dict.fromkeys(rows, 0.0)
     for ratio in (0.3, 0.6, 1.5, 3.0):
-        answer = _ask(p, p.average, ratio)
+        found = _evaluate(run, run.average, ratio)
         for name, of_level in rows.items():
-            a, b = of_level(answer.level)
-            target = a * p.z + b * answer.eps
-            gap = (answer.out - target).square().mean() / target.square().mean()
-            misses[name] += float(gap) / 4
-    read, said = next(iter(rows)), min(misses, key=misses.get)
-    told = ", ".join(f"{name} {miss:.2f}" for name, miss in misses.items())
-    text = f"the scheduler reads {read}; relative error of the output as {told}"
-    if misses[said] > 0.9:
-        return Finding("prediction type", None, text,
-                       "The network says nothing yet: see the loss below.")  # fmt: skip
-    if said == read:
-        return Finding("prediction type", True, text)
-    if misses[said] > CLEARLY * misses[read]:
-        return Finding("prediction type", None, text,
-                       f"Perhaps {said}; too little is learnt to tell: train on.")  # fmt: skip
-    return Finding("prediction type", False, text,
-                   f"The network says {said}: set prediction_type in the scheduler_config.json of "
-                   "the model to that, or train with the one that is read.")  # fmt: skip
+            a, b = of_level(found.level)
+            target = a * run.z + b * found.eps
+            error = (found.out - target).square().mean() / target.square().mean()
+            errors[name] += float(error) / 4
+    expected, best = next(iter(rows)), min(errors, key=errors.get)
+    listed = ", ".join(f"{name} {error:.2f}" for name, error in errors.items())
+    text = f"the scheduler expects {expected}; relative error of the output as {listed}"
+    if errors[best] > 0.9:
+        advice = "The network predicts nothing yet: see the loss below."
+        return Finding("prediction type", None, text, advice)
+    if best != expected and errors[best] > MAX_ERROR_RATIO * errors[expected]:
+        advice = f"Perhaps {best}, but too little is learnt to decide: train longer."
+        return Finding("prediction type", None, text, advice)
+    advice = f"The network predicts {best}: set prediction_type to that in the model's "
+    advice += f"scheduler_config.json, or train with {expected}."
+    return _decided("prediction type", best == expected, text, advice)
 
 
-def same_as_trained(p: Patient) -> Finding:
-    """The model's scheduler walks the levels that were trained on."""
-    wanted, found = scheduler_of(p.config).config, p.pipe.scheduler.config
+def same_as_trained(run: OpenedRun) -> Finding:
+    """Check that the model's scheduler has the levels of the training."""
+    wanted, found = scheduler_of(run.config).config, run.pipe.scheduler.config
     names = ("_class_name", "prediction_type", "beta_schedule", "num_train_timesteps", "sigma_data",
              "use_flow_sigmas", "rescale_betas_zero_snr", "trained_betas")  # fmt: skip
     other = [name for name in names if wanted.get(name) != found.get(name)]
     if not other:
-        return Finding("scheduler", True, f"{found['_class_name']}, as it was trained for")
+        return Finding("scheduler", True, f"{found['_class_name']}, as in training")
     text = ", ".join(f"{name} is {found.get(name)}, trained {wanted.get(name)}" for name in other)
     if other == ["_class_name"]:
-        return Finding("scheduler", None, text, "Another sampler was chosen; that can be right.")
-    return Finding("scheduler", False, text,
-                   "The model's scheduler_config.json was changed since: sample with the one that "
-                   "training wrote.")  # fmt: skip
+        return Finding(
+            "scheduler", None, text, "Another sampler than in training; that may be intended."
+        )
+    advice = "The model's scheduler_config.json was changed after training: restore it."
+    return Finding("scheduler", False, text, advice)
 
 
-def start(p: Patient) -> Finding:
-    """Sampling begins where no signal is left, as the noise that it begins with has none."""
-    scheduler = p.pipe.scheduler
-    scheduler.set_timesteps(p.pipe.num_inference_steps)
-    level, spread = scheduler.levels[0], float(p.z.std())
+def start(run: OpenedRun) -> Finding:
+    """Check that sampling starts at a level with almost no signal, as pure noise has none."""
+    scheduler = run.pipe.scheduler
+    scheduler.set_timesteps(run.pipe.num_inference_steps)
+    level, spread = scheduler.levels[0], float(run.z.std())
     left = level.alpha * spread / level.sigma
-    text = f"sampling begins at α {level.alpha:.4g}, σ {level.sigma:.4g}: "
+    text = f"sampling starts at α {level.alpha:.4g}, σ {level.sigma:.4g}: "
     text += f"signal to noise {left:.2g}"
-    if left < 0.05:
-        return Finding("start", True, text)
-    return Finding("start", False, text,
-                   "The network never saw pure noise, so samples lack contrast or are of middle "
-                   "grey: train with beta_schedule squaredcos_cap_v2, flow or edm.")  # fmt: skip
+    advice = "The network was not trained on pure noise, so samples lack contrast or are grey: "
+    advice += "train with beta_schedule squaredcos_cap_v2, or prediction_type flow or edm."
+    return _decided("start", left < 0.05, text, advice)
 
 
-# --- what was learnt -------------------------------------------------------------------------
+# --- the trained weights -----------------------------------------------------------------------
 
 
-def average(p: Patient) -> Finding:
-    """The averaged weights are no worse than the raw ones."""
-    if p.raw is None:
+def average(run: OpenedRun) -> Finding:
+    """Check that the averaged weights are no worse than the raw ones."""
+    if run.raw is None:
         return Finding("average", None, "no snapshot with raw weights to compare with")
     raw, averaged = (
-        float(np.mean([_x0_error(p, _ask(p, learner, ratio)) for ratio in (0.3, 1.0, 3.0)]))
-        for learner in (p.raw, p.average)
+        float(np.mean([_x0_error(run, _evaluate(run, networks, r)) for r in (0.3, 1.0, 3.0)]))
+        for networks in (run.raw, run.average)
     )
     text = f"error of x0 with averaged weights {averaged:.4f}, with raw ones {raw:.4f}"
-    if averaged < 1.2 * raw:
-        return Finding("average", True, text)
-    return Finding("average", False, text,
-                   f"The average (half of it over the last {p.config.ema_half_life:.0%} of the "
-                   "run) lags behind: the run was stopped early, is short, or learns too fast at "
-                   "its end; let it end, or lower ema_half_life.")  # fmt: skip
+    advice = f"The average (half of it from the last {run.config.ema_half_life:.0%} of the run) "
+    advice += "lags behind: the run was stopped early, is short, or changes fast at its end; let "
+    advice += "it finish, or lower ema_half_life."
+    return _decided("average", averaged < 1.2 * raw, text, advice)
 
 
-def _x0_error(p: Patient, answer: Answer) -> float:
-    """Mean squared error of the x̂0 that the scheduler reads from an answer."""
-    read = next(iter(_rows(p.pipe.scheduler).values()))
-    x0, _ = solve(answer.out, answer.x, answer.level, read(answer.level))
-    return float((x0 - p.z).square().mean())
+def _x0_error(run: OpenedRun, found: Evaluation) -> float:
+    """Return the mean squared error of x̂0 under the scheduler's prediction type."""
+    own_row = next(iter(_rows(run.pipe.scheduler).values()))
+    x0, _ = solve(found.out, found.x, found.level, own_row(found.level))
+    return float((x0 - run.z).square().mean())
 
 
-def loss_by_level(p: Patient) -> Finding:
-    """At every level the network is better than one that knows every pixel's mean and variance."""
-    index = torch.linspace(0, len(p.data) - 1, min(len(p.data), KNOWN)).long()
-    known, told = p.data.batch(index)
-    known = SpaceToDepth(p.config.block).to_latents(known)
-    variance, known = known.var(0), torch.cat([p.z, known])
-    alike = None if told is None else _alike(p.told, torch.cat([p.told, told]))
+def loss_by_level(run: OpenedRun) -> Finding:
+    """Check that the network is better at every level than an optimal one for each pixel alone."""
+    index = torch.linspace(0, len(run.data) - 1, min(len(run.data), FLOOR_IMAGES)).long()
+    known, conditioning = run.data.batch(index)
+    known = SpaceToDepth(run.config.block).to_latents(known)
+    variance, known = known.var(0), torch.cat([run.z, known])
+    same = None
+    if conditioning is not None:
+        same = _same(run.conditioning, torch.cat([run.conditioning, conditioning]))
     lines, worse = [], []
     for ratio in RATIOS:
-        answer = _ask(p, p.average, ratio)
-        alpha, sigma = answer.level
+        found = _evaluate(run, run.average, ratio)
+        alpha, sigma = found.level
         simple = variance * sigma**2 / (alpha**2 * variance + sigma**2)
-        network, pixels = _x0_error(p, answer), float(simple.mean())
-        floor = float((_remembered(answer, known, alike) - p.z).square().mean())
+        network, pixels = _x0_error(run, found), float(simple.mean())
+        floor = float((_posterior_mean(found, known, same) - run.z).square().mean())
         lines.append(f"{sigma / alpha:>9.3g}{network:>11.5f}{pixels:>11.5f}{floor:>11.5f}")
-        middle = 0.15 < ratio < 10  # where pictures take their shape
+        middle = 0.15 < ratio < 10  # where images take their shape
         if network > (1 if middle else 1.25) * pixels:
             worse.append(f"{sigma / alpha:.2g}")
     head = f"{'σ/α':>9}{'network':>11}{'by pixel':>11}{'floor':>11}"
-    text = "error of x0 (by pixel: mean and variance of each; floor: the images by heart)\n     "
+    text = "error of x0 (by pixel: optimum of each pixel alone; floor: of whole images)\n     "
     text += "\n     ".join([head, *lines])
-    if not worse:
-        return Finding("loss by level", True, text)
-    return Finding("loss by level", False, text,
-                   f"Worse than pixel by pixel at σ/α {', '.join(worse)}: the run is too short, "
-                   "its learning rate too high or too low, or those levels are seldom drawn "
-                   "(noise_levels, level_mean, level_std, loss_weight).")  # fmt: skip
+    advice = f"Worse than pixel by pixel at σ/α {', '.join(worse)}: the run is too short, its "
+    advice += "learning rate is too high or too low, or these levels are rarely drawn "
+    advice += "(noise_levels, level_mean, level_std, loss_weight)."
+    return _decided("loss by level", not worse, text, advice)
 
 
-def _alike(these: Tensor, those: Tensor) -> Tensor:
-    """Which of those items the network is told the same of, (B, K)."""
-    one, other = (told.view(len(told), -1) for told in (these, those))
+def _same(these: Tensor, those: Tensor) -> Tensor:
+    """Return a mask (B, K) of pairs of items with equal conditioning."""
+    one, other = (each.view(len(each), -1) for each in (these, those))
     return (one[:, None] == other).all(2)
 
 
-def _remembered(answer: Answer, known: Tensor, alike: Tensor | None) -> Tensor:
-    """E[x0 | x, told] for data that are these images, each as likely: the least error possible."""
-    alpha, sigma = answer.level
-    x, images = answer.x.double().flatten(1), known.double().flatten(1)
-    nearness = -torch.cdist(x, alpha * images).square() / (2 * sigma**2)
-    if alike is not None:
-        nearness = nearness.masked_fill(~alike, -math.inf)
-    return (nearness.softmax(1) @ images).view_as(answer.x).to(answer.x)
+def _posterior_mean(found: Evaluation, known: Tensor, same: Tensor | None) -> Tensor:
+    """Return E[x0 | x, conditioning] for equally likely known images, the optimal output."""
+    alpha, sigma = found.level
+    x, images = found.x.double().flatten(1), known.double().flatten(1)
+    logits = -torch.cdist(x, alpha * images).square() / (2 * sigma**2)
+    if same is not None:
+        logits = logits.masked_fill(~same, -math.inf)
+    return (logits.softmax(1) @ images).view_as(found.x).to(found.x)
 
 
-class _Still(NamedTuple):
-    """Data whose items are the same wherever in the stream they come."""
+class _WithoutPosition(NamedTuple):
+    """Data whose random augmentation does not change along the stream."""
 
     data: Data
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Return the items at an index as at position 0."""
         return self.data.batch(index)
 
 
-def overfit(p: Patient) -> Finding:
-    """A fresh network learns one batch by heart: gradients arrive, and the rate is not absurd."""
+def overfit(run: OpenedRun) -> Finding:
+    """Check that a fresh network overfits one batch, with gradients and a sensible learning rate."""
     config = replace(
-        p.config, steps=OVERFIT_STEPS, minutes=None, batch_size=8, final_batch_size=None,
+        run.config, steps=OVERFIT_STEPS, minutes=None, batch_size=8, final_batch_size=None,
         accumulate=1, compile=False, dropout=0.0, shift=0, flip=False, label_dropout=0.0,
         warmup=0.1, dtype="float32",
     )  # fmt: skip
-    training = DiffusionTraining(config, p.data, p.z.device)
-    training.batches.stream = Stream(min(8, len(p.data)), seed=0)
-    training.batches.data = _Still(p.data)
+    training = DiffusionTraining(config, run.data, run.z.device)
+    training.batches.stream = Stream(min(8, len(run.data)), seed=0)
+    training.batches.data = _WithoutPosition(run.data)
     losses = []
     for _ in range(OVERFIT_STEPS):
         before = float(training.meter.sum)
@@ -382,30 +386,28 @@ def overfit(p: Patient) -> Finding:
     first, last = np.mean(losses[:5]), np.mean(losses[-10:])
     text = f"the loss of a fresh network on one batch: {first:.3f}, after {OVERFIT_STEPS} steps "
     text += f"{last:.3f}"
-    if last < 0.75 * first:
-        return Finding("overfit", True, text)
-    return Finding("overfit", False, text,
-                   f"It does not learn even eight images: raise the learning rate (now "
-                   f"{config.learning_rate:g}) if the loss crawls, lower it if it jumps; look at "
-                   "loss_weight and at clip.")  # fmt: skip
+    advice = f"It cannot learn eight images: raise the learning rate ({config.learning_rate:g}) "
+    advice += "if the loss falls slowly, lower it if the loss jumps; check loss_weight and clip."
+    return _decided("overfit", last < 0.75 * first, text, advice)
 
 
 # --- sampling --------------------------------------------------------------------------------
 
 
-def sampler(p: Patient) -> Finding:
-    """The sampler alone, with a perfect network for Gaussian data, keeps their spread."""
-    scheduler, steps = p.pipe.scheduler, p.pipe.num_inference_steps
-    mean, std = float(p.z.mean()), float(p.z.std())
+def sampler(run: OpenedRun) -> Finding:
+    """Check that the sampler reproduces Gaussian data with a perfect network."""
+    scheduler, steps = run.pipe.scheduler, run.pipe.num_inference_steps
+    mean, std = float(run.z.mean()), float(run.z.std())
     scheduler.set_timesteps(steps)
     levels = dict(zip(scheduler.grid, scheduler.levels, strict=False))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 1, 2, 2, generator=generator) * scheduler.init_noise_sigma
     doubled = scheduler.config.get("variance_type") == "learned_range"
 
-    def exact(shown: Tensor, t: float) -> Tensor:
+    def exact(model_input: Tensor, t: float) -> Tensor:
+        """Return the output of a perfect network."""
         level = levels[t]
-        x = shown / scheduler.scale_model_input(torch.ones(1, 1, 1, 1), t)
+        x = model_input / scheduler.scale_model_input(torch.ones(1, 1, 1, 1), t)
         gain = level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2)
         x0 = mean + gain * (x - level.alpha * mean)
         out = scheduler.target(x0, (x - level.alpha * x0) / level.sigma, level)
@@ -417,29 +419,30 @@ def sampler(p: Patient) -> Finding:
         f"{type(scheduler).__name__}, {steps} steps, a perfect network: mean {float(x.mean()):.3f} "
     )
     text += f"of {mean:.3f}, standard deviation {float(x.std()):.3f} of {std:.3f}"
-    if abs(float(x.std()) / std - 1) < 0.15 and abs(float(x.mean()) - mean) < 0.1 * std:
-        return Finding("sampler", True, text)
-    return Finding("sampler", False, text,
-                   "Even a perfect network would not give the data: take more steps "
-                   "(num_inference_steps), another sampler, or no clipping.")  # fmt: skip
+    good = abs(float(x.std()) / std - 1) < 0.15 and abs(float(x.mean()) - mean) < 0.1 * std
+    advice = "A perfect network would not reproduce the data either: use more steps "
+    advice += "(num_inference_steps), another sampler, or no clipping."
+    return _decided("sampler", good, text, advice)
 
 
-def samples(p: Patient) -> Finding:
-    """Samples are finite, in range, and of the spread of the data."""
-    count = max(16, len(p.pipe.class_names))
-    told = [""] * count if p.pipe.prompts is not None else None
-    drawn = p.pipe(told, num_images=count, seed=0, output_type="pt").images
+def samples(run: OpenedRun) -> Finding:
+    """Check that samples are finite, in range, and have the standard deviation of the data."""
+    count = max(16, len(run.pipe.class_names))
+    prompts = [""] * count if run.pipe.prompts is not None else None
+    drawn = run.pipe(prompts, num_images=count, seed=0, output_type="pt").images
     with torch.no_grad():
-        std, wanted = float(drawn.std()), float(p.pipe.decode(p.z[:64]).std())
+        std, wanted = float(drawn.std()), float(run.pipe.decode(run.z[:64]).std())
     outside = float((drawn.abs() > 1.25).double().mean())
     text = f"{count} samples: standard deviation {std:.3f} (data {wanted:.3f}), "
     text += f"{outside:.1%} of the pixels far outside [−1, 1]"
     if not math.isfinite(std):
-        advice = "Not finite: look at the checks above; try dtype float32."
+        advice = "Not finite: see the checks above; try dtype float32."
     elif outside > 0.05:
-        advice = "Guidance that is too strong, or a network that is told levels it never saw."
+        advice = (
+            "Guidance is too strong, or the network is evaluated at levels outside the training."
+        )
     elif not 0.6 < std / wanted < 1.5:
-        advice = "Too much or too little contrast: look at prediction type, scheduler and start."
+        advice = "Too much or too little contrast: see prediction type, scheduler and start."
     else:
         return Finding("samples", True, text)
     return Finding("samples", False, text, advice)

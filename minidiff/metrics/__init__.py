@@ -1,12 +1,13 @@
-"""How good samples are, measured on the features of a small classifier of the same data.
+"""Quality of samples, measured on the features of a small classifier of the same data.
 
 distances.py    Fréchet and kernel distance between two sets of features
 neighbours.py   density, coverage, and whether samples are copies of training images
-classifier.py   the classifiers: shipped ones and those of a file
-evaluator.py    one data set, and samples scored against it
-scenes.py       samples scored against their captions
+classifier.py   classifiers: those that ship with minidiff, and those of a file
+evaluator.py    scores of samples against one data set
+scenes.py       scores of samples against their captions
+protocol.py     all figures of a model, in one evaluation table
 
-What each figure of `minidiff evaluate` is, in one place with its sources: `minidiff/EVALUATION.md`.
+`minidiff/EVALUATION.md` defines each figure of `minidiff evaluate`, with its source.
 """
 
 from minidiff.metrics.classifier import (

@@ -1,7 +1,7 @@
-"""The classifiers whose features samples are measured on: shipped, or read from a file.
+"""Classifiers whose features the metrics use: shipped with minidiff, or read from a file.
 
-`minidiff train-classifier` writes them, on real images only. A shipped file must be the published
-one, byte for byte: figures measured with other weights cannot be compared.
+`minidiff train-classifier` trains them, on real images only. A shipped file is checked by its
+SHA-256, since figures measured with other weights cannot be compared.
 """
 
 import json
@@ -21,21 +21,21 @@ SUMS = "SHA256SUMS"
 
 
 def shipped() -> list[str]:
-    """The names of the data sets that a classifier is shipped for. Raises CheckpointError."""
+    """Return the names of the data sets with a shipped classifier. Raises CheckpointError."""
     return [Path(file).stem for file in read_digests(WEIGHTS / SUMS)]
 
 
 def load_classifier(name: str, folder: str | Path = WEIGHTS) -> Classifier:
-    """The shipped classifier of a data set, on the CPU and in eval mode.
+    """Return the shipped classifier of a data set, on the CPU and in eval mode.
 
     Raises:
-        InvalidArgument: for a data set without one.
-        CheckpointError: the weights are missing or not the published ones, by SHA-256.
+        InvalidArgument: the data set has no shipped classifier.
+        CheckpointError: the weights are missing or have another SHA-256.
     """
     if name not in (names := shipped()):
         raise InvalidArgument(
-            f"a classifier is shipped for {' and '.join(names)}, not for {str(name)!r}, and "
-            "these metrics need one of that data: minidiff train-classifier trains it"
+            f"a classifier is shipped for {' and '.join(names)}, not for {str(name)!r}; "
+            "train one with minidiff train-classifier"
         )
     path = Path(folder) / f"{name}.safetensors"
     expected = read_digests(path.with_name(SUMS)).get(path.name)
@@ -52,19 +52,19 @@ def load_classifier(name: str, folder: str | Path = WEIGHTS) -> Classifier:
 
 
 def read_classifier(path: str | Path) -> Classifier:
-    """A classifier from the file that `minidiff.metrics.train_classifier` wrote; in eval mode.
+    """Return the classifier of a file of `minidiff train-classifier`, in eval mode.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not one of those.
+        CheckpointError: the file is missing, damaged, or holds no classifier.
     """
     path = Path(path)
     try:
         architecture = json.loads(read_metadata(path)["architecture"])
-        with torch.device("meta"):  # no memory for what the file only claims to hold
+        with torch.device("meta"):  # no memory for tensors that the file may lack
             net = build_classifier(architecture)
     except (KeyError, ValueError) as error:  # an InvalidArgument is a ValueError
         raise CheckpointError(
-            f"{path}: says of no classifier how it is built ({error}); "
+            f"{path}: has no valid architecture of a classifier ({error}); "
             "minidiff train-classifier writes such files"
         ) from error
     load_weights(net, read_headers([path]))
@@ -72,7 +72,11 @@ def read_classifier(path: str | Path) -> Classifier:
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """File name → SHA-256, from a file as `sha256sum` writes it. Raises CheckpointError."""
+    """Return SHA-256 by file name, from a file in the form of `sha256sum`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has another form.
+    """
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -85,12 +89,12 @@ def read_digests(path: Path) -> dict[str, str]:
 
 @torch.inference_mode()
 def features(net: Classifier, images: Tensor, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """What the classifier makes of images.
+    """Return the classifier's predictions and features of images.
 
     Args:
-        net: in eval mode; the work is done on its device.
+        net: classifier in eval mode, on the device to compute on.
         images: uint8 (N, C, H, W), on any device.
-        batch_size: bounds the memory; in eval mode the result does not depend on it.
+        batch_size: images in memory at once; no influence on the result.
 
     Returns:
         Predicted labels int64 (N,) and features float64 (N, D), both on the device of the net.
@@ -105,10 +109,10 @@ def features(net: Classifier, images: Tensor, batch_size: int = 256) -> tuple[Te
 
 
 def accuracy(predicted: Tensor, intended: Tensor) -> float:
-    """The share of samples, in 0..1, whose predicted label (N,) is the intended one (N,)."""
+    """Return the fraction, 0..1, of predicted labels (N,) that equal the intended ones (N,)."""
     if predicted.shape != intended.shape:
         raise InvalidArgument(
-            f"predicted and intended labels must have one shape, got {tuple(predicted.shape)} "
+            f"predicted and intended labels must have the same shape, got {tuple(predicted.shape)} "
             f"and {tuple(intended.shape)}"
         )
     return (predicted == intended.to(predicted.device)).double().mean().item()

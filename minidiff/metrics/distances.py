@@ -1,15 +1,15 @@
 """Fréchet and kernel distance between two sets of features.
 
-Both are 0 for equal distributions and are given in ‰ of the spread of the real features, so that
-they do not depend on the units of a feature and can be compared between data sets:
+Both are 0 for equal distributions. They are given in ‰ of the spread of the real features, so they
+do not depend on the units of a feature and can be compared between data sets:
 
     FD‰   1000·(|μ_r − μ_f|² + tr(C_r + C_f − 2·(C_r·C_f)^½)) / tr(C_r)
     KD‰   1000·MMD²(real, fake) / (E k(x, x) − E k(x, x'))        k(x, y) = (x·y/D + 1)³
 
-The first sees means and covariances only, and is biased upwards by about D/N; the second sees the
-third moments too, and is unbiased. 1000 is as far off as the data are wide. FD‰ uses the formula of
-the Fréchet inception distance, KD‰ that of the kernel inception distance, but neither that network
-nor its scale, so they must never be called FID and KID.
+FD‰ depends on means and covariances only, and is biased upwards by about D/N. KD‰ depends on third
+moments too, and is unbiased. A value of 1000 is a distance as large as the spread of the data. The
+formulas are those of the Fréchet and the kernel inception distance, but network and scale are not,
+so the values must never be called FID and KID.
 
 Sources: M. Heusel et al. 2017, arXiv:1706.08500, eq. 6; M. Bińkowski et al. 2018,
 arXiv:1801.01401, section 4; A. Gretton et al. 2012, JMLR 13, eq. 3.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, whole_number
 
-BLOCK = 1000  # samples a side of one estimate of the kernel distance
+BLOCK = 1000  # real samples, and fake ones, of one estimate of the kernel distance
 
 
 class Moments(NamedTuple):
@@ -37,8 +37,8 @@ def moments(samples: Tensor) -> Moments:
     """Fit a Gaussian to features (N, D).
 
     Raises:
-        InvalidArgument: fewer than 2·D samples, of which no covariance can be estimated, or
-            values that are not finite.
+        InvalidArgument: fewer than 2·D samples, too few for a covariance, or values that are
+            not finite.
     """
     if samples.ndim != 2 or len(samples) < 2 * samples.shape[1]:
         raise InvalidArgument(
@@ -51,28 +51,28 @@ def moments(samples: Tensor) -> Moments:
 
 
 def frechet_distance(real: Tensor | Moments, fake: Tensor | Moments) -> float:
-    """FD‰ between the Gaussian fits of two sets of features.
+    """Return FD‰ between the Gaussian fits of two sets of features.
 
-    It is 0 for equal fits and 1000 at the distance of the whole variance of the real features:
-    that scale makes figures comparable between data sets. A finite sample of a perfect model does
-    not reach 0; compare with `Evaluator.floor`.
+    It is 0 for equal fits, and 1000 where the squared distance equals the total variance of the
+    real features. A finite sample of a perfect model does not reach 0: compare with
+    `Evaluator.floor`.
 
     Args:
-        real, fake: features (N, D), or their `moments` where those are known already.
+        real, fake: features (N, D), or their `moments`.
 
     Raises:
-        InvalidArgument: too few samples, different D, or real features that are all the same.
+        InvalidArgument: too few samples, different D, or equal real features.
 
     Source: Heusel et al. 2017, arXiv:1706.08500, eq. 6, divided by tr(C_real).
     """
     real, fake = (x if isinstance(x, Moments) else moments(x) for x in (real, fake))
     if real.mean.shape != fake.mean.shape:
         raise InvalidArgument(
-            f"real and fake must have equally many features, got {len(real.mean)} and "
+            f"real and fake must have the same number of features, got {len(real.mean)} and "
             f"{len(fake.mean)}"
         )
     # tr (C_r·C_f)^½ = tr (S·C_f·S)^½ with S = C_r^½: the same eigenvalues, but of a symmetric
-    # matrix, so that no complex square root is ever taken.
+    # matrix, so no square root is complex.
     root = _symmetric_root(real.covariance)
     cross = torch.linalg.eigvalsh(root @ fake.covariance @ root).clamp(min=0).sqrt().sum()
     shift = (real.mean - fake.mean).square().sum()
@@ -82,24 +82,24 @@ def frechet_distance(real: Tensor | Moments, fake: Tensor | Moments) -> float:
 
 
 def kernel_distance(real: Tensor, fake: Tensor, block: int = BLOCK) -> tuple[float, float]:
-    """KD‰ between two sets of features, and its standard error.
+    """Return KD‰ between two sets of features, and its standard error.
 
-    The features are first shifted by the mean of the real ones and divided by their root mean
-    square deviation √(tr C_real/D), which fixes the units that a polynomial kernel needs. Real and
-    fake are cut into equally many blocks; each pair of blocks gives one unbiased estimate, and
-    the result is their mean. It may be below 0, by chance, for equal distributions.
+    A polynomial kernel depends on units, so features are first shifted by the mean of the real
+    ones and divided by their root mean square deviation √(tr C_real/D). Each pair of a real and a
+    fake block gives one unbiased estimate. The result is the mean of the estimates, and may by
+    chance be below 0 for equal distributions.
 
     Args:
-        real, fake: features (N, D) and (M, D), each in random order, as blocks are taken from
-            the front: min(N, M)//block of them, but at least one.
-        block: samples a side of one estimate, at least 2.
+        real, fake: features (N, D) and (M, D), each in random order; the first
+            min(N, M)//block blocks are used, at least one.
+        block: real samples, and fake ones, of one estimate; at least 2.
 
     Returns:
-        The distance, and its standard error over blocks: NaN where there is only one.
+        The distance, and its standard error over blocks, NaN for a single block.
 
     Raises:
-        InvalidArgument: fewer than 2 samples, different D, values that are not finite, or real
-            features that are all the same.
+        InvalidArgument: fewer than 2 samples, different D, values that are not finite, or
+            equal real features.
 
     Source: Bińkowski et al. 2018, arXiv:1801.01401, section 4; Gretton et al. 2012, eq. 3.
     """
@@ -123,16 +123,18 @@ def kernel_distance(real: Tensor, fake: Tensor, block: int = BLOCK) -> tuple[flo
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return k(x, y) of all pairs of rows."""
     return (x @ y.T / x.shape[1] + 1) ** 3  # Bińkowski et al., section 4
 
 
 def _mean_of_pairs(kernel: Tensor) -> Tensor:
-    """The mean over i ≠ j (Gretton et al. eq. 3); a sample beside itself would be the bias."""
+    """Return the mean over i ≠ j (Gretton et al. eq. 3); pairs with i = j would add a bias."""
     n = len(kernel)
     return (kernel.sum() - kernel.diagonal().sum()) / (n * (n - 1))
 
 
 def _spread(covariance: Tensor) -> float:
+    """Return the total variance. Raises InvalidArgument where it is 0."""
     spread = covariance.trace().item()
     if spread <= 0:
         raise InvalidArgument("real features must differ from each other, got copies of one")
@@ -140,7 +142,7 @@ def _spread(covariance: Tensor) -> float:
 
 
 def check_pair(real: Tensor, fake: Tensor) -> None:
-    """Refuse what is not two sets of finite features of one D. Raises InvalidArgument."""
+    """Refuse all but two sets of finite features with the same D. Raises InvalidArgument."""
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise InvalidArgument(
             f"real and fake must be (N, D) and (M, D), got {tuple(real.shape)} and "
@@ -151,12 +153,12 @@ def check_pair(real: Tensor, fake: Tensor) -> None:
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raises InvalidArgument where a value is NaN or infinite."""
+    """Refuse values that are NaN or infinite. Raises InvalidArgument."""
     if not torch.isfinite(values).all():
         raise InvalidArgument(f"{name} must be finite, got NaN or infinity")
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:
-    """The square root of a symmetric matrix without negative eigenvalues (but for rounding)."""
+    """Return the square root of a positive semidefinite matrix; rounding below 0 is clamped."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

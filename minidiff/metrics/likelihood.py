@@ -1,28 +1,28 @@
-"""How probable a model finds given images: two estimates of −ln p(x), for any prediction type.
+"""Likelihood of images under a model: two estimates of −ln p(x), for any prediction type.
 
 Every noise level is a point on a circle. Divided by √(α² + σ²), a noisy sample is
 
     z = cos φ·x0 + sin φ·ε,      φ = arctan(σ/α),      dz/dφ = cos φ·ε − sin φ·x0,
 
-whatever the schedule: variance preserving, variance exploding or a flow (T. Salimans and J. Ho
-2022, arXiv:2202.00512, appendix D). The model is normal noise z ~ N(0, I) at its noisiest level,
-turned back to its cleanest one, φ_0, and divided by cos φ_0.
+for every schedule: variance preserving, variance exploding or a flow (T. Salimans and J. Ho 2022,
+arXiv:2202.00512, appendix D). The model is normal noise z ~ N(0, I) at its noisiest level, carried
+back to its cleanest one, φ_0, and divided by cos φ_0.
 
-`flow_log_prob` follows the probability flow from x to the noise, and how it stretches space on the
-way; with x̂0 and ε̂ of the network in place of x0 and ε,
+`flow_log_prob` follows the probability flow from x to the noise and integrates its divergence; with
+the network's x̂0 and ε̂ for x0 and ε,
 
     ln p(z at φ_0) = ln N(z at φ_T; 0, I) + ∫ ∇·(dz/dφ) dφ        (Y. Song et al. 2021,
                                                     arXiv:2011.13456, eqs. 39 and 40, section D.2).
 
-`variational_bound` is an upper bound of −ln p(x) of the model that is sampled step by step through
-the levels that it was trained at (J. Ho et al. 2020, arXiv:2006.11239, eq. 5; D. Kingma et al.
+`variational_bound` is an upper bound of −ln p(x) for ancestral sampling through all levels of the
+training (J. Ho et al. 2020, arXiv:2006.11239, eq. 5; D. Kingma et al.
 2021, arXiv:2107.00630, eqs. 13 and 14, with SNR = α²/σ²):
 
     KL(q(z_T | x0) ‖ N(0, I)) + ½·Σ_t (SNR_{t−1} − SNR_t)·|x0 − x̂0(z_t)|² − ln p(x0 | z_0).
 
-That is for steps with the variance β̃ of the posterior, which is right where x0 is certain. Where
-it is not, near the data above all, the variance β of the forward step is (Ho et al., section 3.2).
-With r = β̃/β, the step from z_t is then worth r times as much, plus D/2·(r − 1 − ln r).
+That is for steps with the variance β̃ of the posterior, the optimum where x0 is certain. Where it is
+not, as near the data, the variance β of the forward step is better (Ho et al., section 3.2). With
+r = β̃/β, the term of z_t is then multiplied by r, and D/2·(r − 1 − ln r) is added.
 """
 
 import copy
@@ -39,18 +39,18 @@ from minidiff.noise import Generators, randn
 from minidiff.schedule import Level
 from minidiff.schedulers import Scheduler
 
-FLOW_STEPS = 32  # of four evaluations
+FLOW_STEPS = 32  # each of four evaluations of the network
 DRAWS = 64
-PIXEL = 2 / 255  # the distance of neighbouring bytes in [−1, 1]
+PIXEL = 2 / 255  # distance of neighbouring bytes in [−1, 1]
 VARIANCES = ("small", "large")
-MAX_EXACT = 256  # dimensions whose derivatives are taken one by one
+MAX_EXACT = 256  # dimensions of an exact divergence, each with a derivative
 
 
 class Node(NamedTuple):
-    """A noise level that the network was trained at.
+    """A noise level of the training.
 
     Attributes:
-        t: what the network is told.
+        t: time argument of the network.
         level: α and σ.
     """
 
@@ -77,10 +77,10 @@ class Bound(NamedTuple):
     """The parts of a variational bound, in nats, (B,) float64 each.
 
     Attributes:
-        prior: of the noisiest level, the divergence from pure noise.
-        small: of all steps from there to the cleanest level, of variance β̃.
-        large: of the same steps, of variance β.
-        decoder: of the data, given the cleanest level.
+        prior: divergence of the noisiest level from pure noise.
+        small: all steps from there to the cleanest level, with variance β̃.
+        large: the same steps with variance β.
+        decoder: data given the cleanest level.
     """
 
     prior: Tensor
@@ -89,30 +89,34 @@ class Bound(NamedTuple):
     decoder: Tensor
 
     def total(self, variance: str) -> Tensor:
-        """The bound of −ln p(x), (B,), of the model whose steps are "small" or "large".
+        """Return the bound of −ln p(x), (B,), for steps of one variance.
 
+        Args:
+            variance: "small" for β̃, "large" for β.
         Raises:
-            InvalidArgument: another variance.
+            InvalidArgument: for another variance.
         """
         one_of("variance", variance, VARIANCES)
         return self.prior + getattr(self, variance) + self.decoder
 
 
 class Model:
-    """A denoiser and the levels that it was trained at, on the circle.
+    """A denoiser and the levels of its training, on the circle.
 
     Args:
-        denoise: (x_t, t) → network output, of the scheduler's prediction type; asked at those
-            levels only.
-        scheduler: gives the levels and the prediction type; how it samples does not matter.
+        denoise: function (x_t, t) → network output of the scheduler's prediction type; evaluated
+            at the levels of the training only.
+        scheduler: source of the levels and of the prediction type; its solver is not used.
     """
 
     def __init__(self, denoise: Denoiser, scheduler: Scheduler) -> None:
         self.denoise = denoise
-        # Until `set_timesteps` the grid of a scheduler is all that its network was trained at.
+        # Before `set_timesteps`, the grid of a scheduler has all levels of the training.
         self.scheduler = scheduler.reread(scheduler.reading)
-        self.scheduler.num_inference_steps = len(self.scheduler.grid)  # it may be walked
-        places = zip(self.scheduler.grid, self.scheduler.levels, strict=False)  # without the end
+        self.scheduler.num_inference_steps = len(self.scheduler.grid)  # so that steps are allowed
+        places = zip(
+            self.scheduler.grid, self.scheduler.levels, strict=False
+        )  # without the clean end
         rising = sorted((Node(t, level) for t, level in places), key=lambda node: node.angle)
         self.nodes = [
             node
@@ -123,28 +127,31 @@ class Model:
             raise InvalidArgument(f"a likelihood needs three noise levels, {scheduler} has fewer")
 
     def steps(self, most: int) -> list[tuple[Node, Node, Node]]:
-        """At most so many steps from clean to noisy, each with a level in its middle.
+        """Return steps from clean to noisy: their first level, a middle one, and the last.
 
-        They are as even in ln φ as there are levels.
+        They are spaced as evenly in ln φ as the levels allow.
+
+        Args:
+            most: largest number of steps.
         """
         logs = torch.tensor([math.log(node.angle) for node in self.nodes], dtype=torch.float64)
         wanted = torch.linspace(float(logs[0]), float(logs[-1]), 2 * most + 1, dtype=torch.float64)
         places = (logs[:, None] - wanted).abs().argmin(dim=0).unique().tolist()
-        if len(places) % 2 == 0:  # at the noisy end there is most often a level more to take
+        if len(places) % 2 == 0:  # the noisy end most often has an unused level
             between = (places[-2] + places[-1]) // 2
             places = [*places[:-1], between, places[-1]] if between > places[-2] else places[:-1]
         chosen = [self.nodes[i] for i in places]
         return list(zip(chosen[:-2:2], chosen[1::2], chosen[2::2], strict=True))
 
     def split(self, z: Tensor, node: Node) -> tuple[Tensor, Tensor]:
-        """(x̂0, ε̂) for z on the circle at a level."""
+        """Return x̂0 and ε̂ for z on the circle at a level."""
         x = z * node.norm
-        # A copy, as some schedulers count their steps, and here levels come in any order.
-        shown = copy.copy(self.scheduler).scale_model_input(x, node.t)
-        return self.scheduler.split(self.denoise(shown, node.t), x, node.level)
+        # A copy, as some schedulers count their steps, and levels come in any order here.
+        model_input = copy.copy(self.scheduler).scale_model_input(x, node.t)
+        return self.scheduler.split(self.denoise(model_input, node.t), x, node.level)
 
     def velocity(self, z: Tensor, node: Node) -> Tensor:
-        """dz/dφ that the network implies."""
+        """Return dz/dφ by the network's prediction."""
         x0, eps = self.split(z, node)
         return math.cos(node.angle) * eps - math.sin(node.angle) * x0
 
@@ -157,24 +164,24 @@ def flow_log_prob(
     steps: int = FLOW_STEPS,
     probes: Tensor | None = None,
 ) -> Tensor:
-    """ln p(x) of the density that the probability flow gives the model.
+    """Return ln p(x) of the density that the probability flow of a model defines.
 
-    The classical Runge-Kutta method in ln φ. The divergence is exact, one derivative a dimension,
-    or Hutchinson's estimate εᵀ·J·ε, whose mean over probes is exact (Song et al. 2021, eq. 40).
+    The flow is solved by the classical Runge-Kutta method in ln φ. The divergence is exact, with a
+    derivative per dimension, or Hutchinson's unbiased estimate εᵀ·J·ε (Song et al. 2021, eq. 40).
 
     Args:
-        denoise: (x_t, t) → network output, differentiable; it is asked at levels that it was
-            trained at, four times a step.
-        scheduler: of the model, for its levels and its prediction type.
-        x: clean samples (B, *shape), float32 or float64, which is the precision of the result.
-        steps: how many at most; there are never more than levels.
-        probes: (K, B, *shape) with mean 0 and variance 1, such as `rademacher` gives; None for
-            the exact divergence, of at most 256 dimensions.
+        denoise: differentiable function (x_t, t) → network output; evaluated four times a step,
+            at levels of the training.
+        scheduler: source of the levels and of the prediction type.
+        x: clean samples (B, *shape), float32 or float64; the computation has the same precision.
+        steps: largest number of steps; the number of levels is a limit too.
+        probes: (K, B, *shape) with mean 0 and variance 1, such as from `rademacher`; None for
+            the exact divergence in at most 256 dimensions.
     Returns:
         (B,) float64, in nats.
     Raises:
-        InvalidArgument: an argument is out of range, or the network's prediction type says nothing
-            at one of its levels.
+        InvalidArgument: an argument is out of range, or the prediction type has no solution for
+            x0 and ε at one of the levels.
     """
     steps = whole_number("steps", steps, 1)
     dimensions = _dimensions(x)
@@ -199,10 +206,10 @@ def flow_log_prob(
 def _runge_kutta(
     model: Model, z: Tensor, levels: tuple[Node, Node, Node], probes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One step from the first level to the last: z there, and how much ln p fell on the way.
+    """Return z at the last of three levels, and the integral of the divergence up to it.
 
-    The level between them is not quite in the middle. So time is w in [0, 1], of which
-    u = ln φ is the parabola that passes through the three at w = 0, ½ and 1.
+    The second level is not exactly in the middle. So the step is taken in w from 0 to 1, where
+    u = ln φ is the parabola through the three levels at w = 0, ½ and 1.
     """
     u0, u1, u2 = (math.log(node.angle) for node in levels)
     slopes = (-3 * u0 + 4 * u1 - u2, u2 - u0, u0 - 4 * u1 + 3 * u2)  # du/dw
@@ -220,10 +227,16 @@ def _runge_kutta(
 def rademacher(
     shape: Sequence[int], generator: torch.Generator, like: Tensor, probes: int = 1
 ) -> Tensor:
-    """Random signs (probes, *shape), drawn on the CPU and moved to the device and dtype of `like`.
+    """Return random signs (probes, *shape) on the device and in the dtype of a tensor.
 
-    Of all probes with mean 0 and variance 1 they have the smallest variance of εᵀ·J·ε
+    Among probes with mean 0 and variance 1, they give the smallest variance of εᵀ·J·ε
     (M. Hutchinson 1990).
+
+    Args:
+        shape: shape of one probe.
+        generator: generator on the CPU.
+        like: tensor whose device and dtype the signs get.
+        probes: number of probes.
     """
     signs = torch.randint(2, (probes, *shape), generator=generator)
     return (2 * signs - 1).to(like)
@@ -232,7 +245,7 @@ def rademacher(
 def _with_divergence(
     model: Model, z: Tensor, node: Node, probes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dz/dφ, and the sum of its derivatives along every dimension, (B,) float64."""
+    """Return dz/dφ and its divergence, (B,) float64."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         velocity = model.velocity(z, node)
@@ -249,6 +262,7 @@ def _with_divergence(
 
 
 def _trace(velocity: Tensor, z: Tensor) -> Tensor:
+    """Return the exact divergence, (B,) float64, by a derivative per dimension."""
     flat = velocity.flatten(1)
     total = torch.zeros(len(z), dtype=torch.float64, device=z.device)
     for i in range(flat.shape[1]):
@@ -268,24 +282,27 @@ def variational_bound(
     bin_width: float | None = None,
     seed: int = 0,
 ) -> Bound:
-    """An upper bound of −ln p(x) of the model that is sampled through all of its levels.
+    """Return an upper bound of −ln p(x) for ancestral sampling through all levels.
 
-    The sum over levels is estimated from a random few, one from each of equally probable strata;
-    a level's probability is its step in ln φ, as most terms are about as large as that.
+    The sum over levels is estimated from random levels, one from each of equally probable strata.
+    The probability of a level is proportional to its step in ln φ, as most terms nearly are.
 
     Args:
-        denoise, scheduler, x: as in `flow_log_prob`.
-        generator: of the noise, see `minidiff.noise.randn`.
-        draws: how many levels; None for every one, once.
-        bin_width: None if x is a point of a continuous space. Otherwise x are the centres of bins
-            of this width in [−1, 1], the outermost open (Ho et al. 2020, eq. 13), and the
-            bound is that of −ln P(bin): for bytes `PIXEL`.
-        seed: which levels are drawn; the same for all images.
+        denoise: function (x_t, t) → network output, evaluated at levels of the training.
+        scheduler: source of the levels and of the prediction type.
+        x: clean samples (B, *shape), float32 or float64.
+        generator: generators of the noise, see `minidiff.noise.randn`.
+        draws: number of random levels; None for the exact sum.
+        bin_width: None for points of a continuous space. Otherwise x are the centres of bins of
+            this width in [−1, 1], the outermost open (Ho et al. 2020, eq. 13), and the bound is
+            that of −ln P(bin); `PIXEL` for bytes.
+        seed: seed of the random levels, which all images share.
     Returns:
         The parts of the bound. The decoder is a normal distribution around x̂0 at the cleanest
         level, with that level's standard deviation σ/α.
     Raises:
-        InvalidArgument: as `flow_log_prob`.
+        InvalidArgument: an argument is out of range, or the prediction type has no solution for
+            x0 and ε at one of the levels.
     """
     dimensions = _dimensions(x)
     if bin_width is not None and real_number("bin_width", bin_width, 0, 2) == 0:
@@ -294,6 +311,7 @@ def variational_bound(
     first, last = model.nodes[0], model.nodes[-1]
 
     def clean(node: Node) -> Tensor:
+        """Return x̂0 of a noisy sample at a level."""
         noise = randn(x.shape, generator, x.device, x.dtype)
         z = math.cos(node.angle) * x + math.sin(node.angle) * noise
         return model.split(z, node)[0].double()
@@ -315,20 +333,20 @@ def variational_bound(
 
 
 def _terms(nodes: list[Node], draws: int | None, seed: int) -> list[tuple[int, float]]:
-    """Which steps 1 … T−1 of the bound to take, and the weight of each."""
+    """Return steps of 1 … T−1 with their weights in the sum over all."""
     if draws is None:
         return [(i, 1.0) for i in range(1, len(nodes))]
     draws = whole_number("draws", draws, 1)
     logs = torch.tensor([math.log(node.angle) for node in nodes], dtype=torch.float64)
-    share = logs.diff() / (logs[-1] - logs[0])
+    probability = logs.diff() / (logs[-1] - logs[0])
     noise = torch.rand(draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     strata = (torch.arange(draws) + noise) / draws
-    chosen = torch.searchsorted(share.cumsum(dim=0), strata).clamp(max=len(share) - 1)
-    return [(i + 1, 1 / (draws * share[i].item())) for i in chosen.tolist()]
+    chosen = torch.searchsorted(probability.cumsum(dim=0), strata).clamp(max=len(probability) - 1)
+    return [(i + 1, 1 / (draws * probability[i].item())) for i in chosen.tolist()]
 
 
 def _decoder(x: Tensor, mean: Tensor, node: Node, bin_width: float | None) -> Tensor:
-    """−ln p(x | z_0), summed over dimensions."""
+    """Return −ln p(x | z_0), summed over dimensions."""
     std = node.level.sigma / node.level.alpha
     away = (x - mean) / std
     if bin_width is None:
@@ -341,27 +359,28 @@ def _decoder(x: Tensor, mean: Tensor, node: Node, bin_width: float | None) -> Te
 
 
 def _log_of_interval(low: Tensor, high: Tensor) -> Tensor:
-    """ln P(low ≤ ε ≤ high) of a standard normal ε, with all digits in both tails."""
-    flip = low + high > 0  # in the lower tail both ends of an interval keep their digits
+    """Return ln P(low ≤ ε ≤ high) of a standard normal ε, precise in both tails."""
+    flip = low + high > 0  # the lower tail keeps the digits of both ends
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
     outer, inner = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
     return outer + torch.log(-torch.expm1(inner - outer))
 
 
 def bits_per_dimension(nats: Tensor, dimensions: int, bin_width: float | None = None) -> Tensor:
-    """−log₂ p over D, from −ln p (B,).
+    """Return −log₂ p per dimension, (B,).
 
     Args:
-        nats: −ln p of a density, or −ln P of bins.
-        dimensions: D.
-        bin_width: if `nats` are of a density of dequantised data: the width of the bins of the
-            data, whose −log₂ P the result then bounds.
+        nats: −ln p of a density, or −ln P of bins, (B,).
+        dimensions: number of dimensions D.
+        bin_width: width of the data's bins for a density of dequantised data, where the result
+            bounds −log₂ P of the bins; None for no conversion.
     """
     bits = nats / (dimensions * math.log(2))
     return bits if bin_width is None else bits - math.log2(bin_width)
 
 
 def _dimensions(x: Tensor) -> int:
+    """Return the number of dimensions of a sample. Raises InvalidArgument."""
     if x.ndim < 2 or not x.numel() or x.dtype not in (torch.float32, torch.float64):
         raise InvalidArgument(
             f"x must be float32 or float64 (B, *shape), got {x.dtype} {tuple(x.shape)}"

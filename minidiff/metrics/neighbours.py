@@ -1,12 +1,12 @@
-"""What nearest neighbours tell: density and coverage on features, and copying on pixels.
+"""Figures from nearest neighbours: density and coverage on features, copying on pixels.
 
-    coverage   the share of real images that have a sample in their neighbourhood
-    density    how many neighbourhoods a sample lies in, of the k that a real one is expected in
-    copying    how much nearer a sample is to the training images than to held-out ones
+    coverage   fraction of real images with a sample in their neighbourhood
+    density    number of neighbourhoods that hold a sample, over the k expected of a real one
+    copying    distance of a sample to the training images, relative to that to held-out images
 
-Source of the first two: M. F. Naeem et al. 2020, arXiv:2002.09797, section 3. The third is the
-idea of C. Meehan et al. 2020, arXiv:2004.05675: a model that generalises is as near to the images
-that it was trained on as new data are.
+Source of the first two: M. F. Naeem et al. 2020, arXiv:2002.09797, section 3. The third follows
+C. Meehan et al. 2020, arXiv:2004.05675: samples of a model that generalises are as far from its
+training images as new data are.
 """
 
 import math
@@ -17,16 +17,17 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.metrics.distances import check_pair
 
-NEIGHBOURS = 5  # k of density and coverage, the value of their paper
-_MAX_DISTANCES = 2**24  # held at a time: 128 MiB
-_IMAGES = 4096  # compared with at a time
+NEIGHBOURS = 5  # k of density and coverage, as in Naeem et al.
+_MAX_DISTANCES = 2**24  # in memory at once: 128 MiB of float64
+_IMAGES = 4096  # reference images compared with at once
 
 
 def radii(real: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """The distance of every real sample to its k-th nearest other one, float64 (N,).
+    """Return the distance of every real sample to its k-th nearest other one, float64 (N,).
 
     Args:
-        real: features (N, D), N > k, checked by `density_and_coverage`.
+        real: features (N, D), N > k, which `density_and_coverage` checks.
+        k: number of the neighbour.
     """
     real = real.double()
     found = []
@@ -41,20 +42,19 @@ def radii(real: Tensor, k: int = NEIGHBOURS) -> Tensor:
 def density_and_coverage(
     real: Tensor, fake: Tensor, k: int = NEIGHBOURS, known_radii: Tensor | None = None
 ) -> tuple[float, float]:
-    """How samples lie in the neighbourhoods of real ones.
+    """Return density and coverage of samples in the neighbourhoods of real ones.
 
-    The neighbourhood of a real sample is the closed ball whose radius is the distance to its k-th
-    nearest other real sample. Density is the mean number of balls that a fake sample lies in,
-    over k: about 1 for samples of the real distribution, less by the share of samples where no
-    real one is near. It may exceed 1 in the middle of the data, as many balls meet there. Coverage
-    is the share of balls with a fake sample in them: about 1 − 2⁻ᵏ for as many fake as real
-    samples of one distribution.
+    The neighbourhood of a real sample is the closed ball that reaches its k-th nearest other real
+    sample. Density is the mean number of balls that hold a fake sample, divided by k. It is about 1
+    for samples of the real distribution, lower where samples are far from the data, and above 1
+    where they crowd in dense regions. Coverage is the fraction of balls with a fake sample in them:
+    about 1 − 2⁻ᵏ for equally many real and fake samples of one distribution.
 
     Args:
         real: features (N, D), N > k.
         fake: features (M, D).
-        k: how many real neighbours the ball reaches.
-        known_radii: `radii(real, k)`, where they are known already.
+        k: number of real neighbours in a ball.
+        known_radii: `radii(real, k)`; None to compute them.
 
     Returns:
         Density, at least 0, and coverage in 0..1.
@@ -81,36 +81,36 @@ def density_and_coverage(
 
 
 def coverage(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> float:
-    """The share of real samples that have a fake one in their neighbourhood, in 0..1.
+    """Return the fraction of real samples in 0..1 with a fake one in their neighbourhood.
 
-    Arguments and errors as `density_and_coverage`, of which it is the second figure.
+    Arguments and errors are those of `density_and_coverage`, whose second figure this is.
     """
     return density_and_coverage(real, fake, k)[1]
 
 
 def _chunks(rows: Tensor, columns: int) -> list[tuple[int, Tensor]]:
-    """Parts of the rows, and where they start, whose distances to so many columns fit in memory."""
+    """Return parts of the rows, and their offsets, whose distances to the columns fit in memory."""
     size = max(1, _MAX_DISTANCES // max(len(rows), columns))
     return [(start, rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def copying(samples: Tensor, training: Tensor, held_out: Tensor) -> float:
-    """The median of d(sample, nearest training image)/d(sample, nearest held-out image).
+    """Return the median of d(sample, nearest training image)/d(sample, nearest held-out image).
 
-    Distances are Euclidean, between pixels. Copies of training images give 0. What is unrelated to
-    both gives the figure that other real images give, which is below 1 where there are more
-    training than held-out images: compare with that.
+    Distances are Euclidean, between pixels. Copies of training images give 0. Independent samples
+    give the value of other real images, which is below 1 where there are more training than
+    held-out images: compare with that value.
 
     Args:
-        samples, training, held_out: uint8 (N, C, H, W) of one shape but for N, on any device;
-            the work is done on that of the samples.
+        samples, training, held_out: uint8 (N, C, H, W) of one C, H and W, on any device;
+            computed on that of the samples.
 
     Returns:
-        The ratio, at least 0. A sample that equals a held-out image but no training image
-        counts as infinite, one that equals both as 0.
+        The ratio, at least 0. A sample that equals a held-out image has an infinite ratio, and one
+        that equals a training image the ratio 0.
 
     Raises:
-        InvalidArgument: no images, other dtypes, or shapes that differ.
+        InvalidArgument: no images, another dtype, or different shapes.
     """
     for name, images in (("samples", samples), ("training", training), ("held_out", held_out)):
         if images.dtype != torch.uint8 or not len(images) or images.shape[1:] != samples.shape[1:]:
@@ -124,7 +124,7 @@ def copying(samples: Tensor, training: Tensor, held_out: Tensor) -> float:
 
 
 def nearest_distance(samples: Tensor, images: Tensor) -> Tensor:
-    """The Euclidean distance of every sample to the nearest of the images, float64 (N,).
+    """Return the Euclidean distance of every sample to its nearest image, float64 (N,).
 
     Args:
         samples, images: uint8 (N, C, H, W) and (M, C, H, W), M ≥ 1.
@@ -136,13 +136,13 @@ def nearest_distance(samples: Tensor, images: Tensor) -> Tensor:
         nearest = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         for start in range(0, len(images), _IMAGES):
             others = _centred(images[start : start + _IMAGES].to(rows.device))
-            # |q − o|² but for |q|², which is the same for all o
+            # |q − o|² − |q|², as |q|² is equal for all o
             distances = torch.addmm(others.square().sum(dim=1), queries, others.T, alpha=-2)
             values, index = distances.min(dim=1)
             nearer = values < best
             best = torch.where(nearer, values, best)
             nearest = torch.where(nearer, index + start, nearest)
-        # Float32 can tell which image is near, but not that a copy is at distance 0.
+        # Float32 suffices to find the nearest image, but rounds the distance 0 of a copy.
         closest = images[nearest.to(images.device)].to(rows.device)
         gap = rows.flatten(1).double() - closest.flatten(1).double()
         found.append(gap.square().sum(dim=1).sqrt())
@@ -150,5 +150,5 @@ def nearest_distance(samples: Tensor, images: Tensor) -> Tensor:
 
 
 def _centred(images: Tensor) -> Tensor:
-    """Float32 rows around 0, where products are smallest and round least."""
+    """Return float32 rows centred at 0, where products are small and round least."""
     return images.flatten(1).float() - 127.5

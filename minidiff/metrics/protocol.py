@@ -1,11 +1,11 @@
-"""One table that says how good a model is, by the fixed protocol of EVALUATION.md.
+"""The evaluation table of a model, by the fixed protocol of EVALUATION.md.
 
-    report = evaluate(pipe, load("mnist", "train"), load("mnist", "test"), net, Plan(10_000))
-    print(report)
+    table = evaluate(pipe, load("mnist", "train"), load("mnist", "test"), net, Plan(10_000))
+    print(table)
 
-A row is a figure, a column is what it is measured on: the model's samples, the same without
-guidance, real held-out images (the ceiling), and real training images (the floor: what so few
-samples of a perfect model would score). Where a figure cannot be had, the report says why.
+A row is a figure, a column the images that it is measured on: the model's samples, samples without
+guidance, real held-out images (the ceiling), and real training images (the floor: scores of a
+perfect model at this number of samples). The table gives a reason for each missing figure.
 """
 
 import contextlib
@@ -24,7 +24,13 @@ from minidiff.data import ImageData
 from minidiff.errors import InvalidArgument, one_of, whole_number
 from minidiff.images.pixels import to_uint8
 from minidiff.metrics import Evaluator, accuracy, copying, features, fixed_order, likelihood
-from minidiff.metrics.report import HELD_OUT, MODEL, TRAINING, UNGUIDED, Report
+from minidiff.metrics.evaluation_table import (
+    HELD_OUT,
+    MODEL,
+    TRAINING,
+    UNGUIDED,
+    EvaluationTable,
+)
 from minidiff.metrics.train_classifier import Recipe, train
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.classifier import Classifier
@@ -32,28 +38,28 @@ from minidiff.noise import MAX_SEED, image_generators
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.request import MAX_IMAGES
 
-PROTOCOL = 1  # of EVALUATION.md; figures of different versions cannot be compared
+PROTOCOL = 1  # version of EVALUATION.md; figures of different versions cannot be compared
 PARTS = ("samples", "classifier", "copying", "likelihood")
 SAMPLES, QUICK_SAMPLES = 50_000, 10_000
-LEAST = 10  # images of a kind, where there is no classifier that wants more
-NONE = (1.0, 1.0)  # scales of guidance and autoguidance that leave the network's output as it is
-FLOW_STEPS = 16  # within 0.002 bits of 64, less than the probes' noise
+MIN_IMAGES = 10  # of a split or of samples, without a classifier, which needs more
+NO_GUIDANCE = (1.0, 1.0)  # scales of guidance and of autoguidance
+FLOW_STEPS = 16  # 0.002 bits from the value of 64 steps, less than the noise of the probes
 BOUND_DRAWS = 64
-LEARNT = Recipe(epochs=10, batch_size=100, augment="none")  # of the classifier of samples
+LEARNT = Recipe(epochs=10, batch_size=100, augment="none")  # for a classifier of samples
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured. Checked when built.
+    """The amount of work of an evaluation. Checked at construction.
 
     Attributes:
-        samples: of every seed.
-        seeds: of the noise; each gives a figure, and ± is their standard deviation.
-        learnt: how many samples a classifier is trained on.
-        compared: how many are compared with their nearest neighbours.
-        likely: images of either split whose likelihood is taken, other ones for every seed.
-        parts: which of `PARTS` to measure.
-        steps, guidance, autoguidance, eta: of sampling; None for the model's own.
+        samples: samples per seed.
+        seeds: seeds of the noise; each gives a value, and ± is their standard deviation.
+        learnt: samples that a classifier is trained on.
+        compared: samples that are compared with their nearest neighbours.
+        likely: images per split and seed whose likelihood is computed.
+        parts: the `PARTS` to measure.
+        steps, guidance, autoguidance, eta: sampling options; None for those of the model.
         batch_size: images in the network at once.
     """
 
@@ -74,7 +80,7 @@ class Plan:
         for name in ("learnt", "compared", "likely", "batch_size"):
             whole_number(name, getattr(self, name), 1)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InvalidArgument(f"seeds must be different and at least one, got {self.seeds}")
+            raise InvalidArgument(f"seeds must list at least one seed, each once, got {self.seeds}")
         for seed in self.seeds:
             whole_number("seed", seed, 0, MAX_SEED)
         if not self.parts:
@@ -86,19 +92,18 @@ class Plan:
 def plan_for(
     data: ImageData, num: int | None = None, *, quick: bool = False, seed: int = 0, seeds: int = 3
 ) -> Plan:
-    """The protocol's sizes for this data.
+    """Return the plan of the protocol for a data set.
 
     Args:
-        data: the training images, which the samples stand for; there are no more samples than
-            these unless `num` says so.
-        num: samples of a seed; None for 50,000, or 10,000 if quick.
-        quick: less of everything, in a quarter of the time.
-        seed, seeds: the first seed, and how many.
+        data: training images; without `num` their number is the largest number of samples.
+        num: samples per seed; None for 50,000, or 10,000 if quick.
+        quick: smaller numbers throughout, for a quarter of the time.
+        seed, seeds: first seed, and number of seeds.
     Raises:
         InvalidArgument: a number is out of range.
     """
     if num is None:
-        num = max(LEAST, min(QUICK_SAMPLES if quick else SAMPLES, len(data)))
+        num = max(MIN_IMAGES, min(QUICK_SAMPLES if quick else SAMPLES, len(data)))
     first, count = whole_number("seed", seed, 0), whole_number("seeds", seeds, 1, 100)
     plan = Plan(num, tuple(range(first, first + count)))
     return replace(plan, learnt=2_000, compared=2_000, likely=32) if quick else plan
@@ -113,46 +118,46 @@ def evaluate(
     *,
     first_samples: list[Tensor] | None = None,
     progress: bool = False,
-) -> Report:
+) -> EvaluationTable:
     """Measure a model by the protocol.
 
     Args:
-        pipe: of classes, or of nothing.
-        train, test: the two splits of what it was trained on.
-        net: the classifier whose features are used, on its device; None to measure what needs
-            none.
-        plan: how much, see `plan_for`.
-        first_samples: receives up to a hundred of the model's first samples, uint8 (N, C, H, W).
-        progress: show progress bars.
+        pipe: class-conditional or unconditional model.
+        train, test: the two splits of its training data.
+        net: classifier for features, on its device; None to leave out what needs one.
+        plan: amount of work, see `plan_for`.
+        first_samples: list that receives up to a hundred samples, uint8 (N, C, H, W).
+        progress: progress bars, True to print them.
     Raises:
-        InvalidArgument: before any work: model, data, classifier and plan do not fit together.
+        InvalidArgument: model, data, classifier and plan do not fit; raised before any work.
     """
     _check(pipe, train, test)
     evaluator = None if net is None else Evaluator.of(train, test, net)
     scored = evaluator is not None and "samples" in plan.parts
-    whole_number("num", plan.samples, evaluator.least if scored else LEAST)
-    report = Report(_about(pipe, train, plan))
+    whole_number("num", plan.samples, evaluator.min_images if scored else MIN_IMAGES)
+    table = EvaluationTable(_about(pipe, train, plan))
     if evaluator is None:
         missing = [part for part in ("samples", "classifier") if part in plan.parts]
-        why = f"no classifier is shipped for {train.name}: train one with "
-        why += "minidiff train-classifier and name it with --classifier"
-        report.absent.update(dict.fromkeys(missing, why))
-    if "classifier" in plan.parts and evaluator is not None:
-        why = _why_nothing_is_learnt(pipe, train)
-        if why:
-            report.absent["classifier"] = why
-    job = _Job(pipe, train, test, evaluator, plan, report, progress)
+        reason = f"no classifier is shipped for {train.name}: train one with "
+        reason += "minidiff train-classifier and give it by --classifier"
+        table.absent.update(dict.fromkeys(missing, reason))
+    elif "classifier" in plan.parts and (reason := _reason_without_labels(pipe, train)):
+        table.absent["classifier"] = reason
+    job = _Evaluation(pipe, train, test, evaluator, plan, table, progress)
     if job.wants("samples", "classifier", "copying"):
         job.measure_samples([] if first_samples is None else first_samples)
         job.measure_real()
     if job.wants("likelihood"):
         job.measure_likelihood()
-    return report
+    return table
 
 
 def _check(pipe: Pipeline, train: ImageData, test: ImageData) -> None:
+    """Refuse data that do not fit the model. Raises InvalidArgument."""
     if pipe.prompts is not None:
-        raise InvalidArgument("evaluate is for models of classes or of nothing, this one has texts")
+        raise InvalidArgument(
+            "pipe must be a class-conditional or unconditional model, got one of captions"
+        )
     shapes = (pipe.image_shape, tuple(train.images.shape[1:]), tuple(test.images.shape[1:]))
     if len(set(shapes)) > 1:
         raise InvalidArgument(
@@ -164,16 +169,18 @@ def _check(pipe: Pipeline, train: ImageData, test: ImageData) -> None:
             f"data {train.name} has {train.num_classes} classes, the model {len(pipe.class_names)}"
         )
     for name, images in (("training", train), ("held-out", test)):
-        whole_number(f"number of {name} images", len(images), LEAST)
+        whole_number(f"number of {name} images", len(images), MIN_IMAGES)
 
 
-def _why_nothing_is_learnt(pipe: Pipeline, train: ImageData) -> str | None:
+def _reason_without_labels(pipe: Pipeline, train: ImageData) -> str | None:
+    """Return the reason why samples have no labels to learn from; None if they have."""
     if train.labels is None:
         return f"{train.name} has no labels"
-    return None if pipe.class_names else "the model is told no class, so its samples have no labels"
+    return None if pipe.class_names else "the model is unconditional, so its samples have no labels"
 
 
 def _about(pipe: Pipeline, train: ImageData, plan: Plan) -> dict[str, Any]:
+    """Return everything that the figures depend on, for a JSON file."""
     return {
         "protocol": PROTOCOL,
         "data": train.name,
@@ -193,7 +200,7 @@ def _about(pipe: Pipeline, train: ImageData, plan: Plan) -> dict[str, Any]:
 
 
 def digest(network: nn.Module) -> str:
-    """SHA-256 of a network's weights: of names, types, shapes and bytes, in order."""
+    """Return the SHA-256 of a network's weights: names, types, shapes and bytes, in order."""
     total = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -203,10 +210,13 @@ def digest(network: nn.Module) -> str:
 
 @contextlib.contextmanager
 def counted(*networks: nn.Module | None) -> Iterator[list[int]]:
-    """Count the images that pass through networks, by a hook inside each, as [count].
+    """Yield [count], the number of images that networks have evaluated since.
 
-    A guided evaluation runs the network on both conditions, so it counts as two, and one away from
-    a weaker network counts that as well. None is no network.
+    A hook in each network counts. A guided evaluation of an image counts twice, since the network
+    is evaluated with and without the class; an evaluation of the guidance network counts as well.
+
+    Args:
+        networks: networks to count; None is left out.
     """
     count = [0]
 
@@ -222,38 +232,41 @@ def counted(*networks: nn.Module | None) -> Iterator[list[int]]:
 
 
 @dataclass
-class _Job:
-    """One evaluation under way."""
+class _Evaluation:
+    """The state of one evaluation."""
 
     pipe: Pipeline
     train: ImageData
     test: ImageData
     evaluator: Evaluator | None
     plan: Plan
-    report: Report
+    table: EvaluationTable
     progress: bool
 
     def wants(self, *parts: str) -> bool:
-        """Whether any of these parts is asked for and possible."""
-        return any(part in self.plan.parts and part not in self.report.absent for part in parts)
+        """Return True if any of these parts is planned and possible."""
+        return any(part in self.plan.parts and part not in self.table.absent for part in parts)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
+        """Add the duration of the block to that of a part."""
         started = time.monotonic()
         yield
-        spent = self.report.seconds.get(part, 0.0)
-        self.report.seconds[part] = spent + time.monotonic() - started
+        spent = self.table.seconds.get(part, 0.0)
+        self.table.seconds[part] = spent + time.monotonic() - started
 
     # --- samples ---------------------------------------------------------------------------
 
     def measure_samples(self, first_samples: list[Tensor]) -> None:
-        """The model's columns, seed after seed."""
-        scales = self.report.about["guidance"], self.report.about["autoguidance"]
-        columns = {MODEL: scales} if scales == NONE else {MODEL: scales, UNGUIDED: NONE}
+        """Measure the columns of the model, seed by seed."""
+        scales = self.table.about["guidance"], self.table.about["autoguidance"]
+        columns = (
+            {MODEL: scales} if scales == NO_GUIDANCE else {MODEL: scales, UNGUIDED: NO_GUIDANCE}
+        )
         for seed in self.plan.seeds:
-            for column, led in columns.items():
+            for column, guidance in columns.items():
                 with self.timed("sampling"):
-                    images, labels = self.draw(seed, column, *led)
+                    images, labels = self.draw(seed, column, *guidance)
                 if not first_samples:
                     first_samples.append(images[:100])
                 self.measure(column, images, labels, learn=column == MODEL)
@@ -261,7 +274,7 @@ class _Job:
     def draw(
         self, seed: int, column: str, guidance: float, autoguidance: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Samples uint8 (N, C, H, W) of classes in the proportions of the training labels."""
+        """Return samples uint8 (N, C, H, W) and labels in the proportions of the training data."""
         n = self.samples
         labels = None
         if self.pipe.class_names:
@@ -280,12 +293,12 @@ class _Job:
                 output_type="pt",
                 progress=self.progress,
             ).images
-        self.report.add("evaluations", column, count[0] / n)
+        self.table.add("evaluations", column, count[0] / n)
         return to_uint8(images).cpu(), labels
 
     @property
     def samples(self) -> int:
-        """How many samples the parts that are asked for need."""
+        """The number of samples that the planned parts need."""
         if self.wants("samples"):
             return self.plan.samples
         needs = {"classifier": self.plan.learnt, "copying": self.plan.compared}
@@ -294,34 +307,34 @@ class _Job:
     def measure(
         self, column: str, images: Tensor, labels: Tensor | None, *, learn: bool = True
     ) -> None:
-        """All figures of images, model's or real, but their likelihood."""
+        """Measure all figures of images, samples or real, except their likelihood."""
         if self.wants("samples"):
             with self.timed("samples"):
-                self.report.add_scores(column, self.evaluator.score(images, labels))
+                self.table.add_scores(column, self.evaluator.score(images, labels))
         if learn and self.wants("classifier"):
             with self.timed("classifier"):
                 part = slice(self.plan.learnt)
-                self.report.add("learnt", column, self.learnt_from(images[part], labels[part]))
+                self.table.add("learnt", column, self.learnt_from(images[part], labels[part]))
         self.compare(column, images)
 
     def learnt_from(self, images: Tensor, labels: Tensor) -> float:
-        """Accuracy on real held-out images of a classifier that saw only these."""
+        """Return the accuracy on held-out images of a classifier that was trained on these."""
         data = ImageData("samples", images, labels, self.train.class_names)
         net = train(data.to(self.pipe.device), LEARNT, report=lambda *line: None)
         predicted, _ = features(net, self.test.images)
         return accuracy(predicted, self.test.labels)
 
     def compare(self, column: str, images: Tensor) -> None:
-        """Whether images are copies of training images."""
+        """Measure how close images are to training images, as copies would be."""
         if self.wants("copying"):
             with self.timed("copying"):
                 samples = images[: self.plan.compared].to(self.pipe.device)
                 held_out, _ = self.halves
-                self.report.add("copying", column, copying(samples, self.train.images, held_out))
+                self.table.add("copying", column, copying(samples, self.train.images, held_out))
 
     @property
     def halves(self) -> tuple[Tensor, Tensor]:
-        """The held-out images to be near to, and those that are compared as samples are."""
+        """Two halves of the held-out images: references, and images in the place of samples."""
         order = fixed_order(self.test)
         middle = len(order) // 2
         return self.test.images[order[:middle]], self.test.images[order[middle:]]
@@ -329,33 +342,35 @@ class _Job:
     # --- real images -----------------------------------------------------------------------
 
     def measure_real(self) -> None:
-        """The columns of real images."""
+        """Measure the columns of real images."""
         if self.wants("samples"):
             with self.timed("samples"):
-                if len(self.test) < self.evaluator.least:
-                    why = f"{len(self.test)} held-out images are less than {self.evaluator.least}"
-                    self.report.absent["real, held out"] = why
+                if len(self.test) < self.evaluator.min_images:
+                    self.table.absent["real, held out"] = (
+                        f"{len(self.test)} held-out images are fewer than "
+                        f"{self.evaluator.min_images}"
+                    )
                 else:
                     n = min(self.plan.samples, len(self.test))
-                    self.report.add_scores(HELD_OUT, self.evaluator.ceiling(n))
+                    self.table.add_scores(HELD_OUT, self.evaluator.ceiling(n))
                 for seed in self.plan.seeds:
                     floor = self.evaluator.floor(self.plan.samples, seed)
-                    self.report.add_scores(TRAINING, floor)
+                    self.table.add_scores(TRAINING, floor)
         order = fixed_order(self.train)
         if self.wants("classifier"):
             with self.timed("classifier"):
                 chosen = order[: self.plan.learnt]
                 found = self.learnt_from(self.train.images[chosen], self.train.labels[chosen])
-                self.report.add("learnt", TRAINING, found)
+                self.table.add("learnt", TRAINING, found)
         self.compare(HELD_OUT, self.halves[1])
         self.compare(TRAINING, self.train.images[order])
 
     # --- likelihood ------------------------------------------------------------------------
 
     def measure_likelihood(self) -> None:
-        """Bits per dimension of held-out and of training images."""
+        """Measure bits per dimension of held-out and of training images."""
         if isinstance(self.pipe.vae, AutoencoderKL):
-            self.report.absent["likelihood"] = "the VAE maps many pictures to one latent"
+            self.table.absent["likelihood"] = "the VAE maps many images to one latent"
             return
         bounds: dict[str, dict[str, list[float]]] = {}
         with self.timed("likelihood"), counted(self.pipe.unet) as count:
@@ -367,20 +382,20 @@ class _Job:
                     try:
                         bound, flow = self.bits(data, chosen, seed)
                     except InvalidArgument as error:  # such as ε-prediction at zero SNR
-                        self.report.absent["likelihood"] = str(error)
+                        self.table.absent["likelihood"] = str(error)
                         return
                     images += len(chosen)
-                    self.report.add("flow", column, flow)
+                    self.table.add("flow", column, flow)
                     for variance, value in bound.items():
                         bounds.setdefault(variance, {}).setdefault(column, []).append(value)
-        # Which variance is the better is decided where nothing is at stake.
+        # The better variance is chosen on training images, so held-out ones stay untouched.
         best = min(bounds, key=lambda variance: statistics.fmean(bounds[variance][TRAINING]))
-        self.report.cells["bound"] = bounds[best]
-        self.report.about["bounds"] = {"chosen": best, **bounds}
-        self.report.about["likelihood_evaluations"] = count[0] / images
+        self.table.cells["bound"] = bounds[best]
+        self.table.about["bounds"] = {"chosen": best, **bounds}
+        self.table.about["likelihood_evaluations"] = count[0] / images
 
     def bits(self, data: ImageData, chosen: Tensor, seed: int) -> tuple[dict[str, float], float]:
-        """The mean bound, of either variance, and the mean of the flow, in bits per dimension."""
+        """Return the mean bound by variance, and the mean of the flow, in bits per dimension."""
         pipe = self.pipe
         bounds: dict[str, list[Tensor]] = {variance: [] for variance in likelihood.VARIANCES}
         flows = []
@@ -392,9 +407,9 @@ class _Job:
             points = x0 + likelihood.PIXEL * noise  # dequantised: uniform in the bin of each byte
             x0, points = (self.latents(x) for x in (x0, points))
             signs = [likelihood.rademacher(x0.shape[1:], g, x0) for g in sources]
-            told = labels if pipe.class_names else None
-            # In float32, whatever samples are drawn in: bits are small differences of large sums.
-            denoise = _in_float32(pipe).denoiser(None if told is None else told.to(pipe.device))
+            classes = labels.to(pipe.device) if pipe.class_names else None
+            # In float32 for every dtype of sampling: bits are small differences of large sums.
+            denoise = _in_float32(pipe).denoiser(classes)
             bound = likelihood.variational_bound(
                 denoise, pipe.scheduler, x0,
                 draws=BOUND_DRAWS, generator=sources, bin_width=likelihood.PIXEL, seed=seed,
@@ -410,16 +425,16 @@ class _Job:
         means = {variance: torch.cat(parts).mean().item() for variance, parts in bounds.items()}
         flow = torch.cat(flows).mean().item()
         if not math.isfinite(sum(means.values()) + flow):
-            raise InvalidArgument(f"the network gives a likelihood of {means} and {flow}")
+            raise InvalidArgument(f"the likelihood must be finite, got {means} and {flow}")
         return means, flow
 
     def latents(self, x: Tensor) -> Tensor:
-        """Images in the network's space, to which the pixels are only permuted."""
+        """Return images in the network's space, whose elements are the permuted pixels."""
         x = x.to(self.pipe.device)
         z = x if self.pipe.vae is None else self.pipe.vae.to_latents(x)
         return z.contiguous(memory_format=torch.channels_last)
 
 
 def _in_float32(pipe: Pipeline) -> Pipeline:
-    """A pipeline of the same network without autocast."""
+    """Return a pipeline of the same network without autocast."""
     return Pipeline(pipe.unet, pipe.scheduler, pipe.vae, pipe.class_names)

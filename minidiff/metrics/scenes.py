@@ -1,10 +1,9 @@
-"""Pictures scored against their captions: is every thing as it was asked for?
+"""Scores of images against their captions: the fraction of captioned attributes that are right.
 
-A classifier of real pictures (`weights/captions.safetensors`) answers the questions of
-`data.captioned.scenes` about each sample; a caption asks for some of the answers. An attribute's
-score is the share of samples that have it right among those of which it was asked, and a sample
-is right altogether when all that its caption says is. Real pictures of other glyphs, scored in
-the same way, are the ceiling.
+A classifier of real images (`weights/captions.safetensors`) answers the questions of
+`data.captioned.scenes` about each sample; a caption determines some of the answers. The score of an
+attribute is the fraction of right answers among the samples whose captions name it. A sample is
+right altogether if all attributes of its caption are. Real images of other glyphs are the ceiling.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,34 +18,34 @@ from minidiff.errors import InvalidArgument, whole_number
 from minidiff.metrics.classifier import features, load_classifier
 from minidiff.runtime.device import pick_device
 
-SIMPLE = ("digit", "colour", "background")  # what the captions of the first table say
-_SEARCHED = 8  # captions looked through for each that is wanted; every second one is simple
+SIMPLE = ("digit", "colour", "background")  # attributes that simple captions name
+_SEARCHED = 8  # captions searched per simple caption; about every second one is simple
 
 
 class SceneScores(NamedTuple):
-    """Shares of samples, 0..1.
+    """Fractions of samples, 0..1.
 
     Attributes:
-        right: attribute → share of those it was asked of; without attributes that were asked of
-            none.
-        together: share with everything right.
+        right: fraction of right samples by attribute, among those whose captions name it;
+            attributes that no caption names are left out.
+        together: fraction of samples with all attributes right.
     """
 
     right: Mapping[str, float]
     together: float
 
     def __str__(self) -> str:
-        each = ", ".join(f"{name} {share:.1%}" for name, share in self.right.items())
+        each = ", ".join(f"{name} {fraction:.1%}" for name, fraction in self.right.items())
         return f"{each}; all together {self.together:.1%}"
 
 
 class Task(NamedTuple):
-    """N captions, and what they ask for.
+    """N captions, and the answers that they determine.
 
     Attributes:
         prompts: N texts.
-        wanted: int64 (N, questions), NONE where a caption leaves it open.
-        index: (N,), the numbers of the captions in their stream.
+        wanted: int64 (N, questions), NONE where a caption leaves an answer open.
+        index: numbers (N,) of the captions in their stream.
     """
 
     prompts: list[str]
@@ -55,13 +54,14 @@ class Task(NamedTuple):
 
 
 def task(n: int, pairs: str = "seen", *, simple: bool = True, seed: int = 0) -> Task:
-    """The first n captions of the test split.
+    """Return the first n captions of the test split.
 
     Args:
-        pairs, seed: see `CaptionedDigits`.
-        simple: only those of one digit that name it, its colour and the background, of which
-            these three and the number of digits are asked for; otherwise all captions, those of
-            a single word and of two digits too, and everything that they say.
+        n: number of captions.
+        pairs: pairs of digit and colour, see `CaptionedDigits`.
+        simple: True for captions of one digit that name it, its colour and the background, where
+            these and the number of digits count; False for all captions and all attributes.
+        seed: seed of the captions, see `CaptionedDigits`.
     Raises:
         InvalidArgument: n is not in 1..100,000.
     """
@@ -79,25 +79,25 @@ def task(n: int, pairs: str = "seen", *, simple: bool = True, seed: int = 0) -> 
 
 
 class SceneEvaluator:
-    """Scores pictures against captions.
+    """Scores of images against captions.
 
     Args:
-        device: where the classifier runs.
+        device: device of the classifier.
     Raises:
-        InvalidArgument: a device that is not there.
-        CheckpointError: the weights cannot be read, or are not the published ones.
+        InvalidArgument: the device is not available.
+        CheckpointError: the weights cannot be read, or have another SHA-256.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._net = load_classifier(CaptionedDigits.name).to(pick_device(device))
 
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The answers to every question, int64 (N, questions), and features float64 (N, D).
+        """Return the answers to all questions, int64 (N, questions), and features float64 (N, D).
 
         Args:
             images: uint8 (N, 3, 32, 32).
         Raises:
-            InvalidArgument: other pictures.
+            InvalidArgument: another dtype or shape.
         """
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, SIDE, SIDE):
             raise InvalidArgument(
@@ -108,7 +108,7 @@ class SceneEvaluator:
         return answers.cpu(), rows.cpu()
 
     def score(self, images: Tensor, wanted: Tensor) -> SceneScores:
-        """Score samples.
+        """Return the scores of samples.
 
         Args:
             images: uint8 (N, 3, 32, 32), N ≥ 1.
@@ -120,39 +120,43 @@ class SceneEvaluator:
         return compare(answers, wanted)
 
     def ceiling(self, n: int, pairs: str = "seen", *, simple: bool = True) -> SceneScores:
-        """What real pictures of the captions of `task` score."""
-        asked = task(n, pairs, simple=simple)
-        return self.score(CaptionedDigits("test", pairs).images(asked.index), asked.wanted)
+        """Return the scores of real images of the captions of `task`."""
+        chosen = task(n, pairs, simple=simple)
+        return self.score(CaptionedDigits("test", pairs).images(chosen.index), chosen.wanted)
 
     def table(self, draw: Callable[[list[str]], Tensor], n: int) -> Iterator[str]:
-        """The scores of a model on three kinds of captions, line by line, above those of real ones.
+        """Yield lines with the scores of a model on three kinds of captions, and of real images.
 
         Args:
-            draw: prompts → pictures, uint8 (N, 3, 32, 32).
-            n: samples a kind.
+            draw: function from prompts to images, uint8 (N, 3, 32, 32).
+            n: number of samples of each kind.
         """
         for title, pairs, simple in (
             ("one digit, pairs seen in training", "seen", True),
             ("one digit, pairs held out", "held out", True),
-            ("all that captions say", "seen", False),
+            ("all captions", "seen", False),
         ):
-            asked = task(n, pairs, simple=simple)
+            chosen = task(n, pairs, simple=simple)
             yield f"{title}, {n} samples"
-            yield f"  model  {self.score(draw(asked.prompts), asked.wanted)}"
+            yield f"  model  {self.score(draw(chosen.prompts), chosen.wanted)}"
             yield f"  real   {self.ceiling(n, pairs, simple=simple)}"
 
 
 def compare(answers: Tensor, wanted: Tensor) -> SceneScores:
-    """Scores of what was read (N, questions) against what was wanted, NONE for whatever.
+    """Return the scores of answers.
 
-    Raises InvalidArgument: shapes that do not fit, or no samples.
+    Args:
+        answers: answers of the classifier (N, questions), N ≥ 1.
+        wanted: intended answers of the same shape, NONE where any is right.
+    Raises:
+        InvalidArgument: the shapes do not fit, or there are no samples.
     """
     if answers.shape != wanted.shape or not len(wanted) or wanted.shape[1:] != (len(QUESTIONS),):
         raise InvalidArgument(
             f"answers and wanted must both be (N, {len(QUESTIONS)}) with N ≥ 1, got "
             f"{tuple(answers.shape)} and {tuple(wanted.shape)}"
         )
-    asked, right = wanted != NONE, answers == wanted
-    count, hits = asked.sum(dim=0).tolist(), (right & asked).sum(dim=0).tolist()
-    shares = {name: hit / n for name, hit, n in zip(QUESTIONS, hits, count, strict=True) if n}
-    return SceneScores(shares, (right | ~asked).all(dim=1).double().mean().item())
+    named, right = wanted != NONE, answers == wanted
+    counts, hits = named.sum(dim=0).tolist(), (right & named).sum(dim=0).tolist()
+    fractions = {name: hit / n for name, hit, n in zip(QUESTIONS, hits, counts, strict=True) if n}
+    return SceneScores(fractions, (right | ~named).all(dim=1).double().mean().item())

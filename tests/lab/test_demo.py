@@ -1,4 +1,4 @@
-"""The demo, in a fast setting, and as a newcomer sees it (slow)."""
+"""The demo, with a fast network, and with its own options (slow)."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_the_demo_trains_samples_measures_and_draws(tmp_path, capsys):
     config = TrainConfig(steps=200, channels=(24, 48), guidance_scale=3.0, pictures=0)
     rows = demo(tmp_path, config, torch.device("cpu"), samples=200)
     assert [row.sampler for row in rows] == list(STEPS)
-    # chance is 10 %: even a few seconds of training follow the label
+    # chance is 10 %, and a few seconds of training suffice for more
     assert all(row.scores.accuracy > 0.4 for row in rows)
     out = capsys.readouterr().out
     assert out.startswith("device: cpu")
@@ -41,7 +41,7 @@ def test_the_demo_does_not_overwrite_a_run(run_folder):
 
 
 @pytest.mark.slow
-def test_the_demo_of_a_newcomer_is_legible(tmp_path):
+def test_the_demo_with_its_own_budget_draws_legible_digits(tmp_path):
     dtype = pick_dtype("auto", torch.device("cpu"))
     config = TrainConfig(
         minutes=1, guidance_scale=2.0, pictures=0, dtype=str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, and nothing where nothing is."""
+"""The doctor fails each spoiled run by the right check, and passes a healthy one."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from minidiff import DDPMScheduler, Pipeline
 from minidiff.cli import main
 from minidiff.data import ImageData, load
 from minidiff.errors import CheckpointError
-from minidiff.lab.doctor import CHECKS, Finding, _patient, examine
+from minidiff.lab.doctor import CHECKS, Finding, _open, examine
 from minidiff.nn import UNet
 from minidiff.runs import diffusion, snapshot
 from minidiff.runtime import files
@@ -25,7 +25,7 @@ CONFIG = {"steps": 200, "channels": (8, 16), "batch_size": 16, "block": 1, "pict
 
 
 def shades(low: int = 0, high: int = 255) -> ImageData:
-    """Pictures of one bright half and one dark half, at one of four edges."""
+    """Return images with a bright and a dark half, divided in four ways."""
     generator = torch.Generator().manual_seed(0)
     side = torch.randint(4, (400,), generator=generator)
     bright = torch.randint(150, 256, (400, 1, 1), generator=generator)
@@ -44,8 +44,8 @@ def healthy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def ill(healthy, tmp_path) -> Path:
-    """A copy, to be spoiled."""
+def spoiled(healthy, tmp_path) -> Path:
+    """A copy of the run, for a test to spoil."""
     return shutil.copytree(healthy, tmp_path / "run")
 
 
@@ -61,50 +61,50 @@ def edit(path: Path, **changes) -> None:
     files.write_json(path, json.loads(path.read_text()) | changes)
 
 
-def test_nothing_is_found_in_a_run_that_is_well(healthy):
+def test_a_healthy_run_passes_every_check(healthy):
     findings = found(healthy)
     assert list(findings) == NAMES
     assert {name: finding.good for name, finding in findings.items()} == dict.fromkeys(NAMES, True)
 
 
 def look(name: str, path: Path, data: ImageData | None = None) -> Finding:
-    """One check alone."""
+    """Return the finding of one check alone."""
     check = CHECKS[NAMES.index(name)]
-    return check(_patient(path, data or shades(), torch.device("cpu")))
+    return check(_open(path, data or shades(), torch.device("cpu")))
 
 
-def test_data_that_are_not_scaled_to_both_sides_of_zero(healthy):
+def test_data_in_zero_to_one_fail(healthy):
     finding = look("data", healthy, shades(128, 255))
     assert finding.good is False
     assert "as in [0, 1]" in finding.advice
 
 
-def test_data_without_contrast(healthy):
+def test_data_without_contrast_fail(healthy):
     finding = look("data", healthy, shades(100, 104))
     assert finding.good is False
     assert "contrast" in finding.advice
 
 
-@pytest.mark.parametrize("said", ["epsilon", "sample"])
-def test_a_scheduler_that_reads_another_prediction_type(said, ill):
-    edit(ill / diffusion.MODEL / "scheduler" / "scheduler_config.json", prediction_type=said)
-    finding = look("prediction type", ill)
+@pytest.mark.parametrize("other", ["epsilon", "sample"])
+def test_a_scheduler_with_another_prediction_type_than_the_network_fails(other, spoiled):
+    edit(spoiled / diffusion.MODEL / "scheduler" / "scheduler_config.json", prediction_type=other)
+    finding = look("prediction type", spoiled)
     assert finding.good is False
-    assert "The network says v_prediction" in finding.advice
-    finding = look("scheduler", ill)
+    assert "The network predicts v_prediction" in finding.advice
+    finding = look("scheduler", spoiled)
     assert finding.good is False
-    assert f"prediction_type is {said}, trained v_prediction" in finding.text
-    if said == "epsilon":  # v read as x0 is a blurred picture, not noise
-        assert look("samples", ill).good is False
+    assert f"prediction_type is {other}, trained v_prediction" in finding.text
+    if other == "epsilon":  # v taken for x0 is a blurred image, not noise
+        assert look("samples", spoiled).good is False
 
 
-def test_a_young_network_that_errs_alike_as_anything_is_not_said_to_say_something_else(tmp_path):
+def test_a_network_of_few_steps_with_similar_errors_for_every_type_does_not_fail(tmp_path):
     diffusion.train_into(tmp_path / "run", TrainConfig(**CONFIG | {"steps": 20}), shades())
     finding = look("prediction type", tmp_path / "run")
-    assert finding.good or "too little is learnt to tell" in finding.advice
+    assert finding.good or "too little is learnt to decide" in finding.advice
 
 
-def test_a_model_of_other_pictures_is_not_asked_anything(ill):
+def test_a_model_of_another_shape_is_not_evaluated(spoiled):
     three = UNet(
         block_out_channels=(8, 8),
         down_block_types=("DownBlock2D", "DownBlock2D"),
@@ -112,64 +112,68 @@ def test_a_model_of_other_pictures_is_not_asked_anything(ill):
         norm_num_groups=4,
         sample_size=8,
     )
-    shutil.rmtree(ill / diffusion.MODEL)
-    Pipeline(three, DDPMScheduler()).save_pretrained(ill / diffusion.MODEL)
-    findings = found(ill)
+    shutil.rmtree(spoiled / diffusion.MODEL)
+    Pipeline(three, DDPMScheduler()).save_pretrained(spoiled / diffusion.MODEL)
+    findings = found(spoiled)
     assert list(findings) == ["data", "shape"]
-    assert findings["shape"].text == "the model's network takes (3, 8, 8), the data give (1, 8, 8)"
+    assert findings["shape"].text == "the network takes (3, 8, 8), the data have (1, 8, 8)"
     assert failed(findings) == {"shape"}
 
 
-def test_what_follows_from_a_wrong_prediction_type_points_to_it(ill):
-    edit(ill / diffusion.MODEL / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
-    findings = found(ill)
+def test_failures_that_may_follow_from_a_wrong_prediction_type_refer_to_it(spoiled):
+    edit(
+        spoiled / diffusion.MODEL / "scheduler" / "scheduler_config.json", prediction_type="epsilon"
+    )
+    findings = found(spoiled)
     assert {"scheduler", "prediction type", "samples"} <= failed(findings)
     for name in failed(findings) - {"scheduler", "prediction type"}:
-        assert findings[name].advice == "This may follow from the scheduler above: mend that first."
-    assert "was changed since" in findings["scheduler"].advice
-    assert "The network says v_prediction" in findings["prediction type"].advice
+        assert (
+            findings[name].advice == "This may follow from the scheduler above: correct that first."
+        )
+    assert "was changed after training" in findings["scheduler"].advice
+    assert "The network predicts v_prediction" in findings["prediction type"].advice
 
 
-def test_a_schedule_that_leaves_signal_at_its_end(ill):
-    scheduler = ill / diffusion.MODEL / "scheduler" / "scheduler_config.json"
+def test_a_schedule_with_signal_at_its_noisy_end_fails(spoiled):
+    scheduler = spoiled / diffusion.MODEL / "scheduler" / "scheduler_config.json"
     edit(scheduler, beta_schedule="linear", beta_end=0.005)
-    finding = look("start", ill)
+    finding = look("start", spoiled)
     assert finding.good is False
-    assert "never saw pure noise" in finding.advice
+    assert "was not trained on pure noise" in finding.advice
 
 
-def test_too_few_steps_for_any_network(ill):
-    edit(ill / diffusion.MODEL / "model_index.json", num_inference_steps=1)
-    finding = look("sampler", ill)
+def test_too_few_steps_fail_with_a_perfect_network(spoiled):
+    edit(spoiled / diffusion.MODEL / "model_index.json", num_inference_steps=1)
+    finding = look("sampler", spoiled)
     assert finding.good is False
     assert "more steps" in finding.advice
 
 
-def test_an_average_that_lags_behind(ill):
-    build(TrainConfig(**CONFIG), shades()).save_pretrained(ill / diffusion.MODEL)
-    finding = look("average", ill)
+def test_an_average_that_lags_behind_fails(spoiled):
+    build(TrainConfig(**CONFIG), shades()).save_pretrained(spoiled / diffusion.MODEL)
+    finding = look("average", spoiled)
     assert finding.good is False
     assert "lags behind" in finding.advice
 
 
-def test_a_network_that_has_learnt_nothing(ill):
-    build(TrainConfig(**CONFIG), shades()).save_pretrained(ill / diffusion.MODEL)
-    finding = look("loss by level", ill)
+def test_an_untrained_network_fails(spoiled):
+    build(TrainConfig(**CONFIG), shades()).save_pretrained(spoiled / diffusion.MODEL)
+    finding = look("loss by level", spoiled)
     assert finding.good is False
     assert "too short" in finding.advice
-    assert look("prediction type", ill).good is None
+    assert look("prediction type", spoiled).good is None
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e-6])
-def test_a_rate_at_which_nothing_is_learnt(rate, ill):
-    config = files.read_json(ill / diffusion.CONFIG)
-    edit(ill / diffusion.CONFIG, train=config["train"] | {"learning_rate": rate})
-    finding = look("overfit", ill)
+def test_a_learning_rate_that_is_too_low_fails(rate, spoiled):
+    config = files.read_json(spoiled / diffusion.CONFIG)
+    edit(spoiled / diffusion.CONFIG, train=config["train"] | {"learning_rate": rate})
+    finding = look("overfit", spoiled)
     assert finding.good is False
     assert "learning rate" in finding.advice
 
 
-def test_the_floor_lies_below_the_network_and_the_network_below_pixels(healthy):
+def test_the_network_lies_between_the_floor_and_the_optimum_by_pixel(healthy):
     lines = look("loss by level", healthy).text.splitlines()[2:]
     assert len(lines) == 8
     for line in lines[2:-1]:
@@ -182,7 +186,7 @@ def test_the_floor_lies_below_the_network_and_the_network_below_pixels(healthy):
     {"prediction_type": "edm"}, {"prediction_type": "flow"},
     {"prediction_type": "epsilon", "learn_variance": True, "num_inference_steps": 50},
 ])  # fmt: skip
-def test_other_objectives_are_understood(options, tmp_path):
+def test_runs_of_other_objectives_pass(options, tmp_path):
     out, data = tmp_path / "run", shades()
     diffusion.train_into(out, TrainConfig(**CONFIG | {"steps": 60} | options), data)
     for name in ("scheduler", "start", "prediction type", "overfit", "sampler"):
@@ -190,15 +194,15 @@ def test_other_objectives_are_understood(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_snapshot_alone_is_enough_and_without_one_the_average_is_not_judged(ill):
-    shutil.rmtree(ill / diffusion.MODEL)
-    assert not failed(found(ill))
-    diffusion.resume(ill, shades(), print_line=lambda text: None)
-    shutil.rmtree(ill / snapshot.FOLDER)
-    assert look("average", ill).good is None
-    shutil.rmtree(ill / diffusion.MODEL)
+def test_a_snapshot_alone_suffices_and_without_one_the_average_is_undecided(spoiled):
+    shutil.rmtree(spoiled / diffusion.MODEL)
+    assert not failed(found(spoiled))
+    diffusion.resume(spoiled, shades(), print_line=lambda text: None)
+    shutil.rmtree(spoiled / snapshot.FOLDER)
+    assert look("average", spoiled).good is None
+    shutil.rmtree(spoiled / diffusion.MODEL)
     with pytest.raises(CheckpointError, match="neither a model nor a snapshot"):
-        found(ill)
+        found(spoiled)
 
 
 def test_the_command_prints_every_check_and_fails_with_one_line(tmp_path, capsys):
@@ -207,8 +211,8 @@ def test_the_command_prints_every_check_and_fails_with_one_line(tmp_path, capsys
                    load("digits"), load={"name": "digits"})  # fmt: skip
     capsys.readouterr()
     assert main(["check", str(out)]) == 1
-    said = capsys.readouterr()
-    assert [name for name in NAMES if f" {name}: " in said.out] == NAMES
-    assert said.err.startswith(f"minidiff: {out}: ")
-    assert "loss by level" in said.err
-    assert said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert [name for name in NAMES if f" {name}: " in output.out] == NAMES
+    assert output.err.startswith(f"minidiff: {out}: ")
+    assert "loss by level" in output.err
+    assert output.err.count("\n") == 1

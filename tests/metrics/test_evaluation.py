@@ -1,4 +1,4 @@
-"""The protocol: what is counted, what is left out and why, and the table from the command line."""
+"""The protocol: its counts, reasons for missing figures, and the table of the command line."""
 
 import json
 from dataclasses import replace
@@ -11,8 +11,8 @@ from minidiff.cli import main
 from minidiff.data import ImageData, load
 from minidiff.errors import InvalidArgument
 from minidiff.metrics import fixed_order, protocol
+from minidiff.metrics.evaluation_table import FIGURES
 from minidiff.metrics.protocol import Plan, counted, digest, evaluate, plan_for
-from minidiff.metrics.report import FIGURES
 
 FAST = Plan(200, seeds=(0, 1), learnt=60, compared=40, likely=2, steps=1)
 
@@ -34,7 +34,7 @@ def less_work(monkeypatch):
     monkeypatch.setattr(protocol, "LEARNT", replace(protocol.LEARNT, epochs=1, batch_size=20))
 
 
-def test_the_hook_counts_what_the_network_is_shown_both_halves_of_guidance(pipe):
+def test_the_hook_counts_every_evaluated_image_with_both_halves_of_guidance(pipe):
     for scale, expected in ((1.0, 3 * 4), (2.0, 2 * 3 * 4)):
         with counted(pipe.unet) as count:
             pipe(num_images=3, num_inference_steps=4, guidance_scale=scale, seed=0)
@@ -43,11 +43,11 @@ def test_the_hook_counts_what_the_network_is_shown_both_halves_of_guidance(pipe)
     assert count == [expected]  # the hook is gone
 
 
-def test_every_figure_has_its_columns_and_a_value_a_seed(pipe, splits):
-    report = evaluate(pipe, *splits, metrics.load_classifier("digits"), FAST)
-    assert report.absent == {}
-    assert set(report.cells) == set(FIGURES)
-    for figure, columns in report.cells.items():
+def test_every_figure_has_its_columns_and_a_value_per_seed(pipe, splits):
+    table = evaluate(pipe, *splits, metrics.load_classifier("digits"), FAST)
+    assert table.absent == {}
+    assert set(table.cells) == set(FIGURES)
+    for figure, columns in table.cells.items():
         lengths = {column: len(values) for column, values in columns.items()}
         real = {"held out": 1, "training": 2}
         expected = {
@@ -58,12 +58,12 @@ def test_every_figure_has_its_columns_and_a_value_a_seed(pipe, splits):
             "evaluations": {"model": 2, "unguided": 2},
         }
         assert lengths == expected.get(figure, {"model": 2, "unguided": 2, **real}), figure
-    assert report.cells["evaluations"] == {"model": [2, 2], "unguided": [1, 1]}
-    assert report.cells["copying"]["training"] == [0]
-    assert report.about["likelihood_evaluations"] == 4 * 2 + 4 + 1
-    assert report.about["model_sha256"] == digest(pipe.unet)
-    json.dumps(report.as_json(), allow_nan=False)
-    text = str(report)
+    assert table.cells["evaluations"] == {"model": [2, 2], "unguided": [1, 1]}
+    assert table.cells["copying"]["training"] == [0]
+    assert table.about["likelihood_evaluations"] == 4 * 2 + 4 + 1
+    assert table.about["model_sha256"] == digest(pipe.unet)
+    json.dumps(table.as_json(), allow_nan=False)
+    text = str(table)
     assert "real, held out" in text
     assert "2.0 ± 0.0" in text
 
@@ -75,10 +75,10 @@ def test_the_same_seeds_give_the_same_figures(pipe, splits):
 
 
 def test_without_a_classifier_the_rest_is_measured_and_the_reason_given(pipe, splits):
-    report = evaluate(pipe, *splits, None, replace(FAST, seeds=(0,)))
-    assert set(report.cells) == {"copying", "bound", "flow", "evaluations"}
-    assert set(report.absent) == {"samples", "classifier"}
-    assert "not measured: samples: no classifier is shipped" in str(report)
+    table = evaluate(pipe, *splits, None, replace(FAST, seeds=(0,)))
+    assert set(table.cells) == {"copying", "bound", "flow", "evaluations"}
+    assert set(table.absent) == {"samples", "classifier"}
+    assert "not measured: samples: no classifier is shipped" in str(table)
 
 
 def test_a_model_without_classes_is_measured_without_accuracy(run_folder, splits, pipe):
@@ -90,14 +90,14 @@ def test_a_model_without_classes_is_measured_without_accuracy(run_folder, splits
     nameless = train(TrainConfig(steps=2, channels=(8, 8), batch_size=4, pictures=0), bare[0])
     plan = replace(FAST, seeds=(0,), parts=("samples", "classifier"))
     net = metrics.load_classifier("digits")
-    report = evaluate(nameless, train_images, test_images, net, plan)
-    assert "accuracy" not in {f for f, c in report.cells.items() if "model" in c}
-    assert {"fd", "kd", "density", "coverage"} <= set(report.cells)
-    assert "told no class" in report.absent["classifier"]
+    table = evaluate(nameless, train_images, test_images, net, plan)
+    assert "accuracy" not in {f for f, c in table.cells.items() if "model" in c}
+    assert {"fd", "kd", "density", "coverage"} <= set(table.cells)
+    assert "the model is unconditional" in table.absent["classifier"]
 
 
 def test_likelihood_is_that_of_the_given_class(pipe, splits):
-    """The right labels make the digits more probable than wrong ones."""
+    """Right labels make the digits more probable than wrong ones."""
     train_images, test_images = splits
     wrong = replace(test_images, labels=(test_images.labels + 5) % 10)
     plan = replace(FAST, seeds=(0,), likely=12, parts=("likelihood",))
@@ -110,8 +110,8 @@ def test_likelihood_is_that_of_the_given_class(pipe, splits):
     ("change", "message"),
     [
         ({"samples": 0}, "num must be in 1"),
-        ({"seeds": ()}, "seeds must be different and at least one"),
-        ({"seeds": (1, 1)}, "seeds must be different"),
+        ({"seeds": ()}, "seeds must list at least one seed"),
+        ({"seeds": (1, 1)}, "each once, got"),
         ({"seeds": (-1,)}, "seed must be in"),
         ({"parts": ("fid",)}, "parts must be one of samples, classifier, copying, likelihood"),
         ({"parts": ()}, "parts must name at least one"),
@@ -123,10 +123,12 @@ def test_a_plan_that_cannot_work_is_refused(change, message):
         replace(FAST, **change)
 
 
-def test_what_does_not_fit_together_is_refused_before_work(pipe, splits, monkeypatch):
+def test_a_model_data_and_classifier_that_do_not_fit_are_refused_before_any_work(
+    pipe, splits, monkeypatch
+):
     train_images, test_images = splits
     net = metrics.load_classifier("digits")
-    monkeypatch.setattr(type(pipe), "__call__", None)  # work would fail
+    monkeypatch.setattr(type(pipe), "__call__", None)  # any work would fail
     small = replace(train_images, images=train_images.images[:, :, :12])
     with pytest.raises(InvalidArgument, match="images of shape"):
         evaluate(pipe, small, test_images, net, FAST)
@@ -138,7 +140,7 @@ def test_what_does_not_fit_together_is_refused_before_work(pipe, splits, monkeyp
     with pytest.raises(InvalidArgument, match="num must be at least 10, got 5"):
         evaluate(pipe, train_images, test_images, None, replace(FAST, samples=5))
     other = metrics.classifier.build_classifier({"channels": 3, "num_classes": 10}).eval()
-    with pytest.raises(InvalidArgument, match="1 channels in 10 classes"):
+    with pytest.raises(InvalidArgument, match="for 1 channels and 10 classes"):
         evaluate(pipe, train_images, test_images, other, FAST)
 
 
@@ -151,7 +153,7 @@ def test_the_protocol_takes_no_more_samples_than_there_are_images():
     assert plan_for(data, quick=True).likely < plan_for(data).likely
 
 
-def test_evaluate_prints_one_table_and_writes_all_of_it(run_folder, tmp_path, capsys):
+def test_evaluate_prints_the_table_and_writes_all_figures_as_json(run_folder, tmp_path, capsys):
     out, png = tmp_path / "x.json", tmp_path / "x.png"
     call = ["evaluate", str(run_folder), "--num", "200", "--steps", "1", "--seeds", "1"]
     call += ["--parts", "samples,copying", "--sampler", "ddim", "--json", str(out)]
@@ -167,7 +169,7 @@ def test_evaluate_prints_one_table_and_writes_all_of_it(run_folder, tmp_path, ca
     assert png.is_file()
 
 
-def test_a_classifier_from_a_file_measures_as_the_shipped_one(run_folder, tmp_path, capsys):
+def test_a_classifier_of_a_file_gives_the_figures_of_the_shipped_one(run_folder, tmp_path, capsys):
     out = tmp_path / "x.json"
     call = ["evaluate", str(run_folder), "--num", "200", "--steps", "1", "--seeds", "1"]
     call += ["--parts", "samples", "--json", str(out)]
@@ -181,7 +183,7 @@ def test_a_classifier_from_a_file_measures_as_the_shipped_one(run_folder, tmp_pa
     assert "not a readable safetensors file" in capsys.readouterr().err
     model = next((run_folder / "model" / "unet").glob("*.safetensors"))
     assert main([*call, "--classifier", str(model)]) == 1
-    assert "says of no classifier how it is built" in capsys.readouterr().err
+    assert "has no valid architecture of a classifier" in capsys.readouterr().err
 
 
 def test_weights_decide_the_digest(pipe):

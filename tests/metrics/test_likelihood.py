@@ -39,12 +39,12 @@ KINDS = [
 
 
 def exact_denoiser(scheduler, data):
-    """What a perfect network of this scheduler says: of the input as it is shown to a network."""
+    """Return the denoiser of a perfect network for this scheduler."""
     model, one = Model(None, scheduler), torch.ones(1, dtype=torch.float64)
     levels = {node.t: node.level for node in model.nodes}
 
-    def denoise(shown, t):
-        x = shown / copy.copy(model.scheduler).scale_model_input(one, t).item()
+    def denoise(model_input, t):
+        x = model_input / copy.copy(model.scheduler).scale_model_input(one, t).item()
         return scheduler.target(data.denoise(x, levels[t]), data.noise(x, levels[t]), levels[t])
 
     return denoise
@@ -77,7 +77,7 @@ def knowable(scheduler, data, x):
     return data.log_prob(low.alpha * x, low) + math.log(low.alpha)
 
 
-def test_the_flow_is_of_fourth_order():
+def test_the_error_of_the_flow_shrinks_with_fourth_order():
     scheduler = DDIMScheduler(
         20_000, clip_sample=False, compat="exact", beta_schedule="squaredcos_cap_v2"
     )
@@ -133,7 +133,7 @@ def test_the_bound_is_above_the_exact_likelihood_and_near_it(name, options, all_
     assert EXACT < bits(bound.total("large")) < EXACT + 0.02
 
 
-def test_the_bound_closes_as_there_are_more_levels(all_noise):
+def test_the_bound_approaches_the_exact_likelihood_with_more_levels(all_noise):
     """About in proportion to their number: β(t) is the same, cut finer."""
     gaps = []
     for steps in (50, 200, 800):
@@ -194,7 +194,7 @@ def test_the_scheduler_is_left_as_it_was():
     assert scheduler.step_index is None
 
 
-def test_a_learned_variance_is_passed_over():
+def test_a_learned_variance_has_no_influence():
     options = {"clip_sample": False, "compat": "exact"}
     plain = SCHEDULERS["DDPMScheduler"](**options)
     learned = SCHEDULERS["DDPMScheduler"](**options, variance_type="learned_range")

@@ -63,7 +63,7 @@ def test_frechet_distance_does_not_change_under_a_rotation_and_a_common_scale():
     assert frechet_distance(7 * x @ turned, 7 * y @ turned) == pytest.approx(frechet_distance(x, y))
 
 
-def test_frechet_distance_of_matrices_that_do_not_commute_is_that_of_a_general_square_root():
+def test_frechet_distance_of_covariances_that_do_not_commute_equals_a_general_square_root():
     one, two = (_normal(5, 5, seed=s) for s in (1, 2))
     a, b = one @ one.T, two @ two.T
     values = torch.linalg.eigvals(a @ b)  # of a product of the two: real and ≥ 0, not symmetric
@@ -76,11 +76,11 @@ def test_frechet_distance_of_matrices_that_do_not_commute_is_that_of_a_general_s
 def test_frechet_distance_refuses_too_few_samples_and_other_features():
     with pytest.raises(InvalidArgument, match=r"2·D"):
         frechet_distance(_normal(11, 6), _normal(100, 6))
-    with pytest.raises(InvalidArgument, match="equally many"):
+    with pytest.raises(InvalidArgument, match="the same number of features"):
         frechet_distance(_normal(100, 6), _normal(100, 5))
 
 
-def test_coverage_of_points_on_a_line_is_what_one_counts_by_hand():
+def test_coverage_of_points_on_a_line_equals_a_count_by_hand():
     real = torch.tensor([[0.0], [1.0], [3.0], [10.0]])  # radii for k = 1: 1, 1, 2, 7
     assert coverage(real, torch.tensor([[0.5]]), k=1) == 0.5  # 0 and 1 see it
     assert coverage(real, torch.tensor([[1.5]]), k=1) == 0.5  # 1 and 3 see it
@@ -91,7 +91,7 @@ def test_coverage_of_points_on_a_line_is_what_one_counts_by_hand():
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_density_and_coverage_in_chunks_are_brute_force(k, monkeypatch):
+def test_density_and_coverage_in_chunks_equal_brute_force(k, monkeypatch):
     monkeypatch.setattr(neighbours, "_MAX_DISTANCES", 130 * 50)  # chunks of 50, 50 and 30 rows
     real, fake = _normal(130, 4), _normal(70, 4, seed=1) + 0.5
     inside, covered = 0, 0
@@ -104,12 +104,12 @@ def test_density_and_coverage_in_chunks_are_brute_force(k, monkeypatch):
     assert coverage(real, fake, k) == covered / len(real)
 
 
-def test_coverage_of_equal_distributions_is_the_expected_one():
+def test_coverage_of_equal_distributions_is_the_expected_value():
     shares = [coverage(_normal(1000, 3, seed=s), _normal(1000, 3, seed=s + 50)) for s in range(4)]
     assert sum(shares) / 4 == pytest.approx(1 - 2**-5, abs=0.01)
 
 
-def test_density_is_about_one_and_loses_the_share_of_samples_that_are_far_from_all_real_ones():
+def test_density_is_about_one_and_falls_by_the_fraction_of_samples_far_from_the_data():
     real = _normal(1000, 3)
     densities = [density_and_coverage(real, _normal(1000, 3, seed=s))[0] for s in range(1, 5)]
     assert sum(densities) / 4 == pytest.approx(1, abs=0.03)
@@ -118,7 +118,7 @@ def test_density_is_about_one_and_loses_the_share_of_samples_that_are_far_from_a
     assert density_and_coverage(real, fake)[0] == pytest.approx(0.6, abs=0.05)
 
 
-def test_kernel_distance_is_the_double_sum_over_pairs():
+def test_kernel_distance_equals_the_double_sum_over_pairs():
     x, y = _normal(40, 3), 1.2 * _normal(40, 3, seed=1) + 0.4
     found, error = kernel_distance(x, y, block=20)
     scale = (x - x.mean(0)).square().sum().div(39 * 3).sqrt()
@@ -157,7 +157,7 @@ def test_kernel_distance_does_not_change_under_a_rotation_a_shift_and_a_common_s
     assert found == pytest.approx(kernel_distance(x, y)[0], rel=1e-9)
 
 
-def test_kernel_distance_sees_what_the_frechet_distance_cannot():
+def test_kernel_distance_differs_where_mean_and_covariance_are_equal():
     skewed = _normal(20_000, 2, seed=1).square() - 1  # mean 0, variance 2, as the Gaussian below
     gaussian = math.sqrt(2) * _normal(20_000, 2)
     assert frechet_distance(gaussian, skewed) < 1
@@ -165,7 +165,7 @@ def test_kernel_distance_sees_what_the_frechet_distance_cannot():
     assert found > 10 * error
 
 
-def test_nearest_distance_is_brute_force_and_exactly_zero_for_a_copy(monkeypatch):
+def test_nearest_distance_equals_brute_force_and_is_exactly_zero_for_a_copy(monkeypatch):
     monkeypatch.setattr(neighbours, "_IMAGES", 16)
     monkeypatch.setattr(neighbours, "_MAX_DISTANCES", 16 * 7)  # several chunks on either side
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +178,7 @@ def test_nearest_distance_is_brute_force_and_exactly_zero_for_a_copy(monkeypatch
     assert found[3] == 0
 
 
-def test_copying_is_zero_for_copies_and_that_of_real_images_for_others():
+def test_copying_is_zero_for_copies_and_as_for_real_images_otherwise():
     train, test = data.load("digits").images, data.load("digits", "test").images
     held_out, others = test[:1000], test[1000:]
     real = copying(others, train, held_out)
@@ -201,7 +201,7 @@ def test_coverage_refuses_a_neighbour_that_does_not_exist(k):
         coverage(_normal(3, 2), _normal(3, 2), k)
 
 
-def test_accuracy_is_the_share_of_equal_labels():
+def test_accuracy_is_the_fraction_of_equal_labels():
     assert metrics.accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 4])) == 0.75
     with pytest.raises(InvalidArgument):
         metrics.accuracy(torch.tensor([1]), torch.tensor([1, 2]))
@@ -243,7 +243,7 @@ def test_the_mnist_classifier_reaches_its_stated_accuracy():
     assert measured >= 0.994
 
 
-def test_weights_that_were_tampered_with_are_refused(tmp_path):
+def test_modified_weights_are_refused(tmp_path):
     folder = shutil.copytree(metrics.WEIGHTS, tmp_path / "weights")
     assert isinstance(metrics.load_classifier("digits", folder), FeatureNet)
     path = folder / "digits.safetensors"
@@ -260,7 +260,7 @@ def test_weights_that_were_tampered_with_are_refused(tmp_path):
         metrics.load_classifier("digits", folder)
 
 
-def test_data_without_a_classifier_is_refused_with_the_way_to_one(tmp_path):
+def test_data_without_a_classifier_are_refused_with_the_command_that_trains_one(tmp_path):
     with pytest.raises(InvalidArgument, match=r"digits and mnist.*train-classifier"):
         Evaluator(str(tmp_path))
 
@@ -285,7 +285,7 @@ def test_real_digits_score_like_real_digits(evaluator):
         assert abs(scores.kd) < 1.5
 
 
-def test_the_floor_is_that_of_training_images_drawn_again_each_class_in_its_share(evaluator):
+def test_the_floor_scores_training_images_drawn_with_replacement_in_class_proportions(evaluator):
     drawn = evaluator._drawn_again(1000, seed=3)
     images = evaluator.train.images[evaluator.order[drawn]]
     labels = evaluator.train.labels[evaluator.order[drawn]]
@@ -307,7 +307,7 @@ def test_more_noise_gives_a_larger_distance(evaluator, real):
     assert scores[0].coverage > scores[1].coverage > scores[2].coverage
 
 
-def test_a_missing_class_lowers_coverage_by_its_share(evaluator, real):
+def test_a_missing_class_lowers_coverage_by_its_fraction(evaluator, real):
     images, labels = real
     kept = images[labels != 7]
     scores = evaluator.score(kept)
@@ -331,7 +331,7 @@ def test_wrong_labels_lower_accuracy_alone(evaluator, real):
     assert wrong[1:] == right[1:]
 
 
-def test_samples_of_another_form_are_refused(evaluator, real):
+def test_samples_of_another_dtype_shape_or_number_are_refused(evaluator, real):
     images, labels = real
     for wrong in (images.float(), images[:, :, 1:], images.repeat(1, 3, 1, 1)):
         with pytest.raises(InvalidArgument, match="uint8"):
@@ -353,8 +353,8 @@ def test_warped_images_keep_black_outside_and_are_not_flipped():
     assert (warped[..., :8].mean(dim=(1, 2, 3)) > warped[..., 8:].mean(dim=(1, 2, 3))).all()
 
 
-def test_photographs_are_mirrored_and_shifted_by_an_eighth_at_most():
-    column = torch.arange(16.0).expand(200, 1, 16, 16)  # every pixel says which column it is from
+def test_photographs_are_mirrored_and_shifted_by_at_most_an_eighth():
+    column = torch.arange(16.0).expand(200, 1, 16, 16)  # every pixel holds the number of its column
     row = column.transpose(2, 3)
     moved = train_classifier.flip_and_shift(
         torch.cat([column, row], dim=1), torch.Generator().manual_seed(0)
@@ -398,9 +398,9 @@ def test_the_classifier_of_photographs_learns_and_is_stored_in_less_than_a_megab
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        (None, "says of no classifier"),
+        (None, "no valid architecture"),
         ("[]", "must be a mapping"),
-        ("{", "says of no classifier"),
+        ("{", "no valid architecture"),
         ('{"network": "transformer"}', "one of plain, residual"),
         ('{"channels": 1, "depth": 3}', "takes no such arguments"),
         ('{"channels": 1, "num_classes": 10, "widths": [32, 64, 1e9]}', "widths must be a whole"),
@@ -408,7 +408,7 @@ def test_the_classifier_of_photographs_learns_and_is_stored_in_less_than_a_megab
         ('{"network": "residual", "channels": 1, "num_classes": 10}', "missing"),
     ],
 )
-def test_a_file_that_is_no_classifier_is_refused(tmp_path, architecture, message):
+def test_a_file_without_a_classifier_is_refused(tmp_path, architecture, message):
     path = tmp_path / "net.safetensors"
     metadata = {} if architecture is None else {"architecture": architecture}
     write_tensors(path, metrics.load_classifier("digits").state_dict(), metadata)
@@ -454,6 +454,6 @@ def test_a_recipe_out_of_range_is_refused_in_one_line(tmp_path, option, capsys):
         (lambda r, f: coverage(r, f * math.inf), "fake must be finite"),
     ],
 )
-def test_features_that_no_figure_can_be_taken_of_are_refused(measure, message):
+def test_features_without_a_finite_figure_are_refused(measure, message):
     with pytest.raises(InvalidArgument, match=message):
         measure(*_normal(2, 50, 4))

@@ -1,4 +1,4 @@
-"""Scores of pictures against their captions: what is asked, and what counts as right."""
+"""Scores of images against their captions: the attributes that count, and when they are right."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def evaluator() -> SceneEvaluator:
     return SceneEvaluator()
 
 
-def test_only_what_was_asked_counts():
+def test_only_attributes_that_the_caption_names_count():
     wanted = torch.full((4, len(QUESTIONS)), NONE)
     wanted[:, QUESTIONS.index("digit")] = torch.tensor([7, 7, NONE, 3])
     wanted[:, QUESTIONS.index("colour")] = 2
@@ -40,31 +40,29 @@ def test_answers_of_another_shape_are_refused(shape):
 
 @pytest.mark.parametrize("pairs", ["seen", "held out"])
 def test_simple_prompts_name_one_digit_its_colour_and_the_background(pairs):
-    asked = task(60, pairs)
-    assert len(asked.prompts) == len(asked.wanted) == len(asked.index) == 60
-    digit, colour, background = (asked.wanted[:, QUESTIONS.index(name)] for name in SIMPLE)
+    chosen = task(60, pairs)
+    assert len(chosen.prompts) == len(chosen.wanted) == len(chosen.index) == 60
+    digit, colour, background = (chosen.wanted[:, QUESTIONS.index(name)] for name in SIMPLE)
     names = list(COLOURS)
-    for prompt, d, c, b in zip(asked.prompts, digit, colour, background, strict=True):
+    for prompt, d, c, b in zip(chosen.prompts, digit, colour, background, strict=True):
         assert ((int(d), int(c)) in HELD_OUT) == (pairs == "held out")
         assert {names[c], names[b]} <= set(prompt.split())
-    shown = CaptionedDigits("test", pairs).scenes(asked.index)
-    assert torch.equal(shown.digit[:, 0], digit)
-    asked_for = {
-        name for name, row in zip(QUESTIONS, asked.wanted.T, strict=True) if row[0] != NONE
-    }
-    assert asked_for == {"arrangement", *SIMPLE}
-    assert (shown.relation == NONE).all()
+    scenes = CaptionedDigits("test", pairs).scenes(chosen.index)
+    assert torch.equal(scenes.digit[:, 0], digit)
+    named = {name for name, row in zip(QUESTIONS, chosen.wanted.T, strict=True) if row[0] != NONE}
+    assert named == {"arrangement", *SIMPLE}
+    assert (scenes.relation == NONE).all()
 
 
 def test_all_prompts_are_the_first_captions_of_the_test_split():
-    asked = task(50, simple=False)
-    assert asked.prompts == CaptionedDigits("test").captions(torch.arange(50))
-    assert (asked.wanted[:, QUESTIONS.index("other digit")] != NONE).any()
+    chosen = task(50, simple=False)
+    assert chosen.prompts == CaptionedDigits("test").captions(torch.arange(50))
+    assert (chosen.wanted[:, QUESTIONS.index("other digit")] != NONE).any()
     with pytest.raises(InvalidArgument, match="n must be in 1"):
         task(0)
 
 
-def test_labels_are_the_answers_and_every_epoch_has_other_pictures():
+def test_labels_are_the_answers_and_every_epoch_has_other_images():
     questions = Questions("test", length=40)
     first, labels = questions.batch(torch.arange(40))
     assert torch.equal(labels, questions.labels)
@@ -95,7 +93,7 @@ def test_a_classifier_of_scenes_learns_from_its_labels():
     assert losses[0] < 2.3  # ln 10
 
 
-def test_the_classifier_reaches_its_stated_accuracy_on_real_pictures(evaluator):
+def test_the_classifier_reaches_its_stated_accuracy_on_real_images(evaluator):
     stated = metrics.read_metadata(metrics.WEIGHTS / "captions.safetensors")
     test = Questions("test", length=3000)
     answers, _ = evaluator.read(test.images)
@@ -109,14 +107,14 @@ def test_the_classifier_reaches_its_stated_accuracy_on_real_pictures(evaluator):
 
 
 @pytest.mark.parametrize("pairs", ["seen", "held out"])
-def test_real_pictures_are_right_and_pictures_of_other_prompts_are_not(evaluator, pairs):
+def test_real_images_are_right_and_images_of_other_prompts_are_wrong(evaluator, pairs):
     assert evaluator.ceiling(200, pairs).together > 0.97
-    asked = task(200, pairs)
-    others = CaptionedDigits("test", pairs).images(asked.index.roll(1))
-    assert evaluator.score(others, asked.wanted).together < 0.06  # by chance one in eighty
+    chosen = task(200, pairs)
+    others = CaptionedDigits("test", pairs).images(chosen.index.roll(1))
+    assert evaluator.score(others, chosen.wanted).together < 0.06  # by chance one in eighty
 
 
-def test_pictures_of_another_kind_are_refused(evaluator):
+def test_images_of_another_shape_are_refused(evaluator):
     with pytest.raises(InvalidArgument, match=r"images must be uint8 \(N, 3, 32, 32\)"):
         evaluator.read(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     with pytest.raises(InvalidArgument, match="captions are for SceneEvaluator"):

@@ -1,6 +1,6 @@
-"""The table of an evaluation: what was found, for people and for files.
+"""The evaluation table, printed and as JSON.
 
-A row is a figure, a column what it was measured on, a cell one value or one a seed.
+A row is a figure, a column the images that it is measured on, a cell one value or one per seed.
 """
 
 import statistics
@@ -14,7 +14,7 @@ COLUMNS = (MODEL, UNGUIDED, HELD_OUT, TRAINING)
 
 
 class Figure(NamedTuple):
-    """How a row is printed: its title, what to multiply by, and digits behind the point."""
+    """The form of a row in print: its title, a factor, and the number of decimal places."""
 
     title: str
     factor: float
@@ -36,14 +36,14 @@ FIGURES = {
 
 
 @dataclass
-class Report:
-    """What `minidiff.metrics.protocol.evaluate` found.
+class EvaluationTable:
+    """The result of `minidiff.metrics.protocol.evaluate`.
 
     Attributes:
-        about: protocol, data, setting, seeds, digest of the model: what the figures depend on.
-        cells: figure → column → one value a seed, or one where no seed enters.
-        absent: figure or part → why it could not be measured.
-        seconds: part → how long it took.
+        about: protocol, data, settings, seeds and digest of the model, on which figures depend.
+        cells: values by figure and column: one per seed, or one where no seed enters.
+        absent: reason by figure or part that could not be measured.
+        seconds: duration by part.
     """
 
     about: dict[str, Any]
@@ -52,17 +52,17 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, figure: str, column: str, value: float) -> None:
-        """Enter a value behind those of earlier seeds."""
+        """Add a value after those of earlier seeds."""
         self.cells.setdefault(figure, {}).setdefault(column, []).append(value)
 
     def add_scores(self, column: str, scores: Scores) -> None:
-        """Enter all figures that are taken on features."""
+        """Add all figures that are computed on features."""
         for figure, value in scores._asdict().items():
             if value is not None:
                 self.add(figure, column, value)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for a file: every value, and mean and standard deviation over seeds."""
+        """Return everything for a file: each value, and mean and standard deviation over seeds."""
         figures = {
             figure: {
                 column: {"values": values, "mean": statistics.fmean(values), "std": _std(values)}
@@ -87,10 +87,12 @@ class Report:
 
 
 def _std(values: list[float]) -> float | None:
+    """Return the standard deviation over seeds, None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _cell(values: list[float] | None, figure: Figure) -> str:
+    """Return mean ± standard deviation as text, a dash where nothing was measured."""
     if values is None:
         return "–"
     mean, std = statistics.fmean(values), _std(values)
