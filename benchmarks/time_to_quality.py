@@ -391,7 +391,7 @@ def _score(options: argparse.Namespace) -> None:
     if options.steps is not None:
         whole_number("steps", options.steps, 1, 1000)
     evaluator = Evaluator("mnist", options.data_dir, device)
-    whole_number("num", options.num, evaluator.least)
+    whole_number("num", options.num, evaluator.min_images)
     rows = score(
         runs, evaluator, device, options.scores,
         num=options.num, seed=options.seed, steps=options.steps, last=options.last,

@@ -369,7 +369,7 @@ class _WithoutPosition(NamedTuple):
 
 
 def overfit(run: OpenedRun) -> Finding:
-    """Check that a fresh network overfits one batch, with gradients and a sensible learning rate."""
+    """Check that a fresh network overfits one batch at the learning rate of the run."""
     config = replace(
         run.config, steps=OVERFIT_STEPS, minutes=None, batch_size=8, final_batch_size=None,
         accumulate=1, compile=False, dropout=0.0, shift=0, flip=False, label_dropout=0.0,
@@ -383,7 +383,7 @@ def overfit(run: OpenedRun) -> Finding:
         before = float(training.meter.sum)
         training.step()
         losses.append(float(training.meter.sum) - before)
-    first, last = np.mean(losses[:5]), np.mean(losses[-10:])
+    first, last = float(np.mean(losses[:5])), float(np.mean(losses[-10:]))
     text = f"the loss of a fresh network on one batch: {first:.3f}, after {OVERFIT_STEPS} steps "
     text += f"{last:.3f}"
     advice = f"It cannot learn eight images: raise the learning rate ({config.learning_rate:g}) "
