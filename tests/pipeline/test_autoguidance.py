@@ -1,4 +1,4 @@
-"""A pipeline that leads away from a weaker network, and a training that keeps one."""
+"""Autoguidance: sampling guided away from a guidance network, which training keeps."""
 
 import copy
 import json
@@ -27,20 +27,20 @@ TINY = {"channels": (4, 4), "batch_size": 8, "pictures": 0}
 DRAWN = {"num_images": 3, "num_inference_steps": 4, "seed": 0, "output_type": "pt"}
 
 
-def jittered(unet: UNet) -> UNet:
-    """A network that says something else."""
+def perturbed(unet: UNet) -> UNet:
+    """Return the network with noise added to its weights."""
     other, source = copy.deepcopy(unet), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for weights in other.parameters():
-            weights.add_(0.1 * torch.randn(weights.shape, generator=source))
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=source))
     return other
 
 
 @pytest.fixture
 def pair() -> Pipeline:
-    """A pipeline with random weights, and a weaker network with others."""
+    """Return a pipeline with random weights and a guidance network with other weights."""
     pipe = digits()
-    pipe.weaker, pipe.autoguidance_scale = jittered(pipe.unet), 1.5
+    pipe.weaker, pipe.autoguidance_scale = perturbed(pipe.unet), 1.5
     return pipe
 
 
@@ -51,52 +51,56 @@ def pair() -> Pipeline:
     interval=st.sampled_from([None, (0.3, 3.0), (0.0, 0.3)]),
     entry=st.integers(0, 9),
 )
-def test_the_denoiser_is_the_papers_sum_of_two_networks(scale, guidance, interval, entry):
+def test_the_denoiser_applies_autoguidance_before_classifier_free_guidance(
+    scale, guidance, interval, entry
+):
     pipe = digits()
-    pipe.weaker = jittered(pipe.unet)
+    pipe.weaker = perturbed(pipe.unet)
     pipe.scheduler.set_timesteps(10)
     t = pipe.scheduler.grid[entry]
     ratio = pipe.scheduler.schedule[t].sigma / pipe.scheduler.schedule[t].alpha
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 5])
     with torch.no_grad():
         denoise = pipe.denoiser(labels, Guidance(guidance, extrapolated, interval, scale))
-        good, none = (
+        wanted, unconditional = (
             pipe.unet(x, t, class_labels=labels),
             pipe.unet(x, t, class_labels=torch.full_like(labels, 10)),
         )
         bad = pipe.weaker(x, t, class_labels=labels)
-        better = bad + scale * (good - bad)
-        led = better if guidance == 1 else none + guidance * (better - none)
+        better = bad + scale * (wanted - bad)
+        guided = unconditional + guidance * (better - unconditional) if guidance != 1 else better
         inside = interval is None or interval[0] <= ratio <= interval[1]
-        torch.testing.assert_close(denoise(x, t), led if inside else good, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            denoise(x, t), guided if inside else wanted, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_network_that_leads_away_from_itself_stays(guidance, pair):
+def test_guidance_away_from_the_network_itself_changes_nothing(guidance, pair):
     pair.weaker = pair.unet
-    alone, led = (
+    alone, guided = (
         pair(**DRAWN, guidance_scale=guidance, autoguidance_scale=w).images for w in (1, 3)
     )
-    torch.testing.assert_close(led, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(guided, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_scale_of_1_does_not_ask_the_weaker_network(pair):
-    with counted(pair.weaker) as weaker, counted(pair.unet, pair.weaker, None) as both:
+def test_a_scale_of_1_does_not_evaluate_the_guidance_network(pair):
+    with counted(pair.weaker) as guide, counted(pair.unet, pair.weaker, None) as both:
         pair(**DRAWN, guidance_scale=1, autoguidance_scale=1)
-        assert (weaker, both) == ([0], [3 * 4])
+        assert (guide, both) == ([0], [3 * 4])
         pair(**DRAWN, guidance_scale=1)
-        assert (weaker, both) == ([3 * 4], [3 * 3 * 4])
+        assert (guide, both) == ([3 * 4], [3 * 3 * 4])
 
 
-def test_a_model_without_classes_can_be_led_and_at_some_levels_alone():
+def test_a_model_without_classes_is_guided_and_only_inside_the_interval():
     images = load("digits").images
     data = ImageData("unlabelled", images, None, ())
     pipe = train(TrainConfig(steps=4, autoguidance_scale=2, weaker_at=0.5, **TINY), data)
-    alone, led = (pipe(**DRAWN, autoguidance_scale=w).images for w in (1, 2))
-    assert torch.equal(pipe(**DRAWN).images, led)
-    assert not torch.equal(alone, led)
-    nowhere = pipe(**DRAWN, guidance_interval=(1e5, 1e6)).images
-    assert torch.equal(nowhere, alone)
+    unguided, guided = (pipe(**DRAWN, autoguidance_scale=w).images for w in (1, 2))
+    assert torch.equal(pipe(**DRAWN).images, guided)
+    assert not torch.equal(unguided, guided)
+    outside = pipe(**DRAWN, guidance_interval=(1e5, 1e6)).images
+    assert torch.equal(outside, unguided)
 
 
 # --- folders ---------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def test_a_folder_keeps_both_networks_and_diffusers_reads_them(pair, tmp_path):
         )  # fmt: skip
 
 
-def test_a_scale_without_its_network_is_refused(pair, tmp_path):
+def test_a_scale_without_a_guidance_network_is_refused(pair, tmp_path):
     pair.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     del index["weaker"]
@@ -125,7 +129,7 @@ def test_a_scale_without_its_network_is_refused(pair, tmp_path):
         Pipeline.from_pretrained(tmp_path)
 
 
-def test_diffusers_pipelines_have_no_place_for_it(latent_pipe, tmp_path):
+def test_a_guidance_network_cannot_be_saved_in_a_pipeline_of_diffusers(latent_pipe, tmp_path):
     latent_pipe.weaker = latent_pipe.unet
     with pytest.raises(InvalidArgument, match="StableDiffusionPipeline has no place for it"):
         latent_pipe.save_pretrained(tmp_path / "model")
@@ -135,53 +139,55 @@ def test_diffusers_pipelines_have_no_place_for_it(latent_pipe, tmp_path):
 # --- training --------------------------------------------------------------------------------
 
 
-def test_the_weaker_network_is_the_average_of_its_time_and_training_goes_on_as_without():
+def test_the_guidance_network_is_an_early_average_and_training_is_unchanged():
     averages, data = [], load("digits")
 
-    def look(training: DiffusionTraining) -> None:
+    def keep_average(training: DiffusionTraining) -> None:
         averages.append(copy.deepcopy(training.average.model.unet.state_dict()))
 
     pipe = train(
-        TrainConfig(steps=12, autoguidance_scale=2, weaker_at=0.25, **TINY), data, after_step=look
+        TrainConfig(steps=12, autoguidance_scale=2, weaker_at=0.25, **TINY),
+        data,
+        after_step=keep_average,
     )
     plain = train(TrainConfig(steps=12, **TINY), data)
     assert (plain.weaker, plain.autoguidance_scale, pipe.autoguidance_scale) == (None, 1, 2)
-    for found, wanted in ((pipe.weaker, averages[2]), (pipe.unet, plain.unet.state_dict())):
-        assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+    for found, expected in ((pipe.weaker, averages[2]), (pipe.unet, plain.unet.state_dict())):
+        assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
 
 
-def test_pictures_before_its_time_are_drawn_without_it():
+def test_pictures_before_the_guidance_network_exists_are_drawn_without_it():
     scales = []
     config = TrainConfig(steps=8, autoguidance_scale=2, weaker_at=0.5, **TINY | {"pictures": 4})
     train(config, load("digits"), picture=lambda pipe, step: scales.append(pipe.autoguidance_scale))
     assert scales == [1, 2, 2]
 
 
-def test_the_command_line_trains_and_samples_with_it(tmp_path):
+def test_the_command_line_trains_and_samples_with_autoguidance(tmp_path):
     out = str(tmp_path / "run")
     assert main(["train", "--data", "digits", "--out", out, "--steps", "4", "--channels", "4,4",
                  "--pictures", "0", "--autoguidance", "3", "--weaker-at", "0.5"]) == 0  # fmt: skip
     images = []
     for scale in ("1", "3", None):
         file = str(tmp_path / f"{scale}.npz")
-        led = [] if scale is None else ["--autoguidance", scale]
-        assert main(["sample", out, "--num", "10", "--steps", "3", "--npz", file, *led]) == 0
+        option = [] if scale is None else ["--autoguidance", scale]
+        assert main(["sample", out, "--num", "10", "--steps", "3", "--npz", file, *option]) == 0
         images.append(np.load(file)["images"])
     assert np.array_equal(images[1], images[2])
     assert not np.array_equal(images[0], images[1])
 
 
-# --- what cannot work ------------------------------------------------------------------------
+# --- invalid arguments -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None])
-def test_a_scale_that_is_no_number_is_refused(pair, scale):
+def test_a_scale_that_is_not_a_finite_number_is_refused(pair, scale):
     with pytest.raises(InvalidArgument, match="autoguidance_scale must be"):
         Pipeline(pair.unet, pair.scheduler, pair.vae, pair.class_names, weaker=pair.weaker,
                  autoguidance_scale=scale)  # fmt: skip
 
 
-def test_a_call_without_a_weaker_network_is_refused_before_work(pipe, monkeypatch):
+def test_a_scale_in_a_call_without_a_guidance_network_is_refused_before_sampling(pipe, monkeypatch):
     monkeypatch.setattr(UNet, "forward", None)
     with pytest.raises(InvalidArgument, match="autoguidance_scale must be 1 for a model without"):
         pipe(autoguidance_scale=1.5)
@@ -198,12 +204,12 @@ def test_a_call_without_a_weaker_network_is_refused_before_work(pipe, monkeypatc
         ({"in_channels": 1}, "the guidance network must have in_channels=4"),
     ],
 )
-def test_a_weaker_network_of_another_kind_is_refused(pair, change, message):
+def test_a_guidance_network_of_another_configuration_is_refused(pair, change, message):
     other = UNet(**{**dict(pair.unet.config), **change})
     with pytest.raises(InvalidArgument, match=message):
         Pipeline(pair.unet, pair.scheduler, pair.vae, pair.class_names, weaker=other)
 
 
-def test_captions_are_refused_since_their_encoder_learns_on():
+def test_captions_are_refused_because_their_encoder_keeps_training():
     with pytest.raises(InvalidArgument, match="autoguidance_scale must be 1 for captions"):
         check(TrainConfig(steps=1, autoguidance_scale=2), load("captions"))

@@ -1,5 +1,4 @@
-"""The arguments of a pipeline's call: guidance, callbacks, sizes, number types; and what is left of
-them when they are combined at random."""
+"""Arguments of a pipeline's call: guidance, callbacks, number types and random combinations."""
 
 import math
 
@@ -36,7 +35,7 @@ def theirs(folder, **options) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rescale", [0.7, 1.0])
-def test_a_rescale_of_guidance_gives_the_pictures_of_diffusers(latent_folder, latent_pipe, rescale):
+def test_guidance_rescale_gives_the_pictures_of_diffusers(latent_folder, latent_pipe, rescale):
     options = {"guidance_rescale": rescale, "negative_prompt": AGAINST}
     options["latents"] = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(
@@ -44,11 +43,11 @@ def test_a_rescale_of_guidance_gives_the_pictures_of_diffusers(latent_folder, la
     )
 
 
-def test_a_callback_sees_and_changes_what_that_of_diffusers_does(latent_folder, latent_pipe):
+def test_a_callback_receives_and_changes_the_latents_as_in_diffusers(latent_folder, latent_pipe):
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     calls: dict[str, list] = {"ours": [], "theirs": []}
 
-    def halves(kind: str):
+    def halving(kind: str):
         def on_step_end(pipe: object, step: int, t: object, kwargs: dict) -> dict[str, Tensor]:
             calls[kind].append((step, int(t), kwargs["latents"]))
             return {"latents": kwargs["latents"] * 0.5} if step == 1 else {}
@@ -57,9 +56,9 @@ def test_a_callback_sees_and_changes_what_that_of_diffusers_does(latent_folder, 
 
     steps: list[Step] = []
     mine = ours(
-        latent_pipe, latents=latents, callback_on_step_end=halves("ours"), callback=steps.append
+        latent_pipe, latents=latents, callback_on_step_end=halving("ours"), callback=steps.append
     )
-    expected = theirs(latent_folder, latents=latents, callback_on_step_end=halves("theirs"))
+    expected = theirs(latent_folder, latents=latents, callback_on_step_end=halving("theirs"))
     np.testing.assert_allclose(mine, expected, atol=1e-4)
     for (step, t, x), (step_, t_, x_) in zip(*calls.values(), strict=True):
         assert (step, t) == (step_, t_)
@@ -69,24 +68,24 @@ def test_a_callback_sees_and_changes_what_that_of_diffusers_does(latent_folder, 
 
 
 @pytest.mark.parametrize("answer", [{"prompt_embeds": torch.zeros(1)}, {"latents": torch.zeros(3)}])
-def test_a_callback_that_returns_something_else_is_refused(latent_pipe, answer):
+def test_a_callback_that_returns_anything_but_latents_is_refused(latent_pipe, answer):
     with pytest.raises(InvalidArgument, match=r"callback_on_step_end may return \{'latents'"):
         latent_pipe("a cat", callback_on_step_end=lambda *args: answer, num_inference_steps=2)
 
 
-def test_an_empty_prompt_is_the_network_without_a_text(latent_pipe):
-    """c = u, so that no scale of guidance changes it."""
+def test_guidance_does_not_change_the_pictures_of_an_empty_prompt(latent_pipe):
+    """Both outputs are equal there, c = u."""
     options = {"num_inference_steps": 3, "seed": 0, "output_type": "pt"}
     alone = latent_pipe("", guidance_scale=1, **options).images
     guided = latent_pipe("", guidance_scale=9, **options).images
     torch.testing.assert_close(guided, alone, rtol=1e-3, atol=1e-3)
     assert (latent_pipe("a cat", guidance_scale=9, **options).images - alone).abs().max() > 1e-2
-    # Led away from the text that is asked for, by a scale of 0: that text's own absence.
-    away = latent_pipe("a cat", negative_prompt="", guidance_scale=0, **options).images
-    torch.testing.assert_close(away, alone, rtol=1e-3, atol=1e-3)
+    # Scale 0 is the unconditional output alone: no text.
+    unconditional = latent_pipe("a cat", negative_prompt="", guidance_scale=0, **options).images
+    torch.testing.assert_close(unconditional, alone, rtol=1e-3, atol=1e-3)
 
 
-def test_an_interval_of_everything_is_guidance_and_of_nothing_is_none(latent_pipe):
+def test_an_interval_of_all_levels_is_plain_guidance_and_of_no_level_none(latent_pipe):
     options = {"num_inference_steps": 4, "seed": 0, "output_type": "pt"}
     guided = latent_pipe("a cat", guidance_scale=5, **options).images
     plain = latent_pipe("a cat", guidance_scale=1, **options).images
@@ -109,8 +108,8 @@ def test_an_interval_of_everything_is_guidance_and_of_nothing_is_none(latent_pip
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpm++"])
-def test_other_guidance_composes_from_outside(name):
-    """By `guide=`, of a pair; and by another `denoiser`, of whole networks."""
+def test_guidance_methods_compose_from_outside(name):
+    """By `guide=`, from a pair of outputs; and by `wraps`, from whole denoisers."""
     pipe, weak = digits(), digits()
     pipe.scheduler = sampler(name, pipe.scheduler)
     torch.nn.init.normal_(weak.unet.conv_out.weight, std=0.1)
@@ -122,42 +121,42 @@ def test_other_guidance_composes_from_outside(name):
 
     assert torch.equal(guided(extrapolated), plain)
     meaning = meaning_of(pipe.scheduler)
-    whole = guided(lambda pair, w: projected(pair, w, meaning, parallel=1, momentum=0))
-    torch.testing.assert_close(whole, plain, rtol=1e-3, atol=1e-3)
-    kept: list[Tensor] = []
+    unprojected = guided(lambda pair, w: projected(pair, w, meaning, parallel=1, momentum=0))
+    torch.testing.assert_close(unprojected, plain, rtol=1e-3, atol=1e-3)
+    predicted: list[Tensor] = []
     clipped = pipe(
         [1, 2],
         guide=lambda pair, w: thresholded(extrapolated(pair, w), meaning, ratio=1.0),
-        callback=lambda step: kept.append(step.x0),
+        callback=lambda step: predicted.append(step.x0),
         **options,
     ).images
-    assert max(x0.abs().max() for x0 in kept) < 1 + 1e-3
+    assert max(x0.abs().max() for x0 in predicted) < 1 + 1e-3
     assert not torch.equal(clipped, plain)
 
     bad = weak.denoiser(torch.tensor([1, 2]))
     pipe.wraps.append(lambda denoise: autoguidance(denoise, bad, options["guidance_scale"]))
     unguided = options | {"guidance_scale": 1}
-    auto = pipe([1, 2], **unguided).images
-    assert not torch.equal(auto, plain)
+    autoguided = pipe([1, 2], **unguided).images
+    assert not torch.equal(autoguided, plain)
     weak.unet.load_state_dict(pipe.unet.state_dict())
-    itself = pipe([1, 2], **unguided).images
+    by_itself = pipe([1, 2], **unguided).images
     pipe.wraps.clear()
     torch.testing.assert_close(
-        itself, pipe([1, 2], **options | {"guidance_scale": 1}).images, rtol=1e-5, atol=1e-5
+        by_itself, pipe([1, 2], **options | {"guidance_scale": 1}).images, rtol=1e-5, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_network_alone_runs_in_few_bits(latent_pipe, dtype):
-    """By one flag. Guidance and the sampler's arithmetic are float32, samples too."""
+def test_only_the_network_runs_in_16_bits(latent_pipe, dtype):
+    """Guidance, the sampler's arithmetic and samples stay in float32."""
     options = {"num_inference_steps": 4, "seed": 0, "output_type": "pt", "guidance_scale": 5}
     expected = latent_pipe("a cat", **options).images
-    seen: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
     latent_pipe.unet.conv_out.register_forward_hook(
-        lambda module, args, out: seen.append(out.dtype)
+        lambda module, args, out: dtypes.append(out.dtype)
     )
 
-    def wide(pair, scale: float):
+    def in_float32(pair, scale: float):
         def denoise(x: Tensor, t: float) -> Tensor:
             c, u = pair(x, t)
             assert c.dtype == u.dtype == x.dtype == torch.float32
@@ -165,15 +164,15 @@ def test_the_network_alone_runs_in_few_bits(latent_pipe, dtype):
 
         return denoise
 
-    result = latent_pipe.to(dtype=dtype)("a cat", guide=wide, **options).images
-    assert set(seen) == {dtype}
+    result = latent_pipe.to(dtype=dtype)("a cat", guide=in_float32, **options).images
+    assert set(dtypes) == {dtype}
     assert next(latent_pipe.unet.parameters()).dtype == torch.float32
     assert result.dtype == torch.float32
     assert 0 < (result - expected).abs().max() < 0.15
     assert torch.equal(latent_pipe.to(dtype=torch.float32)("a cat", **options).images, expected)
 
 
-def test_the_number_of_images_a_prompt_is_theirs_one_after_another(latent_pipe):
+def test_images_of_one_prompt_follow_each_other(latent_pipe):
     options = {"num_inference_steps": 2, "seed": 0, "output_type": "pt"}
     repeated = latent_pipe(
         PROMPTS, negative_prompt=AGAINST, num_images_per_prompt=2, **options
@@ -193,19 +192,19 @@ def test_a_progress_bar_counts_steps(latent_pipe, capsys):
     assert "6/6" in capsys.readouterr().err
 
 
-def test_too_long_a_prompt_is_warned_of_with_the_words_that_are_cut(latent_pipe):
+def test_a_prompt_that_is_too_long_warns_with_the_words_that_are_cut(latent_pipe):
     with pytest.warns(UserWarning, match="is cut off: '.*dog'"):
         latent_pipe("cat " * 12 + "dog", num_inference_steps=1, guidance_scale=1)
 
 
-PIPE, NEVER = digits(), digits()
+PIPE, BROKEN = digits(), digits()
 
 
 @settings(max_examples=10, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
 @given(st.data())
-def test_any_options_leave_a_picture_its_own(data):
-    """One image of a batch, whatever is asked for, is the one that is made alone."""
+def test_a_picture_does_not_depend_on_its_batch_under_any_options(data):
+    """One picture of a batch equals the same picture drawn alone."""
     pipe = PIPE
     draw = data.draw
     pipe.scheduler = sampler(draw(st.sampled_from(sorted(SAMPLERS))), pipe.scheduler)
@@ -264,6 +263,6 @@ BAD = {
 @given(st.sampled_from(sorted(BAD)).flatmap(lambda name: st.tuples(st.just(name), BAD[name])))
 def test_bad_input_never_reaches_the_network(bad):
     name, value = bad
-    NEVER.unet.forward = None  # which fails when it is called
+    BROKEN.unet.forward = None  # fails when it is called
     with pytest.raises(InvalidArgument, match=name.split("_")[0]):
-        NEVER(**{"num_inference_steps": 2, name: value})
+        BROKEN(**{"num_inference_steps": 2, name: value})

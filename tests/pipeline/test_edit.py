@@ -1,4 +1,4 @@
-"""Inversion and wide pictures: against closed forms, and through whole pipelines."""
+"""Inversion and panoramas: against closed forms, and through whole pipelines."""
 
 import math
 from itertools import pairwise
@@ -31,29 +31,29 @@ def optimal(x: Tensor, t: float) -> Tensor:
     return output_of(SCHEDULER, MIXTURE, x, SCHEDULER.level(t))
 
 
-def miss(n: int) -> float:
-    """How far from a point its reconstruction in n steps is, at most."""
+def reconstruction_error(n: int) -> float:
+    """Return the largest distance between a point and its reconstruction in n steps."""
     noise = climb(optimal, SCHEDULER, CLEAN_POINTS, n)
     return (descend(optimal, SCHEDULER, noise, n) - CLEAN_POINTS).abs().max().item()
 
 
-def test_a_reconstruction_misses_by_less_with_every_doubling_of_the_steps():
-    errors = [miss(n) for n in (25, 50, 100, 200)]
+def test_the_reconstruction_error_falls_with_first_order_in_the_number_of_steps():
+    errors = [reconstruction_error(n) for n in (25, 50, 100, 200)]
     for larger, smaller in pairwise(errors):
-        assert 0.8 < math.log2(larger / smaller) < 1.6  # of first order
+        assert 0.8 < math.log2(larger / smaller) < 1.6
     assert errors[-1] < 0.08
 
 
-def test_inversion_ends_where_the_probability_flow_does():
+def test_inversion_ends_at_the_noise_of_the_probability_flow():
     noise = climb(optimal, SCHEDULER, CLEAN_POINTS, 1000)
-    down = ddim_of(SCHEDULER)
-    down.set_timesteps(1000)
-    truth = MIXTURE.flow(CLEAN_POINTS, CLEAN, down.levels[0])
+    ddim = ddim_of(SCHEDULER)
+    ddim.set_timesteps(1000)
+    truth = MIXTURE.flow(CLEAN_POINTS, CLEAN, ddim.levels[0])
     torch.testing.assert_close(noise, truth, rtol=0, atol=0.02)
     assert 0.5 < noise.std() < 2
 
 
-def test_a_picture_comes_back_and_another_prompt_makes_another():
+def test_the_same_label_reconstructs_a_picture_and_another_label_changes_it():
     pipe, image = digits(), torch.rand(2, 1, 16, 16) * 2 - 1
     options = {"num_inference_steps": 24, "output_type": "pt"}
     again = reconstruct(pipe, image, [3, 4], **options).images
@@ -63,7 +63,7 @@ def test_a_picture_comes_back_and_another_prompt_makes_another():
     assert (again - image).abs().max() < (other - image).abs().max() / 4
 
 
-def test_a_latent_model_inverts_the_mode_of_its_encoder(tmp_path):
+def test_a_latent_model_inverts_the_mode_of_the_encoded_image(tmp_path):
     stable_diffusion(tmp_path, DDIM_V).save_pretrained(tmp_path / "sd")
     pipe = Pipeline.from_pretrained(tmp_path / "sd")
     pipe.unet.forward = lambda x, t, **condition: 0.3 * x.tanh()
@@ -92,14 +92,14 @@ def test_a_latent_model_inverts_the_mode_of_its_encoder(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_inverted_is_refused_by_name(arguments, message):
+def test_invalid_arguments_of_inversion_are_refused_by_name(arguments, message):
     pipe = digits()
     pipe.unet.forward = None
     with pytest.raises(InvalidArgument, match=message):
         invert(pipe, **arguments)
 
 
-def test_a_flow_has_no_ddim():
+def test_a_scheduler_without_betas_has_no_ddim():
     for scheduler in (FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler(),
                       UniPCMultistepScheduler(use_flow_sigmas=True)):  # fmt: skip
         with pytest.raises(InvalidArgument, match="scheduler must have a schedule of β"):
@@ -110,12 +110,12 @@ def test_a_flow_has_no_ddim():
 
 
 def local(x: Tensor, t: float) -> Tensor:
-    """A network that looks at a window as a whole, so that windows differ."""
+    """Return an output that depends on the mean of the window, so that windows differ."""
     return x * 2 + x.mean(dim=(-2, -1), keepdim=True) + t
 
 
 @pytest.mark.parametrize("circular", [False, True])
-def test_windows_side_by_side_are_independent(circular):
+def test_adjacent_windows_without_overlap_are_independent(circular):
     x = torch.randn(3, 2, 8, 24)
     wide = windowed(local, (8, 8), 8, circular=circular)(x, 5)
     parts = [local(part, 5) for part in x.chunk(3, dim=-1)]
@@ -126,7 +126,7 @@ def test_windows_side_by_side_are_independent(circular):
 @pytest.mark.parametrize("stride", [1, 3, (2, 5), 8])
 @pytest.mark.parametrize("size", [(8, 8), (8, 20), (17, 30)])
 @pytest.mark.parametrize("circular", [False, True])
-def test_what_is_the_same_in_every_window_is_the_same_on_the_canvas(stride, size, circular):
+def test_a_pointwise_function_of_windows_is_that_function_of_the_canvas(stride, size, circular):
     x = torch.randn(2, 1, *size)
     constant = windowed(lambda x, t: torch.full_like(x, 0.7), (8, 8), stride, circular=circular)
     torch.testing.assert_close(constant(x, 1), torch.full_like(x, 0.7))
@@ -134,24 +134,24 @@ def test_what_is_the_same_in_every_window_is_the_same_on_the_canvas(stride, size
     torch.testing.assert_close(pointwise(x, 1), x.tanh() + 1)
 
 
-def test_where_windows_overlap_is_their_mean():
+def test_overlapping_windows_are_averaged():
     x = torch.zeros(1, 1, 4, 6)
-    asked = iter([1.0, 4.0])
-    out = windowed(lambda x, t: torch.full_like(x, next(asked)), (4, 4), (4, 2))(x, 0)
+    values = iter([1.0, 4.0])
+    out = windowed(lambda x, t: torch.full_like(x, next(values)), (4, 4), (4, 2))(x, 0)
     assert out[0, 0, 0].tolist() == [1, 1, 2.5, 2.5, 4, 4]
 
 
-def test_a_circle_has_no_seam():
-    """Moving the canvas around by a stride moves the output along."""
+def test_a_circular_canvas_has_no_seam():
+    """Rolling the canvas by one stride rolls the output with it."""
     x = torch.randn(1, 2, 8, 24)
     wide = windowed(local, (8, 8), 4, circular=True)
-    turned = wide(x.roll(4, dims=-1), 3).roll(-4, dims=-1)
-    torch.testing.assert_close(turned, wide(x, 3))
+    rolled = wide(x.roll(4, dims=-1), 3).roll(-4, dims=-1)
+    torch.testing.assert_close(rolled, wide(x, 3))
     flat = windowed(local, (8, 8), 4)
     assert not torch.allclose(flat(x.roll(4, dims=-1), 3).roll(-4, dims=-1), flat(x, 3))
 
 
-def test_a_panorama_is_the_pipeline_on_a_wide_canvas():
+def test_a_panorama_evaluates_the_network_on_windows_of_the_canvas():
     pipe = digits()
     options = {"num_inference_steps": 3, "seed": 0, "output_type": "pt"}
     same = panorama(pipe)(3, **options).images
@@ -175,14 +175,14 @@ def test_a_panorama_is_the_pipeline_on_a_wide_canvas():
         (lambda: panorama(digits(), 50), "stride must be in 1..8, got 50"),
     ],
 )
-def test_windows_that_cannot_be_are_refused(make, message):
+def test_invalid_windows_are_refused_by_name(make, message):
     with pytest.raises(InvalidArgument, match=message):
         make()
 
 
-def test_the_way_down_keeps_the_schedule_of_the_pipeline():
+def test_the_ddim_of_a_scheduler_keeps_its_noise_schedule_and_does_not_clip():
     for scheduler in (SCHEDULER, DDIMScheduler(beta_schedule="scaled_linear", clip_sample=True)):
-        down: Scheduler = ddim_of(scheduler)
-        assert down.config.clip_sample is False
-        assert down.level(500) == scheduler.level(500)
-        assert down.config.compat == scheduler.config.compat
+        ddim: Scheduler = ddim_of(scheduler)
+        assert ddim.config.clip_sample is False
+        assert ddim.level(500) == scheduler.level(500)
+        assert ddim.config.compat == scheduler.config.compat

@@ -1,4 +1,4 @@
-"""The pipeline: seeds, guidance, folders, refusals."""
+"""The pipeline: seeds, guidance, folders, invalid arguments."""
 
 import json
 from itertools import pairwise
@@ -45,13 +45,13 @@ def test_a_list_of_generators_gives_what_the_seed_gives(pipe):
     assert torch.equal(by_seed, by_numpy)
 
 
-def test_without_labels_the_classes_come_in_equal_shares(pipe):
+def test_without_labels_every_class_is_drawn_equally_often(pipe):
     labels = pipe(num_images=30, num_inference_steps=1, seed=0).labels
     assert labels.bincount().tolist() == [3] * 10
 
 
 def test_guidance_scale_1_is_the_conditional_network_alone(pipe):
-    """Bit for bit, and with half the evaluations: the unconditional half never runs."""
+    """Equal to the bit, at half the cost: the unconditional half is not evaluated."""
     sizes = []
     pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     plain = pipe(
@@ -69,9 +69,8 @@ def test_guidance_scale_1_is_the_conditional_network_alone(pipe):
     assert not torch.equal(plain, guided)
 
 
-def test_the_start_and_every_step_draw_new_noise_from_one_source(pipe):
-    """An image's generator goes on where the start left it; begun anew, the first step would add
-    the start once more."""
+def test_initial_noise_and_every_step_draw_from_one_generator(pipe):
+    """A generator restarted after the initial noise would add that noise again in step one."""
     pipe.scheduler = sampler("ddpm", pipe.scheduler)
     options = {"num_inference_steps": 4, "guidance_scale": 1, "output_type": "pt"}
     images = pipe([1, 2], seed=9, **options).images
@@ -83,7 +82,7 @@ def test_the_start_and_every_step_draw_new_noise_from_one_source(pipe):
     assert torch.equal(pipe.decode(last.next_x), images)
 
 
-def test_the_callback_sees_every_step_and_the_last_one_is_the_picture(pipe):
+def test_the_callback_receives_every_step_and_the_last_one_decodes_to_the_picture(pipe):
     steps = []
     images = pipe(
         class_labels=3, seed=0, num_inference_steps=5, output_type="pt", callback=steps.append
@@ -95,7 +94,7 @@ def test_the_callback_sees_every_step_and_the_last_one_is_the_picture(pipe):
     torch.testing.assert_close(steps[-1].next_x, steps[-1].x0)
 
 
-def test_output_types_agree(pipe):
+def test_all_output_types_hold_the_same_pixels(pipe):
     options = {"seed": 1, "num_inference_steps": 2}
     array = pipe([4, 5], output_type="np", **options).images
     pil = pipe([4, 5], output_type="pil", **options).images
@@ -115,8 +114,8 @@ def test_saving_and_loading_gives_the_same_pictures(pipe, tmp_path):
     assert torch.equal(pipe(**options).images, again(**options).images)
     assert again.scheduler.config.compat == "exact"
     assert again.class_names == pipe.class_names
-    pipe.save_pretrained(tmp_path / "model")  # over the old one
-    assert not list(tmp_path.glob(".*"))  # nothing temporary stays
+    pipe.save_pretrained(tmp_path / "model")  # over the first one
+    assert not list(tmp_path.glob(".*"))  # no temporary folder is left
 
 
 def test_diffusers_reads_the_parts_that_the_pipeline_wrote(pipe, tmp_path):
@@ -165,7 +164,7 @@ def test_diffusers_reads_the_parts_that_the_pipeline_wrote(pipe, tmp_path):
         (lambda m: _edit(m / "vae" / "config.json", block=3), "block must divide"),
     ],
 )
-def test_a_damaged_folder_is_refused_by_the_name_of_what_is_wrong(pipe, tmp_path, damage, message):
+def test_a_damaged_folder_is_refused_by_the_name_of_its_fault(pipe, tmp_path, damage, message):
     pipe.save_pretrained(tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(CheckpointError, match=message):
@@ -249,13 +248,13 @@ def test_a_model_without_classes_refuses_labels_and_guidance():
 
 
 @pytest.mark.parametrize("device", ["banana", "cpu:x", "cuda:99", 5])
-def test_a_device_that_is_not_there_is_refused_by_name(pipe, device):
+def test_a_device_that_does_not_exist_is_refused(pipe, device):
     with pytest.raises(InvalidArgument, match="device"):
         pipe.to(device)
     assert pipe.to(torch.device("cpu")) is pipe
 
 
-def test_eta_makes_ddim_random_and_zero_does_not(pipe):
+def test_a_positive_eta_makes_ddim_stochastic_and_0_does_not(pipe):
     pipe.scheduler = sampler("ddim", pipe.scheduler)
     assert isinstance(pipe.scheduler, DDIMScheduler)
     options = {"class_labels": 3, "num_inference_steps": 4, "seed": 0, "output_type": "pt"}

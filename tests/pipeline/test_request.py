@@ -20,7 +20,7 @@ def test_a_request_takes_the_arguments_of_a_call_with_the_same_defaults():
     assert call == request
 
 
-def test_the_grid_is_set_once_per_call_and_every_batch_walks_it_from_the_start(pipe, monkeypatch):
+def test_the_grid_is_set_once_per_call_and_every_batch_starts_at_its_first_step(pipe, monkeypatch):
     calls, original = [], type(pipe.scheduler).set_timesteps
     monkeypatch.setattr(
         type(pipe.scheduler),
@@ -28,24 +28,24 @@ def test_the_grid_is_set_once_per_call_and_every_batch_walks_it_from_the_start(p
         lambda self, *args, **options: (calls.append(args), original(self, *args, **options)),
     )
     options = {"num_images": 5, "num_inference_steps": 4, "seed": 1, "output_type": "pt"}
-    parts = pipe(batch_size=2, **options).images
+    in_batches = pipe(batch_size=2, **options).images
     assert len(calls) == 1
-    torch.testing.assert_close(parts, pipe(**options).images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(in_batches, pipe(**options).images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_only_a_mask_enters_the_code_of_inpainting(pipe, masked):
-    entered = set()
+    entered: set[str] = set()
 
     def profile(frame, event, arg):
         if event == "call" and frame.f_code.co_filename == inpaint.__file__:
             entered.add(frame.f_code.co_name)
 
     image = torch.zeros(1, 1, 16, 16)
-    given = {"image": image, "mask_image": torch.ones(16, 16)} if masked else {"image": image}
+    images = {"image": image, "mask_image": torch.ones(16, 16)} if masked else {"image": image}
     sys.setprofile(profile)
     try:
-        pipe(class_labels=3, num_inference_steps=2, seed=0, **given)
+        pipe(class_labels=3, num_inference_steps=2, seed=0, **images)
         pipe(class_labels=3, num_inference_steps=2, seed=0)
     finally:
         sys.setprofile(None)
