@@ -1,9 +1,10 @@
-"""How a scheduler of ours is held against diffusers' of the same name: every step of a trajectory.
+"""Parity with diffusers: every step of a trajectory, by schedulers of the same name.
 
 The network is a fixed smooth function of (x, t), so trajectories stay bounded and a wrong timestep
-shows. Where diffusers cannot sample (it raises, divides by zero, or asks the network at a wrong or
-repeated timestep) minidiff must refuse or be right: each family of schedulers has a written list of
-such `Corner`s, and no example may fail in diffusers or be refused by minidiff outside that list.
+changes them. Where diffusers cannot sample (it raises, divides by zero, or evaluates the network at
+a wrong or repeated timestep) minidiff must refuse the case or sample correctly. The tests of each
+family of schedulers list such cases as `Corner`s. Outside that list no example may fail in
+diffusers or be refused by minidiff.
 """
 
 import re
@@ -34,14 +35,14 @@ QUICK = settings(
 
 
 class Case(NamedTuple):
-    """One example: a class, its options, and how it is used.
+    """One example: a class of scheduler, its options and the arguments of its calls.
 
     Attributes:
-        name: the class without "Scheduler".
-        options: of its constructor.
-        grid: the arguments of set_timesteps.
-        step_options: of step.
-        dtype: of the sample.
+        name: name of the class, without "Scheduler".
+        options: arguments of the constructor.
+        grid: arguments of `set_timesteps`.
+        step_options: arguments of `step`.
+        dtype: number type of the sample.
     """
 
     name: str
@@ -68,7 +69,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 def schedule_options(
     draw: st.DrawFn, beta_schedules: Sequence[str] = BETA_SCHEDULES, rescale: bool = True
 ) -> dict[str, Any]:
-    """The noise schedule; sometimes a short table or one given as numbers."""
+    """Draw the options of a noise schedule; sometimes a short one, or explicit betas."""
     steps = draw(st.sampled_from([1000, 1000, 1000, 100, 37]))
     options: dict[str, Any] = {"num_train_timesteps": steps}
     if rescale:
@@ -88,7 +89,7 @@ def schedule_options(
 
 @st.composite
 def number_of_steps(draw: st.DrawFn, train_steps: int) -> int:
-    """Any of 1 … T, mostly few."""
+    """Draw a number of steps in 1 … T, usually a small one."""
     few, some = st.integers(1, min(20, train_steps)), st.integers(1, min(60, train_steps))
     many = st.sampled_from(
         [n for n in (64, 99, 128, 250, 333, 999, 1000) if n <= train_steps] or [1]
@@ -99,7 +100,7 @@ def number_of_steps(draw: st.DrawFn, train_steps: int) -> int:
 
 @st.composite
 def thresholds(draw: st.DrawFn) -> dict[str, Any]:
-    """Dynamic thresholding, half of the time."""
+    """Draw the options of dynamic thresholding, in half of the examples."""
     if not draw(st.booleans()):
         return {}
     return {
@@ -111,9 +112,9 @@ def thresholds(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def falling_timesteps(draw: st.DrawFn, train_steps: int) -> list[int]:
-    """Up to 20 training steps of one's own choice."""
-    chosen = draw(st.sets(st.integers(0, train_steps - 1), min_size=1, max_size=20))
-    return sorted(chosen, reverse=True)
+    """Draw up to 20 custom timesteps, in falling order."""
+    timesteps = draw(st.sets(st.integers(0, train_steps - 1), min_size=1, max_size=20))
+    return sorted(timesteps, reverse=True)
 
 
 dtypes = st.sampled_from([torch.float32, torch.float64])
@@ -123,7 +124,10 @@ dtypes = st.sampled_from([torch.float32, torch.float64])
 
 
 def channels(case: Case) -> tuple[int, int]:
-    """Of the sample and of the output; a learned variance doubles it, for diffusers' solvers 3."""
+    """Return the channels of the sample and of the network's output.
+
+    A learned variance doubles the output. The solvers of diffusers then assume 3 channels.
+    """
     variance = case.options.get("variance_type")
     if variance == "learned_range" and case.name == "DDPM":
         return 2, 4
@@ -131,11 +135,11 @@ def channels(case: Case) -> tuple[int, int]:
 
 
 def network(case: Case) -> Callable[[Tensor, Any], Tensor]:
-    """A smooth stand-in for a U-Net: bounded, mixes pixels and channels, depends on t."""
-    into, out = channels(case)
+    """Return a smooth, bounded stand-in for a U-Net that mixes pixels and channels."""
+    in_channels, out_channels = channels(case)
     g = torch.Generator().manual_seed(7)
-    mix = torch.randn(out, into, generator=g, dtype=torch.float64)
-    shift = torch.randn(out, generator=g, dtype=torch.float64)[:, None, None]
+    mix = torch.randn(out_channels, in_channels, generator=g, dtype=torch.float64)
+    shift = torch.randn(out_channels, generator=g, dtype=torch.float64)[:, None, None]
 
     def f(x: Tensor, t: Any) -> Tensor:
         mixed = torch.einsum("oc,bchw->bohw", mix.to(x.dtype), x + 0.3 * x.roll(1, -1))
@@ -153,7 +157,7 @@ def ours_of(case: Case, **options: Any) -> Scheduler:
 
 
 def start(case: Case, scheduler: Any) -> Tensor:
-    """Standard normal noise of the size that the scheduler asks for."""
+    """Return the initial sample: normal noise times the scheduler's `init_noise_sigma`."""
     g = torch.Generator().manual_seed(1)
     noise = torch.randn(2, channels(case)[0], 3, 3, generator=g, dtype=torch.float64)
     return (noise * float(getattr(scheduler, "init_noise_sigma", 1))).to(case.dtype)
@@ -163,44 +167,48 @@ def outputs(
     scheduler: Any,
     case: Case,
     steps: int | None = None,
-    walked: Sequence[Tensor] = (),
+    states: Sequence[Tensor] = (),
     jitter: float = 0.0,
 ) -> list[Any]:
-    """What each of the first steps returns (all by default), with noise from one seed.
+    """Return the outputs of the first steps (all by default), with noise from one seed.
 
-    walked: the x from which each step but the first is taken, instead of where the last one led.
-    jitter moves every x up or down by this share of itself before the step.
+    Args:
+        scheduler: scheduler of either library, after `set_timesteps`.
+        case: example that the scheduler was built for.
+        steps: number of steps; None takes all.
+        states: x before each step but the first; empty continues from the previous step's result.
+        jitter: relative change of every entry of x before each step, of random sign.
     """
     f = network(case)
     options = dict(case.step_options)
     if "generator" in scheduler.step.__code__.co_varnames:
         options["generator"] = torch.Generator().manual_seed(2)
-    x, found = start(case, scheduler), []
+    x, results = start(case, scheduler), []
     sign = 1 - 2 * torch.randint(2, x.shape, generator=torch.Generator().manual_seed(3))
     for i, t in enumerate(scheduler.timesteps[:steps]):
         x = x * (1 + jitter * sign) if jitter else x
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        found.append(scheduler.step(f(scaled, t), t, x, **options))
-        x = walked[i] if walked else found[-1].prev_sample
-    return found
+        results.append(scheduler.step(f(scaled, t), t, x, **options))
+        x = states[i] if states else results[-1].prev_sample
+    return results
 
 
 def trajectory(scheduler: Any, case: Case, steps: int | None = None) -> list[Tensor]:
-    """x after each of the first steps (all by default), with noise from one seed."""
+    """Return x after each of the first steps (all by default), with noise from one seed."""
     return [output.prev_sample for output in outputs(scheduler, case, steps)]
 
 
 def clean_sample(output: Any) -> Tensor | None:
-    """The clean sample that a step predicted, where diffusers returns one."""
+    """Return the clean sample that a step predicted, or None if its output has none."""
     name = "denoised" if hasattr(output, "denoised") else "pred_original_sample"  # LCM's name
     return getattr(output, name, None)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference relative to the larger of 1 and the largest entry."""
+    """Return the largest absolute difference, divided by max(1, the largest entry of b)."""
     assert a.dtype == b.dtype
     assert torch.isfinite(a).all()
-    assert torch.isfinite(b).all()  # a comparison with NaN would pass unseen
+    assert torch.isfinite(b).all()  # NaN in both would pass a comparison
     return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
 
 
@@ -208,26 +216,33 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 class Corner(NamedTuple):
-    """A case in which diffusers has no sound trajectory."""
+    """A kind of case in which diffusers has no valid trajectory.
 
-    failure: str  # how diffusers fails, as `failure_in_diffusers` says it
-    message: str | None  # of minidiff's refusal; None where minidiff does the right thing instead
+    Attributes:
+        failure: failure of diffusers, as `failure_in_diffusers` returns it.
+        message: pattern of minidiff's error; None where minidiff samples correctly instead.
+        reason: cause of the failure.
+        applies: whether a case is of this kind.
+    """
+
+    failure: str
+    message: str | None
     reason: str
     applies: Callable[[Case], bool]
 
 
 def grid_of(case: Case) -> Tensor:
-    """diffusers' timesteps."""
+    """Return the timesteps of diffusers."""
     theirs = theirs_of(case)
     theirs.set_timesteps(**case.grid)
     return theirs.timesteps
 
 
 def failure_in_diffusers(case: Case) -> str | None:
-    """How diffusers fails on this case, by trying; None if its trajectory is sound.
+    """Sample with diffusers and return how it fails on this case; None if it does not.
 
-    "raises …" (with the type of the exception), "outside 0..T-1", "repeats timesteps" (on a grid
-    that is not a formula's) or "divides by zero".
+    The failures are "raises …" (with the type of the exception), "outside 0..T-1", "repeats
+    timesteps" (for integer timesteps without a `use_…` option) and "divides by zero".
     """
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
@@ -237,11 +252,11 @@ def failure_in_diffusers(case: Case) -> str | None:
         except Exception as error:
             return f"raises {type(error).__name__}"
         grid = scheduler.timesteps
-        if case.options.get("timestep_type") == "continuous":  # what is told are no steps
+        if case.options.get("timestep_type") == "continuous":  # ln(σ)/4, not timesteps
             grid = grid_of(case._replace(options=case.options | {"timestep_type": "discrete"}))
         steps = case.options.get("num_train_timesteps", 1000)
-        formula = any(v is True and k.startswith("use_") for k, v in case.options.items())
-        if not formula and not grid.is_floating_point():
+        by_formula = any(v is True and k.startswith("use_") for k, v in case.options.items())
+        if not by_formula and not grid.is_floating_point():
             if (grid < 0).any() or (grid >= steps).any():
                 return "outside 0..T-1"
             if (grid.diff() >= 0).any() and case.name not in ("PNDM", "DDIMInverse"):
@@ -252,7 +267,7 @@ def failure_in_diffusers(case: Case) -> str | None:
                 return "outside 0..T-1"
         unclipped = {k: v for k, v in case.options.items() if k != "thresholding"}
         if "clip_sample" in unclipped:
-            unclipped["clip_sample"] = False  # it would turn infinity into the edge of the range
+            unclipped["clip_sample"] = False  # clipping would hide infinities
         try:
             states = trajectory(scheduler, case)
             again = case._replace(options=unclipped)
@@ -265,13 +280,13 @@ def failure_in_diffusers(case: Case) -> str | None:
 
 
 class Rounding(NamedTuple):
-    """A case in which one step of diffusers loses digits, so that a right one differs by more.
+    """A kind of case in which one step of diffusers loses digits, so that a correct step differs.
 
     Attributes:
-        reason: what is lost, and where.
-        applies: whether a case is such a one.
-        allowed: the relative error that this makes of a rounding.
-        cap: what the error may not exceed, whatever `allowed` says; at most 1e-2.
+        reason: the cancellation or division that loses the digits.
+        applies: whether a case is of this kind.
+        allowed: relative error that results from rounding.
+        cap: upper limit of `allowed`; at most 1e-2.
     """
 
     reason: str
@@ -280,14 +295,14 @@ class Rounding(NamedTuple):
     cap: float
 
 
-CHAOTIC = 2e-3  # 5 times this is 1e-2
+CHAOTIC = 2e-3  # sensitivity above which only single steps are compared; 5 times this is 1e-2
 
 
 def sensitivity(case: Case, roundings: float = 1.0) -> float:
-    """How far diffusers' own trajectory moves when every x on the way is off by that many.
+    """Return how far the trajectory of diffusers moves if every x changes by this many roundings.
 
-    Most trajectories damp it. Some amplify: x0 = (x − σ·ε)/α at small α, a threshold that divides
-    by the median, a thousand steps of either.
+    Most trajectories damp the change. Some amplify it: x0 = (x − σ·ε)/α at small α, a threshold
+    that divides by the median, or a thousand steps of either.
     """
     runs = []
     for jitter in (0.0, roundings * 2**-23):
@@ -298,14 +313,14 @@ def sensitivity(case: Case, roundings: float = 1.0) -> float:
 
 
 def levels_of(case: Case) -> list[Level]:
-    """The levels that ours visits, the last one included."""
+    """Return the levels that minidiff visits, including the last one."""
     mine = ours_of(case)
     mine.set_timesteps(**case.grid)
     return mine.levels
 
 
 def tolerance(case: Case, roundings: Sequence[Rounding] = ()) -> float:
-    """2e-5 in float32 and 1e-6 in float64, or what the written corners allow."""
+    """Return 2e-5 in float32 and 1e-6 in float64, or more where one of `roundings` allows it."""
     allowed = [2e-5 if case.dtype == torch.float32 else 1e-6]
     for rounding in roundings:
         assert rounding.cap <= 1e-2
@@ -315,7 +330,7 @@ def tolerance(case: Case, roundings: Sequence[Rounding] = ()) -> float:
 
 
 def distances(mine: Sequence[Any], theirs: Sequence[Any]) -> list[float]:
-    """How far x is off after every step, and then x̂0 in every step that returns one."""
+    """Return the differences of x after every step, then those of x̂0 where a step returns it."""
     pairs = list(zip(mine, theirs, strict=True))
     far = [difference(a.prev_sample, b.prev_sample) for a, b in pairs]
     clean = [(clean_sample(a), clean_sample(b)) for a, b in pairs]
@@ -327,13 +342,16 @@ def compare(
     corners: Sequence[Corner],
     roundings: Sequence[Rounding] = (),
 ) -> None:
-    """One example: the same grid and the same trajectory, or a corner of the list."""
+    """Assert that the grid and the trajectory are those of diffusers, or that a corner applies.
+
+    In a corner, minidiff must raise the error of the corner or sample finite numbers.
+    """
     failure = failure_in_diffusers(case)
     if failure is None:
         compare_trajectories(case, roundings)
         return
     corner = next((c for c in corners if c.failure == failure and c.applies(case)), None)
-    assert corner is not None, f"diffusers {failure}: no corner of the list"
+    assert corner is not None, f"diffusers {failure}, but no corner lists it"
     event(corner.reason)
     if corner.message is not None:
         with pytest.raises(InvalidArgument, match=corner.message):
@@ -345,7 +363,7 @@ def compare(
 
 
 def sample_or_refuse(case: Case, refusals: str) -> None:
-    """One example of the exact reading: a sound trajectory, or a refusal of this pattern."""
+    """Assert that `compat="exact"` samples finite numbers or raises an error of this pattern."""
     scheduler, refusal = ours_of(case, compat="exact"), ""
     try:
         scheduler.set_timesteps(**case.grid)
@@ -359,13 +377,14 @@ def sample_or_refuse(case: Case, refusals: str) -> None:
 
 
 def compare_noising(case: Case, mine: Any, theirs: Any) -> None:
-    """add_noise at the first and last entry of the grid."""
+    """Assert that add_noise agrees at the first and the last timestep of the grid."""
     x0, eps = torch.randn(2, 2, 2, 3, 3, generator=torch.Generator().manual_seed(4)).to(case.dtype)
     a, b = (s.add_noise(x0, eps, s.timesteps[[0, -1]]) for s in (mine, theirs))
     assert difference(a, b) < 1e-6
 
 
 def compare_trajectories(case: Case, roundings: Sequence[Rounding]) -> None:
+    """Assert that the grid and every step of the trajectory are those of diffusers."""
     mine, theirs = ours_of(case), theirs_of(case)
     mine.set_timesteps(**case.grid)
     theirs.set_timesteps(**case.grid)
@@ -387,17 +406,18 @@ def compare_trajectories(case: Case, roundings: Sequence[Rounding]) -> None:
 
 
 def compare_step_by_step(case: Case, expected: Sequence[Any], allowed: float, far: float) -> None:
-    """Where a trajectory amplifies rounding, and leaves diffusers' for that reason alone.
+    """Assert that a trajectory differs from that of diffusers only because it amplifies rounding.
 
-    It is then no further away than five times what rounding every x does to diffusers' own, unless
-    that is more than a comparison of trajectories can bear; and each step, taken from diffusers' x,
-    is diffusers' step.
+    The difference must be at most five times the sensitivity of diffusers' own trajectory to
+    rounding, unless that exceeds `CHAOTIC`. Each step from diffusers' x must be diffusers' step.
     """
     event("amplifies rounding")
     moved = sensitivity(case, allowed / tolerance(case))
-    assert far <= 5 * moved or moved > CHAOTIC, f"{far:.1e}, but rounding moves it {moved:.1e}"
+    assert far <= 5 * moved or moved > CHAOTIC, (
+        f"off by {far:.1e}, but rounding moves it by {moved:.1e}"
+    )
     mine = ours_of(case)
     mine.set_timesteps(**case.grid)
-    steps = distances(outputs(mine, case, walked=[o.prev_sample for o in expected]), expected)
-    at = int(np.argmax(steps))
-    assert max(steps) <= allowed, f"{max(steps):.1e} in step {at % len(expected)}"
+    steps = distances(outputs(mine, case, states=[o.prev_sample for o in expected]), expected)
+    worst = int(np.argmax(steps))
+    assert max(steps) <= allowed, f"{max(steps):.1e} in step {worst % len(expected)}"
