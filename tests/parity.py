@@ -148,15 +148,17 @@ def network(case: Case) -> Callable[[Tensor, Any], Tensor]:
     return f
 
 
-def theirs_of(case: Case) -> Any:
+def their_scheduler(case: Case) -> Any:
+    """Return the scheduler of diffusers."""
     return getattr(diffusers, f"{case.name}Scheduler")(**case.options)
 
 
-def ours_of(case: Case, **options: Any) -> Scheduler:
+def our_scheduler(case: Case, **options: Any) -> Scheduler:
+    """Return the scheduler of minidiff, with further options."""
     return SCHEDULERS[f"{case.name}Scheduler"](**case.options, **options)
 
 
-def start(case: Case, scheduler: Any) -> Tensor:
+def initial_sample(case: Case, scheduler: Any) -> Tensor:
     """Return the initial sample: normal noise times the scheduler's `init_noise_sigma`."""
     g = torch.Generator().manual_seed(1)
     noise = torch.randn(2, channels(case)[0], 3, 3, generator=g, dtype=torch.float64)
@@ -183,7 +185,7 @@ def outputs(
     options = dict(case.step_options)
     if "generator" in scheduler.step.__code__.co_varnames:
         options["generator"] = torch.Generator().manual_seed(2)
-    x, results = start(case, scheduler), []
+    x, results = initial_sample(case, scheduler), []
     sign = 1 - 2 * torch.randint(2, x.shape, generator=torch.Generator().manual_seed(3))
     for i, t in enumerate(scheduler.timesteps[:steps]):
         x = x * (1 + jitter * sign) if jitter else x
@@ -231,9 +233,9 @@ class Corner(NamedTuple):
     applies: Callable[[Case], bool]
 
 
-def grid_of(case: Case) -> Tensor:
+def their_timesteps(case: Case) -> Tensor:
     """Return the timesteps of diffusers."""
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return theirs.timesteps
 
@@ -247,13 +249,15 @@ def failure_in_diffusers(case: Case) -> str | None:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         try:
-            scheduler = theirs_of(case)
+            scheduler = their_scheduler(case)
             scheduler.set_timesteps(**case.grid)
         except Exception as error:
             return f"raises {type(error).__name__}"
         grid = scheduler.timesteps
         if case.options.get("timestep_type") == "continuous":  # ln(σ)/4, not timesteps
-            grid = grid_of(case._replace(options=case.options | {"timestep_type": "discrete"}))
+            grid = their_timesteps(
+                case._replace(options=case.options | {"timestep_type": "discrete"})
+            )
         steps = case.options.get("num_train_timesteps", 1000)
         by_formula = any(v is True and k.startswith("use_") for k, v in case.options.items())
         if not by_formula and not grid.is_floating_point():
@@ -271,7 +275,7 @@ def failure_in_diffusers(case: Case) -> str | None:
         try:
             states = trajectory(scheduler, case)
             again = case._replace(options=unclipped)
-            scheduler = theirs_of(again)
+            scheduler = their_scheduler(again)
             scheduler.set_timesteps(**case.grid)
             states += trajectory(scheduler, again, steps=1)
         except Exception as error:
@@ -306,15 +310,15 @@ def sensitivity(case: Case, roundings: float = 1.0) -> float:
     """
     runs = []
     for jitter in (0.0, roundings * 2**-23):
-        scheduler = theirs_of(case)
+        scheduler = their_scheduler(case)
         scheduler.set_timesteps(**case.grid)
         runs.append(outputs(scheduler, case, jitter=jitter))
     return max(distances(*runs))
 
 
-def levels_of(case: Case) -> list[Level]:
+def visited_levels(case: Case) -> list[Level]:
     """Return the levels that minidiff visits, including the last one."""
-    mine = ours_of(case)
+    mine = our_scheduler(case)
     mine.set_timesteps(**case.grid)
     return mine.levels
 
@@ -355,16 +359,16 @@ def compare(
     event(corner.reason)
     if corner.message is not None:
         with pytest.raises(InvalidArgument, match=corner.message):
-            ours_of(case).set_timesteps(**case.grid)
+            our_scheduler(case).set_timesteps(**case.grid)
         return
-    mine = ours_of(case)
+    mine = our_scheduler(case)
     mine.set_timesteps(**case.grid)
     assert all(torch.isfinite(x).all() for x in trajectory(mine, case))
 
 
 def sample_or_refuse(case: Case, refusals: str) -> None:
     """Assert that `compat="exact"` samples finite numbers or raises an error of this pattern."""
-    scheduler, refusal = ours_of(case, compat="exact"), ""
+    scheduler, refusal = our_scheduler(case, compat="exact"), ""
     try:
         scheduler.set_timesteps(**case.grid)
     except InvalidArgument as error:
@@ -385,7 +389,7 @@ def compare_noising(case: Case, mine: Any, theirs: Any) -> None:
 
 def compare_trajectories(case: Case, roundings: Sequence[Rounding]) -> None:
     """Assert that the grid and every step of the trajectory are those of diffusers."""
-    mine, theirs = ours_of(case), theirs_of(case)
+    mine, theirs = our_scheduler(case), their_scheduler(case)
     mine.set_timesteps(**case.grid)
     theirs.set_timesteps(**case.grid)
     assert mine.timesteps.dtype == theirs.timesteps.dtype
@@ -416,7 +420,7 @@ def compare_step_by_step(case: Case, expected: Sequence[Any], allowed: float, fa
     assert far <= 5 * moved or moved > CHAOTIC, (
         f"off by {far:.1e}, but rounding moves it by {moved:.1e}"
     )
-    mine = ours_of(case)
+    mine = our_scheduler(case)
     mine.set_timesteps(**case.grid)
     steps = distances(outputs(mine, case, states=[o.prev_sample for o in expected]), expected)
     worst = int(np.argmax(steps))

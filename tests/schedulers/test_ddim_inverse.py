@@ -14,9 +14,9 @@ from parity import (
     dtypes,
     network,
     number_of_steps,
-    ours_of,
+    our_scheduler,
     schedule_options,
-    theirs_of,
+    their_scheduler,
     trajectory,
 )
 
@@ -89,7 +89,7 @@ def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(case: Case) -
 @settings(QUICK, max_examples=100)
 @given(cases())
 def test_the_exact_reading_inverts_or_refuses_whatever_the_options(case: Case) -> None:
-    scheduler = ours_of(case, compat="exact")
+    scheduler = our_scheduler(case, compat="exact")
     refusal = ""
     try:
         scheduler.set_timesteps(**case.grid)
@@ -127,7 +127,7 @@ def test_any_part_of_the_way_can_be_walked_again_as_in_diffusers() -> None:
     """It keeps no count: an edit may go up halfway, and up again, without set_timesteps."""
     case = Case("DDIMInverse", {}, {"num_inference_steps": 20}, {}, torch.float64)
     f, states = network(case), []
-    for scheduler in (ours_of(case), theirs_of(case)):
+    for scheduler in (our_scheduler(case), their_scheduler(case)):
         scheduler.set_timesteps(20)
         x = torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(SHAPE)
         for t in [*scheduler.timesteps[:12], *scheduler.timesteps[3:9]]:

@@ -158,11 +158,11 @@ def draw(pipe: Any, *, steps: int = 7, seed: int = 0, **arguments: Any) -> Drawi
     return Drawing(output.images, latents)
 
 
-def theirs_of(name: str, options: dict[str, Any]) -> Any:
+def their_scheduler(name: str, options: dict[str, Any]) -> Any:
     return getattr(diffusers, name)(**known(name, options))
 
 
-def ours_of(name: str, options: dict[str, Any]) -> Any:
+def our_scheduler(name: str, options: dict[str, Any]) -> Any:
     return SCHEDULERS[name](**known(name, options))
 
 
@@ -198,7 +198,8 @@ def test_each_scheduler_of_diffusers_is_compared_here_or_left_out_for_a_reason()
 def test_any_two_schedulers_draw_different_pictures() -> None:
     """Else the tests below would pass with a wrong scheduler."""
     pictures = {
-        name: draw(stable_diffusion("", ours_of(name, STABLE_DIFFUSION))).pictures for name in NAMES
+        name: draw(stable_diffusion("", our_scheduler(name, STABLE_DIFFUSION))).pictures
+        for name in NAMES
     }
     for a, b in combinations(NAMES, 2):
         assert np.abs(pictures[a] - pictures[b]).max() > 10 * TOLERANCE, (a, b)
@@ -216,7 +217,7 @@ def test_text_to_image_draws_the_same_pictures(
     """eta is DDIM's alone; the pipeline passes it to those schedulers that know it."""
     mine, theirs = (
         draw(stable_diffusion("", scheduler(name, CONFIGS[config])), steps=steps, eta=eta)
-        for scheduler in (ours_of, theirs_of)
+        for scheduler in (our_scheduler, their_scheduler)
     )
     assert_same(mine, theirs)
 
@@ -231,7 +232,7 @@ def test_changing_a_picture_gives_the_same_pictures(
     """Sampling begins inside the grid, and inpainting adds noise to the picture after each step."""
     mine, theirs = (
         draw(stable_diffusion(task, scheduler(name, CONFIGS[config])), strength=strength, eta=0.5)
-        for scheduler in (ours_of, theirs_of)
+        for scheduler in (our_scheduler, their_scheduler)
     )
     assert_same(mine, theirs)
 
@@ -244,7 +245,7 @@ def test_inpainting_with_a_network_that_sees_the_mask_gives_the_same_pictures(na
             steps=4,
             strength=0.8,
         )
-        for scheduler in (ours_of, theirs_of)
+        for scheduler in (our_scheduler, their_scheduler)
     )
     assert_same(mine, theirs)
 
@@ -258,16 +259,16 @@ def test_a_generator_for_each_picture_draws_the_same_pictures(name: str) -> None
             eta=1.0,
             generator=[torch.Generator().manual_seed(i) for i in (3, 4)],
         )
-        for scheduler in (ours_of, theirs_of)
+        for scheduler in (our_scheduler, their_scheduler)
     )
     assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_drawing_with_the_same_pipeline_owes_nothing_to_the_first(name: str) -> None:
-    used = stable_diffusion("", ours_of(name, STABLE_DIFFUSION))
+    used = stable_diffusion("", our_scheduler(name, STABLE_DIFFUSION))
     draw(used, steps=5, seed=1)
-    fresh = stable_diffusion("", theirs_of(name, STABLE_DIFFUSION))
+    fresh = stable_diffusion("", their_scheduler(name, STABLE_DIFFUSION))
     assert_same(draw(used, steps=4), draw(fresh, steps=4))
 
 
@@ -282,7 +283,7 @@ OWN_GRIDS = [
 def test_timesteps_or_sigmas_of_ones_own_draw_the_same_pictures(name: str, grid: dict) -> None:
     mine, theirs = (
         draw(stable_diffusion("", scheduler(name, STABLE_DIFFUSION)), **grid)
-        for scheduler in (ours_of, theirs_of)
+        for scheduler in (our_scheduler, their_scheduler)
     )
     assert_same(mine, theirs)
 
@@ -329,12 +330,12 @@ def test_an_option_draws_the_same_pictures_or_is_refused_by_name(name: str, opti
     ]
     if refused:
         with pytest.raises(InvalidArgument, match="|".join(refused)):
-            ours_of(name, options)
+            our_scheduler(name, options)
         return
     for task, arguments in (("", {}), ("Img2Img", {"strength": 0.8})):
         mine, theirs = (
             draw(stable_diffusion(task, scheduler(name, options)), **arguments)
-            for scheduler in (ours_of, theirs_of)
+            for scheduler in (our_scheduler, their_scheduler)
         )
         assert_same(mine, theirs)
 
@@ -370,7 +371,7 @@ def test_ddpm_pipeline_draws_the_same_pictures(name: str, config: str, steps: in
         draw_pixels(
             diffusers.DDPMPipeline(pixel_denoiser(), scheduler(name, PIXEL_CONFIGS[config])), steps
         )
-        for scheduler in (ours_of, theirs_of)
+        for scheduler in (our_scheduler, their_scheduler)
     )
     assert_same_pictures(mine, theirs)
 
@@ -395,7 +396,7 @@ def test_a_scheduler_built_from_the_pipelines_config_takes_its_place(
 ) -> None:
     drawings = []
     for cls in (SCHEDULERS[name], getattr(diffusers, name)):
-        pipe = stable_diffusion("", theirs_of(source, options))
+        pipe = stable_diffusion("", their_scheduler(source, options))
         assert isinstance(pipe.scheduler.config, diffusers.configuration_utils.FrozenDict)
         pipe.scheduler = cls.from_config(pipe.scheduler.config)
         drawings.append(draw(pipe, steps=4))
@@ -405,7 +406,7 @@ def test_a_scheduler_built_from_the_pipelines_config_takes_its_place(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pipeline_made_from_another_takes_our_scheduler_along(name: str) -> None:
     drawings = []
-    for scheduler in (ours_of, theirs_of):
+    for scheduler in (our_scheduler, their_scheduler):
         first = stable_diffusion("", scheduler(name, STABLE_DIFFUSION))
         draw(first, steps=5, seed=1)
         second = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(first)
@@ -419,8 +420,8 @@ def test_a_pipeline_made_from_another_takes_our_scheduler_along(name: str) -> No
 def test_a_default_config_that_a_pipeline_overwrites_reads_in_diffusers(
     name: str, tmp_path: Path
 ) -> None:
-    mine = stable_diffusion("", ours_of(name, {})).scheduler
-    theirs = stable_diffusion("", theirs_of(name, {})).scheduler
+    mine = stable_diffusion("", our_scheduler(name, {})).scheduler
+    theirs = stable_diffusion("", their_scheduler(name, {})).scheduler
     mine.save_pretrained(tmp_path)
     read = type(theirs).from_pretrained(tmp_path).config
     expected = {k: v for k, v in theirs.config.items() if not k.startswith("_")}
@@ -433,21 +434,21 @@ def test_a_default_config_that_a_pipeline_overwrites_reads_in_diffusers(
 def test_a_saved_pipeline_with_our_scheduler_config_opens_in_diffusers(
     name: str, tmp_path: Path
 ) -> None:
-    diffusers.DDPMPipeline(pixel_denoiser(), theirs_of(name, {})).save_pretrained(tmp_path)
-    mine = ours_of(name, VELOCITY | STABLE_DIFFUSION)
+    diffusers.DDPMPipeline(pixel_denoiser(), their_scheduler(name, {})).save_pretrained(tmp_path)
+    mine = our_scheduler(name, VELOCITY | STABLE_DIFFUSION)
     mine.save_pretrained(tmp_path / "scheduler")
     opened = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     assert type(opened.scheduler) is getattr(diffusers, name)
     theirs = draw_pixels(opened, 4)
     opened.scheduler = type(mine).from_pretrained(tmp_path, subfolder="scheduler")
     assert_same_pictures(draw_pixels(opened, 4), theirs)
-    opened.scheduler = ours_of(name, {})
+    opened.scheduler = our_scheduler(name, {})
     assert np.abs(draw_pixels(opened, 4) - theirs).max() > 10 * TOLERANCE
 
 
 def test_a_pipeline_saved_with_our_scheduler_opens_when_given_one_again(tmp_path: Path) -> None:
     """diffusers saves components of its own classes alone, and warns: ours saves itself."""
-    scheduler = ours_of("DDIMScheduler", VELOCITY | STABLE_DIFFUSION)
+    scheduler = our_scheduler("DDIMScheduler", VELOCITY | STABLE_DIFFUSION)
     pipe = diffusers.DDPMPipeline(pixel_denoiser(), scheduler)
     pipe.save_pretrained(tmp_path)
     pipe.scheduler.save_pretrained(tmp_path / "scheduler")

@@ -23,8 +23,8 @@ from parity import (
     diffusers,
     dtypes,
     number_of_steps,
-    ours_of,
-    theirs_of,
+    our_scheduler,
+    their_scheduler,
     thresholds,
     trajectory,
 )
@@ -88,7 +88,7 @@ def cases(draw: st.DrawFn, name: str) -> Case:
 
 
 def sigmas_of(case: Case) -> list[float]:
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return theirs.sigmas.tolist()
 
@@ -143,7 +143,7 @@ def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(name: str) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_the_exact_reading_samples_whatever_the_options(name: str) -> None:
     def check(case: Case) -> None:
-        scheduler = ours_of(case, compat="exact")
+        scheduler = our_scheduler(case, compat="exact")
         scheduler.set_timesteps(**case.grid)
         assert len(scheduler.timesteps) == case.n
         assert bool((scheduler.timesteps.diff() < 0).all())
@@ -175,7 +175,7 @@ def test_euler_steps_from_a_given_clean_sample_as_diffusers_does(n: int) -> None
 def test_preconditioning_is_that_of_diffusers(name: str, kind: str, sigma: Any) -> None:
     x, out = torch.randn(2, *SHAPE, dtype=torch.float64)
     case = Case(name, {"prediction_type": kind, "sigma_data": 0.7}, {}, {}, torch.float64)
-    mine, theirs = ours_of(case), theirs_of(case)
+    mine, theirs = our_scheduler(case), their_scheduler(case)
     pairs = [
         [s.precondition_inputs(x, sigma), s.precondition_outputs(x, out, sigma)]
         for s in (mine, theirs)
@@ -419,7 +419,7 @@ def test_a_config_moves_to_another_class_as_it_does_in_diffusers(source: str, ta
 def test_half_precision_comes_back_as_it_was_given(name: str) -> None:
     case = Case(name, {}, {"num_inference_steps": 4}, {}, torch.bfloat16)
     walks = []
-    for scheduler in (ours_of(case), theirs_of(case)):
+    for scheduler in (our_scheduler(case), their_scheduler(case)):
         scheduler.set_timesteps(4)
         walks.append(trajectory(scheduler, case))
     for a, b in zip(*walks, strict=True):
@@ -438,7 +438,7 @@ def test_noising_follows_the_begin_index_and_then_the_step_as_in_diffusers(
     case = Case(name, {}, {"num_inference_steps": 10}, {}, torch.float64)
     x0, eps = torch.randn(2, *SHAPE, dtype=torch.float64)
     noised = []
-    for scheduler in (ours_of(case), theirs_of(case)):
+    for scheduler in (our_scheduler(case), their_scheduler(case)):
         scheduler.set_timesteps(10)
         scheduler.set_begin_index(begin)
         t, off_grid = scheduler.timesteps[begin], torch.tensor([0.1])

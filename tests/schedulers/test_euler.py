@@ -21,9 +21,9 @@ from parity import (
     dtypes,
     falling_timesteps,
     number_of_steps,
-    ours_of,
+    our_scheduler,
     schedule_options,
-    theirs_of,
+    their_scheduler,
     trajectory,
 )
 from torch import Tensor
@@ -135,7 +135,7 @@ def falling_sigmas(draw: st.DrawFn) -> list[float]:
 
 
 def sigmas_of(case: Case) -> list[float]:
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return theirs.sigmas.tolist()
 
@@ -176,7 +176,7 @@ def formula_of(case: Case) -> str | None:
 
 
 def begins_twice(case: Case) -> bool:
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return len(theirs.timesteps) > 1 and bool(theirs.timesteps[0] == theirs.timesteps[1])
 
@@ -249,7 +249,7 @@ def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(name: str) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_the_exact_reading_samples_or_refuses_whatever_the_options(name: str) -> None:
     def check(case: Case) -> None:
-        scheduler = ours_of(case, compat="exact")
+        scheduler = our_scheduler(case, compat="exact")
         refusal = ""
         try:
             scheduler.set_timesteps(**case.grid)
@@ -453,7 +453,7 @@ def test_noising_follows_the_begin_index_and_then_the_step_as_in_diffusers(
     case = Case(name, {}, {"num_inference_steps": 10}, {}, torch.float64)
     x0, eps = torch.randn(2, *SHAPE, dtype=torch.float64)
     noised = []
-    for scheduler in (ours_of(case), theirs_of(case)):
+    for scheduler in (our_scheduler(case), their_scheduler(case)):
         scheduler.set_timesteps(10)
         scheduler.set_begin_index(begin)
         t, off_grid = scheduler.timesteps[begin], torch.tensor([123.25])
@@ -472,7 +472,7 @@ def test_noising_follows_the_begin_index_and_then_the_step_as_in_diffusers(
 @pytest.mark.parametrize("name", NAMES)
 def test_setting_timesteps_again_forgets_the_sampling_under_way(name: str) -> None:
     case = Case(name, {}, {"num_inference_steps": 5}, {}, torch.float64)
-    scheduler = ours_of(case)
+    scheduler = our_scheduler(case)
     scheduler.set_timesteps(5)
     first = trajectory(scheduler, case)
     scheduler.set_timesteps(7)

@@ -18,7 +18,7 @@ from parity import (
     difference,
     dtypes,
     network,
-    ours_of,
+    our_scheduler,
     trajectory,
 )
 
@@ -132,7 +132,7 @@ def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(case: Case) -
 @settings(QUICK, max_examples=100)
 @given(cases())
 def test_the_exact_reading_samples_or_refuses_whatever_the_options(case: Case) -> None:
-    scheduler = ours_of(case, compat="exact")
+    scheduler = our_scheduler(case, compat="exact")
     if any(c.applies(case) for c in CORNERS) and case.timesteps is None:
         with pytest.raises(InvalidArgument, match="shift_terminal"):
             scheduler.set_timesteps(**case.grid)

@@ -15,9 +15,9 @@ from parity import (
     difference,
     dtypes,
     falling_timesteps,
-    ours_of,
+    our_scheduler,
     schedule_options,
-    theirs_of,
+    their_scheduler,
     thresholds,
     trajectory,
 )
@@ -68,7 +68,7 @@ def reach(case: Case) -> int:
 
 
 def starts_without_signal(case: Case) -> bool:
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return float(theirs.alphas_cumprod[theirs.timesteps[0]]) == 0
 
@@ -109,7 +109,7 @@ def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(case: Case) -
 @settings(QUICK, max_examples=100)
 @given(cases())
 def test_the_exact_reading_samples_or_refuses_whatever_the_options(case: Case) -> None:
-    scheduler = ours_of(case, compat="exact")
+    scheduler = our_scheduler(case, compat="exact")
     corner = next((c for c in CORNERS if c.applies(case)), None)
     if corner is not None:
         with pytest.raises(InvalidArgument, match=corner.message):
@@ -169,7 +169,7 @@ def test_the_options_of_a_grid_that_an_lcm_has_not_change_nothing(compat: str) -
     grid = {"num_inference_steps": 5}
     cases = [Case("LCM", options, grid, {}, torch.float32) for options in ({}, IDLE)]
     states = []
-    for scheduler, case in [(ours_of(case, compat=compat), case) for case in cases]:
+    for scheduler, case in [(our_scheduler(case, compat=compat), case) for case in cases]:
         scheduler.set_timesteps(5)
         states.append(trajectory(scheduler, case))
     assert all(map(torch.equal, *states))

@@ -17,13 +17,13 @@ from parity import (
     compare,
     difference,
     dtypes,
-    levels_of,
     network,
     number_of_steps,
-    ours_of,
+    our_scheduler,
     schedule_options,
-    theirs_of,
+    their_scheduler,
     trajectory,
+    visited_levels,
 )
 from torch import Tensor
 
@@ -90,7 +90,7 @@ CORNERS = [
 
 def rise(case: Case) -> float:
     """How many times the signal grows within one step, at most."""
-    levels = levels_of(case)
+    levels = visited_levels(case)
     steps = list(pairwise(levels))
     if not case.options["skip_prk_steps"]:
         steps += [(levels[i], levels[i + 3]) for i in (0, 4, 8)]  # begin and end of Runge-Kutta's
@@ -135,7 +135,7 @@ def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(case: Case) -
 @settings(QUICK, max_examples=100)
 @given(cases())
 def test_the_exact_reading_samples_or_refuses_whatever_the_options(case: Case) -> None:
-    scheduler = ours_of(case, compat="exact")
+    scheduler = our_scheduler(case, compat="exact")
     try:
         scheduler.set_timesteps(**case.grid)
     except InvalidArgument as error:
@@ -159,7 +159,7 @@ def test_a_start_in_the_middle_is_that_of_diffusers(kind: str, skip: bool, begin
     options = {"skip_prk_steps": skip, "prediction_type": kind}
     case = Case("PNDM", options, {"num_inference_steps": 20}, {}, torch.float64)
     f, states = network(case), []
-    for scheduler in (ours_of(case), theirs_of(case)):
+    for scheduler in (our_scheduler(case), their_scheduler(case)):
         scheduler.set_timesteps(20)
         if isinstance(scheduler, PNDMScheduler):
             scheduler.set_begin_index(begin)
@@ -174,7 +174,7 @@ def test_a_start_near_the_end_steps_past_timestep_0_as_diffusers_does() -> None:
     """Its Runge-Kutta stages go down by half a stride from wherever sampling begins."""
     case = Case("PNDM", {}, {"num_inference_steps": 7}, {}, torch.float64)
     f, states = network(case), []
-    for scheduler in (ours_of(case), theirs_of(case)):
+    for scheduler in (our_scheduler(case), their_scheduler(case)):
         scheduler.set_timesteps(7)
         x = torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(SHAPE)
         if isinstance(scheduler, PNDMScheduler):
@@ -188,7 +188,7 @@ def test_a_start_near_the_end_steps_past_timestep_0_as_diffusers_does() -> None:
 
 def test_sampling_again_begins_anew() -> None:
     case = Case("PNDM", {"skip_prk_steps": True}, {"num_inference_steps": 7}, {}, torch.float64)
-    scheduler = ours_of(case)
+    scheduler = our_scheduler(case)
     runs = []
     for stop in (None, 3, None):  # the second is given up after three steps
         scheduler.set_timesteps(7)

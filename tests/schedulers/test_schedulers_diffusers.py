@@ -21,13 +21,13 @@ from parity import (
     diffusers,
     dtypes,
     falling_timesteps,
-    levels_of,
     number_of_steps,
-    ours_of,
+    our_scheduler,
     sample_or_refuse,
     schedule_options,
-    theirs_of,
+    their_scheduler,
     thresholds,
+    visited_levels,
 )
 
 import minidiff.schedulers as ours
@@ -120,7 +120,7 @@ def multistep(case: Case) -> bool:
 
 def stretch(case: Case) -> float:
     """How many times the step before it the longest step is."""
-    steps = [b.lam - a.lam for a, b in pairwise(levels_of(case)[:-1])]
+    steps = [b.lam - a.lam for a, b in pairwise(visited_levels(case)[:-1])]
     return max([b / a for a, b in pairwise(steps)], default=1)
 
 
@@ -129,7 +129,7 @@ ROUNDINGS = [
     Rounding(
         "(alpha'/alpha) x - ... eps: from almost no signal two terms of that size cancel",
         lambda c: multistep(c) and not c.options["algorithm_type"].endswith("++"),
-        lambda c: 2**-22 * max(b.alpha / a.alpha for a, b in pairwise(levels_of(c))),
+        lambda c: 2**-22 * max(b.alpha / a.alpha for a, b in pairwise(visited_levels(c))),
         cap=1e-2,
     ),
     Rounding(
@@ -152,19 +152,19 @@ ROUNDINGS = [
 
 
 def first_alpha_bar(case: Case) -> float:
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return float(theirs.alphas_cumprod[theirs.timesteps[0]])
 
 
 def first_timesteps_are_equal(case: Case) -> bool:
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return len(theirs.timesteps) > 1 and bool(theirs.timesteps[0] == theirs.timesteps[1])
 
 
 def last_step_is_empty(case: Case) -> bool:
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     to_sigma_min = case.options.get("final_sigmas_type") == "sigma_min"
     return to_sigma_min and int(theirs.timesteps[-1]) == 0
@@ -174,7 +174,7 @@ def the_sde_steps_back(case: Case) -> bool:
     """Whether some σ rises by more than rounding: the variance of what an SDE adds is below 0."""
     if not case.options.get("algorithm_type", "").startswith("sde"):
         return False
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return bool((theirs.sigmas[1:] > theirs.sigmas[:-1] * (1 + 1e-5)).any())
 
@@ -280,7 +280,7 @@ def test_timesteps_are_those_of_diffusers_or_refused_for_every_number_of_steps(
     name: str, spacing: str
 ) -> None:
     case = Case(name, {"timestep_spacing": spacing}, {}, {}, torch.float32)
-    mine, theirs = ours_of(case), theirs_of(case)
+    mine, theirs = our_scheduler(case), their_scheduler(case)
     refused = []
     for n in range(1, 1001):
         theirs.set_timesteps(n)
@@ -304,7 +304,7 @@ def test_timesteps_are_those_of_diffusers_or_refused_for_every_number_of_steps(
 @QUICK
 @given(st.sampled_from(["DDPM", "DDIM"]).flatmap(cases), st.integers(0, 2**31))
 def test_noising_and_velocity_are_those_of_diffusers(case: Case, seed: int) -> None:
-    mine, theirs = ours_of(case), theirs_of(case)
+    mine, theirs = our_scheduler(case), their_scheduler(case)
     rng = np.random.default_rng(seed)
     t = torch.from_numpy(rng.choice(theirs.timesteps.numpy(), SHAPE[0]))
     x0 = torch.from_numpy(rng.standard_normal(SHAPE)).to(case.dtype)
@@ -357,7 +357,7 @@ def test_scheduler_config_json_reads_in_either_library(
     case: Case, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("scheduler")
-    mine, theirs = ours_of(case), theirs_of(case)
+    mine, theirs = our_scheduler(case), their_scheduler(case)
     mine.save_pretrained(folder / "mine")
     theirs.save_pretrained(folder / "theirs")
     read_by_us = type(mine).from_pretrained(folder / "theirs")

@@ -17,13 +17,13 @@ from parity import (
     diffusers,
     dtypes,
     falling_timesteps,
+    initial_sample,
     network,
     number_of_steps,
-    ours_of,
+    our_scheduler,
     sample_or_refuse,
     schedule_options,
-    start,
-    theirs_of,
+    their_scheduler,
     thresholds,
 )
 from test_order import assert_same, run
@@ -84,7 +84,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 def begins_twice(case: Case) -> bool:
     """Whether the first two timesteps are cut to the same whole step."""
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return len(theirs.timesteps) > 1 and bool(theirs.timesteps[0] == theirs.timesteps[1])
 
@@ -93,7 +93,7 @@ def steps_back(case: Case) -> bool:
     """Whether a stage of the SDE goes to a higher sigma than where its cycle starts."""
     if case.options["algorithm_type"] != "sde-dpmsolver++":
         return False
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     ends = enumerate(theirs.order_list, 1)
     return any(theirs.sigmas[i - order] < theirs.sigmas[i] for i, order in ends)
@@ -176,8 +176,8 @@ def test_sampling_from_the_middle_of_a_cycle_and_once_more_is_that_of_diffusers(
     """As image-to-image does; where stages are missing a cycle has a lower order."""
     options = {"solver_order": solver_order, "algorithm_type": "sde-dpmsolver++"}
     case = Case("DPMSolverSinglestep", options, {}, {}, torch.float64)
-    mine, theirs, f = ours_of(case), theirs_of(case), network(case)
-    image, noise = start(case, mine), start(case, mine).flip(2)
+    mine, theirs, f = our_scheduler(case), their_scheduler(case), network(case)
+    image, noise = initial_sample(case, mine), initial_sample(case, mine).flip(2)
     for n in (10, 13):  # the second time as if there had been no first
         results = []
         for scheduler in (mine, theirs):

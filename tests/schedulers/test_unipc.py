@@ -16,13 +16,13 @@ from parity import (
     difference,
     diffusers,
     dtypes,
+    initial_sample,
     network,
     number_of_steps,
-    ours_of,
+    our_scheduler,
     sample_or_refuse,
     schedule_options,
-    start,
-    theirs_of,
+    their_scheduler,
     thresholds,
 )
 from test_order import assert_same, run
@@ -111,7 +111,7 @@ def extrapolates(case: Case) -> bool:
 
 def begins_twice(case: Case) -> bool:
     """Whether the first two timesteps are cut to the same whole step."""
-    theirs = theirs_of(case)
+    theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return len(theirs.timesteps) > 1 and bool(theirs.timesteps[0] == theirs.timesteps[1])
 
@@ -218,8 +218,8 @@ def test_sampling_from_the_middle_of_the_grid_and_once_more_is_that_of_diffusers
 ) -> None:
     """As image-to-image does: noise up to an entry, then step from there."""
     case = Case("UniPCMultistep", {"solver_order": solver_order}, {}, {}, torch.float64)
-    mine, theirs, f = ours_of(case), theirs_of(case), network(case)
-    image, noise = start(case, mine), start(case, mine).flip(2)
+    mine, theirs, f = our_scheduler(case), their_scheduler(case), network(case)
+    image, noise = initial_sample(case, mine), initial_sample(case, mine).flip(2)
     for n in (10, 13):  # the second time as if there had been no first
         results = []
         for scheduler in (mine, theirs):
