@@ -174,13 +174,13 @@ def autoguidance(good: Denoiser, bad: Denoiser, scale: float) -> Denoiser:
     A smaller or less trained network makes the same errors, only larger ones. Unlike
     classifier-free guidance, autoguidance does not reduce the variety of the samples.
 
+    Source: Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself",
+    arXiv:2406.02507, eq. 6.
+
     Args:
         good: denoiser whose output is c.
         bad: denoiser of the guidance network, whose output is u.
         scale: w; 1 is c.
-    Source:
-        Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself",
-        arXiv:2406.02507, eq. 6.
     Raises:
         InvalidArgument: a scale that is not finite.
     """
@@ -255,6 +255,9 @@ def projected(
     The momentum belongs to one trajectory: it restarts where t rises, and a second evaluation at
     the same t (Heun's method) replaces the first.
 
+    Source: Sadat et al. 2024, "Eliminating Oversaturation and Artifacts of High Guidance Scales
+    in Diffusion Models", arXiv:2410.02416, eq. 7 to 10 and algorithm 1.
+
     Args:
         pair: wanted and unwanted output.
         scale: w.
@@ -262,9 +265,6 @@ def projected(
         parallel: η; 1 without momentum and threshold is plain extrapolation.
         momentum: β, usually negative; 0 disables it.
         threshold: r, the largest norm of Δ, over all elements of an image.
-    Source:
-        Sadat et al. 2024, "Eliminating Oversaturation and Artifacts of High Guidance Scales in
-        Diffusion Models", arXiv:2410.02416, eq. 7 to 10 and algorithm 1.
     Raises:
         InvalidArgument: a number that is not finite (threshold may be infinite), or a threshold
             that is not above 0.
@@ -323,13 +323,13 @@ def within(guided: Denoiser, plain: Denoiser, meaning: Reader, low: float, high:
 
     At high noise guidance reduces the variety of samples, at low noise it has no effect.
 
+    Source: Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample
+    and Distribution Quality in Diffusion Models", arXiv:2404.07724, eq. 6.
+
     Args:
         guided, plain: denoisers inside and outside the interval; only one of them is evaluated.
         meaning: meaning of the denoisers' output at t.
         low, high: interval (low, high] of σ/α, EDM's σ; (0, inf) is every noisy level.
-    Source:
-        Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and
-        Distribution Quality in Diffusion Models", arXiv:2404.07724, eq. 6.
     Raises:
         InvalidArgument: not two numbers with 0 <= low < high.
     """
@@ -381,15 +381,15 @@ def classifier_guided(
     With an exact classifier and an unconditional denoiser this equals classifier-free guidance of
     the same w.
 
+    Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis",
+    arXiv:2105.05233, algorithm 2.
+
     Args:
         denoise: conditional or unconditional denoiser.
         log_prob: (x_t, t) → ln p(y|x_t) (B,), differentiable in x_t, with the network's input; the
             classifier must be trained on noisy images.
         meaning: meaning of the denoiser's output at t.
         scale: w; 0 disables it.
-    Source:
-        Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233,
-        algorithm 2.
     Raises:
         InvalidArgument: a scale that is not finite; or, when evaluated, log_prob returns anything
             but one number per image.

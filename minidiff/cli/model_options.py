@@ -19,7 +19,7 @@ def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
     device = pick_device(options.device)
     pipe = open_pipeline(_folder(options), device)
     if device.type == "cpu":
-        for network in filter(None, (pipe.unet, pipe.weaker)):
+        for network in pipe.unets:
             network.to(memory_format=torch.channels_last)
     pipe.to(dtype=pick_dtype(dtype, device))
     if options.sampler is not None:

@@ -185,7 +185,7 @@ def _about(pipe: Pipeline, train: ImageData, plan: Plan) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "data": train.name,
         "model_sha256": digest(pipe.unet),
-        "weaker_sha256": None if pipe.weaker is None else digest(pipe.weaker),
+        "weaker_sha256": None if len(pipe.unets) == 1 else digest(pipe.unets[1]),
         "scheduler": type(pipe.scheduler).__name__,
         "steps": pipe.num_inference_steps if plan.steps is None else plan.steps,
         "guidance": pipe.guidance_scale if plan.guidance is None else plan.guidance,
@@ -280,7 +280,7 @@ class _Evaluation:
         if self.pipe.class_names:
             order = fixed_order(self.train)
             labels = self.train.labels[order[torch.arange(n) % len(order)]]
-        with counted(self.pipe.unet, self.pipe.weaker) as count:
+        with counted(*self.pipe.unets) as count:
             images = self.pipe(
                 class_labels=labels,
                 num_images=n,

@@ -15,7 +15,9 @@ import torch
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
 from minidiff.nn import AutoencoderKL, SpaceToDepth, TextEncoder, UNet
+from minidiff.nn.model import CONFIG as NETWORK_CONFIG
 from minidiff.runtime import files
+from minidiff.runtime.tensors import own_files
 from minidiff.schedulers import SCHEDULERS, Scheduler
 from minidiff.schedulers.core.config import CONFIG_NAME
 from minidiff.text.clip import load_tokenizer
@@ -31,6 +33,7 @@ KINDS |= dict.fromkeys(("DDPMPipeline", "DDIMPipeline"), ("unet", "scheduler"))
 for _suffix in ("", "Img2Img", "Inpaint"):  # the same parts, used in another way
     KINDS[f"StableDiffusion{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT)
     KINDS[f"StableDiffusionXL{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT, *SECOND)
+NETWORKS = ("unet", "vae", "weaker", "text_encoder")
 EXTRA_NETWORKS = ("weaker",)  # optional in minidiff's own kind: the guidance network
 CLASSES = {
     "unet": UNet.class_names,
@@ -70,16 +73,21 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
             f"{folder}: its safety_checker is not loaded: images are not filtered", stacklevel=3
         )
 
-    def network(part: str, cls: type) -> Any:
-        return cls.from_pretrained(folder / part, torch_dtype=torch_dtype, variant=variant)
+    variants = _variants(folder, index, variant)
 
+    def network(part: str, cls: type) -> Any:
+        place, which = _place(folder, part, NETWORK_CONFIG), variants.get(part)
+        return cls.from_pretrained(place, torch_dtype=torch_dtype, variant=which)
+
+    place = _place(folder, "scheduler", CONFIG_NAME)
     arguments: dict[str, Any] = {
         "unet": network("unet", UNet),
-        "scheduler": _scheduler(folder / "scheduler", SCHEDULERS[index["scheduler"][1]]),
+        "scheduler": _scheduler(place, SCHEDULERS[index["scheduler"][1]]),
     }
     arguments |= {part: network(part, UNet) for part in EXTRA_NETWORKS if part in index}
     if "vae" in index:
-        arguments["vae"] = _vae(folder / "vae", index["vae"][1], torch_dtype, variant)
+        place = _place(folder, "vae", NETWORK_CONFIG)
+        arguments["vae"] = _vae(place, index["vae"][1], torch_dtype, variants.get("vae"))
     texts = [part for part in (*TEXT, *SECOND) if part in parts]
     if texts:
         load = WordTokenizer.from_pretrained if own else load_tokenizer
@@ -91,6 +99,29 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         cls = PromptsXL if SECOND[0] in texts else WordPrompts if own else Prompts
         arguments["prompts"] = cls(**loaded, **(chosen if cls is PromptsXL else {}))
     return arguments | {name: index[name] for name in (*OPTIONS, *LATER_OPTIONS) if name in index}
+
+
+def _place(folder: Path, part: str, config: str) -> Path:
+    """Return the folder of a part: the pipeline's own for flat folders, as diffusers reads them."""
+    inside = folder / part
+    return folder if not inside.is_dir() and (folder / config).is_file() else inside
+
+
+def _variants(folder: Path, index: Mapping[str, Any], variant: str | None) -> dict[str, str | None]:
+    """Return the variant of each network: None, with a warning, where only others have it."""
+    if variant is None:
+        return {}
+    networks = [part for part in index if part.removesuffix("_2") in NETWORKS]
+    having = [part for part in networks if any((folder / part).glob(f"*.{variant}.*"))]
+    if not having:
+        return dict.fromkeys(networks, variant)  # whose files are then missing by name
+    lacking = [part for part in networks if part not in having and (folder / part).is_dir()]
+    if plain := [part for part in lacking if any((folder / part).glob("*.safetensors"))]:
+        warnings.warn(
+            f"{folder}: {', '.join(plain)} without variant {variant!r}, read in the plain one",
+            stacklevel=4,
+        )
+    return dict.fromkeys(networks, variant) | dict.fromkeys(plain, None)
 
 
 def _vae(
@@ -176,8 +207,7 @@ def write(
         InvalidArgument: there is an extra network, which diffusers' pipelines do not have.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder}: not empty and not a pipeline, will not replace it")
+    check_replaceable(folder)
     parts = {name: part for name, part in parts.items() if part is not None}
     index: dict[str, Any] = {"_class_name": OWN, **options}
     if prompts is not None:
@@ -195,6 +225,39 @@ def write(
             part.save_pretrained(temporary / name)
             index[name] = [_library(name, part), _class(part)]
         files.write_json(temporary / INDEX, index)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder whose replacement by a pipeline would delete files of other people.
+
+    Raises:
+        CheckpointError: names files that are not those of a pipeline.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder}: not empty and not a pipeline, will not replace it")
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    if foreign := [name for name in names if not _is_written(name)]:
+        raise CheckpointError(
+            f"{folder}: holds {', '.join(foreign[:3])}, and saving replaces the whole folder; "
+            "choose a new or empty one"
+        )
+
+
+def _is_written(name: str) -> bool:
+    """Return whether a pipeline writes a file of this name, relative to its folder."""
+    part, _, file = name.rpartition("/")
+    kind = part.removesuffix("_2")
+    if kind == "scheduler":
+        return file == CONFIG_NAME
+    if kind == "tokenizer":
+        return file.endswith((".json", ".txt"))
+    if kind in NETWORKS:
+        stem = (TextEncoder if kind == "text_encoder" else UNet).weights_name
+        return file == NETWORK_CONFIG or own_files(stem).fullmatch(file) is not None
+    return name == INDEX
 
 
 _INDEX = {

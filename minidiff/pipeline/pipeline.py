@@ -33,7 +33,7 @@ from minidiff.runtime.device import pick_device
 from minidiff.runtime.tensors import DTYPES
 from minidiff.sample import Step
 from minidiff.schedulers import Scheduler
-from minidiff.text.prompts import Prompts, PromptsXL
+from minidiff.text.prompts import Prompts, PromptsXL, WordPrompts
 
 
 class PipelineOutput(NamedTuple):
@@ -162,7 +162,9 @@ class Pipeline:
             height, width: image size in pixels; by default that of the given image, or that the
                 network was trained on.
             num_inference_steps: steps of the scheduler.
-            guidance_scale: w of classifier-free guidance; 1 disables it.
+            guidance_scale: w of classifier-free guidance; 1 disables it. Below 1 it interpolates
+                towards the unconditional network, but folders of Stable Diffusion are not guided
+                at all then, as in diffusers.
             guidance_rescale: φ of `guidance.rescaled`, in [0, 1].
             guidance_interval: two σ/α between which guidance applies, see `guidance.within`.
                 (0, inf) is everywhere, also for a model that stores an interval.
@@ -261,6 +263,11 @@ class Pipeline:
         return denoise
 
     @property
+    def unets(self) -> tuple[UNet, ...]:
+        """The network, and the guidance network if there is one."""
+        return (self.unet,) if self.weaker is None else (self.unet, self.weaker)
+
+    @property
     def guidance_network(self) -> UNet | None:
         """Network that autoguidance moves samples away from; None without autoguidance."""
         return self.weaker
@@ -310,7 +317,7 @@ class Pipeline:
             raise InvalidArgument(f"dtype must be one of {allowed}, got {dtype}")
         place = None if device is None else pick_device(device)
         encoders = () if self.prompts is None else self.prompts.encoders
-        for network in (self.unet, self.guidance_network, self.vae, *encoders):
+        for network in (*self.unets, self.vae, *encoders):
             if network is not None:
                 network.to(place)
         self.dtype = dtype or self.dtype
@@ -326,16 +333,26 @@ class Pipeline:
         """Whether classifier-free guidance is possible, or the network takes a guidance scale."""
         return self.has_null_class or self.prompts is not None
 
+    @property
+    def is_guided_below_one(self) -> bool:
+        """Whether guidance_scale < 1 interpolates towards the unconditional network.
+
+        Folders of Stable Diffusion follow diffusers, which guides only above 1.
+        """
+        is_diffusers = self.prompts is not None and not isinstance(self.prompts, WordPrompts)
+        return self.takes_guidance_scale or not is_diffusers
+
     # --- folders ---------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model_index.json` and one folder per part, in diffusers' format.
 
         A pipeline with CLIP's tokenizer is written as diffusers' StableDiffusionPipeline or
-        StableDiffusionXLPipeline. An existing pipeline folder is replaced as a whole.
+        StableDiffusionXLPipeline. An existing pipeline folder is replaced as a whole, unless it
+        holds files that are not those of a pipeline.
 
         Raises:
-            CheckpointError: the folder cannot be written, or holds something else.
+            CheckpointError: the folder cannot be written, or holds files that would be lost.
             InvalidArgument: there is a guidance network, which diffusers' pipelines do not have.
         """
         pipeline_folder.write(

@@ -278,7 +278,7 @@ def negative_prompts(
     texts = list_of_texts("negative_prompt", given, n // copies)
     if scale == 1:
         warnings.warn(
-            f"negative_prompt has no effect: guidance_scale is 1, got {given!r}", stacklevel=5
+            f"negative_prompt has no effect without guidance, got {given!r}", stacklevel=5
         )
         return None
     return [text for text in texts for _ in range(copies)]
@@ -307,6 +307,13 @@ def resolve_guidance(
     )
     interval = interval or pipe.guidance_interval
     rescale = real_number("guidance_rescale", rescale, 0, 1)
+    if method is None and scale <= 1 and not pipe.is_guided_below_one:
+        scale, rescale = 1.0, 0.0  # as in diffusers, where models of text are not guided then
+    elif method is None and scale == 0 and pipe.is_guidable and not pipe.takes_guidance_scale:
+        warnings.warn(
+            "guidance_scale 0 samples the unconditional network: prompt and class have no effect",
+            stacklevel=5,
+        )
     for name, given in (
         ("guidance_rescale", rescale != 0),
         ("guide", method is not None),
