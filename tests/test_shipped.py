@@ -55,8 +55,8 @@ def test_sample_draws_with_a_model_that_comes_along(tmp_path, monkeypatch, capsy
     ("line", "message"),
     [
         ("sample", "give a run or --model"),
-        ("sample --model mnist RUN text", "with --model there is no run: got 'RUN'"),
-        ("evaluate --model mnist RUN", "with --model there is no run: got 'RUN'"),
+        ("sample --model mnist RUN text", "give a run or --model, not both: got the run 'RUN'"),
+        ("evaluate --model mnist RUN", "give a run or --model, not both: got the run 'RUN'"),
     ],
 )
 def test_a_run_and_a_model_exclude_each_other(line, message, capsys, tmp_path, monkeypatch):
