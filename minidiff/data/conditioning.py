@@ -50,7 +50,7 @@ class ClassLabels(Condition):
 
     Args:
         num_classes: number of classes; 0 for data without labels.
-        hides: there is a label for "no class", which guidance needs.
+        hides: True for a label of "no class", which guidance needs.
     """
 
     def __init__(self, num_classes: int, hides: bool = True) -> None:
@@ -75,7 +75,7 @@ class Captions(Condition):
         self.prompts, self.text_encoder = prompts, prompts.text_encoder
         self.unet_options = {
             "cross_attention_dim": prompts.width,
-            "class_embed_type": "projection",  # of the text's summary
+            "class_embed_type": "projection",  # of the pooled text
             "projection_class_embeddings_input_dim": prompts.width,
         }
         self.register_buffer("null", prompts.tokens([""])[0], persistent=False)

@@ -1,14 +1,14 @@
-"""Images as the latents of an autoencoder: encoded once, drawn anew whenever they are asked for.
+"""Images as latents of an autoencoder: encoded once, sampled again for every batch.
 
-What an encoder says of an image is a normal distribution over z, a mean and a variance for each
-element. These moments are cached; every pass over the data draws other latents from them, which
-costs one multiply-add and shows the diffusion model all that the decoder was trained on:
+An encoder outputs a normal distribution over z for each image, a mean and a variance per element.
+These moments are cached. Every pass over the data samples other latents from them, which costs one
+multiply-add and covers the distribution that the decoder was trained on:
 
     latents = scaled(μ + σ·n),   n ~ N(0, 1)
 
 Sources: Rombach et al. 2022, https://arxiv.org/abs/2112.10752, section 3.1 and appendix G (unit
 variance); the code of Karras et al. 2024, https://arxiv.org/abs/2312.02696, which stores mean and
-deviation, and draws a sample a step.
+deviation, and draws a sample at each step.
 """
 
 import math
@@ -27,23 +27,23 @@ from minidiff.nn import AutoencoderKL
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.noise import MAX_SEED
 
-BATCH = 256  # images that are encoded at once
-_WORDS = 4  # that a random number generator's counter stands for
+BATCH = 256  # images encoded at once
+_WORDS = 4  # random words per counter of the generator
 
 
 class LatentData(Data):
-    """Images as latents of an autoencoder, as `minidiff.data.protocol` has it.
+    """Images as latents of an autoencoder.
 
-    They are encoded when they are first moved or asked for, on the device where they then are: so
-    a training is refused before that work, if at all, and its clock starts after it.
+    They are encoded when they are first moved or used, on their device. So a training with bad
+    arguments is refused before that work, and the clock of a training starts after it.
 
     Args:
-        vae: maps images to latents, and latents back to images.
-        images: what is encoded.
-        seed: of what is drawn: the latents of an item depend on it and on the position alone.
+        vae: autoencoder of the images.
+        images: images to encode.
+        seed: seed of the samples: the latents of an item depend on it and on the position alone.
     Raises:
-        InvalidArgument: the autoencoder is for images of other channels, their sides cannot be
-            halved so often, there are none, or they are not stored.
+        InvalidArgument: images with channels or sides that the autoencoder does not take, no
+            images, or images that are not stored.
     """
 
     is_stored = True
@@ -59,7 +59,7 @@ class LatentData(Data):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the latents of one image: (C, h, w)."""
+        """Shape of the latents of one image: (C, h, w)."""
         _, *sides = self.images.shape
         return (self.vae.config.latent_channels, *(side // self.vae.divisor for side in sides))
 
@@ -71,21 +71,21 @@ class LatentData(Data):
     @cached_property
     def moments(self) -> Tensor:
         """Means and logarithms of variances of all z, float32 (N, 2·C, h, w)."""
-        return moments_of(self.vae, self.images)
+        return encode_moments(self.vae, self.images)
 
     def to(self, device: torch.device | str) -> "LatentData":
-        """The same data on `device`, encoded; the autoencoder moves there."""
+        """Return the data on `device`, encoded; the autoencoder moves there."""
         moved = LatentData(self.vae.to(device), self.images.to(device), self.seed)
         encoded = self if "moments" in vars(self) else moved  # nothing is encoded twice
         moved.moments = encoded.moments.to(device)
         return moved
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Latents of the images at `index`, of about zero mean and unit variance.
+        """Return latents of the images at `index`, of about zero mean and unit variance.
 
         Args:
-            index: int64 (B,), on any device.
-            position: of the first of them in the stream, see `minidiff.data.protocol.Data`.
+            index: image numbers, int64 (B,), on any device.
+            position: position of the first of them in the stream, see `minidiff.data.protocol`.
         Returns:
             float32 (B, C, h, w) and the labels int64 (B,) or None, both on the device of the data.
         """
@@ -97,11 +97,11 @@ class LatentData(Data):
 
 
 def normals(seed: int, position: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Standard normal numbers (B, …), those of item i by (seed, position + i) alone.
+    """Return standard normal numbers (B, …), for item i a function of (seed, position + i) alone.
 
     Two numbers u, v in (0, 1) become two normal ones, √(−2 ln u)·(cos 2πv, sin 2πv) (Box & Muller
-    1958). They have 23 bits, which float32 holds to the bit with a half added, and no normal number
-    is above 5.8 then. Words are drawn on the host, all else is done on the device.
+    1958). They have 23 bits plus a half, exact in float32, so no normal number exceeds 5.8. Words
+    are drawn on the host; all else is computed on the device.
     """
     count, size = shape[0], math.prod(shape[1:])
     counters = -(-size // (2 * _WORDS))  # a word gives two numbers
@@ -114,7 +114,7 @@ def normals(seed: int, position: int, shape: Sequence[int], device: torch.device
 
 
 def check_stored(data: Data) -> None:
-    """Refuse what is no stored images, or none of them. Raises InvalidArgument."""
+    """Refuse anything but stored images, at least one. Raises InvalidArgument."""
     if not isinstance(data, ImageData):
         raise InvalidArgument(f"data must be stored images to be encoded, {data.name} are not")
     if not len(data):
@@ -122,7 +122,7 @@ def check_stored(data: Data) -> None:
 
 
 def check_fit(vae: AutoencoderKL, data: ImageData) -> None:
-    """Refuse images that an autoencoder cannot take and give back whole. Raises InvalidArgument."""
+    """Refuse images that an autoencoder does not reproduce in shape. Raises InvalidArgument."""
     check_stored(data)
     channels, *sides = data.shape
     if channels != vae.config.in_channels or channels != vae.config.out_channels:
@@ -138,22 +138,23 @@ def check_fit(vae: AutoencoderKL, data: ImageData) -> None:
 
 
 @torch.no_grad()
-def moments_of(vae: AutoencoderKL, data: ImageData, most: int | None = None) -> Tensor:
-    """What an encoder says of all images, or of at most so many: float32 (N, 2·C, h, w)."""
-    chosen = evenly_spaced(len(data), len(data) if most is None else most)
-    said = (vae.encode(data.batch(index)[0]) for index in chosen.split(BATCH))
-    return torch.cat([torch.cat([one.mean, one.logvar], dim=1) for one in said])
+def encode_moments(vae: AutoencoderKL, data: ImageData, max_images: int | None = None) -> Tensor:
+    """Return the encoder's moments of all images or of `max_images`: float32 (N, 2·C, h, w)."""
+    chosen = evenly_spaced(len(data), len(data) if max_images is None else max_images)
+    posteriors = (vae.encode(data.batch(index)[0]) for index in chosen.split(BATCH))
+    return torch.cat([torch.cat([p.mean, p.logvar], dim=1) for p in posteriors])
 
 
 def with_unit_latents(vae: AutoencoderKL, data: ImageData) -> AutoencoderKL:
-    """The same autoencoder, with shift and scale by which its latents have zero mean and unit
-    variance: those of samples for up to 10,000 images.
+    """Return the autoencoder with the shift and scale that normalise its latents.
+
+    Sampled latents then have zero mean and unit variance, estimated from up to 10,000 images.
 
     Raises:
-        TrainingError: the spread is zero or not finite.
+        TrainingError: the standard deviation is zero or not finite.
     """
-    posterior = DiagonalGaussian(moments_of(vae, data, MEASURED_IMAGES).cpu().double())
-    # Of a mixture: the mean of the variances, and the variance of the means.
+    posterior = DiagonalGaussian(encode_moments(vae, data, MEASURED_IMAGES).cpu().double())
+    # Variance of a mixture: the mean of the variances plus the variance of the means.
     mean = float(posterior.mean.mean())
     std = math.sqrt(float(posterior.var.mean() + (posterior.mean - mean).square().mean()))
     if not (std > 0 and math.isfinite(std)):

@@ -1,10 +1,9 @@
-"""What training asks of data, be it bytes on the device, points, or files behind workers.
+"""The interface of data for training: bytes on the device, points, or files read by workers.
 
-A *position* is how many items the stream of training handed out before: with batches of B items,
-batch k begins at position k·B. What is random about an item (an augmentation, a data set's own
-transform) depends on a seed and its position alone. So an interrupted run that goes on at a
-position sees what an uninterrupted one sees, and so do several processes that share a batch, each
-telling the position at which its part begins.
+The *position* of an item is its index in the stream of training: with batches of B items, batch k
+begins at position k·B. Randomness of an item (an augmentation, the transform of a data set) depends
+on a seed and its position alone. So a resumed run gets the same items as an uninterrupted one. So
+do several processes that share a batch, each with the position of its part.
 """
 
 from enum import IntEnum
@@ -20,12 +19,12 @@ from minidiff.nn import AutoencoderKL
 
 
 class Data(Protocol):
-    """Items (images or points) with a class label each, or none at all.
+    """Items (images or points), all with labels or captions, or all without.
 
     Attributes:
         name: name of the data in error messages and reports.
         class_names: one name per class, in label order; empty without labels.
-        is_stored: the items are held in memory, so that any of them can be drawn at little cost.
+        is_stored: True for items in memory, so that any of them costs little.
         labels_per_item: number of labels of an item with classes.
         decoder: autoencoder whose latents the items are; None for images and points.
     """
@@ -40,7 +39,7 @@ class Data(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one item, as a network sees it: (C, H, W) for images, (D,) for points."""
+        """Shape of one item as input of a network: (C, H, W) for images, (D,) for points."""
 
     @property
     def num_classes(self) -> int:
@@ -48,14 +47,14 @@ class Data(Protocol):
         return len(self.class_names)
 
     def to(self, device: torch.device | str) -> "Data":
-        """The same data with its batches on `device`."""
+        """Return the data with its batches on `device`."""
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
-        """The items at `index`, as a network sees them.
+        """Return the items at `index` as inputs of a network.
 
         Args:
-            index: int64 (B,), on any device.
-            position: of the first of them in the stream; the others follow it.
+            index: item numbers, int64 (B,), on any device.
+            position: position of the first of them in the stream; the others follow it.
         Returns:
             x float32 (B, *shape) and the labels int64 (B,), token numbers (B, L) or None, both on
             the device of the data.
@@ -69,19 +68,19 @@ class Data(Protocol):
         return ClassLabels(self.num_classes, hides=config.label_dropout > 0)
 
     def example_prompts(self, n: int) -> list[str] | None:
-        """Return n captions, for pictures along the way; None for data without captions."""
+        """Return n captions, for images during training; None for data without captions."""
         return None
 
     def captured(self) -> "Data":
-        """Return data whose batches are drawn by a CUDA graph where that is possible."""
+        """Return data whose batches are drawn by a CUDA graph, if that is possible."""
         return self
 
 
 def check_labels(labels: Tensor | None, count: int, class_names: tuple[str, ...]) -> None:
-    """Refuse labels that are not int64 (count,) in 0..len(class_names) − 1, or None without names.
+    """Refuse labels other than int64 (count,) in 0..len(class_names) − 1, or None without names.
 
     Raises:
-        InvalidArgument: says which.
+        InvalidArgument: labels of another type, shape or range.
     """
     if labels is None:
         if class_names:
@@ -99,7 +98,7 @@ def check_labels(labels: Tensor | None, count: int, class_names: tuple[str, ...]
 
 
 class Purpose(IntEnum):
-    """What random numbers are for: each purpose sees numbers of its own."""
+    """The use of random numbers; each has a separate stream."""
 
     AUGMENTATION = 1
     ITEM = 2
@@ -109,16 +108,17 @@ class Purpose(IntEnum):
 
 
 def random_words(seed: int, purpose: Purpose, position: int, count: int) -> np.ndarray:
-    """Four random 64-bit words for each of `count` positions, uint64 (count, 4).
+    """Return four random 64-bit words for each of `count` positions, uint64 (count, 4).
 
     They come from a counter-based generator, Philox4x64 (Salmon et al. 2011, "Parallel random
     numbers: as easy as 1, 2, 3"), whose key is (seed, purpose) and whose counter is the position:
     there is no state to save, and any position is reached at once.
 
     Args:
-        seed: 0 … 2⁶⁴−1.
-        purpose: other purposes see other numbers.
-        position, count: whole numbers from 0.
+        seed: seed of the numbers, 0 … 2⁶⁴−1.
+        purpose: stream of the numbers.
+        position: first position, at least 0.
+        count: number of positions.
     """
     key = np.array([seed, purpose], dtype=np.uint64)
     return np.random.Philox(key=key, counter=position).random_raw(4 * count).reshape(count, 4)

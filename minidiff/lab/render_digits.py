@@ -2,13 +2,13 @@
 
     python -m minidiff.lab.render_digits --out FILE --seed S
 
-Each image draws a font and a stroke weight, then bends the glyph: the pixel p of the output
-shows the glyph at
+Each image draws a font and a stroke weight, then warps the glyph: pixel p of the output is the
+glyph at
 
     A⁻¹·(p − t) + d(p),    A = rotation · shear · scale,  t a shift,  d a smooth random field,
 
-sampled at 4×4 points a pixel and averaged, which is the antialiasing. Image i of a split depends
-on (seed, split, i) alone, so any few of them can be rendered again without the rest.
+sampled at 4×4 points per pixel and averaged for antialiasing. Image i of a split depends on
+(seed, split, i) alone, so any of them can be rendered again without the rest.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from minidiff.runtime.files import atomic_file
 if TYPE_CHECKING:
     from PIL import ImageFont
 
-# Fonts whose digits stand on one line and share one shape of each digit; no old-style figures,
-# and no zero with a dot or a stroke, which at 16×16 is an eight.
+# Fonts whose digits share one baseline and one shape: no old-style figures, and no zero with a dot
+# or a stroke, which at 16×16 is an eight.
 FONTS = (
     "DejaVuSans",
     "DejaVuSans-Bold",
@@ -52,14 +52,14 @@ FONTS = (
 )
 WEIGHTS = (0, 1, 2, 3)  # stroke added around the outline, in pixels of the large canvas
 CANVAS = 128  # side of a glyph's canvas
-HEIGHT = 96  # height of the digit 8 on it: 12 of the 16 pixels of the output
+HEIGHT = 96  # height of an 8 on the canvas: 12 of the 16 pixels of the output
 OVERSAMPLING = 4
-SPLIT_KEYS = {"train": 0, "test": 1}  # what makes the two splits independent draws
+SPLIT_KEYS = {"train": 0, "test": 1}  # part of the seeds, so that the splits are independent
 
 
 @lru_cache(maxsize=1)
 def glyphs() -> Tensor:
-    """Every digit in every font and weight, float32 (fonts, weights, 10, CANVAS, CANVAS)."""
+    """Return all digits in all fonts and weights, float32 (fonts, weights, 10, CANVAS, CANVAS)."""
     shape = (len(FONTS), len(WEIGHTS), 10, CANVAS, CANVAS)
     masks = [
         _glyph(name, weight, str(digit))
@@ -71,7 +71,7 @@ def glyphs() -> Tensor:
 
 
 def _glyph(name: str, weight: int, digit: str) -> np.ndarray:
-    """One digit, white on black, the centre of its ink in the centre of the canvas."""
+    """Draw one digit, white on black, with its ink centred on the canvas."""
     from PIL import Image, ImageDraw
 
     font = _font(name)
@@ -84,7 +84,7 @@ def _glyph(name: str, weight: int, digit: str) -> np.ndarray:
 
 @lru_cache
 def _font(name: str) -> "ImageFont.FreeTypeFont":
-    """A font at the size where its 8 is HEIGHT pixels high, so that fonts mix evenly."""
+    """Return a font at the size where its 8 is HEIGHT pixels high, the same for all fonts."""
     import matplotlib
     from PIL import ImageFont
 
@@ -94,7 +94,7 @@ def _font(name: str) -> "ImageFont.FreeTypeFont":
 
 
 def render(indices: Sequence[int], seed: int, split: str) -> np.ndarray:
-    """Render the images with these indices; image i shows digit i mod 10.
+    """Render the images with these indices; image i is of digit i mod 10.
 
     Returns:
         Grey levels, uint8 (len(indices), 16, 16) in 0..15.
@@ -109,7 +109,7 @@ def render(indices: Sequence[int], seed: int, split: str) -> np.ndarray:
 
 
 def _draw(rng: np.random.Generator) -> tuple:
-    """The random choices of one image: font, weight, A⁻¹ (2, 2), t (2,), d coarse (2, 4, 4)."""
+    """Draw the choices of one image: font, weight, A⁻¹ (2, 2), t (2,), d coarse (2, 4, 4)."""
     font, weight = rng.integers(len(FONTS)), rng.integers(len(WEIGHTS))
     angle = math.radians(rng.uniform(-12, 12))
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -121,7 +121,7 @@ def _draw(rng: np.random.Generator) -> tuple:
 
 
 def _grid(inverse: Tensor, shift: Tensor, field: Tensor) -> Tensor:
-    """Where each fine output pixel looks in the glyph's canvas, (B, H, W, 2)."""
+    """Return the point of the glyph's canvas for each fine output pixel, (B, H, W, 2)."""
     fine = SIDE * OVERSAMPLING
     axis = (torch.arange(fine) + 0.5) * (2 / fine) - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -131,7 +131,7 @@ def _grid(inverse: Tensor, shift: Tensor, field: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Render both splits and write them as one compressed npz."""
+    """Render both splits and write them as one compressed .npz."""
     parser = argparse.ArgumentParser(description="Render the embedded digits.")
     parser.add_argument("--out", required=True, help="the npz file to write")
     parser.add_argument("--seed", type=int, default=0, help="0 made the file in the package")

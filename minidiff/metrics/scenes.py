@@ -68,7 +68,7 @@ def task(n: int, pairs: str = "seen", *, simple: bool = True, seed: int = 0) -> 
     n = whole_number("n", n, 1, 100_000)
     data = CaptionedDigits("test", pairs, seed)
     index = torch.arange(_SEARCHED * (n + 8) if simple else n)
-    wanted = data.wanted(index)
+    wanted = data.caption_answers(index)
     if simple:
         named = [QUESTIONS.index(name) for name in SIMPLE]
         fits = (wanted[:, named] != NONE).all(dim=1) & (wanted[:, 0] == 0)

@@ -33,7 +33,17 @@ from minidiff.runtime.files import Config
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """The options of an `MLP`; see there."""
+    """The options of an `MLP`.
+
+    Attributes:
+        in_channels: dimension D of input and output.
+        hidden_channels: width of every layer.
+        num_layers: number of residual blocks of two linear layers each.
+        num_waves: number of frequencies 1, 2, 4, … of the sines and cosines of every coordinate.
+        num_class_embeds: number of labels, "no class" included; None for no labels.
+    Raises:
+        InvalidArgument: a value out of range.
+    """
 
     in_channels: int = option(2, "dimensions of a point", whole(1, 1 << 16))
     hidden_channels: int = option(128, "channels of every layer", whole(4, 1 << 14))
@@ -49,11 +59,7 @@ class MLP(Model):
     """A residual multilayer perceptron for points (B, D).
 
     Args:
-        in_channels: dimension D of input and output.
-        hidden_channels: width of every layer.
-        num_layers: number of residual blocks of two linear layers each.
-        num_waves: number of frequencies 1, 2, 4, … of the sines and cosines of every coordinate.
-        num_class_embeds: number of labels, "no class" included; None for no labels.
+        config: fields of MLPConfig, by name.
     Raises:
         InvalidArgument: an option is unknown or not allowed.
     """

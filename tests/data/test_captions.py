@@ -173,7 +173,7 @@ def test_the_answers_do_not_depend_on_which_digit_is_named_first(shown):
 
 
 def test_what_is_wanted_of_a_picture_is_what_its_caption_says(data, shown):
-    every, wanted = scenes.answers(shown), data.wanted(SOME)
+    every, wanted = scenes.answers(shown), data.caption_answers(SOME)
     open_ = wanted == NONE
     assert torch.equal(wanted.masked_fill(open_, 0), every.masked_fill(open_, 0))
     names = list(COLOURS)

@@ -14,7 +14,7 @@ from torch import nn
 
 from minidiff.cli import main
 from minidiff.data import ImageData, load
-from minidiff.data.latents import LatentData, moments_of, with_unit_latents
+from minidiff.data.latents import LatentData, encode_moments, with_unit_latents
 from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
@@ -58,7 +58,7 @@ def test_the_latents_of_held_out_images_have_zero_mean_and_unit_variance(trained
 
 def test_shift_and_scale_are_those_of_samples_of_the_latents(trained, digits):
     vae, _ = trained
-    posterior = DiagonalGaussian(moments_of(vae, digits))
+    posterior = DiagonalGaussian(encode_moments(vae, digits))
     draws = posterior.sample(torch.Generator().manual_seed(0)).double()
     assert vae.config.shift_factor == pytest.approx(float(draws.mean()), abs=0.01)
     assert 1 / vae.config.scaling_factor == pytest.approx(float(draws.std()), rel=0.01)

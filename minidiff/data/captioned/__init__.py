@@ -1,1 +1,1 @@
-"""Captioned digits: what is in a picture, and what a caption says of it."""
+"""Captioned digits: scenes, the images of them, and captions."""

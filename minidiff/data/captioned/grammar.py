@@ -1,9 +1,9 @@
-"""What scenes of digits look like in words.
+"""Captions of scenes of digits.
 
-A caption is a template whose slots are filled with phrases; a slot may stay unsaid. All of it is
-done in token numbers, for a whole batch at once: the phrases that a caption needs are gathered
-from a table, one after the other with gaps, and then closed up. `WordTokenizer.encode` makes the
-same numbers of the text.
+A caption is a template whose slots are filled with phrases; some phrases are empty. It is composed
+in token numbers, for a whole batch at once: the phrases of a caption are gathered from a table, one
+after the other with gaps, and the gaps are removed. `WordTokenizer.encode` returns the same numbers
+for the text.
 """
 
 import re
@@ -17,9 +17,9 @@ from torch import Tensor
 from minidiff.data.captioned.scenes import COLOURS, NONE, POSITIONS, Scenes, whole
 from minidiff.text.words import BEGIN, END, PAD, WordTokenizer, words_of
 
-MAX_LENGTH = 20  # tokens of a caption, as many as the longest has
+MAX_LENGTH = 20  # tokens of the longest caption
 
-# Texts with their shares.
+# Templates with their relative frequencies.
 ONE_DIGIT = {
     "a {size} {colour} {digit} on a {background} background": 5,
     "a {size} {colour} {digit} {position} on a {background} background": 3,
@@ -47,7 +47,7 @@ _PLACES = {
 }
 _PLACES |= {"middle": ("in the middle", "in the center", "in the centre", "")}
 _PLACES |= {name: (f"on the {name}", f"at the {name}") for name in ("left", "right")}
-# The phrases of every value of a slot, equally likely; "" says nothing.
+# The phrases of every value of a slot, equally likely; "" leaves the slot out.
 _DIGITS = [(str(digit), word) for digit, word in enumerate(NUMERALS)]
 _NAMES = [(colour,) for colour in COLOURS]
 _SIZES = [("small", "little", "", ""), ("big", "large", "", "")]
@@ -67,20 +67,20 @@ PHRASES = {
         ("below", "under"),
     ],
 }
-CHOICES = 1 + len(PHRASES)  # random numbers that a caption takes
+CHOICES = 1 + len(PHRASES)  # random numbers per caption
 _AN = ("8", "eight", "orange")  # words that follow "an"
 _SLOT_OR_WORD = re.compile(r"\{(.+?)\}|(\w+)")
 _GAP = -1  # no token
 
 
 class Grammar(NamedTuple):
-    """Templates and phrases in token numbers, −1 where there is no token.
+    """Templates and phrases in token numbers, −1 for no token.
 
     Attributes:
-        words, slots: (templates, W), what stands at each place: a word, or a slot by its number.
-        one, two: the running sums of the templates' shares, for one digit and for two.
+        words, slots: word, or index of the slot, at each place of the templates, (templates, W).
+        one, two: cumulative frequencies of the templates for one digit and for two.
         phrases: (slots, values, phrases, P).
-        takes_an: bool (vocabulary,).
+        takes_an: True for words that follow "an", bool (vocabulary,).
     """
 
     words: Tensor
@@ -93,14 +93,14 @@ class Grammar(NamedTuple):
 
 @cache
 def tokenizer() -> WordTokenizer:
-    """The tokenizer of the captions, with all their words in alphabetical order."""
+    """Return the tokenizer of the captions, with all their words in alphabetical order."""
     texts = [re.sub(r"\{.+?\}", "", text) for text in (*ONE_DIGIT, *TWO_DIGITS)]
     texts += [text for values in PHRASES.values() for value in values for text in value]
     return WordTokenizer(sorted({"an", *words_of(" ".join(texts))}), MAX_LENGTH)
 
 
 def grammar() -> Grammar:
-    """The tables of the captions, on the CPU."""
+    """Return the tables of the captions, on the CPU."""
     numbers, names = tokenizer().numbers, list(PHRASES)
     places = [_SLOT_OR_WORD.findall(text) for text in (*ONE_DIGIT, *TWO_DIGITS)]
     takes_an = torch.zeros(len(tokenizer()), dtype=torch.bool)
@@ -116,11 +116,11 @@ def grammar() -> Grammar:
 
 
 def _phrases() -> Tensor:
-    """Token numbers (slots, values, phrases, P)."""
+    """Return the token numbers of the phrases, (slots, values, phrases, P)."""
     numbers = tokenizer().numbers
-    most = [max(map(len, values)) for values in (PHRASES.values(), *PHRASES.values())]
-    values, phrases = most[0], max(most[1:])
-    # Every value gets as many phrases as the richest has, and every slot as many values.
+    values = max(map(len, PHRASES.values()))
+    phrases = max(len(value) for slot in PHRASES.values() for value in slot)
+    # Phrases are repeated and values added until all have the same number.
     texts = [
         text
         for slot in PHRASES.values()
@@ -132,27 +132,27 @@ def _phrases() -> Tensor:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of numbers as a table, with gaps at their ends."""
+    """Return rows of numbers as a table, with gaps at their ends."""
     table = torch.full((len(rows), max(map(len, rows))), _GAP)
     for line, row in zip(table, rows, strict=True):
         line[: len(row)] = torch.tensor(row)
     return table
 
 
-class Captions(NamedTuple):
-    """What is said of B scenes.
+class CaptionBatch(NamedTuple):
+    """The captions of B scenes.
 
     Attributes:
         ids: token numbers, int64 (B, MAX_LENGTH).
-        said: bool (B, slots), which of PHRASES a caption says.
+        mentions: True for the slots that a caption mentions, bool (B, slots) in order of PHRASES.
     """
 
     ids: Tensor
-    said: Tensor
+    mentions: Tensor
 
 
-def say(u: Tensor, scenes: Scenes, grammar: Grammar) -> Captions:
-    """Captions of B scenes, by random numbers u (B, CHOICES) in [0, 1)."""
+def compose(u: Tensor, scenes: Scenes, grammar: Grammar) -> CaptionBatch:
+    """Compose captions of B scenes from random numbers u (B, CHOICES) in [0, 1)."""
     two = scenes.relation != NONE
     one = torch.bucketize(u[:, 0] * grammar.one[-1], grammar.one, right=True)
     other = torch.bucketize(u[:, 0] * grammar.two[-1], grammar.two, right=True)
@@ -170,16 +170,16 @@ def say(u: Tensor, scenes: Scenes, grammar: Grammar) -> Captions:
     ids = phrases.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, phrases.shape[2]))
     ids = ids.masked_fill(slots[..., None] == _GAP, _GAP)
     ids[..., 0] = torch.where(slots == _GAP, words, ids[..., 0])
-    said = (slots[..., None] == every).any(dim=1) & (phrases[..., 0] != _GAP)
-    return Captions(_closed_up(ids.flatten(1), grammar.takes_an), said)
+    mentions = (slots[..., None] == every).any(dim=1) & (phrases[..., 0] != _GAP)
+    return CaptionBatch(_without_gaps(ids.flatten(1), grammar.takes_an), mentions)
 
 
-def _closed_up(ids: Tensor, takes_an: Tensor) -> Tensor:
-    """Token numbers (B, n) with gaps, as the tokenizer gives them: marks, no gaps, padding."""
-    there = ids != _GAP
-    place = there.cumsum(dim=1)
+def _without_gaps(ids: Tensor, takes_an: Tensor) -> Tensor:
+    """Return token numbers (B, n) in the tokenizer's form: marks, no gaps, padding."""
+    is_token = ids != _GAP
+    place = is_token.cumsum(dim=1)
     out = ids.new_full((len(ids), MAX_LENGTH + 1), PAD)
-    out.scatter_(1, place.masked_fill(~there, MAX_LENGTH), ids)  # gaps go to the column too many
+    out.scatter_(1, place.masked_fill(~is_token, MAX_LENGTH), ids)  # gaps go to an extra column
     out[:, 0] = BEGIN
     out.scatter_(1, place[:, -1:] + 1, END)
     out = out[:, :MAX_LENGTH]

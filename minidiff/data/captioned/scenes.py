@@ -1,16 +1,16 @@
-"""Scenes of one or two coloured digits: what is in a picture, and the picture of it.
+"""Scenes of one or two coloured digits, and their images.
 
-A scene is made of random numbers u in [0, 1), one a choice: digit, colour, background, size and
-place of one digit, or of two of which one is left of, right of, above or below the other. Digits
-are those of the package (`minidiff.data.digits`), scaled and placed by their ink. Scaling is
-separable, so the picture of a digit is two small matrix products,
+A scene is a function of random numbers u in [0, 1), one per choice: digit, colour, background, size
+and position of one digit, or of two, one left of, right of, above or below the other. The digits
+are the embedded ones (`minidiff.data.digits`), scaled and placed by their ink. Scaling is
+separable, so the image of a digit is two small matrix products,
 
     a = min(1, 1.5·V·g·Hᵀ)    V, H (32, 16) from the resampling's kernel, g (16, 16) the glyph,
 
 and the whole is background + a·(colour − background), the second digit over the first.
 
-One digit–colour pair in ten is held out: training never shows it, so that a model which draws it
-has learnt what a digit is and what a colour is, and not what a red seven is.
+One digit–colour pair in ten is held out of training. A model that draws it has learned digits and
+colours, not just their combinations.
 """
 
 from typing import NamedTuple
@@ -35,30 +35,30 @@ COLOURS = {
     "black": (15, 15, 15),
 }
 SIZES = ("small", "big")
-# Row by row, so that position = 3·row + column.
+# Row by row: position = 3·row + column.
 POSITIONS = ("top left", "top", "top right", "left", "middle", "right")
 POSITIONS += ("bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")  # of the first digit to the second
-NONE = -100  # the label of what a scene does not have; torch's cross-entropy passes over it
-# One pair a digit and one a colour.
+NONE = -100  # label of a property that a scene lacks; torch's cross-entropy ignores it
+# One pair per digit, and one per colour.
 HELD_OUT = tuple((digit, (3 * digit + 2) % len(COLOURS)) for digit in range(DIGITS))
 
-_TWO_DIGITS = 0.25  # share of the scenes
-_CONTRAST = 150  # least distance of a digit's colour from its background, of 441
-_MARGIN = 1.0  # around the ink, in pixels; between two digits it is twice as wide
-_GAIN = 1.5  # of ink: thin strokes would fade in a small picture
-_DRIFT = 3.0  # of two digits from the line through the middle, in pixels, at most
+_TWO_DIGITS = 0.25  # fraction of the scenes with two digits
+_CONTRAST = 150  # minimum distance of a digit's colour from its background, of at most 441
+_MARGIN = 1.0  # pixels around the ink; twice as many between two digits
+_GAIN = 1.5  # factor on the ink, without which thin strokes fade in a small image
+_DRIFT = 3.0  # maximum offset of two digits from the middle line, in pixels
 
 
 class Scenes(NamedTuple):
-    """What is in B pictures, int64 labels; NONE for what a scene does not have.
+    """The labels of B scenes, int64; NONE for a property that a scene lacks.
 
     Attributes:
-        digit, colour, size: (B, 2), of the digit that is named first and of the other. Numbers in
-            0..9, COLOURS and SIZES.
-        background: (B,), a number in COLOURS.
-        position: (B,), a number in POSITIONS; NONE for two digits.
-        relation: (B,), a number in RELATIONS; NONE for one digit.
+        digit, colour, size: (B, 2), for the digit named first and the other one; in 0..9, indices
+            of COLOURS, and of SIZES.
+        background: (B,), index of COLOURS.
+        position: (B,), index of POSITIONS; NONE for two digits.
+        relation: (B,), index of RELATIONS; NONE for one digit.
     """
 
     digit: Tensor
@@ -70,11 +70,12 @@ class Scenes(NamedTuple):
 
 
 class Glyphs(NamedTuple):
-    """The embedded digits of a split, and where their ink is; glyph i shows digit i mod 10.
+    """The embedded digits of a split with the boxes of their ink; glyph i is digit i mod 10.
 
     Attributes:
         ink: (N, 16, 16) in [0, 1].
-        centre, extent: (N, 2) of the box around the ink in pixels, vertical before horizontal.
+        centre, extent: centre and size of the box around the ink in pixels, (N, 2), vertical
+            before horizontal.
     """
 
     ink: Tensor
@@ -83,10 +84,10 @@ class Glyphs(NamedTuple):
 
 
 def glyphs(split: str) -> Glyphs:
-    """The digits of one split of `minidiff.data.digits`, on the CPU."""
+    """Return the digits of one split of `minidiff.data.digits`, on the CPU."""
     ink = digits.load(split).images.squeeze(1).float().div_(255)
     edges = []
-    for axis in (2, 1):  # without its columns a picture is its rows
+    for axis in (2, 1):  # rows with ink, then columns
         inked = (ink >= 0.5).any(dim=axis).int()
         edges.append((inked.argmax(dim=1), digits.SIDE - inked.flip(1).argmax(dim=1)))
     first, last = (torch.stack(edge, dim=1).float() for edge in zip(*edges, strict=True))
@@ -94,13 +95,13 @@ def glyphs(split: str) -> Glyphs:
 
 
 class Rules(NamedTuple):
-    """What scenes are drawn by.
+    """The constraints of scenes.
 
     Attributes:
-        pairs: the digit–colour pairs that occur, bool (digits, colours).
-        contrast: which backgrounds set off a digit of a colour, bool (colours, backgrounds).
-        palette: the colours, (colours, 3) in 0..255.
-        heights: the least and the greatest height of ink in pixels, of a small digit, a big one,
+        pairs: digit–colour pairs that occur, bool (digits, colours).
+        contrast: backgrounds with enough contrast to a colour, bool (colours, backgrounds).
+        palette: RGB values of the colours, (colours, 3) in 0..255.
+        heights: minimum and maximum height of the ink in pixels, for a small digit, a big one,
             and a big one of two; (3, 2).
     """
 
@@ -111,7 +112,7 @@ class Rules(NamedTuple):
 
 
 def rules(seen: bool, held_out: bool) -> Rules:
-    """The rules of scenes with the pairs that training shows, with those held out, or with both."""
+    """Return the rules of scenes with the pairs of training, with those held out, or with both."""
     pairs = torch.full((DIGITS, len(COLOURS)), seen)
     for pair in HELD_OUT:
         pairs[pair] = held_out
@@ -121,11 +122,11 @@ def rules(seen: bool, held_out: bool) -> Rules:
 
 
 def draw(u: Tensor, rules: Rules) -> Scenes:
-    """Scenes from random numbers u (B, 10) in [0, 1)."""
+    """Draw scenes from random numbers u (B, 10) in [0, 1)."""
     two = u[:, 0] < _TWO_DIGITS
     digit = whole(u[:, 1:3], DIGITS)
     colour = _choose(u[:, 3:5], rules.pairs[digit])
-    # A second digit that is not there must not rule out a background.
+    # Where there is no second digit, its colour must not exclude a background.
     colour[:, 1] = torch.where(two, colour[:, 1], colour[:, 0])
     background = _choose(u[:, 5], rules.contrast[colour].all(dim=1))
     size = whole(u[:, 6:8], len(SIZES))
@@ -137,15 +138,15 @@ def draw(u: Tensor, rules: Rules) -> Scenes:
     return Scenes(digit, colour, size, background, position, relation)
 
 
-# What can be asked of a picture. The digit is the only one, or the one on the left or above;
-# asked like this, it does not matter which of two is named first.
+# Questions about an image. "digit" is the only one, or the left or upper one, so the answers do not
+# depend on which of two digits a caption names first.
 ARRANGEMENTS = ("one digit", "side by side", "one above the other")
 QUESTIONS = ("arrangement", "position", "digit", "colour", "size")
 QUESTIONS += ("other digit", "other colour", "other size", "background")
 
 
 def answers(scenes: Scenes) -> Tensor:
-    """The labels of the QUESTIONS, int64 (B, 9); NONE for those that do not arise."""
+    """Return the answers to QUESTIONS, int64 (B, 9); NONE for those that do not apply."""
     two = scenes.relation != NONE
     arrangement = torch.where(two, 1 + scenes.relation // 2, 0)
     named = torch.stack([scenes.digit, scenes.colour, scenes.size], dim=2)  # (B, 2, 3)
@@ -156,27 +157,27 @@ def answers(scenes: Scenes) -> Tensor:
 
 
 def whole(u: Tensor, n: int) -> Tensor:
-    """Numbers of [0, 1) as whole numbers in 0..n−1, all equally likely."""
+    """Return integers in 0..n−1, all equally likely, from uniform numbers in [0, 1)."""
     return (u * n).long()
 
 
 def _choose(u: Tensor, allowed: Tensor) -> Tensor:
-    """The number of an allowed entry, all equally likely.
+    """Return the index of an allowed entry, all equally likely.
 
     Args:
-        u: (…) in [0, 1).
-        allowed: bool (…, n), at least one of them true.
+        u: uniform numbers (…) in [0, 1).
+        allowed: bool (…, n), at least one of n true.
     """
     count = allowed.cumsum(dim=-1)
     return (count > (u * count[..., -1]).long()[..., None]).int().argmax(dim=-1)
 
 
 class Places(NamedTuple):
-    """Where the two digits of B pictures are.
+    """The places of the two digits of B images.
 
     Attributes:
-        scale: (B, 2), pixels of the picture a pixel of the glyph.
-        centre: (B, 2, 2) of the ink in pixels, vertical before horizontal.
+        scale: pixels of the image per pixel of the glyph, (B, 2).
+        centre: centres of the ink in pixels, (B, 2, 2), vertical before horizontal.
     """
 
     scale: Tensor
@@ -184,14 +185,16 @@ class Places(NamedTuple):
 
 
 def place(u: Tensor, scenes: Scenes, extent: Tensor, rules: Rules) -> Places:
-    """Find room for the digits of scenes.
+    """Place the digits of scenes.
 
     Args:
-        u: (B, 6) in [0, 1).
-        extent: (B, 2, 2) of the ink of their glyphs, see `Glyphs`.
+        u: uniform numbers (B, 6) in [0, 1).
+        scenes: labels of the scenes.
+        extent: sizes of the ink of their glyphs, (B, 2, 2), see `Glyphs`.
+        rules: constraints of the scenes.
     """
     two = scenes.relation != NONE
-    big = scenes.size.clamp(min=0)  # a digit that is not there has a place too
+    big = scenes.size.clamp(min=0)  # a missing digit gets a place too
     low, high = rules.heights[big + big * two[:, None]].unbind(-1)
     scale = torch.lerp(low, high, u[:, :2]) / extent[..., 0]
     extent = extent * scale[..., None]
@@ -201,14 +204,14 @@ def place(u: Tensor, scenes: Scenes, extent: Tensor, rules: Rules) -> Places:
 
 
 def _alone(u: Tensor, position: Tensor, extent: Tensor) -> Tensor:
-    """Centres of single digits, within the ninths of the picture that their positions name."""
+    """Return centres of single digits, in the ninths of the image that are their positions."""
     free = SIDE / 2 - _MARGIN - extent / 2
     corner = torch.stack([position // 3 - 1, position % 3 - 1], dim=1)
     return SIDE / 2 + free * (0.8 * corner + 0.2 * (2 * u - 1))[:, None]
 
 
 def _beside(u: Tensor, relation: Tensor, extent: Tensor) -> Tensor:
-    """Centres of two digits, one after the other along the axis that the relation names."""
+    """Return centres of two digits, one after the other along the axis of the relation."""
     upright = (relation >= 2)[:, None]  # above and below
     along, across = (
         torch.where(upright, extent[..., axis], extent[..., 1 - axis]) for axis in (0, 1)
@@ -228,13 +231,14 @@ def _beside(u: Tensor, relation: Tensor, extent: Tensor) -> Tensor:
 def paint(
     ink: Tensor, ink_centre: Tensor, places: Places, colours: Tensor, background: Tensor
 ) -> Tensor:
-    """The pictures, (B, 3, 32, 32), in the unit of the colours.
+    """Render images, (B, 3, 32, 32), in the unit of the colours.
 
     Args:
-        ink: (B, 2, 16, 16) in [0, 1]; zero for a digit that is not there.
-        ink_centre: (B, 2, 2), see `Glyphs`.
-        colours: (B, 2, 3), of the digits.
-        background: (B, 3).
+        ink: glyphs (B, 2, 16, 16) in [0, 1]; zero for a missing digit.
+        ink_centre: centres of the ink in the glyphs, (B, 2, 2), see `Glyphs`.
+        places: places of the digits.
+        colours: colours of the digits, (B, 2, 3).
+        background: colours of the backgrounds, (B, 3).
     """
     rows, columns = (
         _resampling(places.scale, places.centre[..., axis], ink_centre[..., axis])
@@ -248,13 +252,13 @@ def paint(
 
 
 def _resampling(scale: Tensor, centre: Tensor, ink_centre: Tensor) -> Tensor:
-    """What each glyph pixel adds to each pixel of the picture along one axis, (…, 32, 16).
+    """Return the weight of each glyph pixel in each image pixel along one axis, (…, 32, 16).
 
     The kernel is a triangle, twice as wide as a pixel of the coarser grid.
     """
     scale = scale[..., None, None]
     pixel = torch.arange(SIDE, device=scale.device)[:, None] + 0.5
-    looks_at = (pixel - centre[..., None, None]) / scale + ink_centre[..., None, None]
-    away = torch.arange(digits.SIDE, device=scale.device) + 0.5 - looks_at
+    source = (pixel - centre[..., None, None]) / scale + ink_centre[..., None, None]
+    distance = torch.arange(digits.SIDE, device=scale.device) + 0.5 - source
     narrow = scale.clamp(max=1)
-    return (1 - away.abs_().mul_(narrow)).clamp_(min=0).mul_(narrow)
+    return (1 - distance.abs_().mul_(narrow)).clamp_(min=0).mul_(narrow)
