@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OTHERS = "others"
 
 NO_VERB = re.compile(r"(?:What|Whether|Where|How|That|Those|The|Of|As|Who|When|A|An|Its)\b")
-NO_NOUN = re.compile(r"(?:of|as|see)\b")
+NO_NOUN = re.compile(r"(?:of|as)\b")
 ARGUMENTS = re.compile(r"^Args:\n((?: *\n| +.*(?:\n|\Z))*)", re.MULTILINE)
 ARGUMENT = re.compile(r"^    ((?:\*{0,2}\w+(?:, )?)+): +(.*)")
 

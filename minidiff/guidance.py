@@ -471,6 +471,7 @@ def concat_channels(network: Network, extra: Tensor) -> Network:
     """Return a network whose input has further channels behind those of x.
 
     Args:
+        network: network with these channels in its input.
         extra: (B, C', *space); repeated where x holds a multiple of B images, as `both` makes.
     """
 

@@ -25,6 +25,7 @@ def check_parts(
     """Refuse parts of a pipeline that do not fit each other.
 
     Args:
+        unet, vae, prompts, class_names: arguments of the pipeline.
         channels: channels of the samples that are denoised.
     Raises:
         InvalidArgument: names the part that does not fit.

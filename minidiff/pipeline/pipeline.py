@@ -182,7 +182,7 @@ class Pipeline:
             batch_size: images in the network at once; memory depends on it, images do not.
             output_type: "pil", "np" or "pt".
             callback: called with every `Step` of every batch.
-            callback_on_step_end: as in diffusers, called as (pipe, step, timestep,
+            callback_on_step_end: function of diffusers' form, called as (pipe, step, timestep,
                 {"latents": x}) after every step; a tensor "latents" that it returns replaces x.
             progress: whether to show a progress bar.
         Raises:

@@ -185,7 +185,8 @@ def resolve_conditioning(
     """Return the conditioning of every image, labels (N,), N prompts or None; and N.
 
     Args:
-        prompt, class_labels: as given to the pipeline.
+        pipe: pipeline of the call.
+        prompt, class_labels: arguments of the call.
         number: number of prompts or labels, see `number_of_images`.
         copies: images per prompt or label.
         first: number of the first image.

@@ -72,6 +72,7 @@ class LatentSpace(NamedTuple):
         """Map images (B, C, H, W) in [−1, 1] to samples (B, C, h, w).
 
         Args:
+            pixels: images.
             generator: source of the noise of an autoencoder's posterior, see
                 `minidiff.noise.randn`.
         """

@@ -53,7 +53,9 @@ def initial_state(
     """Return the start of text-to-image, image-to-image or inpainting for one batch.
 
     Args:
+        request: the call, checked and resolved.
         batch: which of the request's images.
+        space: space of the network.
         scheduler: after `set_timesteps`; it is restarted at the request's first step.
         source: generators of the batch's noise. An autoencoder draws before the start does, as
             in diffusers.
@@ -111,6 +113,7 @@ def initial_noise(
     Args:
         latents: the noise itself, (N, C, h, w), or None to draw it.
         shape: (N, C, h, w).
+        device: device of the network.
     Raises:
         InvalidArgument: latents have another shape, or are not floating point.
     """
@@ -132,6 +135,7 @@ def noise_sources(
     Generators are made one batch at a time: each takes 5 kB, which 10,000 images would feel.
 
     Args:
+        n: number of images.
         seed, generator, first: seed, generator and first_index of the pipeline's call.
     Raises:
         InvalidArgument: both seed and generator are given, or a value is out of range.

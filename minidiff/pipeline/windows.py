@@ -87,6 +87,7 @@ def panorama(
     A window has the size that the network was trained on.
 
     Args:
+        pipe: pipeline whose networks are used; it stays as it is.
         stride, circular: see `windowed`; the default stride is half a window.
     Raises:
         InvalidArgument: the stride is out of range, or the network takes a mask beside x.
