@@ -103,7 +103,7 @@ def test_a_model_without_classes_is_guided_and_only_inside_the_interval():
     assert torch.equal(outside, unguided)
 
 
-# --- folders ---------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def test_a_folder_keeps_both_networks_and_diffusers_reads_them(pair, tmp_path):
@@ -136,7 +136,7 @@ def test_a_guidance_network_cannot_be_saved_in_a_pipeline_of_diffusers(latent_pi
     assert not (tmp_path / "model").exists()
 
 
-# --- training --------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_the_guidance_network_is_an_early_average_and_training_is_unchanged():
@@ -177,7 +177,7 @@ def test_the_command_line_trains_and_samples_with_autoguidance(tmp_path):
     assert not np.array_equal(images[0], images[1])
 
 
-# --- invalid arguments -----------------------------------------------------------------------
+# --- invalid arguments ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None])

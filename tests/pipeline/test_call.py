@@ -17,7 +17,7 @@ from minidiff.guidance import autoguidance, extrapolated, projected, thresholded
 from minidiff.sample import Step, meaning_of
 from minidiff.schedulers.core.names import SAMPLERS, sampler
 
-PROMPTS, AGAINST = ["a cat on a dog", "dog"], ["cat", ""]
+PROMPTS, NEGATIVE = ["a cat on a dog", "dog"], ["cat", ""]
 
 
 OPTIONS = {"num_inference_steps": 4, "guidance_scale": 4.0}
@@ -36,7 +36,7 @@ def theirs(folder, **options) -> np.ndarray:
 
 @pytest.mark.parametrize("rescale", [0.7, 1.0])
 def test_guidance_rescale_gives_the_pictures_of_diffusers(latent_folder, latent_pipe, rescale):
-    options = {"guidance_rescale": rescale, "negative_prompt": AGAINST}
+    options = {"guidance_rescale": rescale, "negative_prompt": NEGATIVE}
     options["latents"] = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(
         ours(latent_pipe, **options), theirs(latent_folder, **options), atol=1e-4
@@ -176,11 +176,11 @@ def test_only_the_network_runs_in_16_bits(latent_pipe, dtype):
 def test_images_of_one_prompt_follow_each_other(latent_pipe):
     options = {"num_inference_steps": 2, "seed": 0, "output_type": "pt"}
     repeated = latent_pipe(
-        PROMPTS, negative_prompt=AGAINST, num_images_per_prompt=2, **options
+        PROMPTS, negative_prompt=NEGATIVE, num_images_per_prompt=2, **options
     ).images
     listed = latent_pipe(
         [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2,
-        negative_prompt=[AGAINST[0]] * 2 + [AGAINST[1]] * 2,
+        negative_prompt=[NEGATIVE[0]] * 2 + [NEGATIVE[1]] * 2,
         **options,
     ).images
     assert torch.equal(repeated, listed)

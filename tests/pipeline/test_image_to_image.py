@@ -1,4 +1,4 @@
-"""Pictures that are given: image-to-image and inpainting against diffusers, and what stays."""
+"""Image-to-image and inpainting: against diffusers, closed forms, and the pixels to keep."""
 
 import math
 from itertools import pairwise
@@ -32,8 +32,8 @@ from minidiff.schedulers.core.names import sampler
 
 SIDE = 32
 PROMPTS = ["a cat on a dog", "dog"]
-# Whatever diffusers' StableDiffusionImg2ImgPipeline runs with.
-TAKEN = [name for name in SCHEDULERS if not name.startswith(("FlowMatch", "DDIMInverse"))]
+# The schedulers that diffusers' StableDiffusionImg2ImgPipeline supports.
+SUPPORTED = [name for name in SCHEDULERS if not name.startswith(("FlowMatch", "DDIMInverse"))]
 OPTIONS = {
     "DPMSolverMultistepScheduler, SDE": {"algorithm_type": "sde-dpmsolver++"},
     "EulerDiscreteScheduler, Karras": {"use_karras_sigmas": True},
@@ -43,76 +43,86 @@ OPTIONS = {
 
 
 def image(n: int = 2, seed: int = 0) -> torch.Tensor:
-    """Smooth pictures (n, 3, SIDE, SIDE) in [−1, 1]."""
+    """Return smooth pictures (n, 3, SIDE, SIDE) in [−1, 1]."""
     noise = torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(noise, size=SIDE, mode="bicubic").tanh()
 
 
 def mask() -> torch.Tensor:
-    """White in an off-centre square, (1, 1, SIDE, SIDE)."""
+    """Return a mask (1, 1, SIDE, SIDE), white in an off-centre square."""
     white = torch.zeros(1, 1, SIDE, SIDE)
     white[..., 8:24, 4:20] = 1
     return white
 
 
-def made(cls: type, pipe, options: dict):
-    """A scheduler of either library for the noise schedule of a pipeline; EDM has its own."""
+def scheduler_for(pipe, cls: type, options: dict):
+    """Return a scheduler of either library with the pipeline's noise schedule; EDM has its own."""
     if cls.__name__.startswith("EDM"):
         return cls(**options)
     return cls.from_config(pipe.scheduler.config, **options)
 
 
 def theirs(folder, kind: str, scheduler, **options) -> np.ndarray:
-    """diffusers' pictures, (N, H, W, C) in [0, 1]."""
+    """Return the pictures of diffusers, (N, H, W, C) in [0, 1]."""
     pipe = getattr(diffusers, kind).from_pretrained(folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     if scheduler is not None:
-        pipe.scheduler = made(getattr(diffusers, scheduler[0]), pipe, scheduler[1])
+        pipe.scheduler = scheduler_for(pipe, getattr(diffusers, scheduler[0]), scheduler[1])
     return pipe(PROMPTS, guidance_scale=3.0, output_type="np", **options).images
 
 
 def ours(pipe: Pipeline, scheduler, **options) -> np.ndarray:
+    """Return the pictures of minidiff, (N, H, W, C) in [0, 1]."""
     if scheduler is not None:
-        pipe.scheduler = made(SCHEDULERS[scheduler[0]], pipe, scheduler[1])
+        pipe.scheduler = scheduler_for(pipe, SCHEDULERS[scheduler[0]], scheduler[1])
     images = pipe(PROMPTS, guidance_scale=3.0, output_type="pt", **options).images
     return (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
-def source(one_each: bool = False):
-    made = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    return made if one_each else made[0]
+def generators(per_image: bool = False):
+    """Return one generator, or a list of one per image."""
+    both = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    return both if per_image else both[0]
 
 
-LONG = ("LCMScheduler", "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler",
+SLOW = ("LCMScheduler", "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler",
         "UniPCMultistepScheduler", "DDIMScheduler, trailing")  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in (*TAKEN, *OPTIONS)],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in (*SUPPORTED, *OPTIONS)],
 )
 def test_image_to_image_gives_the_pictures_of_diffusers(latent_folder, latent_pipe, name):
     scheduler = (name.split(",")[0], OPTIONS.get(name, {}))
     options = {"image": image(), "strength": 0.6, "num_inference_steps": 5}
     expected = theirs(
-        latent_folder, "StableDiffusionImg2ImgPipeline", scheduler, generator=source(), **options
+        latent_folder,
+        "StableDiffusionImg2ImgPipeline",
+        scheduler,
+        generator=generators(),
+        **options,
     )
     assert expected.std() > 0.01
     np.testing.assert_allclose(
-        ours(latent_pipe, scheduler, generator=source(), **options), expected, atol=1e-4
+        ours(latent_pipe, scheduler, generator=generators(), **options), expected, atol=1e-4
     )
 
 
 @pytest.mark.parametrize("strength", [0.26, 1.0])
-@pytest.mark.parametrize("one_each", [False, True])
-def test_any_strength_and_source_of_noise_gives_the_pictures_of_diffusers(
-    latent_folder, latent_pipe, strength, one_each
+@pytest.mark.parametrize("per_image", [False, True])
+def test_any_strength_and_kind_of_generator_gives_the_pictures_of_diffusers(
+    latent_folder, latent_pipe, strength, per_image
 ):
     options = {"image": image(), "strength": strength, "num_inference_steps": 4, "eta": 0.5}
     expected = theirs(
-        latent_folder, "StableDiffusionImg2ImgPipeline", None, generator=source(one_each), **options
+        latent_folder,
+        "StableDiffusionImg2ImgPipeline",
+        None,
+        generator=generators(per_image),
+        **options,
     )
-    mine = ours(latent_pipe, None, generator=source(one_each), **options)
+    mine = ours(latent_pipe, None, generator=generators(per_image), **options)
     np.testing.assert_allclose(mine, expected, atol=1e-4)
 
 
@@ -123,17 +133,21 @@ INPAINTING = ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunD
 @pytest.mark.parametrize(
     ("name", "strength"), [*((name, 0.6) for name in INPAINTING), *((n, 1) for n in INPAINTING[:3])]
 )
-def test_inpainting_gives_the_pictures_of_diffusers_and_keeps_the_rest(
+def test_inpainting_fills_the_hole_as_diffusers_and_keeps_the_pixels_around_it(
     latent_folder, latent_pipe, name, strength
 ):
-    """diffusers leaves around the hole what its autoencoder made of the picture; here it stays."""
+    """Around the hole diffusers returns the autoencoder's reconstruction; minidiff the picture."""
     options = {"image": image(), "mask_image": mask(), "strength": strength}
     options["num_inference_steps"] = 4
     scheduler = (name, {})
     expected = theirs(
-        latent_folder, "StableDiffusionInpaintPipeline", scheduler, generator=source(), **options
+        latent_folder,
+        "StableDiffusionInpaintPipeline",
+        scheduler,
+        generator=generators(),
+        **options,
     )
-    mine = ours(latent_pipe, scheduler, generator=source(), **options)
+    mine = ours(latent_pipe, scheduler, generator=generators(), **options)
     hole = mask()[0, 0].bool().numpy()
     np.testing.assert_allclose(mine[:, hole], expected[:, hole], atol=1e-4)
     kept = (image() / 2 + 0.5).permute(0, 2, 3, 1).numpy()
@@ -144,26 +158,31 @@ def test_inpainting_gives_the_pictures_of_diffusers_and_keeps_the_rest(
 @pytest.mark.parametrize(
     ("name", "strength"), [("DDIMScheduler", 1.0), ("EulerAncestralDiscreteScheduler", 0.6)]
 )
-def test_a_network_that_is_shown_the_mask_gives_the_pictures_of_diffusers(tmp_path, name, strength):
+def test_an_inpainting_network_gives_the_pictures_of_diffusers(tmp_path, name, strength):
+    """Its nine input channels are the latents, the mask and the masked picture."""
     unet = {"in_channels": 9}
     stable_diffusion(tmp_path, DDIM, unet=unet).save_pretrained(tmp_path / "sd")
     options = {"image": image(), "mask_image": mask(), "strength": strength}
     options["num_inference_steps"] = 4
     scheduler = (name, {})
     expected = theirs(
-        tmp_path / "sd", "StableDiffusionInpaintPipeline", scheduler, generator=source(), **options
+        tmp_path / "sd",
+        "StableDiffusionInpaintPipeline",
+        scheduler,
+        generator=generators(),
+        **options,
     )
     pipe = Pipeline.from_pretrained(tmp_path / "sd")
-    mine = ours(pipe, scheduler, generator=source(), **options)
+    mine = ours(pipe, scheduler, generator=generators(), **options)
     hole = mask()[0, 0].bool().numpy()
     np.testing.assert_allclose(mine[:, hole], expected[:, hole], atol=1e-4)
-    never_ran(pipe)
+    forbid_evaluations(pipe)
     for arguments in ({}, {"image": image(1)}):
         with pytest.raises(InvalidArgument, match="image and mask_image must be given"):
             pipe("a cat", **arguments)
 
 
-# --- what holds without diffusers -----------------------------------------------------------------
+# --- properties, without diffusers ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -172,21 +191,21 @@ def pipe_of_digits() -> Pipeline:
 
 
 def in_forms(x: torch.Tensor) -> dict:
-    """One picture each in every form that a pipeline takes, all of the same bytes."""
+    """Return the same picture in every form that a pipeline accepts."""
     array = to_uint8(x).permute(0, 2, 3, 1).numpy()
     return {
         "array": array,
         "array without N": array[0],
         "bytes": torch.from_numpy(array).permute(0, 3, 1, 2),
         "PIL": Image.fromarray(array[0]),
-        "list of PIL": [Image.fromarray(one) for one in array],
+        "list of PIL": [Image.fromarray(picture) for picture in array],
         "floats": to_float(torch.from_numpy(array).permute(0, 3, 1, 2)),
     }
 
 
 @pytest.mark.parametrize("form", in_forms(image(1)))
-def test_strength_0_returns_the_bytes_of_the_image_and_asks_no_network(latent_pipe, form):
-    never_ran(latent_pipe)
+def test_strength_0_returns_the_bytes_of_the_image_without_evaluating_a_network(latent_pipe, form):
+    forbid_evaluations(latent_pipe)
     options = {"image": in_forms(image(1))[form], "strength": 0, "num_inference_steps": 5}
     expected = in_forms(image(1))["array"]
     assert np.array_equal(latent_pipe("a cat", output_type="np", **options).images, expected)
@@ -197,7 +216,7 @@ def test_strength_0_returns_the_bytes_of_the_image_and_asks_no_network(latent_pi
 
 
 @pytest.mark.parametrize(("strength", "n", "taken"), [(0.7, 100, 70), (0.5, 5, 2), (1, 4, 4)])
-def test_strength_is_the_share_of_steps_taken(latent_pipe, strength, n, taken):
+def test_strength_is_the_fraction_of_steps_taken(latent_pipe, strength, n, taken):
     latent_pipe.scheduler = DDIMScheduler()
     latent_pipe.unet.forward = lambda x, t, **condition: torch.zeros_like(x)
     steps = []
@@ -208,90 +227,90 @@ def test_strength_is_the_share_of_steps_taken(latent_pipe, strength, n, taken):
     assert [step.t for step in steps] == latent_pipe.scheduler.grid[n - taken :]
 
 
-def test_more_strength_leads_further_from_the_image(pipe_of_digits):
-    """With the optimal network for N(0, ¼), of which the image is a sample."""
+def test_the_distance_from_the_image_grows_with_strength(pipe_of_digits):
+    """The network is the optimal one for pixels from N(0, ¼)."""
     pipe, data = pipe_of_digits, GaussianMixture([1.0], [[0.0] * 256], [0.5])
     pipe.unet.forward = lambda x, t, **condition: output_of(
         pipe.scheduler, data, x, pipe.scheduler.level(t)
     )
-    given = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)).mul(0.3).tanh()
+    original = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    original = original.mul(0.3).tanh()
     options = {"num_inference_steps": 10, "seed": 0, "guidance_scale": 1, "output_type": "pt"}
     results = [
-        pipe(3, image=given, strength=s, **options).images for s in (0, 0.2, 0.4, 0.6, 0.8, 1)
+        pipe(3, image=original, strength=s, **options).images for s in (0, 0.2, 0.4, 0.6, 0.8, 1)
     ]
-    distances = [(result - given).abs().mean().item() for result in results]
+    distances = [(result - original).abs().mean().item() for result in results]
     assert distances[0] == 0
     assert all(a < b for a, b in pairwise(distances))
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dpm++"])
 @pytest.mark.parametrize(
-    ("given", "resamples"),
+    ("inputs", "resamples"),
     [(("image",), 1), (("image", "mask_image"), 1), (("image", "mask_image"), 3)],
 )
-def test_a_changed_picture_is_its_own(pipe_of_digits, name, given, resamples):
-    """One of a batch of sixteen, some of them, and that one alone."""
+def test_a_changed_picture_does_not_depend_on_its_batch(pipe_of_digits, name, inputs, resamples):
+    """A batch of sixteen equals batches of five and one picture changed alone."""
     pipe = pipe_of_digits
     pipe.scheduler = sampler(name, pipe.scheduler)
     pictures = torch.linspace(-1, 1, 16 * 256).view(16, 1, 16, 16)
     holes = torch.zeros(16, 1, 16, 16)
     holes[..., 4:12, 4:12] = torch.linspace(0, 1, 16).view(16, 1, 1, 1)
-    everything = {"image": pictures, "mask_image": holes}
+    images = {"image": pictures, "mask_image": holes}
     options = {"num_inference_steps": 4, "strength": 0.75, "seed": 3, "output_type": "pt"}
     options |= {"resamples": resamples}
     labels = [i % 10 for i in range(16)]
-    started: list = []
+    initial: list = []
 
     def run(part: slice, **more: object) -> torch.Tensor:
         steps: list = []
-        chosen = {key: everything[key][part] for key in given}
-        images = pipe(labels[part], **chosen, **options, **more, callback=steps.append).images
-        started.append(steps[0].x)
-        return images
+        chosen = {key: images[key][part] for key in inputs}
+        result = pipe(labels[part], **chosen, **options, **more, callback=steps.append).images
+        initial.append(steps[0].x)
+        return result
 
     together = run(slice(0, 16))
-    in_parts = run(slice(0, 16), batch_size=5)
+    in_batches = run(slice(0, 16), batch_size=5)
     alone = run(slice(11, 12), first_index=11)
-    assert torch.equal(started[0][11], started[2][0])  # the noise, to the bit
-    assert (together - in_parts).abs().max() < 1e-4
+    assert torch.equal(initial[0][11], initial[2][0])  # equal noise, to the bit
+    assert (together - in_batches).abs().max() < 1e-4
     assert (together[11] - alone[0]).abs().max() < 1e-4
     assert (together[10] - together[11]).abs().max() > 1e-2
 
 
-def test_a_mask_of_nothing_and_a_mask_of_everything(latent_pipe):
+def test_a_black_mask_keeps_the_image_and_a_white_mask_replaces_all_of_it(latent_pipe):
     options = {"num_inference_steps": 2, "seed": 1, "output_type": "pt", "guidance_scale": 2}
-    nothing = latent_pipe(
+    kept = latent_pipe(
         "a cat", image=image(1), mask_image=torch.zeros(SIDE, SIDE), **options
     ).images
-    assert torch.equal(nothing, image(1))
-    # All of it, from noise alone: the autoencoder's draw comes before the start.
-    everything = latent_pipe(
+    assert torch.equal(kept, image(1))
+    # The autoencoder draws from the generator before the initial noise is drawn.
+    replaced = latent_pipe(
         "a cat", image=image(1), mask_image=torch.ones(SIDE, SIDE), **options
     ).images
-    start = {"latents": after_one_draw(seed=1)}
-    options.pop("seed")
-    assert torch.equal(everything, latent_pipe("a cat", **start, **options, seed=1).images)
+    latents = second_draw(seed=1)
+    assert torch.equal(replaced, latent_pipe("a cat", latents=latents, **options).images)
 
 
-def after_one_draw(seed: int) -> torch.Tensor:
-    sources = image_generators(seed, [0])
-    randn((1, 4, 16, 16), sources)
-    return randn((1, 4, 16, 16), sources)
+def second_draw(seed: int) -> torch.Tensor:
+    """Return the second noise that the generator of the first image draws."""
+    generators = image_generators(seed, [0])
+    randn((1, 4, 16, 16), generators)
+    return randn((1, 4, 16, 16), generators)
 
 
-def test_grey_of_a_mask_blends(latent_pipe):
-    """A network whose pictures are known: whatever it makes, half of it is the image."""
+def test_a_grey_mask_blends_the_sampled_picture_with_the_image(latent_pipe):
     options = {"num_inference_steps": 2, "seed": 1, "output_type": "pt", "guidance_scale": 1}
     grey = torch.full((SIDE, SIDE), 0.25)
-    last: list = []
+    steps: list = []
     mixed = latent_pipe(
-        "a cat", image=image(1), mask_image=grey, callback=last.append, **options
+        "a cat", image=image(1), mask_image=grey, callback=steps.append, **options
     ).images
-    made = latent_pipe.decode(last[-1].next_x)
-    torch.testing.assert_close(mixed, 0.75 * image(1) + 0.25 * made)
+    sampled = latent_pipe.decode(steps[-1].next_x)
+    torch.testing.assert_close(mixed, 0.75 * image(1) + 0.25 * sampled)
 
 
-def test_masks_of_every_form_mean_the_same():
+def test_every_form_of_a_mask_gives_the_same_tensor():
     white = mask()
     forms = [
         white,
@@ -311,7 +330,7 @@ def test_masks_of_every_form_mean_the_same():
     assert torch.equal(as_mask(several, (SIDE, SIDE)), torch.cat([white, 1 - white]))
 
 
-def test_one_image_or_one_each_and_neighbours_share_an_original(latent_pipe):
+def test_one_image_is_used_for_all_pictures_and_several_for_consecutive_ones(latent_pipe):
     options = {"strength": 0, "num_inference_steps": 1, "output_type": "pt"}
     one = latent_pipe(PROMPTS, image=image(1), **options).images
     assert torch.equal(one, image(1).expand(2, -1, -1, -1))
@@ -326,9 +345,9 @@ def test_one_image_or_one_each_and_neighbours_share_an_original(latent_pipe):
 # --- RePaint --------------------------------------------------------------------------------------
 
 
-def test_repaint_walks_as_in_the_reference_code():
-    """`get_schedule_jump` of RePaint's code, for t_T = 6, jump_length 2, jump_n_sample 2: it counts
-    5 4 3 2 | 3 4 3 2 … ; entries of the grid count the other way."""
+def test_the_timestep_schedule_of_repaint_is_that_of_its_reference_code():
+    """`get_schedule_jump` of RePaint's code, for t_T = 6, jump_length 2, jump_n_sample 2, counts
+    5 4 3 2 | 3 4 3 2 … ; entries of the grid count upwards instead."""
     passes = stretches(0, 6, jump_length=2, resamples=2)
     assert passes == [(0, 3), (1, 3), (3, 5), (3, 5), (5, 6)]
     assert stretches(0, 3, 1, 3) == [(0, 1), (0, 1), (0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
@@ -336,8 +355,8 @@ def test_repaint_walks_as_in_the_reference_code():
     assert sum(end - begin for begin, end in stretches(4, 10, 3, 5)) == 6 + 3 * 4
 
 
-def test_the_forward_process_goes_on_where_it_stopped():
-    """From clean to s to t is from clean to t: the same mean and variance."""
+def test_noising_from_s_to_t_continues_the_forward_process():
+    """Noising from clean to s to t gives the mean and variance of noising from clean to t."""
     schedule = NoiseSchedule.named()
     s, t = schedule[300], schedule[700]
     x0 = torch.full((40_000, 1), 2.0, dtype=torch.float64)
@@ -347,16 +366,16 @@ def test_the_forward_process_goes_on_where_it_stopped():
     assert x.std().item() == pytest.approx(t.sigma, rel=0.02)
 
 
-def test_resampling_brings_what_is_made_into_agreement_with_what_is_kept():
-    """Two coordinates that must be equal but for a little: without resampling the second is made
-    before it is known what the first will be."""
+def test_resampling_makes_the_sampled_part_agree_with_the_kept_part():
+    """Two coordinates are almost equal, and the first is kept. Without resampling the second is
+    chosen while the first is still noise."""
     joint = GaussianMixture([0.5, 0.5], [[-1.0, -1.0], [1.0, 1.0]], [0.15, 0.15])
     scheduler = DDIMScheduler(clip_sample=False, compat="exact", timestep_spacing="trailing")
     known = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(2000, 2)
     hole = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
 
-    def agreeing(resamples: int) -> float:
-        """The share of second coordinates in the component of the first."""
+    def agreement(resamples: int) -> float:
+        """Return the fraction of second coordinates in the component of the first."""
         restart(0)
         source = torch.Generator().manual_seed(0)
         kept = keeping(
@@ -375,13 +394,13 @@ def test_resampling_brings_what_is_made_into_agreement_with_what_is_kept():
     def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
         return joint.noise(x, scheduler.level(t))
 
-    once, often = agreeing(1), agreeing(10)
+    once, often = agreement(1), agreement(10)
     assert 1 - once > 0.05
     assert 1 - often < (1 - once) / 2
 
 
-def test_reconstruction_guidance_brings_what_is_made_into_agreement_with_what_is_kept():
-    """The same two coordinates, in one descent."""
+def test_reconstruction_guidance_makes_the_sampled_part_agree_with_the_kept_part():
+    """Two coordinates are almost equal, and the first is kept."""
     joint = GaussianMixture([0.5, 0.5], [[-1.0, -1.0], [1.0, 1.0]], [0.15, 0.15])
     scheduler = DDIMScheduler(clip_sample=False, compat="exact", timestep_spacing="trailing")
     scheduler.set_timesteps(8)
@@ -389,26 +408,26 @@ def test_reconstruction_guidance_brings_what_is_made_into_agreement_with_what_is
     known = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(2000, 2)
     hole = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
 
-    def agreeing(scale: float) -> float:
-        led = reconstructing(denoise, known, hole, meaning_of(scheduler), scale)
+    def agreement(scale: float) -> float:
+        guided = reconstructing(denoise, known, hole, meaning_of(scheduler), scale)
         kept = keeping(known, hole, lambda: x, scheduler)
-        *_, last = trajectory(led, scheduler, x, after=kept)
+        *_, last = trajectory(guided, scheduler, x, after=kept)
         assert torch.equal(last.next_x[:, 0], known[:, 0])
         return (last.next_x[:, 1] > 0).double().mean().item()
 
     def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
         return joint.noise(x, scheduler.level(t))
 
-    without, with_guidance = agreeing(0), agreeing(5)
+    without, with_guidance = agreement(0), agreement(5)
     assert 1 - without > 0.05
     assert 1 - with_guidance < (1 - without) / 5
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow", "edm"])
 @pytest.mark.parametrize("t", [0.3, 0.9])
-def test_reconstruction_guidance_moves_the_guess_by_equation_7(kind, t):
-    """On normal data with covariance C the guess is linear, x̂0 = K·x with
-    K = αC(α²C + σ²)⁻¹, so its gradient is known; for any meaning of the output."""
+def test_reconstruction_guidance_moves_x0_by_equation_7_for_every_prediction_type(kind, t):
+    """On normal data with covariance C the prediction is linear: x̂0 = K·x with
+    K = αC(α²C + σ²)⁻¹, so its gradient is known."""
     root = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.5, 0.0], [-0.3, 0.4, 0.6]], dtype=torch.float64)
     cov, one = root @ root.T, torch.eye(3, dtype=torch.float64)
     level = {"flow": Level(1 - t, t), "edm": Level(1.0, 4 * t)}.get(
@@ -420,45 +439,47 @@ def test_reconstruction_guidance_moves_the_guess_by_equation_7(kind, t):
     p, q = at.row
 
     def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
-        guess = x @ gain.T
-        return p * guess + q * (x - alpha * guess) / sigma
+        x0 = x @ gain.T
+        return p * x0 + q * (x - alpha * x0) / sigma
 
     x, x0 = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mask = torch.tensor([[0.0, 1.0, 0.25]], dtype=torch.float64)
     out = reconstructing(denoise, x0, mask, lambda t: at, 3.0)(x, t)
-    guess = x @ gain.T
-    expected = guess + 3 * alpha * ((1 - mask) * (x0 - guess)) @ gain
+    predicted = x @ gain.T
+    expected = predicted + 3 * alpha * ((1 - mask) * (x0 - predicted)) @ gain
     torch.testing.assert_close(at.split(out, x)[0], expected)
     assert not out.requires_grad
-    unmoved = reconstructing(denoise, x0, mask, lambda t: at, 0.0)(x, t)
-    torch.testing.assert_close(unmoved, denoise(x, t))
+    unguided = reconstructing(denoise, x0, mask, lambda t: at, 0.0)(x, t)
+    torch.testing.assert_close(unguided, denoise(x, t))
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dpm++", "euler"])
-def test_reconstruction_guidance_keeps_what_is_kept_and_changes_the_rest(pipe_of_digits, name):
+def test_reconstruction_guidance_keeps_pixels_outside_the_mask_and_changes_the_rest(
+    pipe_of_digits, name
+):
     pipe = pipe_of_digits
     pipe.scheduler = sampler(name, pipe.scheduler)
-    given = image(3)[:, :1, :16, :16]
+    original = image(3)[:, :1, :16, :16]
     hole = torch.zeros(16, 16)
     hole[:, 8:] = 1
-    options = {"image": given, "mask_image": hole, "seed": 1, "num_inference_steps": 4}
+    options = {"image": original, "mask_image": hole, "seed": 1, "num_inference_steps": 4}
     options |= {"output_type": "pt", "guidance_scale": 2.0}
 
-    def made(**more: object) -> torch.Tensor:
+    def draw(**more: object) -> torch.Tensor:
         return pipe([1, 2, 3], **options, **more).images
 
-    plain, led = made(), made(reconstruction_guidance=5)
-    assert torch.equal(led[..., :8], given[..., :8])
-    assert not torch.allclose(led[..., 8:], plain[..., 8:], atol=1e-3)
-    assert torch.equal(made(reconstruction_guidance=0), plain)
-    torch.testing.assert_close(made(reconstruction_guidance=5, batch_size=1), led)
+    plain, guided = draw(), draw(reconstruction_guidance=5)
+    assert torch.equal(guided[..., :8], original[..., :8])
+    assert not torch.allclose(guided[..., 8:], plain[..., 8:], atol=1e-3)
+    assert torch.equal(draw(reconstruction_guidance=0), plain)
+    torch.testing.assert_close(draw(reconstruction_guidance=5, batch_size=1), guided)
 
 
-# --- bad input ------------------------------------------------------------------------------------
+# --- invalid arguments ----------------------------------------------------------------------------
 
 
-def never_ran(pipe: Pipeline) -> None:
-    """Networks that fail when they are asked."""
+def forbid_evaluations(pipe: Pipeline) -> None:
+    """Make every network of a pipeline fail when it is evaluated."""
 
     def fail(*args: object) -> None:
         raise AssertionError("a network ran")
@@ -533,13 +554,13 @@ BYTES = np.zeros((SIDE, SIDE, 3), np.uint8)
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name_before_a_network_runs(latent_pipe, arguments, message):
-    never_ran(latent_pipe)
+    forbid_evaluations(latent_pipe)
     number = {"num_images": 2} if "image" in arguments else {}
     with pytest.raises(InvalidArgument, match=message):
         latent_pipe("a cat", **number | arguments)
 
 
-def test_pictures_that_pil_does_not_have_are_made_as_arrays_alone():
+def test_pictures_with_two_channels_are_returned_as_arrays_only():
     unet = UNet(
         sample_size=8, in_channels=2, out_channels=2, block_out_channels=(8,),
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,

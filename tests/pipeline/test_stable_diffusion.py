@@ -1,4 +1,4 @@
-"""Folders of Stable Diffusion 1.x, 2.x and XL: the same pictures as diffusers, both ways round."""
+"""Folders of Stable Diffusion 1.x, 2.x and XL: the pictures of diffusers, in both directions."""
 
 import json
 import warnings
@@ -13,11 +13,11 @@ from minidiff import Pipeline
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.schedulers import SCHEDULERS
 
-PROMPTS, AGAINST = ["a cat on a dog", "dog"], ["cat", ""]
+PROMPTS, NEGATIVE = ["a cat on a dog", "dog"], ["cat", ""]
 
 
 def pictures(pipe, negative, scale, latents, steps=4, **options) -> np.ndarray:
-    """diffusers' pictures, (N, H, W, C) in [0, 1]."""
+    """Return the pictures of diffusers, (N, H, W, C) in [0, 1]."""
     pipe.set_progress_bar_config(disable=True)
     return pipe(
         PROMPTS,
@@ -31,7 +31,7 @@ def pictures(pipe, negative, scale, latents, steps=4, **options) -> np.ndarray:
 
 
 def ours(pipe, negative, scale, latents, steps=4, **options) -> np.ndarray:
-    """The same from minidiff."""
+    """Return the pictures of minidiff, (N, H, W, C) in [0, 1]."""
     images = pipe(
         PROMPTS,
         negative_prompt=negative,
@@ -61,7 +61,7 @@ GENERATIONS = {
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize(("negative", "scale"), [(None, 7.5), (AGAINST, 3.0), (None, 1.0)])
+@pytest.mark.parametrize(("negative", "scale"), [(None, 7.5), (NEGATIVE, 3.0), (None, 1.0)])
 def test_a_folder_of_diffusers_gives_the_same_pictures(tmp_path, generation, negative, scale):
     theirs = GENERATIONS[generation](tmp_path)
     theirs.save_pretrained(tmp_path / "sd")
@@ -73,15 +73,15 @@ def test_a_folder_of_diffusers_gives_the_same_pictures(tmp_path, generation, neg
 
 
 @pytest.mark.parametrize("generation", ["1", "XL"])
-def test_what_minidiff_writes_diffusers_reads(tmp_path, generation):
+def test_diffusers_draws_the_same_pictures_from_a_folder_of_minidiff(tmp_path, generation):
     theirs = GENERATIONS[generation](tmp_path)
     theirs.save_pretrained(tmp_path / "a")
     pipe = Pipeline.from_pretrained(tmp_path / "a")
     pipe.save_pretrained(tmp_path / "b")
     again = type(theirs).from_pretrained(tmp_path / "b")
     latents = torch.randn(2, 4, 16, 16)
-    expected = pictures(theirs, AGAINST, 3.0, latents)
-    np.testing.assert_allclose(pictures(again, AGAINST, 3.0, latents), expected, atol=1e-6)
+    expected = pictures(theirs, NEGATIVE, 3.0, latents)
+    np.testing.assert_allclose(pictures(again, NEGATIVE, 3.0, latents), expected, atol=1e-6)
     for part in ("unet", "vae", "text_encoder"):
         before, after = getattr(theirs, part).state_dict(), getattr(again, part).state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -116,8 +116,8 @@ def test_another_scheduler_gives_the_same_pictures(tmp_path, name):
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-def test_a_distilled_network_is_told_the_guidance(tmp_path, scale):
-    """Latent consistency models: one evaluation a step, w among its arguments."""
+def test_a_distilled_network_takes_the_guidance_scale_as_input(tmp_path, scale):
+    """Latent consistency models take w as an argument and need one evaluation per step."""
     distilled = stable_diffusion(tmp_path, DDIM, unet={"time_cond_proj_dim": 8})
     distilled.save_pretrained(tmp_path / "sd")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "sd")
@@ -126,7 +126,7 @@ def test_a_distilled_network_is_told_the_guidance(tmp_path, scale):
     expected = pictures(theirs, None, scale, latents)
     np.testing.assert_allclose(ours(pipe, None, scale, latents), expected, atol=1e-4)
     with pytest.raises(InvalidArgument, match="negative_prompt must be None"):
-        ours(pipe, AGAINST, scale, latents)
+        ours(pipe, NEGATIVE, scale, latents)
 
 
 def test_half_precision_variants_and_shards_are_read(tmp_path):
@@ -136,12 +136,12 @@ def test_half_precision_variants_and_shards_are_read(tmp_path):
     assert (unet / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
     with pytest.raises(CheckpointError, match="no such file"):
         Pipeline.from_pretrained(tmp_path / "sd")
-    wide = Pipeline.from_pretrained(tmp_path / "sd", variant="fp16")
+    single = Pipeline.from_pretrained(tmp_path / "sd", variant="fp16")
     half = Pipeline.from_pretrained(tmp_path / "sd", variant="fp16", torch_dtype=torch.float16)
     assert next(half.unet.parameters()).dtype == torch.float16
     latents = torch.randn(2, 4, 16, 16)
     expected = pictures(theirs.to(dtype=torch.float32), None, 4.0, latents)
-    np.testing.assert_allclose(ours(wide, None, 4.0, latents), expected, atol=1e-4)
+    np.testing.assert_allclose(ours(single, None, 4.0, latents), expected, atol=1e-4)
     np.testing.assert_allclose(ours(half, None, 4.0, latents), expected, atol=2e-2)
 
 
@@ -156,19 +156,19 @@ def test_the_default_guidance_and_size_are_those_of_diffusers(tmp_path):
     np.testing.assert_allclose(image, expected, atol=1e-4)
 
 
-def test_one_prompt_may_make_many_pictures_and_each_is_its_own(tmp_path):
+def test_pictures_of_one_prompt_differ_and_do_not_depend_on_their_batch(tmp_path):
     stable_diffusion(tmp_path, DDIM_V).save_pretrained(tmp_path / "sd")
     pipe = Pipeline.from_pretrained(tmp_path / "sd")
     options = {"num_inference_steps": 2, "seed": 3, "output_type": "np", "guidance_scale": 3}
     together = pipe("a cat", num_images=3, **options).images.astype(int)
     alone = pipe("a cat", first_index=2, **options).images.astype(int)
-    in_parts = pipe(["a cat"] * 3, batch_size=2, **options).images.astype(int)
+    in_batches = pipe(["a cat"] * 3, batch_size=2, **options).images.astype(int)
     assert np.abs(together[2] - alone[0]).max() <= 1
-    assert np.abs(together - in_parts).max() <= 1
+    assert np.abs(together - in_batches).max() <= 1
     assert np.abs(together[0] - together[1]).max() > 1
 
 
-def test_a_safety_checker_is_left_out_with_a_word(tmp_path):
+def test_a_safety_checker_is_not_loaded_and_a_warning_names_it(tmp_path):
     stable_diffusion(tmp_path, DDIM_V).save_pretrained(tmp_path / "sd")
     index = tmp_path / "sd" / "model_index.json"
     content = json.loads(index.read_text())
@@ -178,7 +178,7 @@ def test_a_safety_checker_is_left_out_with_a_word(tmp_path):
         Pipeline.from_pretrained(tmp_path / "sd")
 
 
-def test_pipelines_without_a_condition_are_read(tmp_path):
+def test_unconditional_pipelines_are_read(tmp_path):
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=8,
@@ -211,7 +211,7 @@ def test_pipelines_without_a_condition_are_read(tmp_path):
         ({"_class_name": "StableDiffusionXLPipeline"}, "has no tokenizer_2"),
     ],
 )
-def test_an_index_that_is_not_understood_is_refused(tmp_path, change, message):
+def test_an_index_with_unsupported_parts_is_refused(tmp_path, change, message):
     stable_diffusion(tmp_path, DDIM_V).save_pretrained(tmp_path / "sd")
     index = tmp_path / "sd" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | change))
@@ -224,9 +224,6 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     stable_diffusion(folder, DDIM_V).save_pretrained(folder / "sd")
     return Pipeline.from_pretrained(folder / "sd")
-
-
-START = torch.zeros(1, 4, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -253,19 +250,19 @@ START = torch.zeros(1, 4, 16, 16)
         ({"prompt": "cat", "guidance_scale": float("nan")}, "guidance_scale must be finite"),
     ],
 )
-def test_bad_input_is_refused_by_name(small, arguments, message):
+def test_invalid_arguments_are_refused_by_name(small, arguments, message):
     with pytest.raises(InvalidArgument, match=message):
         small(**arguments)
 
 
-def test_a_negative_prompt_without_guidance_is_warned_of_and_does_nothing(small):
+def test_a_negative_prompt_without_guidance_has_no_effect_and_warns(small):
     options = {"guidance_scale": 1, "seed": 0, "num_inference_steps": 1, "output_type": "pt"}
     with pytest.warns(UserWarning, match="negative_prompt has no effect without guidance"):
         warned = small("cat", negative_prompt="dog", **options).images
     assert torch.equal(warned, small("cat", **options).images)
 
 
-def test_parts_that_do_not_fit_are_refused(small):
+def test_parts_of_different_sizes_are_refused(small):
     with pytest.raises(InvalidArgument, match="prompts must give tokens of 16 channels"):
         Pipeline(small.unet, small.scheduler, small.vae)
     with pytest.raises(InvalidArgument, match="class_names must be empty beside prompts"):

@@ -1,4 +1,4 @@
-"""A pipeline with words of its own: what it is told, and its folder."""
+"""A pipeline with a vocabulary of whole words: its conditioning and its folder."""
 
 import json
 
@@ -18,7 +18,7 @@ PROMPTS = ["a red seven", "blue"]
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    """A small network whose weights are random, so that it heeds the text."""
+    """Return a small pipeline with random weights, whose output depends on the text."""
     torch.manual_seed(0)
     prompts = WordPrompts.fresh(WordTokenizer(WORDS, 8), 16, 2)
     unet = UNet(
@@ -50,14 +50,14 @@ def test_pictures_depend_on_the_words_and_on_nothing_else_in_the_text(pipe):
     assert not torch.allclose(images[0], draw(pipe, ["a blue seven", "blue"])[0])
 
 
-def test_guidance_leads_away_from_no_text_or_from_the_negative_one(pipe):
+def test_pictures_are_guided_away_from_the_empty_or_the_negative_prompt(pipe):
     assert torch.equal(draw(pipe), draw(pipe, negative_prompt=""))
     assert not torch.allclose(draw(pipe), draw(pipe, negative_prompt="seven"))
     unguided = draw(pipe, ["", ""], guidance_scale=1)
     torch.testing.assert_close(unguided, draw(pipe, ["", ""], guidance_scale=7), atol=1e-4, rtol=0)
 
 
-def test_words_that_are_not_known_are_named_before_the_network_runs(pipe):
+def test_unknown_words_are_left_out_with_a_warning_that_names_them(pipe):
     with pytest.warns(UserWarning, match="does not know are left out: crimson"):
         images = draw(pipe, ["a crimson seven", "blue"])
     assert torch.equal(images, draw(pipe, ["a seven", "blue"]))
@@ -79,7 +79,7 @@ def test_a_saved_pipeline_draws_the_same_pictures(pipe, tmp_path):
     assert torch.equal(draw(Pipeline.from_pretrained(tmp_path / "model")), draw(pipe))
 
 
-def test_the_networks_are_those_of_diffusers_and_transformers(pipe, tmp_path):
+def test_diffusers_and_transformers_compute_the_same_outputs_from_the_folder(pipe, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     pipe.save_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_the_networks_are_those_of_diffusers_and_transformers(pipe, tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_a_tokenizer_and_an_encoder_must_fit(pipe):
+def test_a_tokenizer_that_does_not_fit_the_encoder_is_refused(pipe):
     encoder = pipe.prompts.text_encoder
     with pytest.raises(
         InvalidArgument, match="model_max_length of the tokenizer must be at most 8"
@@ -129,7 +129,7 @@ def _change(name, value):
         (_change("class_names", ["seven"]), "class_names must"),
     ],
 )
-def test_an_index_that_does_not_fit_is_refused(pipe, tmp_path, damage, message):
+def test_an_index_that_does_not_fit_its_folder_is_refused(pipe, tmp_path, damage, message):
     pipe.save_pretrained(tmp_path)
     file = tmp_path / "model_index.json"
     index = json.loads(file.read_text())
@@ -139,7 +139,7 @@ def test_an_index_that_does_not_fit_is_refused(pipe, tmp_path, damage, message):
         Pipeline.from_pretrained(tmp_path)
 
 
-def test_a_vocabulary_that_has_grown_is_refused_before_it_reads_past_the_table(pipe, tmp_path):
+def test_a_vocabulary_larger_than_the_embedding_table_is_refused(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     WordTokenizer([*WORDS, "one"], 8).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(CheckpointError, match="at most 7 words"):
@@ -149,7 +149,7 @@ def test_a_vocabulary_that_has_grown_is_refused_before_it_reads_past_the_table(p
         Pipeline.from_pretrained(tmp_path)
 
 
-def test_the_encoder_is_clip_of_the_width_asked_for():
+def test_a_fresh_encoder_has_the_requested_width_and_number_of_layers():
     prompts = WordPrompts.fresh(WordTokenizer(WORDS, 8), 48, 3)
     assert isinstance(prompts.text_encoder, TextEncoder)
     assert (prompts.width, prompts.text_encoder.config.num_hidden_layers) == (48, 3)
