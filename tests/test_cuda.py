@@ -1,4 +1,4 @@
-"""On a GPU: the same numbers as on the CPU, and a host that never waits inside the loop.
+"""On a GPU: the numbers of the CPU, and a host that never waits inside a loop.
 
 pytest -m cuda
 """
@@ -44,8 +44,8 @@ TEXT = {
 
 
 @pytest.fixture(autouse=True)
-def exact_matrices():
-    """No TF32: the comparison is with the CPU's float32."""
+def no_tf32():
+    """Disable TF32, because results are compared with the CPU's float32."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
@@ -54,7 +54,7 @@ def exact_matrices():
 
 @pytest.fixture
 def never_waiting():
-    """Any operation that makes the host wait for the device is an error."""
+    """Return a function after which it is an error to make the host wait for the device."""
 
     def start() -> None:
         torch.cuda.set_sync_debug_mode("error")
@@ -64,7 +64,7 @@ def never_waiting():
 
 
 def options_of(name: str) -> dict:
-    """Options under which the class samples without clipping."""
+    """Return the options under which a scheduler samples without clipping."""
     return {"clip_sample": False} if SCHEDULERS[name].has_option("clip_sample") else {}
 
 
@@ -91,11 +91,11 @@ def test_a_sampling_loop_never_waits_and_gives_the_numbers_of_the_cpu(name, comp
 
 
 def draws_noise(name: str) -> bool:
-    """A generator of a GPU draws other numbers than one of the CPU."""
+    """Return whether a scheduler draws noise, which differs between a GPU and the CPU."""
     return name in ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
 
 
-def test_clipping_does_not_wait_either(never_waiting):
+def test_a_sampling_loop_with_clipping_never_waits(never_waiting):
     scheduler = DDIMScheduler(clip_sample=True)
     scheduler.set_timesteps(8, device="cuda")
     x = torch.randn(2, 3, 8, 8, device="cuda")
@@ -104,14 +104,15 @@ def test_clipping_does_not_wait_either(never_waiting):
         pass
 
 
-def test_an_image_s_noise_is_the_same_to_the_bit_on_every_device():
-    one, other = (
+def test_the_noise_of_an_image_is_equal_to_the_bit_on_every_device():
+    on_cpu, on_gpu = (
         randn((3, 4, 8, 8), image_generators(7, range(3)), device) for device in ("cpu", "cuda")
     )
-    assert torch.equal(one, other.cpu())
+    assert torch.equal(on_cpu, on_gpu.cpu())
 
 
-def told(device: str, dtype: torch.dtype = torch.float32) -> tuple:
+def unet_inputs(device: str, dtype: torch.dtype = torch.float32) -> tuple:
+    """Return x, t, text tokens and their mask, equal on every device."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(4, 4, 16, 16, generator=generator)
     tokens = torch.randn(4, 7, 24, generator=generator)
@@ -120,23 +121,24 @@ def told(device: str, dtype: torch.dtype = torch.float32) -> tuple:
     return x.to(device, dtype), 500, tokens.to(device, dtype), mask.to(device)
 
 
-def run(unet: UNet, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    x, t, tokens, mask = told(device, dtype)
+def output_of(unet: UNet, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the output for `unet_inputs`, in float32 on the CPU."""
+    x, t, tokens, mask = unet_inputs(device, dtype)
     with torch.no_grad():
         return unet(x, t, tokens, encoder_attention_mask=mask).float().cpu()
 
 
 def test_networks_give_the_numbers_of_the_cpu():
     unet = UNet(**TEXT).eval()
-    expected = run(unet, "cpu")
-    assert distance(run(unet.cuda(), "cuda"), expected) < 1e-5
-    assert distance(run(unet.to(memory_format=torch.channels_last), "cuda"), expected) < 1e-5
+    expected = output_of(unet, "cpu")
+    assert distance(output_of(unet.cuda(), "cuda"), expected) < 1e-5
+    assert distance(output_of(unet.to(memory_format=torch.channels_last), "cuda"), expected) < 1e-5
     for dtype in (torch.float16, torch.bfloat16):
         narrow = UNet(**TEXT).eval().to("cuda", dtype, memory_format=torch.channels_last)
         narrow.load_state_dict(unet.state_dict())
         wide = UNet(**TEXT).eval()
         wide.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})
-        assert distance(run(narrow, "cuda", dtype), run(wide, "cpu")) < 1.5e-2
+        assert distance(output_of(narrow, "cuda", dtype), output_of(wide, "cpu")) < 1.5e-2
 
     vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4,
                         down_block_types=2 * ("DownEncoderBlock2D",),
@@ -159,7 +161,7 @@ def test_networks_give_the_numbers_of_the_cpu():
 def test_16_bit_networks_stay_finite_with_large_activations_on_every_attention_kernel():
     for dtype in (torch.float16, torch.bfloat16):
         unet = UNet(**TEXT).eval().to("cuda", dtype)
-        x, t, tokens, mask = told("cuda", dtype)
+        x, t, tokens, mask = unet_inputs("cuda", dtype)
         with torch.no_grad():
             for parameter in unet.conv_in.parameters():
                 parameter *= 3e3
@@ -178,12 +180,12 @@ def test_gradients_are_finite_where_every_logit_of_a_position_is_far_below_zero(
     assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
 
 
-def test_gradients_are_those_of_the_cpu():
+def test_gradients_equal_those_of_the_cpu():
     gradients = []
     unet = UNet(**TEXT)
     for device in ("cpu", "cuda"):
         unet.to(device).zero_grad()
-        x, t, tokens, _ = told(device)
+        x, t, tokens, _ = unet_inputs(device)
         unet(x, t, tokens).square().mean().backward()
         gradients.append({n: p.grad.cpu().clone() for n, p in unet.named_parameters()})
     largest = max(g.norm().item() for g in gradients[0].values())
@@ -191,9 +193,9 @@ def test_gradients_are_those_of_the_cpu():
         assert (gradients[1][name] - gradient).norm() < 1e-4 * largest, name
 
 
-def test_a_network_does_not_wait(never_waiting):
+def test_a_network_never_waits_for_the_device(never_waiting):
     unet = UNet(**TEXT, num_class_embeds=10).cuda()
-    x, _, tokens, mask = told("cuda")
+    x, _, tokens, mask = unet_inputs("cuda")
     labels = torch.zeros(4, dtype=torch.int64, device="cuda")
     unet(x, 500, tokens, class_labels=labels)
     never_waiting()
@@ -207,8 +209,8 @@ def test_a_pipeline_draws_the_pictures_of_the_cpu_within_one_grey_level():
     expected = pipe(**options).images.astype(int)
     on_gpu = pipe.to("cuda")(**options).images.astype(int)
     assert abs(on_gpu - expected).max() <= 1
-    folded = pipe.to(dtype=torch.bfloat16)(**options).images.astype(int)
-    assert abs(folded - expected).mean() < 8
+    in_bfloat16 = pipe.to(dtype=torch.bfloat16)(**options).images.astype(int)
+    assert abs(in_bfloat16 - expected).mean() < 8
 
 
 def test_training_learns_on_a_gpu(tmp_path):
@@ -251,7 +253,7 @@ def test_a_training_step_never_waits_for_the_device(options, never_waiting):
         run.step()
 
 
-RECORDED = [
+CAPTURED = [
     {"optimizer": "muon", "stable_target": 64},
     {"prediction_type": "edm", "dropout": 0.1, "shift": 1, "dtype": "bfloat16"},
     {"prediction_type": "epsilon", "learn_variance": True},
@@ -259,9 +261,9 @@ RECORDED = [
 ]
 
 
-@pytest.mark.parametrize("options", RECORDED, ids=str)
-def test_a_recording_takes_the_steps_that_it_is_of(options):
-    """With a second size of the batch, and dropout's random numbers."""
+@pytest.mark.parametrize("options", CAPTURED, ids=str)
+def test_a_captured_graph_takes_the_same_steps(options):
+    """The batch size changes on the way, and dropout draws random numbers."""
     plain, replayed = (training(cuda_graph=choice, **options) for choice in (False, True))
     for run in (plain, replayed):
         for size in (64, 64, 48, 64, 48, 48):
@@ -284,7 +286,7 @@ def test_a_compiled_network_takes_the_same_steps_on_a_gpu():
 
 @pytest.mark.parametrize("options", OBJECTIVES, ids=str)
 def test_training_takes_the_same_first_steps_on_both_devices(options):
-    """Only levels and labels are drawn on the CPU: noise is the device's, so losses are alike."""
+    """Levels and labels are drawn on the CPU but noise on the device, so losses differ a little."""
     losses = []
     for device in ("cpu", "cuda"):
         on_device = {"dtype": "float32", "cuda_graph": "cuda_graph" in options and device == "cuda"}
@@ -296,10 +298,10 @@ def test_training_takes_the_same_first_steps_on_both_devices(options):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_run_goes_on_from_a_snapshot_made_on_a_gpu(recorded, optimizer, tmp_path):
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_run_resumes_from_a_snapshot_made_on_a_gpu(captured, optimizer, tmp_path):
     options = {"dropout": 0.1, "optimizer": optimizer}
-    first, second = (training(**options, cuda_graph=recorded) for _ in range(2))
+    first, second = (training(**options, cuda_graph=captured) for _ in range(2))
     for _ in range(5):
         first.step()
     snapshot.restore(snapshot.write(tmp_path, snapshot.content(first), 0), second)
@@ -308,16 +310,16 @@ def test_a_run_goes_on_from_a_snapshot_made_on_a_gpu(recorded, optimizer, tmp_pa
             run.step()
     for ours, theirs in zip(first.learner.parameters(), second.learner.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
-    there = training("cpu", **options)
-    snapshot.restore(snapshot.snapshots(tmp_path)[-1], there)
-    assert there.budget.step == 5
+    on_cpu = training("cpu", **options)
+    snapshot.restore(snapshot.snapshots(tmp_path)[-1], on_cpu)
+    assert on_cpu.budget.step == 5
 
 
 @pytest.mark.parametrize("kind", [Processes, Shards])
 def test_processes_on_gpus_wait_for_each_other_but_not_for_the_device(
     kind, never_waiting, monkeypatch, tmp_path
 ):
-    """One process, but all that several do: NCCL, the hosts' own group, shares of the weights."""
+    """A single process runs the code of several: NCCL, the hosts' group, sharded weights."""
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0),
                         ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29617)):  # fmt: skip
         monkeypatch.setenv(name, str(value))
@@ -341,7 +343,7 @@ def test_processes_on_gpus_wait_for_each_other_but_not_for_the_device(
         torch.distributed.destroy_process_group()
 
 
-def test_a_loss_that_is_not_finite_is_named_by_its_step_though_no_step_waits():
+def test_the_step_of_a_loss_that_is_not_finite_is_named_although_no_step_waits():
     run = training()
     run.step()
     with torch.no_grad():
@@ -354,11 +356,11 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step_though_no_step_waits():
 
 def test_a_compiled_network_gives_the_same_numbers():
     unet = UNet(**TEXT).eval().cuda()
-    expected = run(unet, "cuda")
-    assert distance(run(torch.compile(unet, fullgraph=True), "cuda"), expected) < 1e-4
+    expected = output_of(unet, "cuda")
+    assert distance(output_of(torch.compile(unet, fullgraph=True), "cuda"), expected) < 1e-4
 
 
-def test_an_autoencoder_s_training_does_not_wait(never_waiting):
+def test_a_training_step_of_an_autoencoder_never_waits(never_waiting):
     config = VAEConfig(steps=9, channels=(16, 16), adversarial_start=0)
     training = AutoencoderTraining(config, load("digits"), torch.device("cuda"))
     training.step()
@@ -366,7 +368,7 @@ def test_an_autoencoder_s_training_does_not_wait(never_waiting):
     training.step()
 
 
-def test_latents_are_drawn_as_on_the_cpu_and_without_waiting(never_waiting):
+def test_latents_are_drawn_as_on_the_cpu_without_waiting(never_waiting):
     shape, far = (64, 4, 7, 7), 10**9
     on_cpu = normals(3, far, shape, torch.device("cpu"))
     assert (normals(3, far, shape, torch.device("cuda")).cpu() - on_cpu).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""One run on several processes: the same batch, the same weights, one that writes."""
+"""One run on several processes: the batch and weights of one process; one of them writes."""
 
 import os
 import signal
@@ -31,18 +31,18 @@ def call(out: Path, *others: str) -> list[str]:
 
 
 def together(k: int, arguments: list[str], folder: Path) -> list[str]:
-    """Run k processes to their end; returns what each said."""
-    logs = [folder / f"said-{i}" for i in range(k)]
+    """Run k processes to their end and return the output of each."""
+    logs = [folder / f"output-{i}" for i in range(k)]
     processes = started_together(k, arguments, logs)
     for process in processes:
         process.join(200)
-    said = [log.read_text() for log in logs]
-    assert [process.exitcode for process in processes] == [0] * k, said
-    return said
+    outputs = [log.read_text() for log in logs]
+    assert [process.exitcode for process in processes] == [0] * k, outputs
+    return outputs
 
 
-def apart(first: Path, second: Path) -> float:
-    """The largest difference of two runs' weights, averages and losses."""
+def largest_difference(first: Path, second: Path) -> float:
+    """Return the largest difference between the weights, averages and losses of two runs."""
     last = [snapshot.snapshots(out)[-1] for out in (first, second)]
     assert last[0].name == last[1].name
     gaps = []
@@ -57,24 +57,24 @@ def apart(first: Path, second: Path) -> float:
 
 
 def test_two_processes_equal_one_with_the_same_batch_and_one_of_them_writes(tmp_path):
-    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
-    assert finished(call(one, "--steps", "12"), tmp_path / "said") == 0
-    said = together(2, call(two, "--steps", "12"), tmp_path)
-    assert apart(one, two) < 1e-6
-    assert "wrote" in said[0]
-    assert said[1] == ""
-    # What is left is the order of the sum: a process that adds two halves adds the same.
-    assert finished(call(parts, "--steps", "12", "--accumulate", "2"), tmp_path / "said") == 0
-    assert apart(two, parts) == 0
+    one, two, halves = (tmp_path / name for name in ("one", "two", "halves"))
+    assert finished(call(one, "--steps", "12"), tmp_path / "output") == 0
+    outputs = together(2, call(two, "--steps", "12"), tmp_path)
+    assert largest_difference(one, two) < 1e-6
+    assert "wrote" in outputs[0]
+    assert outputs[1] == ""
+    # Only the order of the sum differs: one process that adds two halves gives equal bits.
+    assert finished(call(halves, "--steps", "12", "--accumulate", "2"), tmp_path / "output") == 0
+    assert largest_difference(two, halves) == 0
 
 
 class Third(World):
-    """The middle one of three processes, as far as the batch goes."""
+    """The middle one of three processes, without the other two."""
 
     rank, size = 1, 3
 
 
-def test_every_process_has_its_own_part_of_one_batch():
+def test_every_process_takes_its_part_of_one_batch():
     config, data = TrainConfig(steps=1), load("digits")
     learner = Learner(torch.nn.Identity(), ClassLabels(10))
 
@@ -106,7 +106,7 @@ def test_muon_is_refused_where_the_weights_are_sharded():
         DiffusionTraining(config, load("digits"), torch.device("cpu"), world=Sharded())
 
 
-def test_a_process_knows_its_place_from_torchruns_variables(monkeypatch):
+def test_rank_and_device_come_from_the_variables_of_torchrun(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert not launched()
     assert rank() == 0
@@ -126,25 +126,26 @@ def test_shard_alone_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_shared_weights_train_sample_and_go_on_like_whole_ones(tmp_path):
+def test_sharded_weights_train_sample_and_resume_like_whole_ones(tmp_path):
     one, shared, pictures = tmp_path / "one", tmp_path / "shared", ("--pictures", "2")
     steps = ("--steps", "12", "--accumulate", "2", "--save-every", "5", "--keep-last", "3")
-    assert finished(call(one, *steps, *pictures), tmp_path / "said") == 0
+    assert finished(call(one, *steps, *pictures), tmp_path / "output") == 0
     together(2, call(shared, *steps, *pictures, "--shard"), tmp_path)
-    assert apart(one, shared) < 1e-6
+    assert largest_difference(one, shared) < 1e-6
     assert (one / "samples.png").is_file()
     assert (shared / "samples-000006.png").is_file()
     for k in (3, 1):
-        drop_last(shared)
+        drop_last_snapshot(shared)
         resumed = ["train", "--resume", str(shared)]
         if k == 1:
-            assert finished(resumed, tmp_path / "said") == 0
+            assert finished(resumed, tmp_path / "output") == 0
         else:
             together(k, resumed, tmp_path)
-        assert apart(one, shared) < 1e-6
+        assert largest_difference(one, shared) < 1e-6
 
 
-def drop_last(out: Path) -> None:
+def drop_last_snapshot(out: Path) -> None:
+    """Delete the last snapshot."""
     for file in (last := snapshot.snapshots(out)[-1]).iterdir():
         file.unlink()
     last.rmdir()
@@ -153,7 +154,7 @@ def drop_last(out: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     out, whole = tmp_path / "run", tmp_path / "whole"
-    logs = [tmp_path / f"said-{i}" for i in range(3)]
+    logs = [tmp_path / f"output-{i}" for i in range(3)]
     processes = started_together(3, call(out, "--steps", "60"), logs)
     wait_for_rows(out, 5)
     os.kill(processes[2].pid, signal.SIGTERM)
@@ -165,11 +166,12 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     assert len(rows(out)) == step
     assert logs[1].read_text() == logs[2].read_text() == ""
     together(2, ["train", "--resume", str(out)], tmp_path)
-    assert finished(call(whole, "--steps", "60"), tmp_path / "said") == 0
-    assert apart(whole, out) < 1e-5
+    assert finished(call(whole, "--steps", "60"), tmp_path / "output") == 0
+    assert largest_difference(whole, out) < 1e-5
 
 
 def wait_for_rows(out: Path, n: int) -> None:
+    """Wait until the log of a run has n rows."""
     deadline = time.monotonic() + 120
     while not (
         (out / diffusion.LOG).is_file() and (out / diffusion.LOG).read_bytes().count(b"\n") >= n
@@ -180,26 +182,26 @@ def wait_for_rows(out: Path, n: int) -> None:
 
 @pytest.mark.slow
 def test_torchrun_ends_with_a_clear_message_when_a_process_is_killed(tmp_path):
-    out, said = tmp_path / "run", tmp_path / "said"
+    out, log = tmp_path / "run", tmp_path / "output"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--master_addr", "127.0.0.1",
                 "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint",
                 "127.0.0.1:0", "--nproc_per_node"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with said.open("w") as file:
+    with log.open("w") as file:
         torchrun = subprocess.Popen(
             [*launcher, "2", "-m", "minidiff", *call(out, "--steps", "300", "--save-every", "5")],
             stdout=file, stderr=file, env=environment,
         )  # fmt: skip
-        wait_for_rows(out, 4)  # one every three steps
+        wait_for_rows(out, 4)  # a row every three steps
         children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
         assert torchrun.wait(120) != 0
-    assert "minidiff: a process of the run was lost (" in said.read_text()
+    assert "minidiff: a process of the run was lost (" in log.read_text()
     snapshot.verify(snapshot.snapshots(out)[-1])
-    with said.open("w") as file:
+    with log.open("w") as file:
         code = subprocess.run(
             [*launcher, "1", "-m", "minidiff", "train", "--resume", str(out)],
             stdout=file, stderr=file, env=environment, timeout=200,
         ).returncode  # fmt: skip
     assert code == 0
-    assert "going on from step" in said.read_text()
+    assert "going on from step" in log.read_text()

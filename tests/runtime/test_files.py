@@ -1,4 +1,4 @@
-"""Folders on disk: all or nothing, and nothing believed unread."""
+"""Files and folders: written as a whole or not at all, and checked when read."""
 
 import json
 import math
@@ -46,14 +46,14 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_what_is_written_has_the_permissions_of_an_ordinary_file(tmp_path):
+def test_a_written_file_has_ordinary_permissions(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     write_json(tmp_path / "ours.json", {})
     assert (tmp_path / "ours.json").stat().st_mode == plain.stat().st_mode
 
 
-def test_tensors_come_back_bit_for_bit(tmp_path):
+def test_tensors_are_read_back_bit_for_bit(tmp_path):
     tensors = {
         "a": torch.randn(3, 4),
         "b": torch.arange(5),
@@ -62,9 +62,9 @@ def test_tensors_come_back_bit_for_bit(tmp_path):
     }
     write_tensors(tmp_path / "x.safetensors", tensors)
     stored = read_headers([tmp_path / "x.safetensors"])
-    back = {name: read_tensor(entry) for name, entry in stored.items()}
-    assert back.keys() == tensors.keys()
-    assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
+    read = {name: read_tensor(entry) for name, entry in stored.items()}
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[k], v) and read[k].dtype == v.dtype for k, v in tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message):
         write_tensors(tmp_path / "x.safetensors", tensors)
         load_weights(layer, read_headers([tmp_path / "x.safetensors"]))
-    assert torch.equal(layer.weight, before)  # nothing was loaded in part
+    assert torch.equal(layer.weight, before)  # no tensor was loaded
 
 
-def test_places_that_cannot_be_written_are_named(tmp_path):
+def test_paths_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "under", tmp_path):
         with pytest.raises(CheckpointError, match=str(path)):
@@ -155,7 +155,7 @@ def test_json_is_sorted_and_ends_with_a_newline(tmp_path):
 
 
 def test_devices_and_pipes_are_never_replaced_by_a_file(tmp_path):
-    """A rename over /dev/null, by root, would take it from every other program."""
+    """A rename over /dev/null by root would remove it for every other program."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for write in (ensure_writable, lambda path: write_json(path, {})):
@@ -165,7 +165,7 @@ def test_devices_and_pipes_are_never_replaced_by_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["null\0byte", "x" * 300])
-def test_names_that_no_file_can_have_are_refused(tmp_path, name):
+def test_invalid_file_names_are_refused(tmp_path, name):
     for write in (ensure_writable, lambda path: write_json(path, {})):
         with pytest.raises(CheckpointError, match="cannot be written"):
             write(tmp_path / name)
@@ -173,7 +173,7 @@ def test_names_that_no_file_can_have_are_refused(tmp_path, name):
         pass
 
 
-def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(tmp_path):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))

@@ -1,4 +1,4 @@
-"""Folders of weights: shards, variants, number types; and files that are not to be trusted."""
+"""Folders of weights: shards, variants, number types, and damaged or malicious files."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def unet() -> UNet:
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_shards_go_round_between_the_libraries_bit_for_bit(tmp_path, unet, variant):
+def test_shards_pass_between_the_libraries_bit_for_bit(tmp_path, unet, variant):
     unet.save_pretrained(tmp_path / "a", max_shard_size="20KB", variant=variant)
     shards = sorted((tmp_path / "a").glob("*.safetensors"))
     assert len(shards) > 2
@@ -58,7 +58,7 @@ def test_shards_go_round_between_the_libraries_bit_for_bit(tmp_path, unet, varia
     assert total == sum(tensor.nbytes for tensor in unet.state_dict().values())
 
 
-def test_a_variant_is_read_only_where_it_is_asked_for(tmp_path, unet):
+def test_a_variant_is_read_only_when_it_is_requested(tmp_path, unet):
     unet.half().save_pretrained(tmp_path / "u", variant="fp16")
     with pytest.raises(CheckpointError, match=rf"{STEM}.safetensors: no such file; there is"):
         UNet.from_pretrained(tmp_path / "u")
@@ -70,18 +70,17 @@ def test_a_variant_is_read_only_where_it_is_asked_for(tmp_path, unet):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_come_in_the_number_type_that_is_asked_for(tmp_path, unet, dtype):
+def test_weights_are_read_in_the_requested_number_type(tmp_path, unet, dtype):
     unet.save_pretrained(tmp_path)
     again = UNet.from_pretrained(tmp_path, torch_dtype=dtype)
     assert {p.dtype for p in again.parameters()} == {dtype}
     assert same(unet.to(dtype), again)
-    # Trained further, saved and read: what is not to be trained stays so.
     assert all(p.requires_grad for p in again.parameters())
 
 
-def test_saving_another_variant_beside_the_first_is_refused_not_lost(tmp_path, unet):
+def test_saving_another_variant_into_the_folder_is_refused(tmp_path, unet):
     unet.save_pretrained(tmp_path / "u")
-    unet.save_pretrained(tmp_path / "u", max_shard_size="20KB")  # over itself, in another number
+    unet.save_pretrained(tmp_path / "u", max_shard_size="20KB")  # over itself, in more shards
     assert not (tmp_path / "u" / f"{STEM}.safetensors").exists()
     with pytest.raises(CheckpointError, match="choose a new or empty one"):
         unet.save_pretrained(tmp_path / "u", variant="fp16")
@@ -97,21 +96,21 @@ def test_byte_counts_are_read_as_in_diffusers(text, count):
 
 
 @pytest.mark.parametrize("value", [0, -1, "0GB", "10", "10 GB", "1.5GB", "tenGB", 2.5, True, None])
-def test_a_shard_size_that_is_none_is_refused(tmp_path, unet, value):
+def test_an_invalid_shard_size_is_refused(tmp_path, unet, value):
     with pytest.raises(InvalidArgument, match="max_shard_size must be"):
         unet.save_pretrained(tmp_path / "u", max_shard_size=value)
     assert not (tmp_path / "u").exists()
 
 
 @pytest.mark.parametrize("variant", ["", "a/b", "..", "fp 16", 16])
-def test_a_variant_that_is_no_word_is_refused(tmp_path, unet, variant):
+def test_a_variant_that_is_not_a_short_word_is_refused(tmp_path, unet, variant):
     with pytest.raises(InvalidArgument, match="variant must be a short word"):
         unet.save_pretrained(tmp_path / "u", variant=variant)
     with pytest.raises(InvalidArgument, match="variant must be a short word"):
         UNet.from_pretrained(tmp_path, variant=variant)
 
 
-def test_a_number_type_that_is_none_is_refused(tmp_path, unet):
+def test_an_unsupported_number_type_is_refused(tmp_path, unet):
     unet.save_pretrained(tmp_path)
     with pytest.raises(InvalidArgument, match="torch_dtype must be one of"):
         UNet.from_pretrained(tmp_path, torch_dtype=torch.int8)
@@ -124,26 +123,28 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def move(folder: Path, to: str) -> None:
-    """The first shard under another name, and the index saying so."""
+def rename_in_index(folder: Path, name: str) -> None:
+    """Write another file name for the first shard into the index."""
     places = json.loads((folder / INDEX).read_text())["weight_map"]
     first = next(iter(places.values()))
-    edit(folder / INDEX, weight_map={k: to if v == first else v for k, v in places.items()})
+    edit(folder / INDEX, weight_map={k: name if v == first else v for k, v in places.items()})
 
 
-def drop(folder: Path) -> None:
+def drop_from_index(folder: Path) -> None:
+    """Delete a tensor from the index."""
     places = json.loads((folder / INDEX).read_text())["weight_map"]
     places.pop("conv_in.weight")
     edit(folder / INDEX, weight_map=places)
 
 
 def truncate(folder: Path) -> None:
+    """Cut the end of the second shard off."""
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
-def twice(folder: Path) -> None:
-    """A tensor in two shards."""
+def duplicate(folder: Path) -> None:
+    """Write a tensor of the first shard into the second as well."""
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     name, value = next(iter(load_file(first).items()))
     save_file(load_file(second) | {name: value}, second)
@@ -154,15 +155,24 @@ def twice(folder: Path) -> None:
     [
         (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), "00002-of-.*: no such file"),
         (truncate, "00002-of-.*: not a readable safetensors file"),
-        (lambda f: move(f, "../../etc/passwd"), "must be the plain name of a .safetensors file"),
-        (lambda f: move(f, "/etc/hosts.safetensors"), "must be the plain name"),
-        (lambda f: move(f, "sub\\file.safetensors"), "must be the plain name"),
-        (lambda f: move(f, "nul\0.safetensors"), "must be the plain name"),
-        (lambda f: move(f, 7), "must be the plain name"),
-        (lambda f: move(f, "model.bin"), "must be the plain name of a .safetensors file"),
-        (lambda f: move(f, "elsewhere.safetensors"), "elsewhere.safetensors: no such file"),
-        (drop, "does not agree with .* on conv_in.weight"),
-        (twice, "does not agree with"),
+        (
+            lambda f: rename_in_index(f, "../../etc/passwd"),
+            "must be the plain name of a .safetensors file",
+        ),
+        (lambda f: rename_in_index(f, "/etc/hosts.safetensors"), "must be the plain name"),
+        (lambda f: rename_in_index(f, "sub\\file.safetensors"), "must be the plain name"),
+        (lambda f: rename_in_index(f, "nul\0.safetensors"), "must be the plain name"),
+        (lambda f: rename_in_index(f, 7), "must be the plain name"),
+        (
+            lambda f: rename_in_index(f, "model.bin"),
+            "must be the plain name of a .safetensors file",
+        ),
+        (
+            lambda f: rename_in_index(f, "elsewhere.safetensors"),
+            "elsewhere.safetensors: no such file",
+        ),
+        (drop_from_index, "does not agree with .* on conv_in.weight"),
+        (duplicate, "does not agree with"),
         (lambda f: edit(f / INDEX, weight_map=[]), "has no weight_map"),
         (lambda f: edit(f / INDEX, weight_map={}), "has no weight_map"),
         (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
@@ -186,7 +196,7 @@ def test_a_pickle_is_refused_and_not_opened(tmp_path, unet, ending):
 
 
 @pytest.mark.parametrize("network", [UNet, AutoencoderKL, TextEncoder])
-def test_a_folder_that_is_none_is_named(tmp_path, network):
+def test_a_missing_folder_or_file_is_named(tmp_path, network):
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         network.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"safetensors: no such file"):
@@ -200,7 +210,7 @@ NETWORKS = {
         vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1
     ),
 }
-BOMBS = {
+HUGE = {
     "unet": [
         {"layers_per_block": 10**9},
         {
@@ -236,18 +246,18 @@ for folder in sys.argv[3:]:
 """
 
 
-@pytest.mark.parametrize("kind", BOMBS)
-def test_a_config_that_wants_too_much_fails_before_memory_is_taken(tmp_path, kind):
-    """In under a second and 200 MB each, in a process that has read a good folder before."""
-    folders = [tmp_path / str(i) for i in range(1 + len(BOMBS[kind]))]
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_config_of_a_huge_network_is_refused_before_memory_is_allocated(tmp_path, kind):
+    """Each takes under 1 s and 200 MB, in a process that has read a valid folder before."""
+    folders = [tmp_path / str(i) for i in range(1 + len(HUGE[kind]))]
     for folder in folders:
         NETWORKS[kind]().save_pretrained(folder)
-    for folder, change in zip(folders[1:], BOMBS[kind], strict=True):
+    for folder, change in zip(folders[1:], HUGE[kind], strict=True):
         edit(folder / "config.json", **change)
     measured = subprocess.run(
         [sys.executable, "-c", MEASURE, kind, *map(str, folders)],
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
-    assert len(measured) == 2 * len(BOMBS[kind])
-    assert max(map(float, measured[::2])) < 1  # seconds of the processor
+    assert len(measured) == 2 * len(HUGE[kind])
+    assert max(map(float, measured[::2])) < 1  # seconds of CPU time
     assert max(map(float, measured[1::2])) < 200  # megabytes

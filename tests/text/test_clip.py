@@ -1,4 +1,4 @@
-"""Prompts to token numbers: what diffusers' pipelines get, or an error that says why not."""
+"""Prompts to token numbers: those of diffusers' pipelines, or an error with the reason."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from minidiff.text.clip import load_tokenizer, tokenize
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 
-CAT = VOCAB_SIZE - 5  # "ca", "cat", "do", "dog", and the two marks come last
+CAT = VOCAB_SIZE - 5  # "ca", "cat", "do", "dog" and the two marks come last
 
 
 @pytest.fixture
@@ -30,23 +30,23 @@ def test_a_prompt_becomes_its_tokens_between_two_marks_and_padding(tokenizer):
     assert ids.tolist() == [
         [START_ID, CAT, CAT + 2, END_ID] + 8 * [END_ID],
         [START_ID, END_ID] + 10 * [END_ID],
-        # "cats" is no word of the vocabulary: "ca", "t" and "s" that ends a word; "!" likewise.
+        # "cats" is not in the vocabulary: "ca", "t", and "s" and "!" that end a word.
         [START_ID, CAT - 1, ord("t") - 33, ord("s") - 33 + 256, 256, END_ID] + 6 * [END_ID],
     ]
 
 
-def test_padding_is_the_token_that_the_files_name(tmp_path):
+def test_padding_is_the_pad_token_of_the_files(tmp_path):
     write_tokenizer(tmp_path, max_length=5, pad_token="!")
     assert tokenize(load_tokenizer(tmp_path), ["cat"]).tolist() == [[START_ID, CAT, END_ID, 0, 0]]
 
 
-def test_a_long_prompt_loses_its_end_with_a_warning_that_names_it(tokenizer):
+def test_a_long_prompt_is_cut_with_a_warning_that_names_its_end(tokenizer):
     with pytest.warns(UserWarning, match=r"at most 12 tokens; the end of 1 of 2 is .*: 'dog cat'"):
         ids = tokenize(tokenizer, [10 * "cat " + "dog cat", "dog"])
     assert ids.tolist()[0] == [START_ID, *10 * [CAT], END_ID]
 
 
-def test_a_prompt_that_just_fits_is_not_warned_of(tokenizer):
+def test_a_prompt_of_the_maximum_length_does_not_warn(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tokenize(tokenizer, [10 * "cat "]).tolist() == [[START_ID, *10 * [CAT], END_ID]]
@@ -55,14 +55,14 @@ def test_a_prompt_that_just_fits_is_not_warned_of(tokenizer):
 @pytest.mark.parametrize("prompt", ["日本 é ½ 🙂", "a\0b", f"cat {END} dog", "\n", "it's 'fine'"])
 def test_any_unicode_text_has_tokens_of_the_vocabulary(tokenizer, prompt):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some are long
+        warnings.simplefilter("ignore")  # some are too long
         ids = tokenize(tokenizer, [prompt])
     expected = tokenizer(prompt, padding="max_length", truncation=True, max_length=12).input_ids
     assert ids.tolist() == [expected]
     assert set(ids.flatten().tolist()) <= set(range(VOCAB_SIZE))
 
 
-def test_what_transformers_saves_again_reads_the_same(tmp_path, tokenizer):
+def test_a_tokenizer_saved_by_transformers_gives_the_same_tokens(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "again")
     prompts = ["a cat", "dog-cat", "½"]
     again = tokenize(load_tokenizer(tmp_path / "again"), prompts)
@@ -80,12 +80,12 @@ def test_what_transformers_saves_again_reads_the_same(tmp_path, tokenizer):
         (["\ud800"], "prompts must be Unicode text"),
     ],
 )
-def test_what_is_no_list_of_texts_is_refused(tokenizer, prompts, message):
+def test_prompts_that_are_not_a_list_of_texts_are_refused(tokenizer, prompts, message):
     with pytest.raises(InvalidArgument, match=message):
         tokenize(tokenizer, prompts)
 
 
-def test_without_transformers_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_the_error_without_transformers_names_what_to_install(tmp_path, monkeypatch):
     write_tokenizer(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MinidiffError, match=r"pip install minidiff\[text\]"):
@@ -107,7 +107,7 @@ def test_missing_files_are_named(tmp_path, missing, message):
         load_tokenizer(tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_not_looked_up_elsewhere(tmp_path, monkeypatch):
+def test_a_missing_folder_is_not_looked_up_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "none", "openai/clip-vit-base-patch32"):
         with pytest.raises(CheckpointError, match="no such file"):
@@ -143,7 +143,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, name, content, message)
         ({"model_max_length": "77"}, "model_max_length must be a whole number"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
+def test_invalid_options_are_refused_by_name(tmp_path, change, message):
     write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

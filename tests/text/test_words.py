@@ -1,4 +1,4 @@
-"""The tokenizer of whole words: what it knows, what it warns of, and its file."""
+"""The tokenizer of whole words: its tokens, its warnings and its file."""
 
 import json
 import warnings
@@ -39,7 +39,7 @@ def test_unknown_words_are_left_out_and_named_once_each(tokenizer):
     assert ids.tolist() == tokenizer.encode(["a", "red"]).tolist()
 
 
-def test_a_long_text_loses_its_end_with_a_warning_that_names_it(tokenizer):
+def test_a_long_text_is_cut_with_a_warning_that_names_its_end(tokenizer):
     message = r"at most 4 words; the end of 1 of 2 is cut off: 'red 7'"
     with pytest.warns(UserWarning, match=message):
         ids = tokenizer.encode(["a a a seven red 7", "a a a a"])
@@ -53,14 +53,14 @@ def test_the_warning_points_at_the_caller(tokenizer):
 
 
 @given(st.lists(st.lists(st.sampled_from(WORDS), max_size=4), min_size=1, max_size=5))
-def test_decoding_gives_the_words_back(texts):
+def test_decoding_inverts_encoding(texts):
     tokenizer = WordTokenizer(WORDS, 6)
     texts = [" ".join(words) for words in texts]
     assert tokenizer.decode(tokenizer.encode(texts)) == texts
 
 
 @given(st.text())
-def test_any_text_is_encoded_or_refused_by_name(text):
+def test_any_text_is_encoded_as_one_sequence_of_the_vocabulary(text):
     tokenizer = WordTokenizer(WORDS, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -79,13 +79,13 @@ def test_any_text_is_encoded_or_refused_by_name(text):
         (["\ud800"], "prompts must be Unicode text"),
     ],
 )
-def test_what_is_no_list_of_texts_is_refused(tokenizer, texts, message):
+def test_prompts_that_are_not_a_list_of_texts_are_refused(tokenizer, texts, message):
     with pytest.raises(InvalidArgument, match=message):
         tokenizer.encode(texts)
 
 
 @pytest.mark.parametrize("number", [-1, 7])
-def test_numbers_of_no_word_are_not_decoded(tokenizer, number):
+def test_numbers_outside_the_vocabulary_are_not_decoded(tokenizer, number):
     with pytest.raises(InvalidArgument, match=r"ids must be in 0..6"):
         tokenizer.decode(torch.tensor([[1, number]]))
 
@@ -103,12 +103,12 @@ def test_numbers_of_no_word_are_not_decoded(tokenizer, number):
         (["red"], 6.0, "model_max_length must be a whole number"),
     ],
 )
-def test_a_vocabulary_that_is_none_is_refused(words, length, message):
+def test_an_invalid_vocabulary_is_refused(words, length, message):
     with pytest.raises(InvalidArgument, match=message):
         WordTokenizer(words, length)
 
 
-def test_what_is_saved_reads_the_same(tokenizer, tmp_path):
+def test_a_saved_tokenizer_is_read_back_unchanged(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     again = WordTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert (again.words, again.model_max_length) == (tokenizer.words, tokenizer.model_max_length)
@@ -124,7 +124,7 @@ def test_what_is_saved_reads_the_same(tokenizer, tmp_path):
         ({"model_max_length": "6"}, "model_max_length must be a whole number"),
     ],
 )
-def test_a_file_that_is_not_ours_is_refused_with_its_name(tokenizer, tmp_path, change, message):
+def test_a_file_of_another_tokenizer_is_refused_with_its_name(tokenizer, tmp_path, change, message):
     tokenizer.save_pretrained(tmp_path)
     content = json.loads((tmp_path / FILE).read_text())
     (tmp_path / FILE).write_text(json.dumps(content | change))
