@@ -37,7 +37,7 @@ def perturbed(unet: UNet) -> UNet:
 
 
 @pytest.fixture
-def pair() -> Pipeline:
+def autoguided() -> Pipeline:
     """Return a pipeline with random weights and a guidance network with other weights."""
     pipe = digits()
     pipe.weaker, pipe.autoguidance_scale = perturbed(pipe.unet), 1.5
@@ -62,33 +62,36 @@ def test_the_denoiser_applies_autoguidance_before_classifier_free_guidance(
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 5])
     with torch.no_grad():
         denoise = pipe.denoiser(labels, Guidance(guidance, extrapolated, interval, scale))
-        wanted, unconditional = (
+        conditional, unconditional = (
             pipe.unet(x, t, class_labels=labels),
             pipe.unet(x, t, class_labels=torch.full_like(labels, 10)),
         )
         bad = pipe.weaker(x, t, class_labels=labels)
-        better = bad + scale * (wanted - bad)
+        better = bad + scale * (conditional - bad)
         guided = unconditional + guidance * (better - unconditional) if guidance != 1 else better
         inside = interval is None or interval[0] <= ratio <= interval[1]
         torch.testing.assert_close(
-            denoise(x, t), guided if inside else wanted, rtol=1e-4, atol=1e-5
+            denoise(x, t), guided if inside else conditional, rtol=1e-4, atol=1e-5
         )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_guidance_away_from_the_network_itself_changes_nothing(guidance, pair):
-    pair.weaker = pair.unet
+def test_guidance_away_from_the_network_itself_changes_nothing(guidance, autoguided):
+    autoguided.weaker = autoguided.unet
     alone, guided = (
-        pair(**DRAWN, guidance_scale=guidance, autoguidance_scale=w).images for w in (1, 3)
+        autoguided(**DRAWN, guidance_scale=guidance, autoguidance_scale=w).images for w in (1, 3)
     )
     torch.testing.assert_close(guided, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_scale_of_1_does_not_evaluate_the_guidance_network(pair):
-    with counted(pair.weaker) as guide, counted(pair.unet, pair.weaker, None) as both:
-        pair(**DRAWN, guidance_scale=1, autoguidance_scale=1)
+def test_a_scale_of_1_does_not_evaluate_the_guidance_network(autoguided):
+    with (
+        counted(autoguided.weaker) as guide,
+        counted(autoguided.unet, autoguided.weaker, None) as both,
+    ):
+        autoguided(**DRAWN, guidance_scale=1, autoguidance_scale=1)
         assert (guide, both) == ([0], [3 * 4])
-        pair(**DRAWN, guidance_scale=1)
+        autoguided(**DRAWN, guidance_scale=1)
         assert (guide, both) == ([3 * 4], [3 * 3 * 4])
 
 
@@ -106,22 +109,21 @@ def test_a_model_without_classes_is_guided_and_only_inside_the_interval():
 # --- folders --------------------------------------------------------------------------------------
 
 
-def test_a_folder_keeps_both_networks_and_diffusers_reads_them(pair, tmp_path):
-    pair.save_pretrained(tmp_path / "model")
+def test_a_folder_keeps_both_networks_and_diffusers_reads_them(autoguided, tmp_path):
+    autoguided.save_pretrained(tmp_path / "model")
     again = Pipeline.from_pretrained(tmp_path / "model")
     assert again.autoguidance_scale == 1.5
-    assert torch.equal(again(**DRAWN).images, pair(**DRAWN).images)
+    assert torch.equal(again(**DRAWN).images, autoguided(**DRAWN).images)
     theirs = UNet2DModel.from_pretrained(tmp_path / "model" / "weaker").eval()
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 10])
     with torch.no_grad():
-        torch.testing.assert_close(
-            theirs(x, 300, class_labels=labels).sample, pair.weaker(x, 300, class_labels=labels),
-            rtol=1e-4, atol=1e-4,
-        )  # fmt: skip
+        expected = autoguided.weaker(x, 300, class_labels=labels)
+        found = theirs(x, 300, class_labels=labels).sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_scale_without_a_guidance_network_is_refused(pair, tmp_path):
-    pair.save_pretrained(tmp_path)
+def test_a_scale_without_a_guidance_network_is_refused(autoguided, tmp_path):
+    autoguided.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     del index["weaker"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
@@ -181,10 +183,16 @@ def test_the_command_line_trains_and_samples_with_autoguidance(tmp_path):
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None])
-def test_a_scale_that_is_not_a_finite_number_is_refused(pair, scale):
+def test_a_scale_that_is_not_a_finite_number_is_refused(autoguided, scale):
     with pytest.raises(InvalidArgument, match="autoguidance_scale must be"):
-        Pipeline(pair.unet, pair.scheduler, pair.vae, pair.class_names, weaker=pair.weaker,
-                 autoguidance_scale=scale)  # fmt: skip
+        Pipeline(
+            autoguided.unet,
+            autoguided.scheduler,
+            autoguided.vae,
+            autoguided.class_names,
+            weaker=autoguided.weaker,
+            autoguidance_scale=scale,
+        )
 
 
 def test_a_scale_in_a_call_without_a_guidance_network_is_refused_before_sampling(pipe, monkeypatch):
@@ -204,10 +212,16 @@ def test_a_scale_in_a_call_without_a_guidance_network_is_refused_before_sampling
         ({"in_channels": 1}, "the guidance network must have in_channels=4"),
     ],
 )
-def test_a_guidance_network_of_another_configuration_is_refused(pair, change, message):
-    other = UNet(**{**dict(pair.unet.config), **change})
+def test_a_guidance_network_of_another_configuration_is_refused(autoguided, change, message):
+    other = UNet(**{**dict(autoguided.unet.config), **change})
     with pytest.raises(InvalidArgument, match=message):
-        Pipeline(pair.unet, pair.scheduler, pair.vae, pair.class_names, weaker=other)
+        Pipeline(
+            autoguided.unet,
+            autoguided.scheduler,
+            autoguided.vae,
+            autoguided.class_names,
+            weaker=other,
+        )
 
 
 def test_captions_are_refused_because_their_encoder_keeps_training():
