@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Find phrasings that this project avoids, in its code and in its documents.
 
-    python3 .ci/words.py [PATH ...]     without a path: the package, benchmarks and documents
+    python3 .ci/words.py [PATH ...]     without a path: code, tests and documents
 
 Prints file:line, the phrase and what to write instead, and exits with 1 if it found any. It reads
-docstrings, comments and texts of Python files, and Markdown, in files and in notebooks; code
-samples are left alone. In Markdown no sentence may have more than 35 words.
+docstrings, comments, texts and names of tests in Python files, and Markdown, in files and in
+notebooks; code samples are left alone. In Markdown no sentence may have more than 35 words.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ("minidiff", "benchmarks", ".ci")
+CODE = ("minidiff", "benchmarks", "tests", ".ci")
 DOCUMENTS = ("*.md", "minidiff/**/*.md", "benchmarks/*.md", "notebooks/*.ipynb")
 MAX_WORDS = 35  # in a sentence of a document
 
@@ -94,6 +94,9 @@ def python(source: str) -> Iterator[Finding]:
             yield from phrases(token.string, token.start[0])
         if token.type == tokenize.NAME and token.string in NAMES:
             yield Finding(token.start[0], token.string, NAMES[token.string])
+        if token.type == tokenize.NAME and token.string.startswith("test_"):
+            sentence = token.string.replace("ones_own", "one's own").replace("_", " ")
+            yield from phrases(sentence, token.start[0])
     yield from comments(comment)
 
 
@@ -170,9 +173,10 @@ def files(arguments: list[str]) -> list[Path]:
         given = [Path(argument) for argument in arguments]
         found = [p for path in given for p in (path.rglob("*") if path.is_dir() else [path])]
     else:
-        found = [path for folder in PACKAGE for path in (ROOT / folder).rglob("*.py")]
+        found = [path for folder in CODE for path in (ROOT / folder).rglob("*.py")]
         found += [path for pattern in DOCUMENTS for path in ROOT.glob(pattern)]
-    return sorted({path.resolve() for path in found if path.suffix in READERS} - {Path(__file__)})
+    own = {Path(__file__).resolve(), ROOT / "tests" / "test_prose.py"}  # they name the phrases
+    return sorted({path.resolve() for path in found if path.suffix in READERS} - own)
 
 
 def main() -> int:

@@ -39,6 +39,11 @@ def test_a_phrase_is_found_in_comments_docstrings_and_messages_across_lines() ->
     assert found('raise ValueError(f"{n} so many steps")\n') == [(1, "so many")]
 
 
+def test_the_name_of_a_test_is_a_sentence() -> None:
+    assert found("def test_a_network_is_asked_twice(): ...\n") == [(1, "asked")]
+    assert found("def test_a_sampler_of_ones_own(): ...\n") == [(1, "of one's own")]
+
+
 def test_code_is_not_prose() -> None:
     assert found("told = asked = 1\nx = 'told'\n") == []
     assert found("a\n\n    told anew\n\n```\ntold\n```\nand `told`\n| told |\n", ".md") == []
