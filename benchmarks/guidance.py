@@ -2,14 +2,20 @@
 
     python benchmarks/guidance.py [--scale W] [--png FILE]
 
-The networks are the optimal ones of two overlapping mixtures of Gaussians in the plane and of their
-union, so what differs between the samples is the method alone. Guidance of scale w aims at
-p(x|y)·p(y|x)^(w−1); the table has the energy distance of 4,000 samples of each method from that
-target and from p(x|y), the shift of their mean from that of p(x|y) along the first axis, their
-spread, and the mean of ln p(y|x), which a classifier would score. The two first rows are samples of
-the two distributions themselves: the floor of what can be measured, and how far they are apart. Two
-methods are made for pictures and say little here: the spread of an "image" of two numbers is mostly
-chance, and a threshold at 1 binds only where x̂0 leaves the range.
+The networks are optimal for two overlapping mixtures of Gaussians in the plane and for their union,
+so samples differ by the method alone. Guidance of scale w aims at p(x|y)·p(y|x)^(w−1). For 4,000
+samples of each method, the table has
+
+    from target     energy distance from that target
+    from p(x|y)     energy distance from the conditional distribution
+    shift           shift of their mean from that of p(x|y) along the first axis
+    spread          their standard deviation, relative to that of p(x|y)
+    ln p(y|x)       its mean, which a classifier would score
+
+The first two rows are samples of the two distributions themselves: the smallest measurable
+distance, and the distance between the two. Two methods are made for images and mean little here:
+the standard deviation of an "image" of two numbers is mostly chance, and a threshold at 1 has an
+effect only where x̂0 leaves the range.
 """
 
 import argparse
@@ -48,12 +54,12 @@ WEAK = GaussianMixture([0.6, 0.4], [[-0.45, 0.25], [0.05, -0.35]], [0.32, 0.28])
 
 
 def optimal(data: GaussianMixture) -> Denoiser:
-    """The network that predicts the noise in samples of this distribution best."""
+    """Return the optimal denoiser of a distribution."""
     return lambda x, t: data.noise(x, SCHEDULE[t])
 
 
 def methods(w: float) -> dict[str, Denoiser]:
-    """A denoiser by the name of each method."""
+    """Return the denoiser of each method at guidance scale w."""
     conditional, free = optimal(DATA.classes[0]), optimal(DATA.union)
     pair, meaning = pair_of(conditional, free), reading(SCHEDULE.__getitem__, "epsilon")
     guided = extrapolated(pair, w)
@@ -76,6 +82,7 @@ def methods(w: float) -> dict[str, Denoiser]:
 
 
 def samples(denoise: Denoiser) -> Tensor:
+    """Return samples (N, 2) of a denoiser."""
     scheduler = DDIMScheduler(clip_sample=False, compat="exact", timestep_spacing="trailing")
     scheduler.set_timesteps(STEPS)
     source = torch.Generator().manual_seed(0)
@@ -85,23 +92,23 @@ def samples(denoise: Denoiser) -> Tensor:
 
 
 def draw(results: dict[str, Tensor], w: float, path: str) -> None:
-    """A panel a method, over contours of p(x|y) and of what w aims at."""
+    """Draw a panel per method, over contours of p(x|y) and of the target of w."""
     axis = torch.linspace(-1.5, 1.5, 160, dtype=torch.float64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     grid = torch.stack([x, y], -1).reshape(-1, 2)
     plain = DATA.classes[0].log_prob(grid).exp().view_as(x)
-    aimed = DATA.classes[0].log_prob(grid) + (w - 1) * DATA.log_posterior(grid, 0)
-    aimed = aimed.exp().view_as(x)
+    tilted = DATA.classes[0].log_prob(grid) + (w - 1) * DATA.log_posterior(grid, 0)
+    tilted = tilted.exp().view_as(x)
     figure = Figure(figsize=(13, 10), layout="constrained")
     panels = figure.subplots(3, 4, sharex=True, sharey=True).flat
     for panel, (name, points) in zip(panels, results.items(), strict=True):
         panel.scatter(*points[:2000].T, s=1.5, color="tab:blue", alpha=0.5, linewidths=0)
-        for density, colour in ((plain, "0.55"), (aimed, "tab:red")):
-            levels = [density.max().item() * share for share in (0.05, 0.5)]
+        for density, colour in ((plain, "0.55"), (tilted, "tab:red")):
+            levels = [density.max().item() * fraction for fraction in (0.05, 0.5)]
             panel.contour(axis, axis, density, levels=levels, colors=colour, linewidths=0.8)
         panel.set(title=name, xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
     figure.suptitle(
-        f"w = {w:g}; grey: p(x|y), red: p(x|y)·p(y|x)^{w - 1:g} (5 % and half of the top)"
+        f"w = {w:g}; grey: p(x|y), red: p(x|y)·p(y|x)^{w - 1:g} (5 % and 50 % of the maximum)"
     )
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
@@ -109,8 +116,8 @@ def draw(results: dict[str, Tensor], w: float, path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=float, default=3.0, help="w")
-    parser.add_argument("--png", default="guidance.png", help="the picture to write")
+    parser.add_argument("--scale", type=float, default=3.0, help="guidance scale w")
+    parser.add_argument("--png", default="guidance.png", help="file for the picture")
     options = parser.parse_args()
     source = torch.Generator().manual_seed(1)
     target = DATA.tilted(0, options.scale, SAMPLES, source)

@@ -1,16 +1,18 @@
-"""How well half a digit is completed: is it the digit asked for, and is there a seam?
+"""Completion of half a digit: fraction of right digits, and visibility of the seam.
 
     python benchmarks/inpainting.py [MODEL] [--data-dir DIR] [--num 500] [--seed 0] [--device cuda]
         [--png FILE]
 
-The right half of held-out MNIST images is drawn anew, with the image's own class as label and
-without one: by replacing the known half at every step, by RePaint too (each step taken several
-times), or by reconstruction guidance too (`minidiff/inpaint.py`). For each way:
+The model draws the right half of held-out MNIST images, with the image's class as label and without
+a label. The known half is replaced at every step, optionally with RePaint (repeated steps) or with
+reconstruction guidance (`minidiff/pipeline/inpaint.py`). The columns for each method:
 
-    right       share that the classifier reads as the image's digit
-    as before   the same with the left half alone, the right one black: what the model has to add
-    seam        mean |difference| of the pixels on either side of the border, of that in the images
-    kept        whether the left half is the image's own, to the bit
+    right       fraction that the classifier assigns to the image's digit
+    seam        mean |difference| of pixels across the border, relative to that of the images
+    kept        "yes" if the left half equals that of the image bit for bit
+
+Above the table stand the values of the images themselves, and the fraction right of left halves
+beside a black right half.
 """
 
 import argparse
@@ -27,23 +29,23 @@ from minidiff.metrics.classifier import accuracy, features
 from minidiff.pipeline import Pipeline
 from minidiff.runs.folder import open_pipeline
 
-WAYS = {
+METHODS = {
     "replaced": {},
     "RePaint, 5 times": {"resamples": 5, "jump_length": 2},
     "guided, w = 5": {"reconstruction_guidance": 5.0},
 }
 
-NOTHING = {"guidance_scale": 0.0, "guidance_interval": (0, math.inf)}  # the label has no say
+NOTHING = {"guidance_scale": 0.0, "guidance_interval": (0, math.inf)}  # the label has no influence
 
 
 def seam(images: Tensor, border: int) -> float:
-    """Mean |difference| across the border, in grey levels of 255, of uint8 (N, 1, H, W)."""
+    """Return the mean |difference| across the border of uint8 (N, 1, H, W), in grey levels."""
     left, right = images[..., border - 1].float(), images[..., border].float()
     return float((left - right).abs().mean())
 
 
 def completed(pipe: Pipeline, given: Tensor, hole: Tensor, seed: int, **options: object) -> Tensor:
-    """The pictures with the hole (H, W) filled, uint8 like those given (N, 1, H, W)."""
+    """Return images uint8 (N, 1, H, W) with the hole (H, W) filled by the model."""
     made = pipe(image=given, mask_image=hole, seed=seed, output_type="np", **options).images
     return torch.from_numpy(made).permute(0, 3, 1, 2)
 
@@ -51,12 +53,12 @@ def completed(pipe: Pipeline, given: Tensor, hole: Tensor, seed: int, **options:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("model", nargs="?", help="a run or a model of MNIST; default: the one that comes along")
-    add("--data-dir", help="where MNIST is; default: MINIDIFF_DATA")
-    add("--num", type=int, default=500, help="images a figure")
-    add("--seed", type=int, default=0, help="of the samples' noise")
+    add("model", nargs="?", help="run or model of MNIST; default: the one that ships with minidiff")
+    add("--data-dir", help="folder of MNIST; default: MINIDIFF_DATA")
+    add("--num", type=int, default=500, help="number of images")
+    add("--seed", type=int, default=0, help="seed of the noise")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--png", help="write ten images, halved and completed in each way, a row a way")
+    add("--png", help="file for ten images, halved and completed, a row per method")
     options = parser.parse_args()
     pipe = open_pipeline(options.model or shipped.folder("mnist"), options.device)
     net = load_classifier("mnist").to(options.device)
@@ -68,27 +70,28 @@ def main() -> None:
     halves = torch.where(hole.bool(), 0, images).to(torch.uint8)
     natural = seam(images, border)
 
-    def right(pictures: Tensor) -> float:
-        predicted, _ = features(net, pictures)
+    def right(digits: Tensor) -> float:
+        """Return the fraction of images with the right digit."""
+        predicted, _ = features(net, digits)
         return accuracy(predicted, labels)
 
     print(
         f"{len(images)} held-out images, seed {options.seed}, {type(pipe.scheduler).__name__}, "
         f"{pipe.num_inference_steps} steps, guidance {pipe.guidance_scale:g}\n"
-        f"the images {right(images):.1%} right, as before {right(halves):.1%}; "
-        f"a seam of {natural:.1f} grey levels\n\n"
-        f"{'told':8}{'way':20}{'right':>8}{'seam':>8}{'kept':>6}"
+        f"images {right(images):.1%} right, left halves {right(halves):.1%}; "
+        f"seam of the images {natural:.1f} grey levels\n\n"
+        f"{'label':8}{'method':20}{'right':>8}{'seam':>8}{'kept':>6}"
     )
     rows = [halves[:10]]
-    for told, condition in (
+    for label, condition in (
         ("class", {"class_labels": labels}),
-        ("nothing", NOTHING | {"class_labels": labels}),
+        ("none", NOTHING | {"class_labels": labels}),
     ):
-        for way, how in WAYS.items():
-            made = completed(pipe, images, hole, options.seed, **condition, **how)
+        for method, chosen in METHODS.items():
+            made = completed(pipe, images, hole, options.seed, **condition, **chosen)
             kept = torch.equal(made[..., :border], images[..., :border])
             print(
-                f"{told:8}{way:20}{right(made):>8.1%}{seam(made, border) / natural:>8.2f}"
+                f"{label:8}{method:20}{right(made):>8.1%}{seam(made, border) / natural:>8.2f}"
                 f"{'yes' if kept else 'no':>6}",
                 flush=True,
             )

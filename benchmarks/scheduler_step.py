@@ -1,10 +1,10 @@
-"""How long one scheduler step takes beside diffusers', on a sample so small that nothing hides it.
+"""Time of one scheduler step, of minidiff and of diffusers, on a small sample without a network.
 
     python benchmarks/scheduler_step.py [--steps N] [--rounds N]
 
-Each round walks N steps with one class of ours and of theirs in turn, so that a busy machine slows
-both; the network costs nothing. Printed are the median time of a step in microseconds, the ratio of
-the two, and the quartiles that the rounds' own ratios lie between.
+Each round takes N steps with the class of minidiff and with that of diffusers in turn, so that a
+busy machine slows both. Printed are the median time of a step in microseconds, the ratio of the
+two, and quartiles of the ratios of each round.
 """
 
 import argparse
@@ -43,14 +43,14 @@ CASES = {
 
 
 def step_time(scheduler: Any, n: int) -> float:
-    """Microseconds a step over a walk of n steps, as a pipeline would call it."""
+    """Return the microseconds of a step over n steps, called as by a pipeline."""
     scheduler.set_timesteps(n)
     options = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = torch.Generator().manual_seed(0)
     x, out = torch.randn(SHAPE), torch.randn(SHAPE)
     if hasattr(scheduler, "scale_model_input"):
-        scheduler.scale_model_input(x, scheduler.timesteps[0])  # diffusers' Euler insists
+        scheduler.scale_model_input(x, scheduler.timesteps[0])  # diffusers' Euler warns otherwise
     start = time.perf_counter()
     for t in scheduler.timesteps:
         x = scheduler.step(out, t, x, **options).prev_sample
@@ -60,8 +60,8 @@ def step_time(scheduler: Any, n: int) -> float:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=21, help="at least 2")
+    parser.add_argument("--steps", type=int, default=50, help="steps per round")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds, at least 2")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")

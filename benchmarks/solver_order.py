@@ -1,11 +1,11 @@
-"""The measured order of every solver, and its error against the number of steps.
+"""Measured order of convergence of every solver, and its error by the number of steps.
 
     python benchmarks/solver_order.py [--compat diffusers] [--png FILE]
 
-Errors are those of `lab.order`: on a mixture of Gaussians along the exact probability flow,
-and for stochastic samplers of the variance on Gaussian data. The picture has them log-log, coloured
-by the declared order, with a dotted line of that slope through the last point of each. A step is
-one evaluation of the network, but two for Heun.
+Errors are those of `minidiff.lab`: deviation from the exact probability flow of a mixture of
+Gaussians, and for stochastic samplers the error of the variance on Gaussian data. The picture has
+logarithmic axes; colours give the declared order, and dotted lines have its slope. A step is one
+evaluation of the network, two for Heun.
 """
 
 import argparse
@@ -22,7 +22,7 @@ STEPS = (12, 24, 48, 96, 192, 384)
 
 
 def draw(errors: dict[str, list[float]], path: str) -> None:
-    """Two panels: errors of the path, and errors of the variance."""
+    """Draw two panels: errors of the flow, and errors of the variance."""
     figure = Figure(figsize=(13, 8.8), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
     titles = ("probability flow of a mixture", "variance on Gaussian data")
@@ -52,7 +52,7 @@ def draw(errors: dict[str, list[float]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compat", default="exact", help="exact or diffusers")
-    parser.add_argument("--png", default="solver_order.png", help="the picture to write")
+    parser.add_argument("--png", default="solver_order.png", help="file for the picture")
     options = parser.parse_args()
     columns = "".join(f"{n:>10}" for n in STEPS)
     print(f"{'error after n =':26}{columns}{'order':>8}{'declared':>10}")

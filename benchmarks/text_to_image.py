@@ -1,17 +1,17 @@
-"""How well a model of captioned digits draws what it is told.
+"""Agreement of samples with their captions, for a model of captioned digits.
 
     python benchmarks/text_to_image.py minidiff/models/digits-text [--num 1000] [--seed 0]
         [--device cuda] [--parts captions,guidance,negative,strength] [--png FILE]
 
-Four tables, all scored by the classifier of real pictures (`minidiff.metrics.SceneEvaluator`), with
-the model's own sampler and number of steps, beside what real pictures of the same captions score:
+Four tables, scored by the classifier of real images (`minidiff.metrics.SceneEvaluator`), with the
+model's stored sampler and number of steps. Real images of the same captions are scored as well.
 
     captions    digit, colour and background of one digit; the same for pairs of digit and colour
-                that training never showed; and everything that any caption says
-    guidance    from 1 to 10: all together, and how much of the real pictures' variety is covered
-    negative    a named colour as negative prompt: its share, and the other attributes
-    strength    image-to-image from real pictures to another digit: how far from the picture,
-                whether the digit is right, and whether it stays where it was
+                that are not in the training data; and all attributes of any caption
+    guidance    scales from 1 to 10: fraction with all attributes right, and coverage of real images
+    negative    a colour as negative prompt: its frequency, and the other attributes
+    strength    image-to-image from real images to another digit: distance from the image, and
+                fractions with the right digit and with the position kept
 """
 
 import argparse
@@ -37,10 +37,16 @@ PARTS = ("captions", "guidance", "negative", "strength")  # methods of Bench
 
 
 class Bench:
-    """A model, what scores it, and how many samples a figure is of.
+    """The tables of one model.
+
+    Args:
+        pipe: model of captioned digits.
+        n: samples per figure.
+        seed: seed of the noise.
+        device: device of the classifier.
 
     Attributes:
-        sweep: the first twelve pictures of every guidance, after `guidance`.
+        sweep: the first twelve images of every guidance scale, once `guidance` has run.
     """
 
     def __init__(self, pipe: Pipeline, n: int, seed: int, device: str) -> None:
@@ -48,31 +54,34 @@ class Bench:
         self.evaluator = SceneEvaluator(device)
 
     def draw(self, prompts: list[str], **options: Any) -> Tensor:
-        """Pictures of prompts, uint8 (N, 3, 32, 32)."""
+        """Return images of prompts, uint8 (N, 3, 32, 32)."""
         made = self.pipe(prompts, seed=self.seed, output_type="np", **options).images
         return torch.from_numpy(made).permute(0, 3, 1, 2)
 
     def captions(self) -> None:
+        """Print the scores on three kinds of captions."""
         for line in self.evaluator.table(self.draw, self.n):
             print(line, flush=True)
 
     def guidance(self) -> None:
-        asked = task(self.n)
-        real = CaptionedDigits("test").images(asked.index)
+        """Print scores and coverage by guidance scale."""
+        chosen = task(self.n)
+        real = CaptionedDigits("test").images(chosen.index)
         _, reference = self.evaluator.read(real)
-        others = task(self.n, seed=1)  # as many again, which is the most that can be covered
+        others = task(self.n, seed=1)  # their coverage is the best to expect
         _, again = self.evaluator.read(CaptionedDigits("test", seed=1).images(others.index))
         print(f"\nguidance  all together  coverage    real: {coverage(reference, again):.3f}")
         rows = []
         for scale in GUIDANCE:
-            images = self.draw(asked.prompts, guidance_scale=float(scale))
+            images = self.draw(chosen.prompts, guidance_scale=float(scale))
             answers, features = self.evaluator.read(images)
-            together = compare(answers, asked.wanted).together
+            together = compare(answers, chosen.wanted).together
             print(f"{scale:8g}{together:14.1%}{coverage(reference, features):10.3f}", flush=True)
             rows.append(images[:12])
         self.sweep = torch.cat(rows).permute(0, 2, 3, 1).numpy()
 
     def negative(self) -> None:
+        """Print the frequency of a colour without and with it as negative prompt."""
         digits = np.arange(self.n) % DIGITS
         prompts = [f"a big {digit} on a white background" for digit in digits]
         wanted = torch.full((self.n, len(QUESTIONS)), NONE)
@@ -85,11 +94,11 @@ class Bench:
             print(f"{name:15}{named.double().mean():8.1%}    {compare(answers, wanted)}")
 
     def strength(self) -> None:
-        """Real pictures of one digit, changed to the next digit, all else in the words kept."""
+        """Print scores of real images changed to the next digit, with all other words kept."""
         data = CaptionedDigits("test")
         index = torch.arange(8 * self.n)
-        shown = data.scenes(index)
-        chosen = (shown.relation == NONE).nonzero()[: self.n, 0]
+        scenes = data.scenes(index)
+        chosen = (scenes.relation == NONE).nonzero()[: self.n, 0]
         given, before = data.images(index[chosen]), data.scenes(index[chosen])
         digit = (before.digit[:, 0] + 1) % DIGITS
         names = list(COLOURS)
@@ -102,7 +111,7 @@ class Bench:
                 strict=True,
             )
         ]
-        print("\nstrength  distance   digit  position    distance: root mean square, of 2")
+        print("\nstrength  distance   digit  position    distance: root mean square, in 0..2")
         for strength in STRENGTHS:
             made = self.draw(prompts, image=to_float(given), strength=strength)
             answers, _ = self.evaluator.read(made)
@@ -115,18 +124,20 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("model", help="a run, or a model's folder")
-    add("--num", type=int, default=1000, help="samples a figure")
-    add("--seed", type=int, default=0, help="of the samples' noise")
+    add("model", help="run, or folder of a model")
+    add("--num", type=int, default=1000, help="samples per figure")
+    add("--seed", type=int, default=0, help="seed of the noise")
     add("--device", default="cpu", help="cpu or cuda")
-    add("--parts", default=",".join(PARTS), help="which tables, separated by commas")
-    add("--png", help="write the guidance sweep as a picture: a row a scale")
+    add("--parts", default=",".join(PARTS), help="names of tables, with commas")
+    add("--png", help="file for the images of `guidance`, a row per scale")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+        parser.error(
+            f"--parts must be some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}"
+        )
     if options.png and "guidance" not in parts:
-        parser.error("--png is a picture of the part guidance, which --parts leaves out")
+        parser.error("--png needs the part guidance, which --parts leaves out")
     pipe = open_pipeline(options.model, options.device)
     bench = Bench(pipe, options.num, options.seed, options.device)
     print(

@@ -8,18 +8,17 @@
     python benchmarks/time_to_quality.py score runs --device cuda
 
 "Good" is a Fréchet distance of at most 15 ‰ (minidiff/EVALUATION.md). Contenders are minidiff's
-preset mnist without classes, by itself and with autoguidance; and denoising-diffusion-pytorch,
-smalldiffusion, azula and diffusers' recipe for unconditional images, each "shipped" (as its README
-says) and "tuned" (without a flip, a network of about minidiff's size, the best of three learning
-rates; AdamW, and average and precision as in minidiff's own runs). benchmarks/peers/ has what that
-means for each.
+preset mnist without classes, plain and with autoguidance; and denoising-diffusion-pytorch,
+smalldiffusion, azula and diffusers' recipe for unconditional images. Each peer is "shipped" (as in
+its README) and "tuned": no flip, a network of about minidiff's size, the best of three learning
+rates, AdamW, and averaged weights and precision as in minidiff's runs. See benchmarks/peers/.
 
-`train` trains one of them by the clock, with all images in memory, and saves the averaged weights
-at evenly spaced times; saving is not counted. `score` draws samples from what was saved by the
-contender's own sampler, in float32 and on any device, since that is not timed, and prints the
-table. The learning rate falls to zero at the end of the budget for minidiff and everything tuned,
-so the same minute of a shorter run is better than of a longer one: where runs of several budgets
-are given, the best counts for each contender.
+`train` trains one contender by the clock, with all images in memory, and saves the averaged weights
+at evenly spaced times; the time of saving is not counted. `score` draws samples from the saved
+weights by the contender's sampler and prints the table. It is not timed, so it runs in float32 on
+any device. For minidiff and tuned peers, the learning rate falls to zero at the end of the budget,
+so a minute of a shorter run is better than that of a longer one: of runs with several budgets, the
+best counts for each contender.
 """
 
 import argparse
@@ -43,17 +42,17 @@ from minidiff import data
 from minidiff.data import ImageData
 from minidiff.errors import CheckpointError, InvalidArgument, MinidiffError, whole_number
 from minidiff.images.pixels import to_uint8
-from minidiff.metrics import Evaluator, sha256
+from minidiff.metrics import Evaluator
 from minidiff.metrics.protocol import counted
 from minidiff.noise import MAX_SEED
 from minidiff.runtime.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
-from minidiff.runtime.files import read_json, write_json
+from minidiff.runtime.files import read_json, sha256, write_json
 from minidiff.runtime.tensors import headers, load_weights, write_tensors
 from minidiff.training.config import LoopConfig
 from minidiff.training.progress import Budget
 
 GOOD = 15.0  # FD‰
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)  # to try for every tuned peer
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)  # of every tuned peer, where the best counts
 RUN, LOG = "run.json", "log.jsonl"
 BATCHES = {"cuda": 1000, "cpu": 100, "mps": 250}  # images in a network at once
 
@@ -63,7 +62,7 @@ BATCHES = {"cuda": 1000, "cpu": 100, "mps": 250}  # images in a network at once
 
 @dataclass(frozen=True)
 class Job:
-    """One run: who trains, in which form, and how."""
+    """A run: the contender, its form, and options of its training."""
 
     contender: str
     form: str
@@ -73,7 +72,7 @@ class Job:
     dtype: str
 
     def loop(self) -> LoopConfig:
-        """What the loops read. Raises InvalidArgument for a number out of range."""
+        """Return the config of the training loop. Raises InvalidArgument."""
         return LoopConfig(
             minutes=self.minutes,
             seed=self.seed,
@@ -83,14 +82,14 @@ class Job:
 
 
 def plan(options: argparse.Namespace, device: torch.device) -> Job:
-    """The run that the options ask for. Raises InvalidArgument."""
+    """Return the run of the parsed options. Raises InvalidArgument."""
     form = options.form or ("preset" if options.contender == "minidiff" else None)
     who = peers.contender(options.contender, form)
     rate = options.learning_rate
     if rate is not None and who.fixed_rate:
         raise InvalidArgument(
-            f"learning-rate is {who.learning_rate:g} in {options.contender} as {form}, "
-            f"it cannot be {rate:g}; try rates with --form tuned"
+            f"learning-rate must be {who.learning_rate:g} for {options.contender} as {form}, "
+            f"got {rate:g}; other rates need --form tuned"
         )
     dtype = pick_dtype(who.dtype if options.dtype is None else options.dtype, device)
     name = next(name for name, kind in DTYPES.items() if kind == dtype)
@@ -99,28 +98,28 @@ def plan(options: argparse.Namespace, device: torch.device) -> Job:
 
 
 def without_labels(images: ImageData) -> ImageData:
-    """The same images for a network without classes."""
+    """Return the images without labels, for an unconditional network."""
     return ImageData(images.name, images.images, None, ())
 
 
 class Snapshots:
-    """Saves the averaged network at evenly spaced times, while the budget's clock stands still.
+    """Snapshots of the averaged network at evenly spaced times, with the clock stopped meanwhile.
 
     Args:
-        out: the folder of the run.
-        count: how many, the last of them at the end.
-        about: what every row of the log says.
+        out: folder of the run.
+        count: number of snapshots, the last at the end.
+        about: entries of every row of the log.
     """
 
     def __init__(self, out: Path, count: int, about: Mapping[str, Any]) -> None:
         self.out, self.count, self.about, self.saved = out, count, about, 0
 
     def __call__(self, budget: Budget, images: int, network: Callable[[], nn.Module]) -> None:
-        """Save one if it is due; see `peers.contender.Keep`."""
+        """Save a snapshot if it is due; see `peers.contender.Keep`."""
         due = min(int(budget.fraction_done * self.count), self.count)
         if due <= self.saved:
             return
-        self.saved = due  # after a slow step several are due at once: one stands for all
+        self.saved = due  # after a slow step several may be due: one is saved for all
         averaged = network()
         path = self.out / f"snapshot-{due:03d}.safetensors"
         write_tensors(path, averaged.state_dict())
@@ -144,9 +143,9 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, none if there is no such file.
+    """Return the rows of a file of JSON lines, none if there is no such file.
 
-    A line that a kill cut off at the end is passed over. Raises CheckpointError for other damage.
+    An incomplete last line, as after a kill, is skipped. Raises CheckpointError for other damage.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = []
@@ -160,11 +159,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def train(job: Job, images: ImageData, device: torch.device, out: Path, snapshots: int) -> None:
-    """Train one contender and save it along the way, with a row a snapshot in `log.jsonl`.
+    """Train one contender, with snapshots in a folder and a row for each in `log.jsonl`.
 
     Raises:
         CheckpointError: `out` is not an empty folder, or cannot be written.
-        InvalidArgument, TrainingError: see `minidiff.training.diffusion.train`.
+        InvalidArgument, TrainingError: an option is out of range, or the loss is not finite.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty folder; choose another --out")
@@ -183,7 +182,8 @@ def train(job: Job, images: ImageData, device: torch.device, out: Path, snapshot
 
 
 def _version(package: str) -> str:
-    if package == minidiff.__name__:  # which may run from its sources
+    """Return the version of a package."""
+    if package == minidiff.__name__:  # which may run uninstalled
         return minidiff.__version__
     return importlib.metadata.version(package)
 
@@ -192,7 +192,7 @@ def _version(package: str) -> str:
 
 
 def runs_in(folders: Iterable[Path]) -> list[Path]:
-    """The runs among these folders and within them. Raises CheckpointError if there is none."""
+    """Return the runs in folders and below them. Raises CheckpointError if there are none."""
     found = sorted({path.parent for folder in folders for path in folder.rglob(RUN)})
     if not found:
         raise CheckpointError(f"no run (no {RUN}) in {', '.join(map(str, folders))}")
@@ -201,7 +201,7 @@ def runs_in(folders: Iterable[Path]) -> list[Path]:
 
 @torch.no_grad()
 def draw(who: Contender, network: nn.Module, n: int, steps: int, seed: int) -> tuple[Tensor, float]:
-    """n samples, uint8 (n, C, H, W), and how many evaluations of the network each has taken."""
+    """Return n samples, uint8 (n, C, H, W), and the evaluations of the network per sample."""
     batch = BATCHES[next(network.parameters()).device.type]
     with counted(*map(network.get_submodule, who.counted)) as count:
         parts = [
@@ -222,16 +222,21 @@ def score(
     steps: int | None = None,
     last: bool = False,
 ) -> list[dict[str, Any]]:
-    """Score the snapshots of runs that are not in the table yet; returns the rows of all.
+    """Return the scores of all snapshots of runs; those in the table are not measured again.
+
+    A damaged snapshot, or one of another contender, is skipped with a warning.
 
     Args:
-        table: a file of JSON lines, to which a row is added for each.
-        num, seed: of the samples.
-        steps: of the sampler; by default the contender's own number.
-        last: only the last snapshot of every run.
+        runs: folders of runs.
+        evaluator: evaluator of MNIST.
+        device: device of the networks.
+        table: file of JSON lines, which receives a row per new score.
+        num: number of samples.
+        seed: seed of the samples.
+        steps: steps of the sampler; None for the contender's default.
+        last: True for the last snapshot of every run only.
     Raises:
-        CheckpointError: a run's own files cannot be read. A snapshot that is damaged, or not of the
-            contender that it says, is passed over and named.
+        CheckpointError: the config or the log of a run cannot be read.
     """
     known = {_key(row): row for row in rows_of(table)}
     images, scored = without_labels(evaluator.train), []
@@ -244,8 +249,8 @@ def score(
             file = run / row["file"]
             try:
                 load_weights(network, headers([file]))
-            except CheckpointError as error:  # the others are worth their scores
-                print(f"passed over: {error}", file=sys.stderr, flush=True)
+            except CheckpointError as error:  # other snapshots may be intact
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
                 continue
             wanted = {
                 "sha256": sha256(file),
@@ -272,21 +277,23 @@ def score(
 def _measured(
     who: Contender, network: nn.Module, evaluator: Evaluator, n: int, steps: int, seed: int
 ) -> dict[str, float]:
+    """Return the scores of one network."""
     samples, evaluations = draw(who, network, n, steps, seed)
     found = evaluator.score(samples)
     return {"evaluations": evaluations, "fd": found.fd, "coverage": found.coverage}
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
+    """Return the entries that identify a score."""
     return tuple(row[name] for name in ("sha256", "sampler_steps", "num", "sample_seed"))
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a form of a contender has reached in the best of its runs.
+    """The best run of a contender in one form.
 
     Attributes:
-        minutes: of training until the first good snapshot; None if none is.
+        minutes: training time until the first good snapshot; None if there is none.
         budget, fd: minutes and FD‰ of the last snapshot of that run.
     """
 
@@ -299,7 +306,7 @@ class Result:
 
 
 def results(rows: Iterable[Mapping[str, Any]], good: float = GOOD) -> list[Result]:
-    """One result a form of a contender: of the run that is good first, else that ends best."""
+    """Return a result per form of a contender: the run that is good first, or else ends best."""
     by_run: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         names = ("contender", "form", "learning_rate", "minutes", "seed", "dtype", "machine")
@@ -316,12 +323,13 @@ def results(rows: Iterable[Mapping[str, Any]], good: float = GOOD) -> list[Resul
 
 
 def _rank(result: Result) -> tuple[bool, float]:
+    """Return a key that sorts better results first."""
     reached = result.minutes is not None
     return not reached, result.minutes if reached else result.fd
 
 
 def lines(found: Sequence[Result]) -> Iterator[str]:
-    """The table, with how many times longer than minidiff's best form each peer has taken."""
+    """Yield the lines of the table, with the time of peers relative to minidiff's best form."""
     reached = [r.minutes for r in found if r.contender == "minidiff" and r.minutes is not None]
     ours = min(reached, default=None)
     yield f"{'contender':30}{'form':10}{'best rate':>10}  {f'minutes until FD ≤ {GOOD:g} ‰':34}"
@@ -342,34 +350,40 @@ def lines(found: Sequence[Result]) -> Iterator[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", help="where MNIST is; default: MINIDIFF_DATA")
+    parser.add_argument("--data-dir", help="folder of MNIST; default: MINIDIFF_DATA")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train", help="train one contender")
     one.add_argument("contender", help=", ".join(peers.NAMES))
     one.add_argument(
         "--form",
-        help="of a peer: shipped or tuned; of minidiff: preset, the default, or autoguided",
+        help="shipped or tuned for a peer; preset (default) or autoguided for minidiff",
     )
     tried = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
-    one.add_argument("--learning-rate", type=float, help=f"of a tuned peer, to try: {tried}")
-    one.add_argument("--minutes", type=float, required=True)
-    one.add_argument("--snapshots", type=int, default=12)
-    one.add_argument("--out", type=Path, required=True, help="the folder of the run")
+    one.add_argument(
+        "--learning-rate", type=float, help=f"peak learning rate; for a tuned peer try {tried}"
+    )
+    one.add_argument("--minutes", type=float, required=True, help="budget in minutes")
+    one.add_argument("--snapshots", type=int, default=12, help="number of snapshots")
+    one.add_argument("--out", type=Path, required=True, help="folder of the run")
     one.add_argument("--device", default="cpu")
     one.add_argument("--threads", type=int, default=2)
     one.add_argument(
         "--dtype",
-        help="auto, float32 or bfloat16; default: what the README says, tuned and minidiff auto",
+        help="auto, float32 or bfloat16; default: that of the form",
     )
     one.add_argument("--seed", type=int, default=0)
-    all_of = commands.add_parser("score", help="score what was saved, and print the table")
+    all_of = commands.add_parser("score", help="score all snapshots, and print the table")
     all_of.add_argument("folders", type=Path, nargs="+", help="runs, or folders with runs")
-    all_of.add_argument("--num", type=int, default=10_000, help="samples of a snapshot")
+    all_of.add_argument("--num", type=int, default=10_000, help="samples per snapshot")
     all_of.add_argument("--device", default="auto")
     all_of.add_argument("--seed", type=int, default=0)
-    all_of.add_argument("--steps", type=int, help="of the sampler; default: the contender's own")
-    all_of.add_argument("--last", action="store_true", help="only the last snapshot of every run")
-    all_of.add_argument("--scores", type=Path, default="scores.jsonl", help="what to add to")
+    all_of.add_argument("--steps", type=int, help="steps of the sampler; default: the contender's")
+    all_of.add_argument(
+        "--last", action="store_true", help="score the last snapshot of every run only"
+    )
+    all_of.add_argument(
+        "--scores", type=Path, default="scores.jsonl", help="file of scores, which is extended"
+    )
     for command in (one, all_of):
         command.add_argument("--data-dir", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -402,7 +416,7 @@ def _score(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    keep_freed_memory()  # for all of them
+    keep_freed_memory()  # for all contenders
     try:
         {"train": _train, "score": _score}[options.command](options)
     except MinidiffError as error:

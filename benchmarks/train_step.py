@@ -1,12 +1,11 @@
-"""How long a training step of a preset takes: plain, compiled, and recorded as a CUDA graph.
+"""Time of a training step of a preset: plain, compiled, and captured as a CUDA graph.
 
     python benchmarks/train_step.py PRESET [--variants plain,compile] [--data-dir DIR]
         [--device cpu] [--dtype float32] [--batch-size N] [--threads N] [--rounds N]
 
-The variants take turns, each some steps a round, on batches of one size, so that a busy machine
-slows all of them. Printed are the seconds until the first steps were done, which compiling and
-recording take, then a step's median and quartiles in milliseconds, and how many times as long the
-first variant takes.
+The variants take turns of a few steps with equal batches, so that a busy machine slows all alike.
+Printed are the seconds of the first steps, which include compilation and capture; then median and
+quartiles of a step in milliseconds, and the speed-up over the first variant.
 """
 
 import argparse
@@ -31,18 +30,18 @@ WARM_UP, STEPS = 4, 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("preset", choices=PRESETS)
-    add("--variants", default="plain,compile", help=f"of {', '.join(VARIANTS)}")
-    add("--data-dir", help="where the preset's data are; default: MINIDIFF_DATA")
-    add("--device", default="cpu")
+    add("preset", choices=PRESETS, help="preset of minidiff train")
+    add("--variants", default="plain,compile", help=f"some of {', '.join(VARIANTS)}")
+    add("--data-dir", help="folder of the preset's data; default: MINIDIFF_DATA")
+    add("--device", default="cpu", help="cpu or cuda")
     add("--dtype", choices=DTYPES, default="float32")
-    add("--batch-size", type=int, help="default: the preset's first one")
-    add("--threads", type=int, default=2)
-    add("--rounds", type=int, default=9)
+    add("--batch-size", type=int, help="images per step; default: the preset's")
+    add("--threads", type=int, default=2, help="threads of torch")
+    add("--rounds", type=int, default=9, help="turns of each variant")
     options = parser.parse_args()
     names = options.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
-        parser.error(f"--variants must be of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+        parser.error(f"--variants must be some of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
     device = pick_device(options.device)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -59,7 +58,7 @@ def main() -> None:
     print(f"{options.threads} threads; {options.preset}, batches of {size}, {options.dtype}")
 
     def take(training: DiffusionTraining, steps: int) -> float:
-        """The seconds of so many steps."""
+        """Return the seconds of a number of steps."""
         start = time.perf_counter()
         for _ in range(steps):
             training.step()

@@ -1,4 +1,4 @@
-"""One small trained pipeline, shared by the tests that need a model that has learnt something."""
+"""A small trained pipeline, shared by the tests that need a trained model."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ from minidiff.runs import diffusion
 from minidiff.runs.folder import open_pipeline
 from minidiff.training.config import TrainConfig
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do their children
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers and their processes share the cores
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -30,13 +30,13 @@ def run_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pipe(run_folder) -> Pipeline:
-    """The pipeline of that run, fresh for every test."""
+    """The pipeline of that run, opened again for every test."""
     return open_pipeline(run_folder)
 
 
 @pytest.fixture(scope="session")
 def latent_folder(tmp_path_factory) -> Path:
-    """A folder of Stable Diffusion's kind, with random weights, that diffusers wrote."""
+    """A folder in the form of Stable Diffusion, with random weights, written by diffusers."""
     from tiny_pipelines import DDIM, stable_diffusion
 
     path = tmp_path_factory.mktemp("sd")

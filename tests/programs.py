@@ -1,5 +1,7 @@
-"""Starts the command line in processes of their own, without importing torch for each; compares
-what they leave."""
+"""Runs of the command line in separate processes, and comparison of their folders.
+
+Processes are forked from a server that has imported torch already.
+"""
 
 import contextlib
 import json
@@ -22,7 +24,7 @@ SERVER.set_forkserver_preload(["minidiff.cli", "minidiff.runs.diffusion", "torch
 
 
 def _program(arguments: list[str], log: str, limit: int | None, environment: dict) -> None:
-    """What a process runs: the command line, its words in a file."""
+    """Run the command line in this process, with its output in a file."""
     torch.set_num_threads(1)
     os.environ.update(environment)
     if limit is not None:
@@ -33,26 +35,35 @@ def _program(arguments: list[str], log: str, limit: int | None, environment: dic
 
 
 def started(arguments: list[str], log: Path, limit: int | None = None, **environment: str):
-    """A process that runs the command line; `limit` is of the bytes in a file."""
+    """Start a process that runs the command line; `limit` bounds the bytes of a file."""
     process = SERVER.Process(target=_program, args=(arguments, str(log), limit, environment))
     process.start()
     return process
 
 
 def finished(arguments: list[str], log: Path, limit: int | None = None) -> int:
-    """Run the command line to its end; returns the exit code."""
+    """Run the command line to its end and return the exit code."""
     process = started(arguments, log, limit)
     process.join(120)
     return process.exitcode
 
 
 def killed_and_resumed(
-    kills: int, seed: int, arguments: list[str], out: Path, said: Path, steps: int
+    kills: int, seed: int, arguments: list[str], out: Path, output: Path, steps: int
 ) -> None:
-    """Run a training of so many rows to its end, killing it at random moments on the way."""
+    """Run a training to its end, killing and resuming it at random moments.
+
+    Args:
+        kills: number of kills.
+        seed: seed of the moments.
+        arguments: command line of the training.
+        out: folder of the run.
+        output: file for the printed output.
+        steps: rows of the complete log.
+    """
     command, chance = arguments[0], random.Random(seed)
     for _ in range(kills):
-        process = started(arguments, said)
+        process = started(arguments, output)
         reach = chance.randrange(0, steps + 3)
         deadline = time.monotonic() + 60
         while process.is_alive() and time.monotonic() < deadline:
@@ -60,18 +71,18 @@ def killed_and_resumed(
             if log.is_file() and log.read_bytes().count(b"\n") >= reach:
                 break
             time.sleep(0.001)
-        time.sleep(chance.random() * 0.1)  # in a step, in a write, or after the end
+        time.sleep(chance.random() * 0.1)  # during a step, a write, or after the end
         process.kill()
         process.join()
         arguments = (
             [command, "--resume", str(out)] if (out / diffusion.CONFIG).is_file() else arguments
         )
-    assert finished(arguments, said) == 0, said.read_text()
-    assert not list((out / snapshot.FOLDER).glob(".*"))  # nothing half written is left
+    assert finished(arguments, output) == 0, output.read_text()
+    assert not list((out / snapshot.FOLDER).glob(".*"))  # no temporary files are left
 
 
 def started_together(k: int, arguments: list[str], logs: list[Path]) -> list:
-    """k processes of one run, with the variables that torchrun would give them."""
+    """Start k processes of one run, with the variables that torchrun sets."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -80,18 +91,18 @@ def started_together(k: int, arguments: list[str], logs: list[Path]) -> list:
 
 
 def rows(out: Path) -> list[dict]:
-    """The log of a run, without the seconds of the clock on the wall."""
+    """Return the log of a run without wall-clock times."""
     lines = [json.loads(line) for line in (out / diffusion.LOG).read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in lines]
 
 
 def tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All of a safetensors file."""
+    """Return all tensors of a safetensors file."""
     return {name: read_tensor(entry) for name, entry in read_headers([file]).items()}
 
 
 def assert_same_training(first: Path, second: Path) -> None:
-    """The last snapshots of two runs, and their logs, bit for bit."""
+    """Compare the last snapshots of two runs, and their logs, bit for bit."""
     last = snapshot.snapshots(first)[-1].name
     assert snapshot.snapshots(second)[-1].name == last
     folders = [out / snapshot.FOLDER / last for out in (first, second)]
@@ -104,7 +115,7 @@ def assert_same_training(first: Path, second: Path) -> None:
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
     states = [json.loads((folder / snapshot.STATE).read_text()) for folder in folders]
-    for state in states:  # what the clock says
+    for state in states:  # wall-clock times
         del state["seconds"], state["log_bytes"], state["meter"]["reported_at"]
     assert states[0] == states[1]
     assert rows(first) == rows(second)

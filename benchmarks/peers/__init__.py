@@ -1,10 +1,10 @@
-"""Who is compared by `time_to_quality.py`, one file a contender: its network, loss and sampler.
+"""The contenders of `time_to_quality.py`, a file each: its network, loss and sampler.
 
-contender.py   what they have in common, and the training loop of the peers
+contender.py   the common interface, and the training loop of the peers
 ours.py        minidiff
-the others     a peer each, as its README says ("shipped") and tuned
+other files    a peer each, as in its README ("shipped") and tuned
 
-A peer's package is imported by its own file alone, so that the others run without it.
+Only the file of a peer imports its package, so that the others run without it.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from peers.contender import Contender
 
 
 class _Entry(NamedTuple):
-    """The module of a contender, and what has to be installed for it."""
+    """The module of a contender, its package, and the requirements of pip."""
 
     module: str
     package: str
@@ -37,16 +37,16 @@ NAMES = tuple(_ENTRIES)
 
 
 def package(name: str) -> str:
-    """The installed package of a contender, whose version is written down."""
+    """Return the package of a contender, whose version is logged."""
     return _ENTRIES[name].package
 
 
 def contender(name: str, form: str | None = None) -> Contender:
-    """A contender in one of its forms, with a fresh network drawn from torch's global generator.
+    """Return a contender in one of its forms.
 
     Args:
-        name: one of `NAMES`.
-        form: "shipped" or "tuned"; of minidiff "preset" or "autoguided".
+        name: name of a contender, one of `NAMES`.
+        form: "shipped" or "tuned" for a peer, "preset" or "autoguided" for minidiff.
     Raises:
         InvalidArgument: name or form is unknown, or the contender is not installed.
     """

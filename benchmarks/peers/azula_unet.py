@@ -1,10 +1,10 @@
 """azula.
 
-Shipped: the MNIST tutorial of its documentation, without the labels: no flip, no average.
+Shipped: the MNIST tutorial of its documentation, without labels: no flip, no averaged weights.
 
-Tuned: a wider network with the faster of its norms, on the cosine schedule, and the sampler that
-comes nearest to the right spread of normally distributed data, for which the best network is known;
-the one for x̂0 (`xEABSampler`) leaves noise in the last step of an even grid.
+Tuned: a wider network with the faster of its norms, on the cosine schedule. Its sampler reproduces
+the spread of Gaussian data best, for which the optimal network is known; the one for x̂0
+(`xEABSampler`) leaves noise in the last step of an even grid.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from peers.contender import Latest, Peer
 
 
 class _Backbone(nn.Module):
-    """The tutorial's network under the logarithm of the noise level."""
+    """The tutorial's network, conditioned on the logarithm of the noise level."""
 
     def __init__(self, features: int = 64, **network: object) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ def _loss(model: KarrasDenoiser, x: Tensor) -> Tensor:
 def _draw(
     sampler: type[Sampler], model: KarrasDenoiser, n: int, steps: int, device: torch.device
 ) -> Tensor:
-    walk = sampler(model, steps=steps, silent=True)
-    return walk(walk.init((n, 1, 28, 28), device=device))
+    solver = sampler(model, steps=steps, silent=True)
+    return solver(solver.init((n, 1, 28, 28), device=device))
 
 
 def shipped() -> Peer:

@@ -1,7 +1,8 @@
-"""What all contenders have in common, and how a peer is trained: its own parts, one loop.
+"""The interface of contenders, and the training loop of the peers.
 
-The loop is that of the peers' own trainers: batch → loss → backward → clip → step → average. It is
-ours so that a clock can stop it, and so that nobody waits for a loader: all images are in memory.
+The steps of the loop are those of the peers' trainers: batch → loss → backward → clip → step →
+average. It is written here so that a clock can stop it, and with all images in memory, so that no
+contender waits for a loader.
 """
 
 import copy
@@ -22,7 +23,7 @@ from minidiff.training.config import LoopConfig
 from minidiff.training.optim import EMA
 from minidiff.training.progress import Budget, learning_rate
 
-# Called after every step: the budget, the images seen so far, what gives the averaged network.
+# Called after every step with the budget, the images so far, a source of the averaged network.
 Keep = Callable[[Budget, int, Callable[[], nn.Module]], None]
 
 MNIST = 28  # pixels along a side
@@ -30,14 +31,14 @@ _PLAIN = torch.contiguous_format
 
 
 class Contender(Protocol):
-    """What `time_to_quality.py` asks of all.
+    """The interface that `time_to_quality.py` needs.
 
     Attributes:
-        learning_rate: the one to use where none is given.
-        fixed_rate: whether that is part of the form and no other may be given.
-        dtype: of the matrix work, "float32", "bfloat16" or "auto", where none is given.
-        counted: names of sub-networks that return a tensor, one for every network that is asked.
-        steps: of the sampler, where no other number is given.
+        learning_rate: default learning rate.
+        fixed_rate: True if the form allows no other learning rate.
+        dtype: default number type of matrix products, "float32", "bfloat16" or "auto".
+        counted: names of sub-networks that return a tensor, one for each network to count.
+        steps: default number of steps of the sampler.
     """
 
     learning_rate: float
@@ -50,39 +51,40 @@ class Contender(Protocol):
         """Train until the budget is spent, on images without labels."""
 
     def network(self, loop: LoopConfig, data: ImageData) -> nn.Module:
-        """A fresh network, into which saved weights fit."""
+        """Return a fresh network that saved weights fit into."""
 
     def sample(self, network: nn.Module, n: int, steps: int, seed: int) -> Tensor:
-        """n images (n, C, H, W) in [−1, 1] on the network's device, drawn without a condition."""
+        """Return n unconditional images (n, C, H, W) in [−1, 1] on the network's device."""
 
 
 class Average(Protocol):
     """A running average of a network's weights."""
 
     def update(self, model: nn.Module) -> None:
-        """Take the current weights into the average."""
+        """Add the current weights to the average."""
 
     @property
     def model(self) -> nn.Module:
-        """A network with the average."""
+        """A network with the averaged weights."""
 
 
 class Latest:
-    """No average at all: what a recipe without one samples from."""
+    """The latest weights, for a recipe without an average."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def update(self, model: nn.Module) -> None:
-        """The weights are the network's own."""
+        """Do nothing, as the weights are those of the network."""
 
 
 class Copied:
-    """An average that a peer's class keeps beside the network: copied into one to be used.
+    """An average that a peer's class keeps apart, copied into a network for use.
 
     Args:
-        average: has `copy_to(parameters)`.
-        step: takes the current weights of a network into it.
+        model: network in training.
+        average: object with `copy_to(parameters)`.
+        step: function that adds the current weights of a network to the average.
     """
 
     def __init__(self, model: nn.Module, average: Any, step: Callable[[nn.Module], None]) -> None:
@@ -99,27 +101,28 @@ class Copied:
 
 
 def tuned_optimizer(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """That of minidiff's own runs."""
+    """Return the optimizer of minidiff's runs."""
     return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer in one form. What is not given is as in minidiff's own runs: the tuned form.
+    """A peer in one form. The defaults are those of minidiff's runs, for the tuned form.
 
     Attributes:
-        build: makes the network with everything of the peer that trains it.
-        loss: of that network, and clean images (B, 1, side, side) in [−1, 1].
-        draw: (network, n, steps, device) → images (n, 1, side, side) in [−1, 1].
-        steps, counted: see `Contender`.
-        side: of the images that the network sees, padded with black.
-        batch_size: images of a backward pass.
-        passes: how many of them before a step.
-        flip: whether half of the images are mirrored.
-        rate: the learning rate's share of its peak, by the steps that are behind; None for a rise
+        build: constructor of the network, with the parts of the peer that its loss needs.
+        loss: function of that network and clean images (B, 1, side, side) in [−1, 1].
+        draw: function (network, n, steps, device) → images (n, 1, side, side) in [−1, 1].
+        steps, counted: sampler's steps and counted networks, see `Contender`.
+        side: side of the network's input, where images are padded with black.
+        batch_size: images per backward pass.
+        passes: backward passes per step.
+        flip: True to mirror half of the images.
+        rate: learning rate relative to its peak, by the number of steps so far; None for a rise
             over 2 % of the budget and a linear fall to zero at its end.
-        average: of the network's weights; half of the weight lies in the last 5 % of the run.
-        tuned: whether the memory format is the quicker one, rather than torch's ordinary one.
+        average: constructor of the average of weights; by default half of its weight lies in the
+            last 5 % of the run.
+        tuned: True for the faster memory format, False for torch's default.
     """
 
     build: Callable[[], nn.Module]
@@ -147,7 +150,9 @@ class Peer:
     def train(self, loop: LoopConfig, data: ImageData, device: torch.device, keep: Keep) -> None:
         model, dtype = self.network(loop, data).to(device).train(), DTYPES[loop.dtype]
         images = padded(data.images, self.side).to(device)
-        layout = self._quicker(model, images[: self.batch_size], dtype) if self.tuned else _PLAIN
+        layout = (
+            self._faster_layout(model, images[: self.batch_size], dtype) if self.tuned else _PLAIN
+        )
         model = model.to(memory_format=layout)
         parameters = list(model.parameters())
         optimizer, average = self.optimizer(parameters, loop.learning_rate), self.average(model)
@@ -177,7 +182,7 @@ class Peer:
     def _pass(
         self, model: nn.Module, images: Tensor, dtype: torch.dtype, layout: torch.memory_format
     ) -> Tensor:
-        """The loss of a batch of bytes, with its gradient added to the parameters'."""
+        """Return the loss of a batch of bytes, and add its gradient to that of the parameters."""
         x = to_float(images)
         if self.flip:
             mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
@@ -188,8 +193,10 @@ class Peer:
         loss.backward()
         return loss.detach()
 
-    def _quicker(self, model: nn.Module, images: Tensor, dtype: torch.dtype) -> torch.memory_format:
-        """The memory format in which a pass takes less time; measured before the clock starts."""
+    def _faster_layout(
+        self, model: nn.Module, images: Tensor, dtype: torch.dtype
+    ) -> torch.memory_format:
+        """Return the memory format with the faster pass, measured before the clock starts."""
         seconds = {}
         for layout in (_PLAIN, torch.channels_last):
             model.to(memory_format=layout)
@@ -200,8 +207,8 @@ class Peer:
                 seconds[layout] = min(spent, seconds.get(layout, spent))
         model.zero_grad()
         best = min(seconds, key=seconds.get)
-        took = ", ".join(f"{layout} {spent:.3f} s" for layout, spent in seconds.items())
-        print(f"a pass of {len(images)} images takes {took}: {best}", flush=True)
+        times = ", ".join(f"{layout} {spent:.3f} s" for layout, spent in seconds.items())
+        print(f"a pass of {len(images)} images takes {times}: {best}", flush=True)
         return best
 
     def _rate_now(self, loop: LoopConfig, budget: Budget) -> float:
@@ -211,6 +218,6 @@ class Peer:
 
 
 def padded(images: Tensor, side: int) -> Tensor:
-    """Bytes (N, C, H, W) with as much black on all four sides as makes them `side` wide."""
+    """Return bytes (N, C, H, W) padded with black on all four sides to a side."""
     margin = (side - images.shape[-1]) // 2
     return F.pad(images, (margin,) * 4)

@@ -3,10 +3,10 @@
 Shipped: the second example of its README, which trains by `Trainer`: 1000 steps of the sigmoid
 schedule, v-prediction, two batches of 32 a step, and the trainer's default flip. Images are padded
 to 32×32, which three halvings divide. Its mixed precision is float16, which needs a GPU; bfloat16
-takes its place where the processor has it.
+is used instead where the processor has it.
 
-Tuned: a network of 0.6 million weights on 28×28, with one head of attention a level. Its DDIM has
-as many steps as the README's: with 50 the spread of normal data comes out 6 % too small.
+Tuned: a network of 0.6 million weights on 28×28, with one attention head per level. Its DDIM
+has as many steps as in the README: with 50, the spread of Gaussian data is 6 % too small.
 """
 
 from functools import partial
@@ -30,16 +30,16 @@ def _loss(model: GaussianDiffusion, x: Tensor) -> Tensor:
 
 
 def _draw(model: GaussianDiffusion, n: int, steps: int, device: torch.device) -> Tensor:
-    package.tqdm = lambda it, **_: it  # its progress bar cannot be turned off
+    package.tqdm = lambda it, **_: it  # its progress bar has no option to turn it off
     for module in model.modules():
         if isinstance(module, Attend):
-            module.flash = False  # the same sums; on a GPU its kernel takes no float32
+            module.flash = False  # equal results; on a GPU its kernel does not accept float32
     model.sampling_timesteps, model.is_ddim_sampling = steps, steps < model.num_timesteps
     return model.sample(batch_size=n).clone() * 2 - 1
 
 
 class _Average:
-    """The EMA of its trainer."""
+    """The moving average of its trainer."""
 
     def __init__(self, model: nn.Module) -> None:
         self._ema = EMA(model, beta=0.995, update_every=10)

@@ -1,9 +1,9 @@
 """diffusers' own recipe, `examples/unconditional_image_generation/train_unconditional.py`.
 
-Shipped: its defaults and the flags of its README: batches of 16, flip, the average's power law, the
-cosine of 100 epochs with 500 steps of warm-up. The resolution is 32 in place of 64, a quarter of
-the work, which is to its favour; at 32×32 the network still has six levels. It is sampled by DDIM
-with 100 steps, as the recipe's 1000 of DDPM would take hours.
+Shipped: its defaults and the flags of its README: batches of 16, flip, averaged weights by a power
+law, a cosine over 100 epochs with 500 steps of warm-up. The resolution is 32 instead of 64, a
+quarter of the work, which favours the recipe; at 32×32 the network still has six levels. The
+sampler is DDIM with 100 steps, as the recipe's 1000 of DDPM would take hours.
 
 Tuned: a small `UNet2DModel` on 28×28, v-prediction on the cosine schedule, sampled by
 DPM-Solver++ of second order.
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from peers.contender import Copied, Peer
 
-_WARMUP, _TOTAL = 500, 100 * math.ceil(60_000 / 16)  # steps: of the warm-up, of 100 epochs
+_WARMUP, _TOTAL = 500, 100 * math.ceil(60_000 / 16)  # steps of warm-up, and of 100 epochs
 
 
 def _loss(noise_scheduler: DDPMScheduler, model: nn.Module, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _average(model: nn.Module) -> Copied:
 
 
 def _rate(step: int) -> float:
-    """`get_scheduler("cosine")`."""
+    """Return the factor of `get_scheduler("cosine")`."""
     if step < _WARMUP:
         return step / _WARMUP
     return max(0.0, 0.5 * (1 + math.cos(math.pi * (step - _WARMUP) / (_TOTAL - _WARMUP))))

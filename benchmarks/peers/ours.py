@@ -1,8 +1,8 @@
 """minidiff: the preset mnist without classes.
 
-Preset: what `minidiff train --preset mnist` does with images without labels, which leaves no
-guidance. Autoguided: the same with `--autoguidance 1.5`, so that samples are led away from the
-averaged weights of a sixteenth of the run, at the preset's levels.
+Preset: `minidiff train --preset mnist` on images without labels, so without guidance. Autoguided:
+with `--autoguidance 1.5` as well, so that samples are guided away from the output of the averaged
+weights after a sixteenth of the run, at the preset's levels.
 """
 
 import copy
@@ -26,10 +26,10 @@ AUTOGUIDANCE = 1.5
 
 @dataclass(frozen=True)
 class Minidiff:
-    """See `peers.contender.Contender`.
+    """minidiff as a `peers.contender.Contender`.
 
     Attributes:
-        autoguidance: its scale.
+        autoguidance: scale of autoguidance; 1 for none.
     """
 
     autoguidance: float = 1.0
@@ -57,7 +57,7 @@ class Minidiff:
         return _Sampled(pipe, self.autoguidance)
 
     def _config(self, loop: LoopConfig) -> TrainConfig:
-        """The preset with the budget, seed, learning rate and dtype of a run."""
+        """Return the preset with the budget, seed, learning rate and dtype of a run."""
         return replace(
             _PRESET,
             minutes=loop.minutes,
@@ -70,9 +70,10 @@ class Minidiff:
 
 
 class _Sampled(nn.Module):
-    """The networks of a pipeline as a module, with the pipeline that samples them.
+    """The networks of a pipeline as one module that can draw samples.
 
-    A snapshot from before its time has the network itself as the weaker one, which leads nowhere.
+    A snapshot from before the guidance network was set aside has a copy of the network instead,
+    which does not change samples.
     """
 
     def __init__(self, pipe: Pipeline, autoguidance: float) -> None:
@@ -84,6 +85,7 @@ class _Sampled(nn.Module):
             self._pipe.guidance_interval = _PRESET.guidance_interval
 
     def draw(self, n: int, steps: int, seed: int) -> Tensor:
+        """Return n images (n, C, H, W) in [−1, 1]."""
         pipe = self._pipe.to(next(self.unet.parameters()).device)
         return pipe(
             num_images=n, num_inference_steps=steps, seed=seed, batch_size=n, output_type="pt"

@@ -1,9 +1,9 @@
 """smalldiffusion.
 
-Shipped: `examples/fashion_mnist_unet.py` of its README, which is made for images like these: its
-U-Net on 28×28, batches of 1024, and the flip of its `img_train_transform`.
+Shipped: `examples/fashion_mnist_unet.py` of its README, for images like these: its U-Net on 28×28,
+batches of 1024, and the flip of its `img_train_transform`.
 
-Tuned: a smaller network without dropout and its v-prediction, which bounds the error at high noise.
+Tuned: a smaller network without dropout, and v-prediction, which bounds the error at high noise.
 """
 
 from functools import partial

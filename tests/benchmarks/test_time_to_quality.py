@@ -1,4 +1,4 @@
-"""The benchmark that compares minidiff with its peers: what runs without their packages."""
+"""The benchmark that compares minidiff with its peers, as far as it runs without their packages."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def part_of(split: str) -> ImageData:
-    """Four hundred of the embedded digits."""
+    """Return four hundred of the embedded digits."""
     digits = data.load("digits", split)
     return ImageData("digits", digits.images[:400], digits.labels[:400], digits.class_names)
 
@@ -63,7 +63,7 @@ def test_snapshots_are_evenly_spaced_and_saving_them_is_not_counted(
     assert rows[0]["parameters"] == 9
 
 
-# Of two steps one is at a level where samples are led, and asks both networks.
+# One of two steps is at a level with guidance, which evaluates both networks.
 @pytest.mark.parametrize(("form", "evaluations"), [("preset", 2), ("autoguided", 3)])
 def test_a_run_is_saved_and_scored_once(
     form: str, evaluations: int, bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -94,7 +94,7 @@ def test_a_run_is_saved_and_scored_once(
         bench.train(job, images, cpu, run, 2)
 
 
-def test_a_damaged_snapshot_is_passed_over_and_said(
+def test_a_damaged_snapshot_is_skipped_with_a_warning(
     bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run, images = tmp_path / "run", part_of("train")
@@ -108,7 +108,9 @@ def test_a_damaged_snapshot_is_passed_over_and_said(
     assert f"{snapshot}: not a readable safetensors file" in capsys.readouterr().err
 
 
-def test_the_best_run_counts_and_what_was_not_reached_is_said(bench: ModuleType) -> None:
+def test_the_best_run_counts_and_the_table_marks_a_goal_that_was_not_reached(
+    bench: ModuleType,
+) -> None:
     rows = [
         row("minidiff", "preset", 3e-3, 60, 20.0),
         row("minidiff", "preset", 3e-3, 120, 15.0),
@@ -133,7 +135,7 @@ def test_the_best_run_counts_and_what_was_not_reached_is_said(bench: ModuleType)
     assert third.endswith("more than 5.0 × minidiff")
 
 
-def test_a_row_that_a_kill_cut_off_is_passed_over(bench: ModuleType, tmp_path: Path) -> None:
+def test_an_incomplete_last_row_is_skipped(bench: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
     assert bench.rows_of(path) == [{"a": 1}, {"a": 2}]
@@ -143,7 +145,7 @@ def test_a_row_that_a_kill_cut_off_is_passed_over(bench: ModuleType, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nobody"], "contender must be one of minidiff, "),
         (["minidiff", "--form", "tuned"], "form of minidiff must be one of preset"),
@@ -154,14 +156,14 @@ def test_a_row_that_a_kill_cut_off_is_passed_over(bench: ModuleType, tmp_path: P
 def test_a_wrong_argument_is_refused_in_one_line(
     bench: ModuleType,
     arguments: list[str],
-    said: str,
+    message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
     out = tmp_path / "run"
     assert bench.main(["train", *arguments, "--minutes", "1", "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
 
