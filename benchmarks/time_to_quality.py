@@ -47,7 +47,7 @@ from minidiff.metrics.protocol import counted
 from minidiff.noise import MAX_SEED
 from minidiff.runtime.device import DTYPES, keep_freed_memory, pick_device, pick_dtype
 from minidiff.runtime.files import read_json, sha256, write_json
-from minidiff.runtime.tensors import headers, load_weights, write_tensors
+from minidiff.runtime.tensors import load_weights, read_headers, write_tensors
 from minidiff.training.config import LoopConfig
 from minidiff.training.progress import Budget
 
@@ -248,7 +248,7 @@ def score(
         for row in rows[-1:] if last else rows:
             file = run / row["file"]
             try:
-                load_weights(network, headers([file]))
+                load_weights(network, read_headers([file]))
             except CheckpointError as error:  # other snapshots may be intact
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
                 continue
