@@ -1,4 +1,4 @@
-"""How a network of ours is held against another library's: same weights, outputs and gradients."""
+"""Comparison of a network with that of another library: weights, outputs and gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +10,13 @@ TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative to the larger of the two, so that equal zeros are equal."""
+    """Return the distance relative to the larger of the two; 0 for two zeros."""
     scale = max(ours.norm().item(), theirs.norm().item(), 1e-30)
     return (ours - theirs).norm().item() / scale
 
 
 def same_weights(ours: type, theirs: type, config: dict, seed: int) -> tuple[Any, nn.Module]:
-    """A network of each library with the same random weights, loaded strictly both ways."""
+    """Return a network of each library with the same random weights, loaded strictly both ways."""
     torch.manual_seed(seed)
     theirs, ours = with_random_norms(theirs(**config)), ours(**config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -25,7 +25,7 @@ def same_weights(ours: type, theirs: type, config: dict, seed: int) -> tuple[Any
 
 
 def with_random_norms(network: nn.Module) -> nn.Module:
-    """The network, whose norms are no longer 1 and 0, which would hide a swap."""
+    """Return the network with random norms: those of 1 and 0 would hide a swap."""
     for name, parameter in network.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, 1.0, 0.3)
@@ -35,11 +35,13 @@ def with_random_norms(network: nn.Module) -> nn.Module:
 def assert_same_network(
     ours: nn.Module, theirs: nn.Module, call: Callable[[nn.Module, Tensor], Any], x: Tensor
 ) -> None:
-    """Equal outputs, and equal gradients of the input and of every weight.
+    """Assert equal outputs, and equal gradients of the input and of every weight.
 
     Args:
+        ours, theirs: networks with the same weights.
         call: (network, x) → output, a tensor or diffusers' output with `.sample`.
-        x: whose dtype, float32 or float64, says what "equal" allows; gradients ten times that.
+        x: input; its dtype, float32 or float64, sets the tolerance, ten times as large for
+            gradients.
     """
     tolerance = TOLERANCES[x.dtype]
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -51,8 +53,8 @@ def assert_same_network(
         (out * weight).sum().backward()
     assert distance(*(x.grad for x in inputs)) < 10 * tolerance
     expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    # Some gradients are zero but for rounding (a bias in front of a norm), so the yardstick
-    # is the largest one.
+    # Some gradients are zero up to rounding (a bias before a norm), so errors are relative to the
+    # largest one.
     largest = max(gradient.norm().item() for gradient in expected.values())
     for name, parameter in ours.named_parameters():
         if name in expected:

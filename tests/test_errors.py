@@ -1,4 +1,4 @@
-"""The checks that every argument passes: one line for whatever is given."""
+"""The checks of arguments: one line of error for any value."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_whole_numbers_of_any_library_pass(value):
     "value",
     [None, True, 3.0, "3", [3], {}, np.array([1, 2]), torch.tensor([1, 2]), torch.tensor(2.0)],
 )
-def test_what_is_no_whole_number_is_refused_by_name(value):
+def test_anything_but_a_whole_number_is_refused_by_name(value):
     with pytest.raises(InvalidArgument, match=r"^n must be a whole number"):
         whole_number("n", value, 1, 10)
 
@@ -27,7 +27,7 @@ def test_numbers_of_any_library_pass(value):
 
 
 @pytest.mark.parametrize("value", [None, True, "1", b"1", [1], {}, np.ones(2), torch.ones(2), 1j])
-def test_what_is_no_number_is_refused_by_name(value):
+def test_anything_but_a_number_is_refused_by_name(value):
     with pytest.raises(InvalidArgument, match=r"^x must be a number"):
         real_number("x", value, 0)
 

@@ -1,4 +1,4 @@
-"""The models that come with the package."""
+"""The models that ship with the package."""
 
 import numpy as np
 import pytest
@@ -17,14 +17,14 @@ LARGEST = 4 << 20
 
 
 @pytest.mark.parametrize("name", shipped.MODELS)
-def test_a_model_is_small_and_holds_nothing_but_a_pipeline(name):
+def test_a_model_is_small_and_only_a_pipeline(name):
     folder = shipped.folder(name)
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= LARGEST
     assert {file.suffix for file in files} == {".json", ".safetensors"}
 
 
-def test_the_model_of_mnist_draws_the_digits_that_it_is_asked_for():
+def test_the_model_of_mnist_draws_the_digits_requested():
     pipe = Pipeline.from_pretrained(shipped.folder("mnist"))
     result = pipe(num_images=50, seed=0, output_type="np")
     images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
@@ -32,15 +32,15 @@ def test_the_model_of_mnist_draws_the_digits_that_it_is_asked_for():
     assert (predicted == result.labels).float().mean() >= 0.96
 
 
-def test_the_model_of_captions_draws_what_it_is_told_of_pairs_that_training_never_showed():
+def test_the_model_of_captions_draws_pairs_held_out_of_training():
     pipe = Pipeline.from_pretrained(shipped.folder("digits-text"))
-    asked = task(40, "held out")
-    images = pipe(asked.prompts, seed=0, num_inference_steps=12, output_type="np").images
-    scores = SceneEvaluator().score(torch.from_numpy(images).permute(0, 3, 1, 2), asked.wanted)
+    scenes = task(40, "held out")
+    images = pipe(scenes.prompts, seed=0, num_inference_steps=12, output_type="np").images
+    scores = SceneEvaluator().score(torch.from_numpy(images).permute(0, 3, 1, 2), scenes.wanted)
     assert scores.together >= 0.9
 
 
-def test_sample_draws_with_a_model_that_comes_along(tmp_path, monkeypatch, capsys):
+def test_sample_draws_with_a_shipped_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["sample", "--model", "mnist", "--class", "7", "--steps", "2"]) == 0
     assert capsys.readouterr().out == "wrote samples.png\n"

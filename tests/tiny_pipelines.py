@@ -1,4 +1,4 @@
-"""Pipelines of diffusers with random weights, small enough to be made by a test."""
+"""Pipelines of diffusers with random weights, small enough for tests to build."""
 
 import diffusers
 import tiny_text
@@ -28,7 +28,7 @@ UNET = {
     "cross_attention_dim": 16,
     "sample_size": 16,
 }
-# As the published folders have them: the scheduler of each generation and what it predicts.
+# The scheduler of each generation and its prediction type, from the published folders.
 SD_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PNDM = ("PNDMScheduler", {**SD_SCHEDULE, "skip_prk_steps": True, "steps_offset": 1})
 DDIM_V = (
@@ -56,7 +56,7 @@ def tokenizer(folder, **options):
 
 
 def stable_diffusion(tmp_path, scheduler=PNDM, text=None, unet=None):
-    """diffusers' pipeline for generation 1 or 2, with random weights."""
+    """Return diffusers' pipeline for generation 1 or 2, with random weights."""
     torch.manual_seed(0)
     name, options = scheduler
     return diffusers.StableDiffusionPipeline(
@@ -72,7 +72,7 @@ def stable_diffusion(tmp_path, scheduler=PNDM, text=None, unet=None):
 
 
 def stable_diffusion_xl(tmp_path, **options):
-    """diffusers' pipeline for SDXL, with random weights."""
+    """Return diffusers' pipeline for SDXL, with random weights."""
     torch.manual_seed(1)
     second = {"hidden_size": 12, "hidden_act": "gelu"}
     added = {
@@ -96,7 +96,7 @@ def stable_diffusion_xl(tmp_path, **options):
 
 
 def digits() -> Pipeline:
-    """minidiff's own kind, with random weights: ten classes, blocks of pixels."""
+    """Return a pipeline of minidiff with random weights: ten classes, blocks of pixels."""
     torch.manual_seed(0)
     unet = UNet(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8),

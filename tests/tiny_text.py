@@ -1,4 +1,4 @@
-"""A tokenizer and a text encoder of CLIP's kind, small enough to be made by a test."""
+"""A tokenizer and a text encoder like CLIP's, small enough for tests to build."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ WORDS = ("cat", "dog")  # each one token; every other text is encoded byte by by
 
 
 def _byte_names() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2)."""
+    """Return the printable character of each byte in a byte-level vocabulary (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def _merges() -> list[tuple[str, str]]:
-    """What joins the letters of WORDS, the last of them with the mark that ends a word."""
+    """Return the merges of the letters of WORDS, the last one with the mark that ends a word."""
     merges = []
     for word in WORDS:
         letters = [*word[:-1], f"{word[-1]}</w>"]
@@ -26,7 +26,7 @@ def _merges() -> list[tuple[str, str]]:
 
 
 def _vocabulary() -> list[str]:
-    """CLIP's order: bytes, bytes that end a word, merged pieces, and the two marks."""
+    """Return the vocabulary in CLIP's order: bytes, bytes that end a word, pieces, two marks."""
     names = _byte_names()
     pieces = [first + second for first, second in _merges()]
     return [*names, *(f"{name}</w>" for name in names), *pieces, START, END]
@@ -37,7 +37,7 @@ START_ID, END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 
 
 def write_tokenizer(folder: Path, max_length: int = 12, pad_token: str = END) -> None:
-    """Write the files of a CLIPTokenizer as older versions of transformers do.
+    """Write the files of a CLIPTokenizer like older versions of transformers.
 
     `pad_token` is END in Stable Diffusion 1 and in SDXL's first tokenizer, "!" (number 0) in
     Stable Diffusion 2 and in SDXL's second.
@@ -61,7 +61,7 @@ def write_tokenizer(folder: Path, max_length: int = 12, pad_token: str = END) ->
 
 
 def tiny_text_config(**changes: object) -> dict:
-    """Arguments of transformers' CLIPTextConfig, and of TextEncoder, for that tokenizer."""
+    """Return arguments of transformers' CLIPTextConfig, and of TextEncoder, for that tokenizer."""
     return {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 16,

@@ -1,4 +1,4 @@
-"""Augmentations: each image is moved by what its position in the stream says, and by no more."""
+"""Augmentations: a function of the image's position in the stream."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def photos(n: int = 40, channels: int = 3, height: int = 6, width: int = 7) -> I
 
 
 def candidates(x: torch.Tensor, shift: int, flip: bool, padding: str) -> list[torch.Tensor]:
-    """Every image that x (C, H, W) can become, written with loops."""
+    """Return all augmentations of x (C, H, W), computed with loops."""
     height, width = x.shape[1:]
     result = []
     for mirrored in (False, True) if flip else (False,):
@@ -41,9 +41,7 @@ def candidates(x: torch.Tensor, shift: int, flip: bool, padding: str) -> list[to
 
 @pytest.mark.parametrize("padding", ["background", "reflect"])
 @pytest.mark.parametrize(("shift", "flip"), [(0, True), (1, False), (2, True)])
-def test_every_image_becomes_each_of_its_shifts_and_mirror_images_equally_often(
-    shift, flip, padding
-):
+def test_all_shifts_and_flips_of_an_image_are_equally_frequent(shift, flip, padding):
     held = photos(1)
     plain = held.batch(torch.tensor([0]))[0][0]
     n = 100 * (2 * shift + 1) ** 2 * (1 + flip)
@@ -69,7 +67,7 @@ def test_every_image_becomes_each_of_its_shifts_and_mirror_images_equally_often(
     st.integers(0, 11),
     st.integers(0, 4),
 )
-def test_a_batch_in_parts_or_taken_up_again_is_the_same_batch(seed, position, size, cut, shift):
+def test_a_batch_in_parts_or_resumed_is_the_same_batch(seed, position, size, cut, shift):
     held = augmented(photos(), shift=shift, flip=True, seed=seed)
     index = torch.randint(0, 40, (size,), generator=torch.Generator().manual_seed(seed))
     whole = held.batch(index, position)[0]
@@ -78,7 +76,7 @@ def test_a_batch_in_parts_or_taken_up_again_is_the_same_batch(seed, position, si
     assert torch.equal(whole, torch.cat([first, rest]))
 
 
-def test_another_pass_or_seed_moves_an_image_elsewhere():
+def test_another_pass_or_seed_gives_another_augmentation():
     held = photos()
     index = torch.arange(40)
     one = augmented(held, shift=2, flip=True, seed=1)
@@ -88,7 +86,7 @@ def test_another_pass_or_seed_moves_an_image_elsewhere():
         assert 0.8 < (x != first).flatten(1).any(1).double().mean() < 1.0
 
 
-def test_a_resumed_stream_is_augmented_as_the_whole_one_was():
+def test_a_resumed_stream_is_augmented_like_the_whole_one():
     held = augmented(photos(), shift=1, flip=True)
     stream = data.batches(len(held), 16, seed=3)
     whole = [held.batch(next(stream), 16 * k)[0] for k in range(8)]
@@ -97,7 +95,7 @@ def test_a_resumed_stream_is_augmented_as_the_whole_one_was():
         assert torch.equal(held.batch(next(resumed), 16 * k)[0], whole[k])
 
 
-def test_augmented_data_is_data():
+def test_augmented_data_have_the_interface_of_data():
     held = photos()
     one = augmented(held, flip=True).to("cpu")
     assert (one.name, one.class_names, one.num_classes) == ("photos", ("a", "b"), 2)
@@ -105,13 +103,13 @@ def test_augmented_data_is_data():
     assert augmented(held) is held
 
 
-def test_digits_come_in_at_a_black_border_and_are_never_mirrored():
+def test_digits_get_a_black_border_and_are_never_flipped():
     digits = data.load("digits")
     x = augmented(digits, shift=3).batch(torch.arange(500))[0]
     plain = digits.batch(torch.arange(500))[0]
     assert x.shape == plain.shape
     assert x.min() == -1
-    # moving loses ink at the border and never makes any
+    # A shift loses ink at the border and never adds any.
     assert (x.sum((1, 2, 3)) <= plain.sum((1, 2, 3)) + 1e-3).all()
     for name in ("digits", "mnist", "folder mnist", "captioned digits", "MNIST"):
         named = ImageData(name, digits.images[:1], None, ())
@@ -130,7 +128,7 @@ def test_digits_come_in_at_a_black_border_and_are_never_mirrored():
         ({"shift": 1, "padding": "wrap"}, "padding must be one of background, reflect"),
     ],
 )
-def test_augmentations_that_cannot_be_are_refused(arguments, message):
+def test_bad_augmentations_are_refused(arguments, message):
     with pytest.raises(InvalidArgument, match=message):
         augmented(photos(), **arguments)
 

@@ -1,4 +1,4 @@
-"""CIFAR-10's binary version: what is in a record, and every way a file can be wrong."""
+"""CIFAR-10's binary version: the content of a record, and damaged files."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ RECORDS = 4
 
 @pytest.fixture
 def records(monkeypatch) -> dict[str, np.ndarray]:
-    """Files of a few records each, by name: uint8 (N, 3073)."""
+    """Return files of a few records each, by name: uint8 (N, 3073)."""
     monkeypatch.setattr(cifar10, "RECORDS", RECORDS)
     rng = np.random.default_rng(0)
     made = {name: rng.integers(0, 256, (RECORDS, 3073), dtype=np.uint8) for name in FILES}
@@ -42,14 +42,14 @@ def archived(folder: Path, records: dict[str, np.ndarray]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", ["", "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin"])
+@pytest.mark.parametrize("place", ["", "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_pixels_and_labels_come_from_the_records_in_order(tmp_path, records, way, split):
-    write(tmp_path / way, records)
+def test_pixels_and_labels_come_from_the_records_in_order(tmp_path, records, place, split):
+    write(tmp_path / place, records)
     held = data.load("cifar10", split, data_dir=tmp_path)
     expected = np.concatenate([records[name] for name in cifar10.FILES[split]])
     assert held.labels.tolist() == expected[:, 0].tolist()
-    # byte 1 + 1024·c + 32·y + x of a record is channel c at row y, column x
+    # Byte 1 + 1024·c + 32·y + x of a record is channel c at row y, column x.
     assert held.images[1, 2, 5, 7] == expected[1, 1 + 2 * 1024 + 5 * 32 + 7]
     assert np.array_equal(held.images.numpy().reshape(len(held), -1), expected[:, 1:])
     assert held.class_names[3] == "cat"
@@ -57,7 +57,7 @@ def test_pixels_and_labels_come_from_the_records_in_order(tmp_path, records, way
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_archive_holds_the_same_in_any_order(tmp_path, records, split):
+def test_the_members_of_the_archive_may_have_any_order(tmp_path, records, split):
     plain = data.load("cifar10", split, data_dir=write(tmp_path / "plain", records))
     backwards = dict(reversed(records.items()))
     packed = data.load("cifar10", split, data_dir=archived(tmp_path, backwards))
@@ -67,7 +67,7 @@ def test_the_archive_holds_the_same_in_any_order(tmp_path, records, split):
 
 @pytest.mark.parametrize("how", [write, archived])
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda r: r[:-1], "has 9219 bytes, expected 12292"),  # cut at a record's end
         (lambda r: r.reshape(-1)[:-1], "has 12291 bytes"),
@@ -78,16 +78,16 @@ def test_the_archive_holds_the_same_in_any_order(tmp_path, records, split):
         (None, "no data_batch_3.bin"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, records, how, change, told):
+def test_a_damaged_file_is_named(tmp_path, records, how, change, message):
     if change is None:
         del records["data_batch_3.bin"]
     else:
         records["data_batch_3.bin"] = change(records["data_batch_3.bin"])
-    with pytest.raises(DataError, match=rf"(?s)data_batch_3.*{told}|{told}"):
+    with pytest.raises(DataError, match=rf"(?s)data_batch_3.*{message}|{message}"):
         data.load("cifar10", data_dir=how(tmp_path, records))
 
 
-def test_the_list_of_class_names_may_be_missing_but_not_another(tmp_path, records):
+def test_the_list_of_class_names_may_be_missing_but_not_wrong(tmp_path, records):
     write(tmp_path, records)
     names = tmp_path / cifar10.NAMES_FILE
     names.write_text("\n".join(cifar10.CLASS_NAMES) + "\n\n")
@@ -98,7 +98,7 @@ def test_the_list_of_class_names_may_be_missing_but_not_another(tmp_path, record
             data.load("cifar10", "test", data_dir=tmp_path)
 
 
-def test_a_folder_without_it_is_told_what_was_looked_for(tmp_path):
+def test_the_error_for_a_folder_without_cifar10_names_the_files_expected(tmp_path):
     with pytest.raises(DataError, match=r"data_batch_1\.bin.*cifar-10-binary\.tar\.gz.*--download"):
         data.load("cifar10", data_dir=tmp_path)
     with pytest.raises(DataError, match="no such folder"):
@@ -113,6 +113,6 @@ def test_the_real_images_are_read(tmp_path):
     train, test = data.load("cifar10", data_dir=tmp_path), data.load("cifar10", "test", tmp_path)
     assert train.labels.bincount().tolist() == [5000] * 10
     assert test.labels.bincount().tolist() == [1000] * 10
-    # the published means of the training set, 0.4914, 0.4822, 0.4465, to the error of JPEG
+    # The published means of the training set, 0.4914, 0.4822, 0.4465, up to the error of JPEG.
     mean = train.images.double().mean((0, 2, 3)) / 255
     assert mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.002)

@@ -1,4 +1,4 @@
-"""Data: bytes and floats, the order of training, and every way a file can be wrong."""
+"""Data: bytes and floats, the order of training, and damaged files."""
 
 import gzip
 import struct
@@ -20,7 +20,7 @@ from minidiff.images.pixels import to_float, to_uint8
 from minidiff.lab import render_digits
 
 
-def test_every_byte_survives_the_way_to_floats_and_back():
+def test_every_byte_survives_the_round_trip_through_floats():
     u = torch.arange(256, dtype=torch.uint8)
     x = to_float(u)
     assert x[0] == -1
@@ -88,7 +88,7 @@ def test_the_stream_of_indices_does_not_depend_on_the_batch_size(n, sizes, seed)
 
 @settings(deadline=None)
 @given(n=st.integers(1, 40), batch_size=st.integers(1, 90), start=st.integers(0, 9))
-def test_a_resumed_stream_goes_on_where_it_stopped(n, batch_size, start):
+def test_a_resumed_stream_continues_where_it_stopped(n, batch_size, start):
     endless, resumed = batches(n, batch_size, 5), batches(n, batch_size, 5, start)
     for _ in range(start):
         next(endless)
@@ -106,12 +106,12 @@ def test_epochs_and_seeds_give_different_orders():
 @pytest.mark.parametrize(
     "arguments", [(0, 1, 0), (1, 0, 0), (1, 1, -1), (1, 1, 0, -1), (1, 2.5, 0)]
 )
-def test_batches_refuse_at_the_call_not_at_the_first_batch(arguments):
+def test_bad_arguments_of_batches_are_refused_at_the_call(arguments):
     with pytest.raises(InvalidArgument):
         batches(*arguments)
 
 
-def test_embedded_digits_are_balanced_and_their_splits_share_nothing():
+def test_embedded_digits_are_balanced_and_their_splits_disjoint():
     train, test = data.load("digits"), data.load("digits", "test")
     assert train.labels.bincount().tolist() == [1000] * 10
     assert test.labels.bincount().tolist() == [200] * 10
@@ -123,13 +123,13 @@ def test_embedded_digits_are_balanced_and_their_splits_share_nothing():
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_script_renders_the_embedded_digits_again(split):
+def test_the_script_reproduces_the_embedded_digits(split):
     indices = [0, 1, 17, 998, 1203, 1999]
     again = render_digits.render(indices, 0, split).astype(int)
     assert np.array_equal(again, render_digits.render(indices, 0, split))
     frozen = data.load("digits", split).images[indices, 0].numpy().astype(int) // 17
-    # Bit-equal with the FreeType that made the file. Another one may place an outline a 64th of
-    # a large pixel elsewhere, which moves a mean across a rounding boundary now and then.
+    # Bit-equal with the FreeType version that made the file. Another one may shift an outline by
+    # 1/64 of a large pixel, which sometimes moves a mean across a rounding boundary.
     assert np.abs(again - frozen).max() <= 1
     assert (again != frozen).mean() <= 0.02
 
@@ -275,7 +275,7 @@ def test_image_size_crops_the_centre_and_resizes(tmp_path):
         data.load(tmp_path)
 
 
-def test_transparency_is_black_and_rotated_photographs_stand_up(tmp_path):
+def test_transparency_becomes_black_and_exif_orientation_is_applied(tmp_path):
     _save(tmp_path / "a.png", (200, 100, 50, 0), "RGBA")
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -285,7 +285,7 @@ def test_transparency_is_black_and_rotated_photographs_stand_up(tmp_path):
     assert held.images[0].amax() == 0
 
 
-def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+def test_unreadable_images_are_named(tmp_path, monkeypatch):
     good = _save(tmp_path / "good.png", 1, "L", (64, 64))
     for name, content in (("zero", b""), ("text", b"hello"), ("cut", good.read_bytes()[:50])):
         bad = tmp_path / f"{name}.png"
@@ -324,7 +324,7 @@ def test_folders_without_a_data_set_are_refused(tmp_path):
         ({"name": "digits", "data_dir": "x"}, "data_dir"),
     ],
 )
-def test_arguments_that_no_data_set_uses_are_refused(arguments, message):
+def test_arguments_that_a_data_set_does_not_take_are_refused(arguments, message):
     with pytest.raises(InvalidArgument, match=message):
         data.load(**arguments)
 

@@ -1,4 +1,4 @@
-"""Data sets of torch: one stream of batches for any number of workers; mistakes named by item."""
+"""Data sets of torch: one stream for any number of workers, and errors that name the item."""
 
 import io
 import os
@@ -32,7 +32,7 @@ NAMES = ("a", "b", "c")
 
 
 class Noisy(Dataset):
-    """Draws from every global generator there is."""
+    """A data set that draws from all global generators."""
 
     classes = NAMES
 
@@ -45,7 +45,7 @@ class Noisy(Dataset):
 
 
 class Listed(Dataset):
-    """Items from a list; a call for an exception, and for the end of the process."""
+    """A data set of listed items; functions are called, to raise or to end the process."""
 
     def __init__(self, items: list) -> None:
         self.items = items
@@ -84,13 +84,13 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_position():
     assert not torch.equal(stream(noisy(0, seed=6), 7, 1)[0][0], expected[0][0])
 
 
-def test_workers_are_at_the_next_batch_already_also_where_processes_share_one():
+def test_workers_build_the_next_batch_ahead_also_if_processes_share_it():
     held, order = noisy(2), data.batches(N, 4, 5)
     first, second = next(order), next(order)
     held.batch(first, 0)
     assert held._ahead.guess[0] == (tuple(second.tolist()), 4)
     held.batch(second, 4)
-    # two ranks, each with half of every batch of 8: positions 12, 20, 28 for the second one
+    # Two ranks, each with half of every batch of 8: positions 12, 20, 28 for the second one.
     held = noisy(2)
     order = data.batches(N, 8, 5)
     halves = [next(order)[4:] for _ in range(3)]
@@ -103,7 +103,7 @@ def test_workers_are_at_the_next_batch_already_also_where_processes_share_one():
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, N - 1), min_size=1, max_size=9), st.integers(0, 10**9))
-def test_an_item_depends_on_its_position_and_the_callers_generators_stay(numbers, position):
+def test_an_item_depends_on_its_position_and_the_callers_generators_are_restored(numbers, position):
     held = noisy(0)
     random.seed(1), torch.manual_seed(1), np.random.seed(1)  # noqa: NPY002
     expected = random.random(), torch.rand(1), np.random.rand()  # noqa: NPY002
@@ -135,7 +135,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_form_of_an_image_means_the_same(form, workers):
+def test_all_forms_of_an_image_give_the_same_item(form, workers):
     dataset, options = FORMS[form]
     held = from_dataset(dataset, "mine", workers=workers, **options)
     assert (len(held), held.shape, held.num_classes, held.name) == (N, (3, 4, 5), 3, "mine")
@@ -148,21 +148,21 @@ def test_every_form_of_an_image_means_the_same(form, workers):
     assert labels.tolist() == LABELS[index].tolist()
 
 
-def test_grey_images_without_labels_may_leave_out_the_channel():
+def test_grey_images_without_labels_need_no_channel_axis():
     for dataset in (TensorDataset(BYTES[:, 0]), Listed([image[0].numpy() for image in BYTES])):
         x, labels = from_dataset(dataset).batch(torch.tensor([1, 2]))
         assert labels is None
         assert torch.equal(x, BYTES[1:3, :1] / 127.5 - 1)
 
 
-def test_floats_may_be_narrow():
+def test_floats_may_have_16_bits():
     half = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
     for dtype in (torch.bfloat16, torch.float16):
         held = from_dataset(TensorDataset(half.to(dtype)), value_range=(0, 1))
         assert held.batch(torch.arange(3))[0].flatten().tolist() == [-1, 0, 1]
 
 
-def test_wrapped_data_are_augmented_like_others():
+def test_wrapped_data_can_be_augmented():
     held = augmented(noisy(2), flip=True, shift=1)
     x, _ = held.batch(torch.arange(6), 11)
     plain = augmented(noisy(0), flip=True, shift=1).batch(torch.arange(6), 11)[0]
@@ -174,7 +174,7 @@ def fail() -> None:
 
 
 def cut_short() -> Image.Image:
-    """An image of which Pillow has seen the header and no more."""
+    """Return a truncated image; Pillow has read only its header."""
     file = io.BytesIO()
     Image.fromarray(AS_ARRAY[0]).save(file, "BMP")
     return Image.open(io.BytesIO(file.getvalue()[:-20]))
@@ -203,17 +203,17 @@ BAD = {
     [*((0, mistake) for mistake in BAD), (1, "a batch"), (2, "an exception")],
 )
 def test_a_mistake_is_named_by_its_item(workers, mistake):
-    item, told = BAD[mistake]
+    item, message = BAD[mistake]
     held = from_dataset(Listed([GOOD, GOOD, item]), "mine", workers=workers)
     assert held.batch(torch.tensor([0, 1]))[0].shape == (2, 3, 4, 5)
-    with pytest.raises(DataError, match=f"mine: item 2 {told}"):
+    with pytest.raises(DataError, match=f"mine: item 2 {message}"):
         held.batch(torch.tensor([0, 2]), 1)
     with pytest.raises((DataError, InvalidArgument), match=r"item 0|class_names"):
         from_dataset(Listed([item, GOOD]), "mine").batch(torch.tensor([1]))
 
 
 @pytest.mark.parametrize("value", [1.001, -0.001, float("nan"), float("inf")])
-def test_a_value_outside_of_the_declared_range_is_named_by_its_item(value):
+def test_a_value_outside_the_declared_range_is_named_by_its_item(value):
     images = torch.rand(3, 1, 2, 2)
     images[2, 0, 1, 1] = value
     held = from_dataset(TensorDataset(images), value_range=(0, 1))
@@ -225,7 +225,7 @@ def test_a_value_outside_of_the_declared_range_is_named_by_its_item(value):
 
 
 @pytest.mark.parametrize("label", [3, -1, 1.0, True, "a", torch.tensor([1, 2])])
-def test_a_label_that_is_no_class_is_named_by_its_item(label):
+def test_a_label_out_of_range_is_named_by_its_item(label):
     held = from_dataset(Listed([(GOOD, 0), (GOOD, label)]), class_names=NAMES)
     with pytest.raises(DataError, match=r"item 1.*label must be"):
         held.batch(torch.tensor([1]))
@@ -234,7 +234,7 @@ def test_a_label_that_is_no_class_is_named_by_its_item(label):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "options", "told"),
+    ("dataset", "options", "message"),
     [
         (iter([GOOD]), {}, "dataset must be of the map style"),
         (Listed([]), {}, "len.. of at least 1"),
@@ -247,8 +247,8 @@ def test_a_label_that_is_no_class_is_named_by_its_item(label):
         (Listed([GOOD]), {"value_range": 255}, "value_range must be a list or a tuple"),
     ],
 )
-def test_what_cannot_be_wrapped_is_refused(dataset, options, told):
-    with pytest.raises(InvalidArgument, match=told):
+def test_unsuitable_data_sets_are_refused(dataset, options, message):
+    with pytest.raises(InvalidArgument, match=message):
         from_dataset(dataset, **options)
 
 
@@ -256,7 +256,7 @@ def end() -> None:
     os._exit(1)
 
 
-def test_a_worker_that_dies_is_told_of():
+def test_the_death_of_a_worker_is_reported():
     held = from_dataset(Listed([GOOD, end]), workers=1)
     with pytest.raises(DataError, match="a worker that builds items died"):
         held.batch(torch.tensor([1]))
@@ -275,7 +275,7 @@ time.sleep(60)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_workers_end_with_a_process_that_is_killed():
+def test_workers_exit_when_their_parent_is_killed():
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         workers = [int(number) for number in parent.stdout.readline().split()]

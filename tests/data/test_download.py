@@ -1,4 +1,4 @@
-"""Downloads, against servers on this machine that do everything wrong, and archives that attack."""
+"""Downloads from faulty servers on this machine, and malicious archives."""
 
 import gzip
 import hashlib
@@ -26,7 +26,7 @@ ETAG = '"one"'
 
 
 class Server:
-    """Answers the k-th request by the k-th act, and every further one by the last."""
+    """A server that answers the k-th request by the k-th act, and further ones by the last."""
 
     def __init__(self) -> None:
         self.acts: list[Callable] = [whole]
@@ -51,8 +51,8 @@ class Server:
         return f"http://127.0.0.1:{self.http.server_port}/file.bin"
 
     @property
-    def asked(self) -> list[str | None]:
-        """The Range of every request so far."""
+    def ranges(self) -> list[str | None]:
+        """Ranges of the requests so far."""
         return [headers.get("Range") for _, headers in self.requests]
 
 
@@ -69,12 +69,12 @@ def whole(handler: BaseHTTPRequestHandler) -> None:
 
 
 def half(handler: BaseHTTPRequestHandler) -> None:
-    """Announces everything and hangs up in the middle."""
+    """Announce the whole file and hang up in the middle."""
     send(handler, 200, {"Content-Length": len(CONTENT), "ETag": ETAG}, CONTENT[:HALF])
 
 
 def rest(handler: BaseHTTPRequestHandler) -> None:
-    """What was asked for, as servers do that know ranges."""
+    """Send the requested range."""
     begin = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
     span = f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}"
     send(handler, 206, {"Content-Range": span, "ETag": ETAG}, CONTENT[begin:])
@@ -93,7 +93,7 @@ def corrupt(handler: BaseHTTPRequestHandler) -> None:
 
 
 def endless(handler: BaseHTTPRequestHandler) -> None:
-    """No length, and no end."""
+    """Send an endless body without a length."""
     send(handler, 200, {})
     try:
         while True:
@@ -139,33 +139,31 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_fetched_and_nothing_else_is_left(tmp_path, server):
+def test_a_file_is_fetched_and_nothing_else_remains(tmp_path, server):
     assert get(tmp_path, server.url) == CONTENT
     assert names(tmp_path) == ["file.bin"]
-    assert server.asked == [None]
+    assert server.ranges == [None]
 
 
-def test_a_transfer_that_breaks_off_goes_on_where_it_stopped(tmp_path, server):
+def test_an_interrupted_transfer_is_resumed(tmp_path, server):
     server.acts = [half, rest]
     assert get(tmp_path, server.url) == CONTENT
-    assert server.asked == [None, f"bytes={HALF}-"]
+    assert server.ranges == [None, f"bytes={HALF}-"]
     assert server.requests[1][1]["If-Range"] == ETAG
     assert names(tmp_path) == ["file.bin"]
 
 
-def test_a_later_call_goes_on_where_an_earlier_one_stopped(tmp_path, server):
+def test_a_later_call_resumes_an_earlier_one(tmp_path, server):
     server.acts = [half, rest]
     with pytest.raises(DataError, match=rf"broke off after {HALF} of {len(CONTENT)}"):
         get(tmp_path, server.url, attempts=1)
     assert names(tmp_path) == ["file.bin.part", "file.bin.part.json"]
     assert get(tmp_path, server.url) == CONTENT
-    assert server.asked == [None, f"bytes={HALF}-"]
+    assert server.ranges == [None, f"bytes={HALF}-"]
 
 
 @pytest.mark.parametrize("again", [whole, status(416), corrupt])
-def test_a_server_that_ignores_ranges_or_has_another_file_now_is_asked_for_all(
-    tmp_path, server, again
-):
+def test_the_whole_file_is_fetched_if_ranges_are_ignored_or_it_has_changed(tmp_path, server, again):
     server.acts = [half, again, whole]
     assert get(tmp_path, server.url) == CONTENT
 
@@ -173,16 +171,16 @@ def test_a_server_that_ignores_ranges_or_has_another_file_now_is_asked_for_all(
 @pytest.mark.parametrize(
     "span", [f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}", f"bytes {HALF}-9/999999", "bytes", ""]
 )
-def test_a_part_that_was_not_asked_for_is_not_appended(tmp_path, server, span):
+def test_a_range_that_was_not_requested_is_not_appended(tmp_path, server, span):
     def wrong(handler: BaseHTTPRequestHandler) -> None:
         send(handler, 206, {"Content-Range": span} if span else {}, CONTENT)
 
     server.acts = [half, wrong, rest]
     assert get(tmp_path, server.url) == CONTENT
-    assert server.asked == [None, f"bytes={HALF}-", f"bytes={HALF}-"]
+    assert server.ranges == [None, f"bytes={HALF}-", f"bytes={HALF}-"]
 
 
-def test_a_part_of_another_origin_is_noticed_and_thrown_away(tmp_path, server):
+def test_a_part_of_another_file_is_detected_and_deleted(tmp_path, server):
     (tmp_path / "file.bin.part").write_bytes(b"x" * HALF)
     server.acts = [rest, whole]
     assert get(tmp_path, server.url) == CONTENT
@@ -192,23 +190,23 @@ def test_a_part_of_another_origin_is_noticed_and_thrown_away(tmp_path, server):
     assert get(tmp_path, server.url) == CONTENT
 
 
-def test_a_part_that_is_whole_already_needs_no_server(tmp_path):
+def test_a_complete_part_needs_no_server(tmp_path):
     (tmp_path / "file.bin.part").write_bytes(CONTENT)
     assert get(tmp_path, "http://127.0.0.1:9/file.bin") == CONTENT
 
 
-def test_the_next_mirror_goes_on_with_what_the_first_one_sent(tmp_path, server):
+def test_the_next_mirror_continues_the_transfer_of_the_first(tmp_path, server):
     other = Server()
     server.acts, other.acts = [half], [rest]
     assert get(tmp_path, server.url, other.url) == CONTENT
-    assert other.asked == [f"bytes={HALF}-"]
+    assert other.ranges == [f"bytes={HALF}-"]
     assert "If-Range" not in other.requests[0][1]  # the mark of another server
     other.http.shutdown()
     other.http.server_close()
 
 
 @pytest.mark.parametrize(
-    ("act", "asked", "told"),
+    ("act", "requests", "message"),
     [
         (status(404), 1, "HTTP status 404"),
         (status(403), 1, "HTTP status 403"),
@@ -232,13 +230,13 @@ def test_the_next_mirror_goes_on_with_what_the_first_one_sent(tmp_path, server):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_server_that_never_has_it_leaves_an_error_with_everything_to_do_it_by_hand(
-    tmp_path, server, act, asked, told
+def test_the_error_without_a_mirror_has_all_that_a_manual_download_needs(
+    tmp_path, server, act, requests, message
 ):
     server.acts = [act]
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         get(tmp_path, server.url)
-    assert len(server.requests) == asked
+    assert len(server.requests) == requests
     source, message = source_at(server.url), str(caught.value)
     assert f"({source.size} bytes, SHA-256 {source.sha256})" in message
     assert message.count(server.url) == 2
@@ -246,16 +244,16 @@ def test_a_server_that_never_has_it_leaves_an_error_with_everything_to_do_it_by_
     assert not (tmp_path / "file.bin").exists()
 
 
-def test_redirections_are_followed_with_the_range_that_was_asked_for(tmp_path, server):
+def test_redirections_are_followed_with_the_requested_range(tmp_path, server):
     server.acts = [half, redirect("elsewhere/file.bin"), redirect(server.url), rest]
     assert get(tmp_path, server.url) == CONTENT
     assert [path for path, _ in server.requests[1:]] == [
         "/file.bin", "/elsewhere/file.bin", "/file.bin"
     ]  # fmt: skip
-    assert server.asked[1:] == [f"bytes={HALF}-"] * 3
+    assert server.ranges[1:] == [f"bytes={HALF}-"] * 3
 
 
-def test_without_a_network_the_error_comes_at_once(tmp_path, monkeypatch):
+def test_without_a_network_the_error_is_immediate(tmp_path, monkeypatch):
     def nowhere(*_: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -267,7 +265,7 @@ def test_without_a_network_the_error_comes_at_once(tmp_path, monkeypatch):
     assert time.monotonic() - begin < 5
 
 
-def test_a_folder_that_cannot_be_written_is_no_mirrors_fault(tmp_path, server):
+def test_a_folder_that_cannot_be_written_is_not_blamed_on_a_mirror(tmp_path, server):
     (tmp_path / "file.bin.part").mkdir()
     with pytest.raises((DataError, CheckpointError), match=r"file\.bin\.part"):
         get(tmp_path, server.url)
@@ -282,14 +280,14 @@ def test_a_folder_that_cannot_be_written_is_no_mirrors_fault(tmp_path, server):
 
 
 def sparse(name: str, size: int) -> tuple[tarfile.TarInfo, bytes]:
-    """A file of one byte and a hole."""
+    """Write a sparse file of one byte."""
     info = tarfile.TarInfo(name)
     info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(size)}
     return info, b"x"
 
 
 def packed(path: Path, *entries: tuple[tarfile.TarInfo | str, bytes]) -> Path:
-    """A .tar.gz of these members, their names unchecked."""
+    """Write a .tar.gz of these members with their names unchecked."""
     with tarfile.open(path, "w:gz") as tar:
         for info, content in entries:
             if isinstance(info, str):
@@ -340,7 +338,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_an_archive_that_attacks_is_refused_and_leaves_nothing(tmp_path, attack):
+def test_a_malicious_archive_is_refused_and_leaves_nothing(tmp_path, attack):
     file = packed(tmp_path / "a.tar.gz", ("top/first", b"1"), ATTACKS[attack])
     with pytest.raises((DataError, CheckpointError), match=r"a\.tar\.gz|top"):
         archive.unpack(file, tmp_path / "out", "top", 500_000)
@@ -370,7 +368,7 @@ def test_a_damaged_archive_is_named(tmp_path, damage):
 
 @pytest.fixture
 def published(server, monkeypatch) -> dict[str, bytes]:
-    """A server of small files in place of the published ones; what it has, by name."""
+    """Serve small files instead of the published ones; return their contents by name."""
     idx = {
         3: b"\0\0\x08\3\0\0\0\2\0\0\0\x1c\0\0\0\x1c" + bytes(2 * 784),
         1: b"\0\0\x08\1\0\0\0\2\1\2",
@@ -418,7 +416,7 @@ def test_processes_that_share_a_folder_download_once(tmp_path, server, published
     assert len(server.requests) == 4
 
 
-def test_files_zipped_again_or_unpacked_are_not_downloaded_and_other_files_are_kept(
+def test_recompressed_or_unpacked_files_are_accepted_and_other_files_kept(
     tmp_path, server, published
 ):
     first, second, third, fourth = published
@@ -436,7 +434,7 @@ def test_files_zipped_again_or_unpacked_are_not_downloaded_and_other_files_are_k
 
 @pytest.fixture
 def small_cifar10(server, monkeypatch, tmp_path) -> bytes:
-    """The archive that the server has, of two records a file."""
+    """Serve an archive of two records per file, and return its bytes."""
     monkeypatch.setattr(cifar10, "RECORDS", 2)
     record = bytes([3]) + bytes(3072)
     entries = [(f"{cifar10.FOLDER}/{name}", record * 2)
@@ -459,7 +457,7 @@ def test_cifar10_is_downloaded_unpacked_and_read(tmp_path, server, small_cifar10
     assert len(server.requests) == 1
 
 
-def test_an_archive_beside_is_read_as_it_is_and_unpacked_rather_than_downloaded(
+def test_an_existing_archive_is_read_and_unpacked_instead_of_downloaded(
     tmp_path, server, small_cifar10
 ):
     folder = tmp_path / "here"
@@ -479,7 +477,7 @@ def test_an_archive_beside_is_read_as_it_is_and_unpacked_rather_than_downloaded(
     assert server.requests == []
 
 
-def test_what_is_written_down_of_the_published_files_is_complete():
+def test_the_table_of_published_files_is_complete():
     sources = [*(file.source for file in download.MNIST), download.CIFAR10]
     for source in sources:
         assert len(bytes.fromhex(source.sha256)) == 32
@@ -487,7 +485,7 @@ def test_what_is_written_down_of_the_published_files_is_complete():
     assert cifar10.MAX_UNPACKED_BYTES > 6 * 30_730_000
 
 
-def test_download_is_for_what_is_published(tmp_path):
+def test_only_published_data_sets_are_downloaded(tmp_path):
     with pytest.raises(InvalidArgument, match="download is for mnist and cifar10"):
         data.load("digits", download=True)
     with pytest.raises(InvalidArgument, match="download is for"):

@@ -1,4 +1,4 @@
-"""Folders of images as people have them: links, palettes, animations, and files that lie."""
+"""Folders of images: links, palettes, animations, and files with wrong names."""
 
 import os
 import struct
@@ -23,7 +23,7 @@ def save(path: Path, colour, mode: str = "RGB", size=(6, 4), **options) -> Path:
     return path
 
 
-def test_links_are_followed_and_keep_their_place_in_the_order(tmp_path):
+def test_links_are_followed_and_sorted_by_their_names(tmp_path):
     save(tmp_path / "elsewhere" / "deep" / "x.png", 30, "L")
     save(tmp_path / "photos" / "a" / "z.png", 10, "L")
     (tmp_path / "photos" / "a" / "b").symlink_to(tmp_path / "elsewhere")
@@ -34,7 +34,7 @@ def test_links_are_followed_and_keep_their_place_in_the_order(tmp_path):
     assert held.images[:, 0, 0, 0].tolist() == [30, 10, 10, 30]  # a/b/deep/x, a/c, a/z, d/deep/x
 
 
-def test_a_link_that_leads_nowhere_or_back_is_named(tmp_path):
+def test_a_broken_or_circular_link_is_named(tmp_path):
     save(tmp_path / "a" / "1.png", 10, "L")
     (tmp_path / "a" / "2.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(DataError, match=r"2\.png: a link to nothing"):
@@ -47,7 +47,7 @@ def test_a_link_that_leads_nowhere_or_back_is_named(tmp_path):
         data.load(tmp_path)
 
 
-def test_no_image_is_passed_over_in_silence(tmp_path):
+def test_no_image_is_ignored_silently(tmp_path):
     save(tmp_path / "1.png", 10, "L")
     (tmp_path / "notes.txt").write_text("these are passed over")
     (tmp_path / ".thumbnail.png").write_text("and these")
@@ -63,7 +63,7 @@ def test_no_image_is_passed_over_in_silence(tmp_path):
 
 @pytest.mark.parametrize("name", ["1.png", "1.jpg", "1.jfif", "1.bmp", "1.webp", "1.gif", "1.tiff",
                                   "1.ppm", "1.pnm"])  # fmt: skip
-def test_every_kind_of_file_is_read(tmp_path, name):
+def test_every_supported_format_is_read(tmp_path, name):
     options = {"format": "JPEG"} if name == "1.jfif" else {}
     options |= {"format": "PPM"} if name == "1.pnm" else {}
     save(tmp_path / name, (200, 100, 0), **options)
@@ -71,7 +71,7 @@ def test_every_kind_of_file_is_read(tmp_path, name):
     assert (pixel - torch.tensor([200, 100, 0])).abs().max() <= 4  # JPEG is lossy
 
 
-def test_palettes_give_their_colours_and_animations_their_first_frame(tmp_path):
+def test_palettes_become_colours_and_animations_their_first_frame(tmp_path):
     palette = Image.new("P", (6, 4), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.save(tmp_path / "1.png")
@@ -88,7 +88,7 @@ def test_palettes_give_their_colours_and_animations_their_first_frame(tmp_path):
 
 
 def _deep_png(colour_type: int, channels: int) -> bytes:
-    """A 6×4 PNG of 16 bits a channel, which Pillow cannot write in colour."""
+    """Return a 6×4 PNG of 16 bits per channel, which Pillow cannot write in colour."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(
@@ -102,13 +102,13 @@ def _deep_png(colour_type: int, channels: int) -> bytes:
 
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (6, 4)])
-def test_pixels_of_16_bits_are_refused_and_not_cut(tmp_path, colour_type, channels):
+def test_16_bit_pixels_are_refused_and_not_truncated(tmp_path, colour_type, channels):
     (tmp_path / "deep.png").write_bytes(_deep_png(colour_type, channels))
     with pytest.raises(DataError, match=r"deep\.png.*expected 8 bits"):
         data.load(tmp_path)
 
 
-def test_a_file_is_what_its_bytes_say_and_never_a_program(tmp_path):
+def test_the_format_is_that_of_the_bytes_and_no_program_is_run(tmp_path):
     save(tmp_path / "a.png", (9, 9, 9), format="BMP")
     assert data.load(tmp_path).images[0, :, 0, 0].tolist() == [9, 9, 9]
     (tmp_path / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\nshowpage\n")
@@ -127,7 +127,7 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path):
         data.load(tmp_path, image_size=8)
 
 
-def test_two_classes_of_one_name_in_two_spellings_are_refused(tmp_path):
+def test_two_unicode_spellings_of_one_class_name_are_refused(tmp_path):
     for form in ("NFC", "NFD"):
         save(tmp_path / unicodedata.normalize(form, "café") / "1.png", 1, "L")
     if len(list(tmp_path.iterdir())) == 2:  # not on file systems that see one name
@@ -143,7 +143,7 @@ def test_the_same_file_names_in_two_classes_are_two_images(tmp_path):
 
 
 def outcome(folder: Path) -> str | tuple[int, ...]:
-    """The error's message, or the shape of the images."""
+    """Return the error's message, or the shape of the images."""
     try:
         return tuple(data.load(folder, image_size=8).images.shape)
     except DataError as error:
@@ -159,9 +159,7 @@ def outcome(folder: Path) -> str | tuple[int, ...]:
     change=st.binary(min_size=0, max_size=8),
     cut=st.booleans(),
 )
-def test_damage_anywhere_is_named_or_gives_an_image_of_the_right_shape(
-    tmp_path, kind, place, change, cut
-):
+def test_a_damaged_image_is_named_or_has_the_right_shape(tmp_path, kind, place, change, cut):
     folder = tmp_path / "damaged"
     path = folder / f"x.{kind}"
     folder.mkdir(exist_ok=True)

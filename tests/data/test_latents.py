@@ -1,4 +1,4 @@
-"""Latents in place of images: what is cached and drawn, and a model that is trained on them."""
+"""Latents instead of images: caching, sampling, and a model trained on them."""
 
 import math
 import shutil
@@ -50,7 +50,7 @@ def test_the_numbers_are_standard_normal_and_independent():
     assert float(x.mean()) == pytest.approx(0, abs=4 / x.numel() ** 0.5)
     assert float(x.var()) == pytest.approx(1, abs=4 * (2 / x.numel()) ** 0.5)
     assert float((x**4).mean()) == pytest.approx(3, abs=4 * (96 / x.numel()) ** 0.5)
-    # the largest distance to the normal distribution, 1.95/√n at the level of 0.1 %
+    # Kolmogorov–Smirnov distance to the normal distribution, 1.95/√n at the level of 0.1 %.
     order = x.flatten().sort().values
     normal = 0.5 * (1 + torch.erf(order / math.sqrt(2)))
     steps = torch.arange(1, len(order) + 1) / len(order)
@@ -75,7 +75,7 @@ def test_a_number_depends_on_the_seed_and_the_position_alone():
     {"scaling_factor": 0.5, "shift_factor": 0.3},
     {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
 ])  # fmt: skip
-def test_an_item_is_a_scaled_sample_of_what_the_encoder_says(scales):
+def test_an_item_is_a_scaled_sample_of_the_encoders_distribution(scales):
     vae, images = untrained(**scales), pictures(300)
     data = LatentData(vae, images, seed=5)
     index = torch.tensor([299, 3, 3])
@@ -135,13 +135,13 @@ def test_images_that_the_autoencoder_cannot_take_are_refused(images, vae, messag
         ({"block": 1, "flip": True}, "flip must be False for latents of a vae, got True"),
     ],
 )
-def test_what_moves_pixels_is_refused_for_latents(options, message):
+def test_augmentations_are_refused_for_latents(options, message):
     data = LatentData(untrained(), pictures(4))
     with pytest.raises(InvalidArgument, match=message):
         check(TrainConfig(steps=1, **options), data)
 
 
-def test_pictures_that_are_made_as_they_are_asked_for_are_refused():
+def test_images_that_are_not_stored_are_refused():
     with pytest.raises(InvalidArgument, match="data must be stored images to be encoded, captions"):
         LatentData(untrained(3), load("captions"))
 
@@ -150,7 +150,7 @@ def test_pictures_that_are_made_as_they_are_asked_for_are_refused():
 
 
 def test_the_network_works_on_latents_alone_and_the_pipeline_decodes(monkeypatch):
-    """So a step costs what a step on fewer positions costs, and the decoder runs once an image."""
+    """A step costs as much as on a smaller image, and the decoder runs once per image."""
     from minidiff.nn import UNet
 
     shapes, decoded = set(), []
@@ -174,7 +174,7 @@ def test_the_network_works_on_latents_alone_and_the_pipeline_decodes(monkeypatch
     assert pipe.image_shape == (1, 8, 8)
 
 
-def test_the_measured_spread_of_edm_is_that_of_the_latents():
+def test_edms_sigma_data_is_measured_on_the_latents():
     from minidiff.training.build import resolve
 
     data = LatentData(untrained(scaling_factor=2.0), pictures(50))
@@ -183,7 +183,7 @@ def test_the_measured_spread_of_edm_is_that_of_the_latents():
     assert config.sigma_data == pytest.approx(float(z.std()), rel=1e-3)
 
 
-def test_a_step_draws_other_latents_of_an_image_than_the_step_before(monkeypatch):
+def test_each_step_samples_other_latents_of_an_image(monkeypatch):
     seen = []
     batch = LatentData.batch
     monkeypatch.setattr(
@@ -196,7 +196,7 @@ def test_a_step_draws_other_latents_of_an_image_than_the_step_before(monkeypatch
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Forty pictures in two classes: four are held out."""
+    """Write forty images in two classes; four are held out."""
     folder, bytes_ = tmp_path_factory.mktemp("data") / "photos", np.random.default_rng(0)
     for i in range(40):
         path = folder / "ab"[i % 2] / f"{i:02}.png"
@@ -207,7 +207,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latent_run(photos, tmp_path_factory):
-    """Both runs by the command line: an autoencoder of photos, and a model of its latents."""
+    """Train an autoencoder of photos and a model of its latents on the command line."""
     folder = tmp_path_factory.mktemp("runs")
     shared = ["--data", str(photos), "--batch-size", "8", "--dtype", "float32", "--channels", "8,8"]
     vae = [*shared, "--discriminator-channels", "8", "--steps", "4", "--out", str(folder / "vae")]
@@ -236,7 +236,7 @@ def test_a_folder_of_photos_becomes_a_pipeline_with_a_vae(latent_run, tmp_path):
     assert np.array_equal(first, second)
 
 
-def test_a_run_on_latents_goes_on_as_if_it_had_not_stopped(latent_run, tmp_path):
+def test_a_resumed_run_on_latents_equals_an_uninterrupted_one(latent_run, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(latent_run, cut)
     shutil.rmtree(cut / diffusion.MODEL)
@@ -252,7 +252,7 @@ def test_a_run_on_latents_goes_on_as_if_it_had_not_stopped(latent_run, tmp_path)
 
 
 @pytest.mark.slow
-def test_evaluate_takes_a_latent_model_as_any_other(tmp_path, capsys):
+def test_evaluate_accepts_a_latent_model(tmp_path, capsys):
     data = LatentData(untrained(scaling_factor=1.0), load("digits"))
     diffusion.train_into(tmp_path / "run", TrainConfig(steps=1, **{**TINY, "pictures": 0}), data)
     assert main(["evaluate", str(tmp_path / "run"), "--num", "192", "--steps", "1", "--seeds", "1",

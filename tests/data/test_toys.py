@@ -1,4 +1,4 @@
-"""Toys: where the points lie, that they come again, and that a small network learns them."""
+"""Toys: the distribution of points, their reproducibility, and a small network that learns them."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_a_toy_is_centred_and_of_unit_size_and_its_classes_are_equally_frequent(
 
 
 @pytest.mark.parametrize("name", toys.NAMES)
-def test_a_point_depends_on_seed_and_number_alone_and_goes_on_without_end(name):
+def test_a_point_depends_on_seed_and_index_alone_without_limit(name):
     whole = toys.load(name, count=50, seed=3)
     part = toys.load(name, count=20, seed=3, start=30)
     assert torch.equal(whole.points[30:], part.points)
@@ -48,7 +48,7 @@ def test_a_point_depends_on_seed_and_number_alone_and_goes_on_without_end(name):
         assert (whole.points[:, None] - other.points).abs().amax(2).min() > 0  # no point shared
 
 
-def test_each_shape_is_its_own():
+def test_the_shapes_differ():
     def raw(name):  # in the units of the shape
         held, toy = toys.load(name, count=20_000), toys._TOYS[name]
         return held.points.numpy() * math.sqrt(toy.square) + toy.centre, held.labels
@@ -78,7 +78,7 @@ def test_each_shape_is_its_own():
 
 
 @pytest.mark.parametrize("name", ["ring", "grid"])
-def test_mixtures_are_drawn_from_the_exact_one(name):
+def test_mixtures_have_the_exact_distribution(name):
     held, exact = toys.load(name, count=40_000), toys.mixture(name)
     assert torch.allclose(
         (exact.weights @ exact.means.square()).mean() + 0.01, torch.ones(1).double()
@@ -108,7 +108,7 @@ def test_arguments_of_toys_are_checked(arguments, message):
         toys.load(**arguments)
 
 
-def test_what_no_toy_needs_is_refused():
+def test_options_that_toys_do_not_take_are_refused():
     with pytest.raises(InvalidArgument, match="mixture must be one of ring, grid"):
         toys.mixture("moons")
     with pytest.raises(InvalidArgument, match="data_dir is for"):
@@ -132,7 +132,7 @@ def test_points_and_labels_that_do_not_fit_are_refused(points, labels, names):
         PointData("wrong", points, labels, names)
 
 
-def test_points_are_data_as_images_are():
+def test_points_are_data_like_images():
     held = PointData("two", torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([0, 1]), ("a", "b"))
     x, labels = held.to("cpu").batch(torch.tensor([1, 1, 0]), 7)
     assert x.tolist() == [[3, 4], [3, 4], [1, 2]]
@@ -145,7 +145,7 @@ def test_points_are_data_as_images_are():
 
 @settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**63), st.integers(0, 40), st.integers(1, 40))
-def test_random_words_are_found_at_any_position(seed, position, skip, count):
+def test_random_words_depend_on_the_position_alone(seed, position, skip, count):
     purpose = protocol.Purpose.ITEM
     longer = protocol.random_words(seed, purpose, position, skip + count)
     assert np.array_equal(
@@ -163,7 +163,7 @@ SCHEDULER = DPMSolverMultistepScheduler(
 
 
 def excess_loss(network, name: str) -> float:
-    """How much worse than the best possible network: E‖f − f*‖², f* the exact one's output."""
+    """Return the excess loss over the best possible network f*: E‖f − f*‖²."""
     held, exact = toys.load(name, "test", count=2_000), toys.mixture(name)
     generator, total = torch.Generator().manual_seed(0), 0.0
     for t in range(50, 1000, 100):
@@ -209,7 +209,7 @@ def sampled(denoise, count: int) -> torch.Tensor:
         return [step.next_x for step in trajectory(denoise, SCHEDULER, x)][-1]
 
 
-def test_a_small_network_learns_a_mixture_close_to_the_best_there_is():
+def test_a_small_network_learns_a_mixture_almost_exactly():
     network = trained("ring", labelled=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -223,16 +223,16 @@ def test_a_small_network_learns_a_mixture_close_to_the_best_there_is():
     assert (nearest.bincount(minlength=8) / 500 - 1).abs().max() < 0.35
 
 
-def test_the_same_network_learns_classes_and_takes_guidance():
+def test_a_small_network_learns_classes_and_takes_guidance():
     network = trained("ring", labelled=True)
     label = torch.arange(8).repeat_interleave(100)
-    told = {"class_labels": label}, {"class_labels": torch.full_like(label, 8)}
-    points = sampled(classifier_free(network, *told, 1.5), 800).double()
+    conditions = {"class_labels": label}, {"class_labels": torch.full_like(label, 8)}
+    points = sampled(classifier_free(network, *conditions, 1.5), 800).double()
     nearest = (points[:, None] - toys.mixture("ring").means).norm(dim=2).argmin(1)
     assert (nearest == label).double().mean() > 0.95
 
 
-def test_a_network_of_points_is_saved_and_read_as_the_others_are(tmp_path):
+def test_a_network_of_points_is_saved_and_read_like_others(tmp_path):
     network = MLP(in_channels=3, hidden_channels=16, num_layers=1, num_class_embeds=4).eval()
     network.save_pretrained(tmp_path / "mlp")
     again = MLP.from_pretrained(tmp_path / "mlp")
@@ -259,6 +259,6 @@ def test_a_network_of_points_is_saved_and_read_as_the_others_are(tmp_path):
         (lambda: MLP(num_class_embeds=2)(torch.zeros(2, 2), 0), "class_labels must be a tensor"),
     ],
 )
-def test_what_a_network_of_points_cannot_use_is_refused(call, message):
+def test_bad_input_of_a_network_of_points_is_refused(call, message):
     with pytest.raises(InvalidArgument, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Which of torch's kernels attention is computed by."""
+"""The choice of torch's attention kernels."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ def allowed() -> set[SDPBackend]:
         ({SDPBackend.CUDNN_ATTENTION}, {SDPBackend.CUDNN_ATTENTION}),  # there is no other
     ],
 )
-def test_cudnn_s_kernel_alone_is_left_out_and_the_caller_s_choice_comes_back(chosen, within):
+def test_only_cudnns_kernel_is_disabled_and_the_callers_choice_is_restored(chosen, within):
     with sdpa_kernel(list(chosen)):
         with without_cudnn():
             assert allowed() == within
         assert allowed() == chosen
 
 
-def test_the_choice_is_no_break_in_a_compiled_graph():
+def test_the_choice_of_kernels_does_not_break_a_compiled_graph():
     def attention(q: torch.Tensor) -> torch.Tensor:
         with without_cudnn():
             return attend(q, q, q, heads=2)

@@ -1,4 +1,4 @@
-"""The VAE: equal to diffusers' AutoencoderKL, whole, in slices and in tiles, and strict."""
+"""The VAE: equal to diffusers' AutoencoderKL, also in slices and tiles, with strict arguments."""
 
 import json
 import math
@@ -30,7 +30,7 @@ SMALL = {
 DOWN = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
-# The configurations of published checkpoints, as facts; what is not named has its default.
+# The configurations of published checkpoints, without options at their default.
 FOUR_LEVELS = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": 4 * ["DownEncoderBlock2D"],
@@ -100,8 +100,8 @@ def check_outputs_and_gradients(config: dict, height: int, width: int, seed: int
     }
     assert ours.config.items() <= dict(theirs.config).items()
     sides = (max(height, ours.divisor), max(width, ours.divisor))  # odd ones too
-    # Now and then a norm sees almost equal values; float32 gradients through it are then off by
-    # 1e-5 in either library, so it is float64 that shows whether they are the same.
+    # If the inputs of a norm are almost equal, float32 gradients through it have errors of 1e-5 in
+    # both libraries, so gradients are compared in float64.
     for dtype, tolerance, of_gradients in (
         (torch.float32, 1e-5, 1e-4),
         (torch.float64, 1e-10, 1e-10),
@@ -131,8 +131,8 @@ def check_outputs_and_gradients(config: dict, height: int, width: int, seed: int
             (out * weight).sum().backward()
         assert distance(*(image.grad for image in images)) < of_gradients
         expected = {name: value.grad for name, value in theirs.named_parameters()}
-        # Some gradients are zero but for rounding (a bias in front of a norm), so the yardstick
-        # is the largest one.
+        # Some gradients are zero up to rounding (a bias before a norm), so errors are relative
+        # to the largest one.
         largest = max(gradient.norm().item() for gradient in expected.values())
         for name, value in ours.named_parameters():
             assert (value.grad - expected[name]).norm().item() < of_gradients * largest, name
@@ -167,7 +167,7 @@ def check_parts(config: dict, height: int, width: int, slicing: bool, seed: int)
     ours, theirs = pair(config, seed)
     assert ours.tile_sample_min_size == theirs.tile_sample_min_size
     assert ours.tile_latent_min_size == theirs.tile_latent_min_size
-    # Multiples of the divisor: diffusers fails where the last tile is too small to be halved.
+    # Multiples of the divisor: diffusers fails if the last tile is too small to be halved.
     sides = (height * ours.divisor, width * ours.divisor)
     x = torch.randn(2, config["in_channels"], *sides, dtype=torch.float64, requires_grad=True)
     for vae in (ours.double(), theirs.double()):
@@ -200,7 +200,7 @@ def test_slices_and_tiles_equal_diffusers_in_300_networks(config, height, width,
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
-def test_tiles_of_a_map_that_looks_at_one_place_change_nothing(overlap):
+def test_tiles_do_not_change_a_pointwise_map(overlap):
     x = torch.randn(2, 3, 37, 23, dtype=torch.float64)
     enlarge = torch.nn.Upsample(scale_factor=2)
     assert distance(tiled(enlarge, 8, 16, overlap)(x), enlarge(x)) < 1e-15
@@ -208,7 +208,7 @@ def test_tiles_of_a_map_that_looks_at_one_place_change_nothing(overlap):
     assert distance(tiled(shrink, 8, 4, overlap)(x), shrink(x)) < 1e-15
 
 
-def test_slices_change_nothing_and_see_one_image_at_a_time():
+def test_slices_are_single_images_and_do_not_change_the_result():
     seen = []
 
     def double(x):
@@ -221,7 +221,7 @@ def test_slices_change_nothing_and_see_one_image_at_a_time():
 
 
 @pytest.mark.parametrize("size", [(29, 17), (33, 16), (25, 40)])
-def test_tiled_shapes_are_whole_shapes_where_the_divisor_does_not_divide(size):
+def test_tiled_and_whole_results_have_one_shape_for_any_size(size):
     vae = AutoencoderKL(**{**SMALL, "sample_size": 16})
     x = torch.randn(1, 3, *size)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_tiles_that_do_not_line_up_are_refused(change, message):
 # ------------------------------------------------------------------------- the latent space
 
 
-def test_latents_are_scaled_as_diffusers_pipelines_scale_them():
+def test_latents_are_scaled_as_in_diffusers_pipelines():
     x = torch.randn(2, 3, 8, 6)
     numbers = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
     statistics = {
@@ -312,7 +312,7 @@ random_moments = st.integers(0, 10**6).map(
 
 @examples(60)
 @given(a=random_moments, b=random_moments)
-def test_divergence_and_likelihood_are_those_of_torch_distributions(a, b):
+def test_divergence_and_likelihood_equal_torch_distributions(a, b):
     p, q = DiagonalGaussian(a), DiagonalGaussian(b)
     normal = [torch.distributions.Normal(d.mean, d.std) for d in (p, q)]
     standard = torch.distributions.Normal(torch.zeros_like(p.mean), torch.ones_like(p.mean))
@@ -333,7 +333,7 @@ def test_the_divergence_is_never_negative(size):
     assert torch.isfinite(p.kl()).all()
 
 
-def test_samples_have_the_mean_and_the_variance():
+def test_samples_have_the_mean_and_the_variance_of_the_distribution():
     mean, logvar = torch.tensor([3.0, -1.0]), torch.tensor([2.0, -2.0])
     n = 200_000
     p = DiagonalGaussian(torch.cat([mean, logvar])[None, :, None].expand(1, 4, n))
@@ -384,7 +384,7 @@ any_large = given(config=configs(), seed=st.integers(0, 10**6))
 
 
 def check_16_bit(config: dict, seed: int) -> None:
-    """Against float32 arithmetic on the same, rounded weights and inputs."""
+    """Compare with float32 arithmetic on the same rounded weights and inputs."""
     torch.manual_seed(seed)
     weights = with_random_norms(AutoencoderKL(**config)).state_dict()
     x = torch.randn(2, config["in_channels"], 12, 8)
@@ -423,7 +423,7 @@ def test_16_bit_stays_near_float32_in_100_networks(config, seed):
     check_16_bit(config, seed)
 
 
-def test_force_upcast_asks_for_float32_in_place_of_float16_only():
+def test_force_upcast_replaces_only_float16_by_float32():
     careful, sure = AutoencoderKL(**SMALL), AutoencoderKL(**SMALL, force_upcast=False)
     assert careful.working_dtype(torch.float16) == torch.float32
     assert careful.working_dtype(torch.bfloat16) == torch.bfloat16
@@ -462,7 +462,7 @@ def test_the_defaults_are_those_of_diffusers():
     assert ours == {name: value for name, value in theirs.items() if not name.startswith("_")}
 
 
-def test_folders_go_round_between_the_libraries_bit_for_bit(tmp_path):
+def test_folders_round_trip_between_the_libraries_bit_for_bit(tmp_path):
     config = {**SMALL, "sample_size": [8, 12], "scaling_factor": 0.13025, "shift_factor": 0.0609}
     _, theirs = pair(config)
     theirs.save_pretrained(tmp_path / "a")
@@ -483,7 +483,7 @@ def test_folders_go_round_between_the_libraries_bit_for_bit(tmp_path):
 
 
 def with_old_names(theirs: torch.nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of 2022 with the weights of today's network."""
+    """Write a checkpoint of 2022 with the weights of today's network."""
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     tensors = {}
     for name, value in theirs.state_dict().items():

@@ -1,4 +1,4 @@
-"""The text encoder: equal to transformers' CLIP text models, causal, and strict at the door."""
+"""The text encoder: equal to transformers' CLIP text models, causal, with strict arguments."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ transformers.utils.logging.disable_progress_bar()
 PROJECTION = {"architectures": ["CLIPTextModelWithProjection"]}
 TINY = tiny_text_config()
 
-# What the config.json of published text encoders hold.
+# The config.json of published text encoders.
 _COMMON = {
     "attention_dropout": 0.0,
     "bos_token_id": 0,
@@ -95,7 +95,7 @@ PARAMETERS = {
 
 
 def published(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of a model of transformers under the names that published files have.
+    """Return the weights of a model of transformers under the names of published files.
 
     transformers 5 dropped the prefix in its own CLIPTextModel, and takes it off when it reads.
     """
@@ -111,7 +111,7 @@ def theirs_of(config: dict) -> nn.Module:
 
 
 def pair(config: dict, seed: int = 0) -> tuple[TextEncoder, nn.Module]:
-    """An encoder of each library with the same random weights."""
+    """Return an encoder of each library with the same random weights."""
     torch.manual_seed(seed)
     theirs, ours = theirs_of(config), TextEncoder(**config).eval()
     for name, parameter in theirs.named_parameters():
@@ -122,7 +122,7 @@ def pair(config: dict, seed: int = 0) -> tuple[TextEncoder, nn.Module]:
 
 
 def random_ids(config: dict, length: int) -> Tensor:
-    """Three texts, of which two end somewhere (one of them twice) and one perhaps nowhere."""
+    """Return three texts: two with an end (one of them with two) and one perhaps without."""
     ids = torch.randint(0, config["vocab_size"], (3, length))
     if config["eos_token_id"] < config["vocab_size"] and config["eos_token_id"] != 2:
         ids[:2, length // 2] = config["eos_token_id"]
@@ -162,7 +162,7 @@ def cases(draw) -> dict:
 
 
 def hold_to_transformers(case: dict) -> None:
-    """Names, shapes, every output and every gradient, in both precisions."""
+    """Compare names, shapes, every output and every gradient, in both precisions."""
     config = case["config"]
     ours, theirs = pair(config, case["seed"])
     expected_shapes = {name: value.shape for name, value in published(theirs).items()}
@@ -188,8 +188,8 @@ def hold_to_transformers(case: dict) -> None:
             name if name.startswith("text_") else f"text_model.{name}": value.grad
             for name, value in theirs.named_parameters()
         }
-        # Some gradients are zero but for rounding (a bias of keys, which a softmax does not
-        # see), so the yardstick is the largest one.
+        # Some gradients are zero up to rounding (a bias of keys does not change a softmax), so
+        # errors are relative to the largest one.
         largest = max(gradient.norm().item() for gradient in expected_gradients.values())
         for name, value in ours.named_parameters():
             error = (value.grad - expected_gradients[name]).norm().item()
@@ -226,10 +226,10 @@ def test_published_configurations_give_the_names_and_shapes_of_transformers(name
     assert all(ours.config[option] == config[option] for option in kept)
 
 
-def test_the_end_of_a_text_is_found_as_in_both_generations_of_configurations():
+def test_the_end_of_a_text_is_found_for_both_generations_of_configurations():
     ids = torch.tensor([[0, 5, 9, 5, 9], [7, 0, 0, 0, 0], [1, 2, 3, 4, 2]])
-    # 2: the highest number, the first of equals. Otherwise: that token, the first of equals;
-    # where there is none, the first position.
+    # 2: the highest number, the first of equals. Otherwise: that token, the first of equals; in a
+    # text without it, the first position.
     for eos, expected in ((2, [2, 0, 3]), (5, [1, 0, 0]), (4, [0, 0, 3]), (49407, [0, 0, 0])):
         ours, theirs = pair({**TINY, "eos_token_id": eos})
         with torch.no_grad():
@@ -254,7 +254,7 @@ def test_the_last_norm_of_the_last_state_is_the_result():
     assert torch.equal(ours.text_model.final_layer_norm(out.hidden_states[-1]), out[0])
 
 
-# ------------------------------------------------------------------------------- what may see what
+# ------------------------------------------------------------------------------- causality, masks
 
 
 @settings(max_examples=30, **QUIET)
@@ -320,7 +320,7 @@ def test_one_text_of_a_batch_equals_the_text_alone():
 
 
 def hold_to_float32(seed: int, dtype: torch.dtype) -> float:
-    """A random network in 16 bits against itself, weights already rounded, in float32.
+    """Compare a random network in 16 bits with itself, of rounded weights, in float32.
 
     Embeddings and branches are scaled so that the largest activation, which is returned, is
     anywhere up to about 1e4.
@@ -451,7 +451,7 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize("extra", [{}, PROJECTION])
-def test_folders_go_round_between_the_libraries_bit_for_bit(tmp_path, extra):
+def test_folders_round_trip_between_the_libraries_bit_for_bit(tmp_path, extra):
     config = {**TINY, **extra, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "pad_token_id": 0}
     _, theirs = pair(config)
     theirs.save_pretrained(tmp_path / "a")
@@ -490,7 +490,7 @@ def test_files_have_the_published_names_and_nothing_else(tmp_path):
 
 
 def saved(folder: Path, tensors: dict, **config: object) -> Path:
-    """A folder with the weights given and config.json with the changes given."""
+    """Write a folder with these weights and a config.json with these changes."""
     folder.mkdir(exist_ok=True)
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
     content = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **TINY}
@@ -513,8 +513,8 @@ def test_files_of_older_versions_hold_the_numbers_of_the_positions(tmp_path, dty
             TextEncoder.from_pretrained(saved(tmp_path / "e", {**tensors, POSITIONS: wrong}))
 
 
-# transformers 4.41.2 writes all of these where a configuration was made of a dict; older versions
-# most of them. Taken from its PretrainedConfig().to_dict().
+# transformers 4.41.2 writes all of these for a configuration made from a dict; older versions
+# write most of them. From its PretrainedConfig().to_dict().
 OF_ALL_MODELS = {
     "return_dict": True,
     "output_hidden_states": False,
@@ -572,7 +572,7 @@ OF_ALL_MODELS = {
 }
 
 
-def test_what_every_configuration_of_transformers_holds_is_read_and_changes_nothing(tmp_path):
+def test_options_that_transformers_writes_but_never_reads_are_ignored(tmp_path):
     encoder = TextEncoder(**TINY).eval()
     again = TextEncoder.from_pretrained(
         saved(tmp_path / "e", encoder.state_dict(), **OF_ALL_MODELS)
@@ -580,7 +580,7 @@ def test_what_every_configuration_of_transformers_holds_is_read_and_changes_noth
     ids = random_ids(TINY, 12)
     with torch.no_grad():
         assert torch.equal(encoder(ids)[0], again(ids)[0])
-    now = transformers.CLIPTextConfig(**TINY).to_dict()  # of the version at hand
+    now = transformers.CLIPTextConfig(**TINY).to_dict()  # of the installed version
     assert TextEncoder.from_config({**now, "architectures": ["CLIPTextModel"]})
 
 
@@ -621,7 +621,7 @@ def test_weights_with_a_projection_are_not_read_without_it(tmp_path):
         TextEncoder.from_pretrained(saved(tmp_path / "e", tensors))
 
 
-def test_a_pickle_is_refused_with_the_way_out(tmp_path):
+def test_a_pickle_is_refused_with_advice(tmp_path):
     TextEncoder(**TINY).save_pretrained(tmp_path / "e")
     (tmp_path / "e" / WEIGHTS).rename(tmp_path / "e" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="convert it with the library that wrote it"):

@@ -1,4 +1,4 @@
-"""The U-Net: equal to diffusers' UNet2DModel, to itself in other shapes, and strict at the door."""
+"""The U-Net: equal to diffusers' UNet2DModel, invariant, and with strict arguments."""
 
 import json
 
@@ -125,7 +125,7 @@ def test_fourier_times_equal_diffusers():
     assert distance(ours(x, t), theirs(x, t).sample) < 1e-5
 
 
-def test_times_may_be_a_number_a_scalar_or_one_an_image():
+def test_times_may_be_a_number_a_scalar_or_one_per_image():
     unet, x = UNet(**SMALL), torch.randn(2, 3, 4, 4)
     with torch.no_grad():
         expected = unet(x, torch.tensor([7, 7]))
@@ -148,9 +148,9 @@ def test_one_image_of_a_batch_equals_the_image_alone():
 
 @pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("kind", ["conv", "resnet"])
-def test_every_dimension_count_is_the_same_network(dims, kind):
-    """A U-Net in 2 dimensions whose kernels are zero but in the middle column is one in 1
-    dimension, for pictures one column wide; likewise 3 from 2."""
+def test_networks_of_1_2_and_3_dimensions_agree_on_thin_images(dims, kind):
+    """A 2D U-Net whose kernels are zero except in the middle column equals one in 1D for images
+    one column wide; likewise 3D and 2D."""
     options = {**SMALL, "resnet_time_scale_shift": "scale_shift", "upsample_type": kind}
     low, high = (UNet(**options, dims=d) for d in sorted((2, dims)))
     wide = high.state_dict()
@@ -203,7 +203,7 @@ def test_channels_last_changes_rounding_only():
 @pytest.mark.parametrize("depth", [1, 6, 8, 16, 24])
 @pytest.mark.parametrize("side", [1, 7, 32])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
-def test_a_norm_gives_the_same_numbers_in_the_memory_format_that_it_gets(depth, side, dtype, close):
+def test_a_norm_keeps_the_memory_format_and_gives_the_same_numbers(depth, side, dtype, close):
     torch.manual_seed(0)
     norm = GroupNorm(2, 2 * depth, 1e-5, torch.nn.SiLU()).to(dtype)
     x = (3 * torch.randn(2, 2 * depth, side, side) + 10).to(dtype)
@@ -226,7 +226,7 @@ def test_time_features_stay_float32_in_a_bfloat16_network():
 # ----------------------------------------------------------------------------------- folders
 
 
-def test_folders_go_round_between_the_libraries_bit_for_bit(tmp_path):
+def test_folders_round_trip_between_the_libraries_bit_for_bit(tmp_path):
     config = {**SMALL, "sample_size": 8, "num_class_embeds": 4, "norm_eps": 1e-6}
     _, theirs = pair(config)
     theirs.save_pretrained(tmp_path / "a")
@@ -284,7 +284,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path, change, mes
         UNet.from_pretrained(tmp_path / "u")
 
 
-def test_a_pickle_is_refused_with_the_way_out(tmp_path):
+def test_a_pickle_is_refused_with_advice(tmp_path):
     UNet(**SMALL).save_pretrained(tmp_path / "u")
     weights = tmp_path / "u" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
@@ -292,7 +292,7 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path):
         UNet.from_pretrained(tmp_path / "u")
 
 
-def test_notes_in_a_config_are_not_read():
+def test_notes_in_a_config_are_ignored():
     assert UNet.from_config({**SMALL, "_diffusers_version": "0.42.1", "_name_or_path": "x"})
 
 

@@ -1,4 +1,4 @@
-"""The U-Net that looks at a text: equal to diffusers' UNet2DConditionModel, and strict."""
+"""The conditional U-Net: equal to diffusers' UNet2DConditionModel, with strict arguments."""
 
 import json
 
@@ -36,13 +36,13 @@ ACTIVATIONS = ("silu", "mish", "gelu", "relu")
 
 
 def one_or_many(draw: st.DrawFn, values: st.SearchStrategy, levels: int):
-    """One value for all levels, or a list of one a level."""
+    """Draw one value for all levels, or one per level."""
     return draw(st.one_of(values, st.lists(values, min_size=levels, max_size=levels)))
 
 
 @st.composite
 def depths(draw: st.DrawFn, layers: list[int]) -> dict:
-    """How many transformer blocks: one number, one a level, or one a place."""
+    """Draw numbers of transformer blocks: one, one per level, or one per place."""
     few = st.integers(1, 2)
     if draw(st.booleans()):
         return {"transformer_layers_per_block": one_or_many(draw, few, len(layers))}
@@ -53,7 +53,7 @@ def depths(draw: st.DrawFn, layers: list[int]) -> dict:
 
 @st.composite
 def labels(draw: st.DrawFn) -> dict:
-    """What is embedded besides the time."""
+    """Draw options of the class embedding and the additional embedding."""
     kind = draw(st.sampled_from(["none", "table", "timestep", "identity", "vector", "SDXL"]))
     if kind == "table":
         options = {"num_class_embeds": 5}
@@ -97,7 +97,7 @@ def configs(draw: st.DrawFn) -> dict:
         "norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
         "cross_attention_dim": [width] * levels if several else width,
         **draw(depths(listed)),
-        # A projection of the text wants one width for all levels.
+        # A projection of the text needs one width for all levels.
         "encoder_hid_dim": None if several else draw(st.sampled_from([None, 5])),
         "attention_head_dim": one_or_many(draw, st.integers(1, 4), levels),
         "use_linear_projection": draw(st.booleans()),
@@ -113,15 +113,15 @@ def configs(draw: st.DrawFn) -> dict:
     }
 
 
-def looks_at_text(config: dict) -> bool:
+def has_cross_attention(config: dict) -> bool:
     types = [*config["down_block_types"], *config["up_block_types"], config["mid_block_type"]]
     return any("CrossAttn" in str(kind) for kind in types)
 
 
-def told(config: dict, dtype: torch.dtype, mask: bool) -> dict:
-    """Random arguments that this network wants, for a batch of two."""
+def conditioning(config: dict, dtype: torch.dtype, mask: bool) -> dict:
+    """Return random conditioning for this network and a batch of two."""
     given = {}
-    if looks_at_text(config):
+    if has_cross_attention(config):
         width = config["encoder_hid_dim"] or config["cross_attention_dim"]
         width = width[0] if isinstance(width, list) else width
         given["encoder_hidden_states"] = torch.randn(2, 3, width, dtype=dtype)
@@ -149,14 +149,14 @@ def told(config: dict, dtype: torch.dtype, mask: bool) -> dict:
 
 
 def check(config: dict, height: int, width: int, seed: int, mask: bool) -> None:
-    if config["encoder_hid_dim"] and not looks_at_text(config):
+    if config["encoder_hid_dim"] and not has_cross_attention(config):
         with pytest.raises(InvalidArgument, match="encoder_hid_dim must be None"):
             UNet(**config, _class_name="UNet2DConditionModel")
         config = config | {"encoder_hid_dim": None}
     ours, theirs = same_weights(UNet, diffusers.UNet2DConditionModel, config, seed)
     assert ours.class_name == "UNet2DConditionModel"
-    # Where diffusers resizes by other blocks than UpBlock2D and CrossAttnUpBlock2D it fails on odd
-    # sides; ours are covered by the U-Net without a text.
+    # With upsampling blocks other than UpBlock2D and CrossAttnUpBlock2D diffusers fails on odd
+    # sides; the tests of the unconditional U-Net cover ours.
     side = 2 ** (len(config["block_out_channels"]) - 1)
     if {"AttnUpBlock2D", "ResnetUpsampleBlock2D"}.isdisjoint(config["up_block_types"]):
         height, width = ours.smallest_side + height, ours.smallest_side + width
@@ -164,7 +164,7 @@ def check(config: dict, height: int, width: int, seed: int, mask: bool) -> None:
         height, width = side * (1 + height % 2), side * (1 + width % 3)
     t = torch.tensor([0, 700])
     for dtype in (torch.float32, torch.float64):
-        given = told(config, dtype, mask)
+        given = conditioning(config, dtype, mask)
         x = torch.randn(2, config["in_channels"], height, width, dtype=dtype)
         assert_same_network(
             ours.to(dtype),
@@ -199,7 +199,7 @@ def test_outputs_and_gradients_equal_diffusers_for_many_networks(config, height,
     check(config, height, width, seed, mask)
 
 
-def test_a_masked_token_is_not_looked_at():
+def test_a_masked_token_is_not_attended_to():
     unet, x, text = UNet(**SMALL).double(), torch.randn(1, 4, 4, 6), torch.randn(1, 4, 12)
     x, text = x.double(), text.double()
     mask = torch.tensor([[True, False, True, True]])
@@ -220,8 +220,8 @@ def test_the_order_of_the_tokens_does_not_matter():
 
 
 @pytest.mark.parametrize("dims", [1, 3])
-def test_every_dimension_count_is_the_same_network(dims):
-    """As for pictures without a text: kernels that are zero but in the middle column."""
+def test_networks_of_1_2_and_3_dimensions_agree_on_thin_images(dims):
+    """Kernels are zero except in the middle column, as in the tests of the unconditional U-Net."""
     low, high = (UNet(**SMALL, dims=d) for d in sorted((2, dims)))
     wide = high.state_dict()
     for name, value in low.state_dict().items():
@@ -236,7 +236,7 @@ def test_every_dimension_count_is_the_same_network(dims):
         assert distance(low(x, 5, text), high(x[..., None], 5, text)[..., 0]) < 1e-5
 
 
-def test_folders_go_round_between_the_libraries_bit_for_bit(tmp_path):
+def test_folders_round_trip_between_the_libraries_bit_for_bit(tmp_path):
     config = {**SMALL, **SDXL, "sample_size": 8, "use_linear_projection": True}
     theirs = diffusers.UNet2DConditionModel(**config)
     theirs.save_pretrained(tmp_path / "a")
@@ -252,16 +252,16 @@ def test_folders_go_round_between_the_libraries_bit_for_bit(tmp_path):
     assert ours.config.sample_size == 8
 
 
-def test_options_at_the_value_that_means_without_are_read_as_json_may_have_them():
+def test_unsupported_options_are_accepted_at_their_default_only():
     UNet(**SMALL, resnet_out_scale_factor=1, mid_block_only_cross_attention=False)
     for value in (True, 0):
         with pytest.raises(InvalidArgument, match="resnet_out_scale_factor"):
             UNet(**SMALL, resnet_out_scale_factor=value)
 
 
-# A configuration without `_class_name`, as in `UNet(**config)`, is read in the vocabulary that
-# knows its names.
-def test_a_name_that_only_one_vocabulary_has_says_which_one_it_is():
+# A configuration without `_class_name`, as in `UNet(**config)`, belongs to the vocabulary that has
+# its names.
+def test_a_name_of_one_vocabulary_selects_it():
     assert UNet(**SMALL).class_name == "UNet2DConditionModel"
     plain = {"block_out_channels": (8,), "norm_num_groups": 4}
     types = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
@@ -274,7 +274,7 @@ def test_a_name_that_only_one_vocabulary_has_says_which_one_it_is():
     )
 
 
-# The configurations of published checkpoints, without what is at its default.
+# The configurations of published checkpoints, without options at their default.
 SD_1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD_2 = {
     "sample_size": 96,
@@ -331,7 +331,7 @@ def test_published_networks_have_the_same_tensors(cls, config, parameters):
 
 
 def cast(given: dict, dtype: torch.dtype) -> dict:
-    """The same arguments with every number that has a fraction in this dtype."""
+    """Return the arguments with all floats in this dtype."""
     return {
         name: cast(value, dtype)
         if isinstance(value, dict)
@@ -341,13 +341,13 @@ def cast(given: dict, dtype: torch.dtype) -> dict:
 
 
 def check_16_bit(config: dict, seed: int) -> None:
-    """Against a float32 network of the same rounded weights, with activations up to 1e4."""
-    if not looks_at_text(config):
+    """Compare with a float32 network of the same rounded weights, with activations up to 1e4."""
+    if not has_cross_attention(config):
         config = config | {"encoder_hid_dim": None}
     torch.manual_seed(seed)
     narrow, wide = (UNet(**config, _class_name="UNet2DConditionModel").eval() for _ in range(2))
     x, t = torch.randn(2, config["in_channels"], 8, 8), torch.tensor([3, 900])
-    given = told(config, torch.float32, mask=False)
+    given = conditioning(config, torch.float32, mask=False)
     with torch.no_grad():
         peak = narrow.conv_in(narrow.center(x)).abs().max()
         for parameter in narrow.conv_in.parameters():
@@ -470,7 +470,7 @@ def test_bad_input_is_refused_by_name(options, given, message):
         UNet(**SMALL, **options)(X, 1, **given)
 
 
-def test_a_config_that_wants_more_than_the_file_has_is_refused_before_it_is_built(tmp_path):
+def test_a_config_that_needs_more_tensors_than_the_file_has_is_refused_unbuilt(tmp_path):
 
     UNet(**SMALL).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
