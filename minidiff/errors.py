@@ -83,7 +83,12 @@ def true_or_false(name: str, value: object) -> bool:
 
 
 def listed(name: str, value: object, length: int | None = None) -> tuple:
-    """Return `value` as a tuple, refused unless it is a list or tuple of `length` (None: any)."""
+    """Return `value` as a tuple; refuse what is not a list, tuple or array of `length` entries.
+
+    A `length` of None allows any.
+    """
+    if not isinstance(value, list | tuple) and getattr(value, "ndim", 0) == 1:
+        value = value.tolist()  # an array or a tensor
     if not isinstance(value, list | tuple):
         raise InvalidArgument(f"{name} must be a list or a tuple, got {value!r}")
     if length is not None and len(value) != length:

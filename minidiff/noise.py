@@ -67,11 +67,17 @@ def randn(
         device: device of the result.
         dtype: floating-point type of the result.
     Raises:
-        InvalidArgument: a list whose length is not B.
+        InvalidArgument: not generators, or a list whose length is not B.
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = generator.device if generator is not None else device
         return torch.randn(*shape, generator=generator, device=source, dtype=dtype).to(device)
+    if not isinstance(generator, Sequence) or not all(
+        isinstance(one, torch.Generator) for one in generator
+    ):
+        raise InvalidArgument(
+            f"generator must be a torch.Generator, a list of them, or None; got {generator!r}"
+        )
     if len(generator) != shape[0]:
         raise InvalidArgument(f"generator must list {shape[0]} generators, got {len(generator)}")
     images = [torch.randn(*shape[1:], generator=g, device=g.device, dtype=dtype) for g in generator]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidiff.errors import DataError, InvalidArgument, one_of
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MODES = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # PIL's modes by the number of channels
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # read without running other programs
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # exact in float32

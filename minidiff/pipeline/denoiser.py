@@ -83,11 +83,13 @@ def build_denoiser(
 
 def prepared(pipe: "Pipeline", unet: UNet, extra_channels: Tensor | None) -> Network:
     """Return a U-Net in its number type, float32 outside, with extra channels beside x."""
-    weights, network = next(unet.parameters()).dtype, unet
+    weights = next(unet.parameters()).dtype
     if weights != torch.float32:
         network = in_dtype(unet, weights)
     elif pipe.dtype != torch.float32:
         network = autocast(unet, pipe.dtype)
+    else:  # the caller's own autocast would return 16 bits
+        network = lambda x, t, **condition: unet(x, t, **condition).to(x.dtype)  # noqa: E731
     return network if extra_channels is None else concat_channels(network, extra_channels)
 
 
@@ -125,7 +127,7 @@ def guidance_embedding(pipe: "Pipeline", scale: float, n: int) -> Tensor:
     Source: Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378.
     """
     sinusoids = SinusoidalTime(pipe.unet.config.time_cond_proj_dim, False, freq_shift=1)
-    embedded = sinusoids(torch.full((n,), 1000 * (scale - 1)))
+    embedded = sinusoids(torch.full((n,), 1000 * (scale - 1), dtype=torch.float32))
     return on_network(pipe, {"timestep_cond": embedded})["timestep_cond"]
 
 

@@ -41,7 +41,8 @@ class PipelineOutput(NamedTuple):
 
     Attributes:
         images: a list of PIL images ("pil"), a uint8 array (N, H, W, C) ("np"), or an unclipped
-            float tensor (N, C, H, W), nominally in [−1, 1] ("pt").
+            float tensor (N, C, H, W), nominally in [−1, 1] ("pt"); samples of the network
+            (N, C, h, w) for "latent".
         labels: (N,) int64 class labels on the CPU, or None.
     """
 
@@ -106,7 +107,7 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | Sequence[str] | int | Sequence[int] | Tensor | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_images: int | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
@@ -141,8 +142,8 @@ class Pipeline:
         Args:
             prompt: one text, or one per image, for a network that is conditioned on text; "" is
                 the unconditional text. For a network with classes the same as class_labels.
-            class_labels: one class, or one per image; None for all classes in turn (image i gets
-                class i modulo their number).
+            class_labels: one class, or one per image, by number or by name; None for all classes
+                in turn (image i gets class i modulo their number).
             num_images: N; by default as many as there are prompts, labels or given images, or 1.
             negative_prompt: text that guidance moves away from, one or one per image; None for
                 the empty text. Without guidance it has no effect, and a warning says so.
@@ -180,10 +181,11 @@ class Pipeline:
                 stochastic samplers still draw from seed or generator.
             first_index: number of the first image, to make a part of a larger run.
             batch_size: images in the network at once; memory depends on it, images do not.
-            output_type: "pil", "np" or "pt".
+            output_type: "pil", "np" or "pt"; "latent" for the samples of the network, undecoded.
             callback: called with every `Step` of every batch.
             callback_on_step_end: function of diffusers' form, called as (pipe, step, timestep,
                 {"latents": x}) after every step; a tensor "latents" that it returns replaces x.
+                Setting `pipe._interrupt = True` ends sampling after this step.
             progress: whether to show a progress bar.
         Raises:
             InvalidArgument: names the argument, before a network runs.
@@ -192,10 +194,12 @@ class Pipeline:
         del arguments["self"]
         request = Request.of(self, **arguments)
         if request.first_step == len(self.scheduler.grid):  # strength 0: nothing is to be done
-            return self._output(request, [request.original.pixels])
-        images = []
+            return self._unchanged(request)
+        images, self._interrupt = [], False  # diffusers' name: a callback may set it
         with self._progress_bar(request) as bar:
             for batch in request.batches:
+                if self._interrupt:
+                    break
                 source = request.source_of(batch)
                 start = initial_state(
                     request, batch, self.space, self.scheduler, source, self.device
@@ -208,7 +212,13 @@ class Pipeline:
                     if request.callback is not None:
                         request.callback(step)
                     bar.update()
-                images.append(start.finish(self.decode(step.next_x)))
+                    if self._interrupt:
+                        break
+                images.append(
+                    step.next_x
+                    if request.output_type == "latent"
+                    else start.finish(self.decode(step.next_x))
+                )
         return self._output(request, images)
 
     def _denoiser_of(
@@ -224,6 +234,14 @@ class Pipeline:
             extra_channels=extra_channels,
         )
 
+    def _unchanged(self, request: Request) -> PipelineOutput:
+        """Return the given images of a request of strength 0."""
+        pixels = request.original.pixels
+        latent = request.output_type == "latent"
+        return self._output(
+            request, [self.space.mode(pixels.to(self.device)) if latent else pixels]
+        )
+
     @staticmethod
     def _progress_bar(request: Request) -> tqdm:
         steps = len(request.batches) * request.evaluations
@@ -231,9 +249,12 @@ class Pipeline:
 
     def _output(self, request: Request, batches: list[Tensor]) -> PipelineOutput:
         images = torch.cat(batches)
+        labels = request.conditioning if isinstance(request.conditioning, Tensor) else None
+        labels = None if labels is None else labels[: len(images)]
+        if request.output_type == "latent":
+            return PipelineOutput(images, labels)
         for finish in self.finishers:
             images = finish(images)
-        labels = request.conditioning if isinstance(request.conditioning, Tensor) else None
         return PipelineOutput(as_output(images, request.output_type), labels)
 
     def denoiser(

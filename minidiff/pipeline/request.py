@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, real_number, true_or_false, whole_number
+from minidiff.errors import InvalidArgument, one_of, real_number, true_or_false, whole_number
 from minidiff.guidance import extrapolated, interval_of, rescaled
 from minidiff.images.pixels import Original, as_original, check_output
 from minidiff.noise import MAX_SEED, Generators
@@ -77,7 +78,7 @@ class Request:
         cls,
         pipe: "Pipeline",
         prompt: str | Sequence[str] | int | Sequence[int] | Tensor | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_images: int | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
@@ -210,7 +211,7 @@ def resolve_conditioning(
     if None not in (prompt, class_labels):
         raise InvalidArgument("give either prompt or class_labels, not both")
     given = class_labels if prompt is None else prompt
-    labels = list_of_labels(given, number, first, len(pipe.class_names)).repeat_interleave(copies)
+    labels = list_of_labels(given, number, first, pipe.class_names).repeat_interleave(copies)
     return labels, len(labels)
 
 
@@ -235,30 +236,41 @@ def list_of_texts(name: str, given: str | Sequence[str], n: int | None) -> list[
 
 
 def list_of_labels(
-    given: int | Sequence[int] | Tensor | None, n: int | None, first: int, classes: int
+    given: int | str | Sequence[int | str] | Tensor | np.ndarray | None,
+    n: int | None,
+    first: int,
+    names: Sequence[str],
 ) -> Tensor:
     """Return one class label per image, int64 (N,).
 
     Args:
-        given: one label for all images, one per image, or None for every class in turn.
-        n: number of images; None for as many as there are labels, or one.
+        given: one class for all images, one per image, or None for every class in turn; a class
+            is its number or its name.
+        n: number of images; None for as many as there are classes given, or one.
         first: number of the first image.
-        classes: number of classes.
+        names: names of the classes.
     Raises:
-        InvalidArgument: a label outside 0..classes − 1, or another number of labels.
+        InvalidArgument: a number or name that is not a class, or another number of labels.
     """
     if given is None:
-        return (torch.arange(n or 1) + first) % classes
-    if isinstance(given, Tensor):
+        return (torch.arange(n or 1) + first) % len(names)
+    if isinstance(given, Tensor | np.ndarray):
         given = given.tolist()
     if not isinstance(given, Sequence) or isinstance(given, str):
         given = [given] * (n or 1)
-    labels = [whole_number("class_labels", label, 0, classes - 1) for label in given]
+    labels = [_label(label, names) for label in given]
     if not labels or n not in (None, len(labels)):
         raise InvalidArgument(
             f"class_labels must name one class, or {n or 'at least 1'} of them; got {len(labels)}"
         )
     return torch.tensor(labels)
+
+
+def _label(given: Any, names: Sequence[str]) -> int:
+    if isinstance(given, str):
+        one_of("class_labels", given, names)
+        return list(names).index(given)
+    return whole_number("class_labels", given, 0, len(names) - 1)
 
 
 def negative_prompts(
@@ -306,7 +318,7 @@ def resolve_guidance(
     autoguidance = check_autoguidance_scale(
         pipe.autoguidance_scale if autoguidance is None else autoguidance, pipe.guidance_network
     )
-    interval = interval or pipe.guidance_interval
+    interval = pipe.guidance_interval if interval is None else interval
     rescale = real_number("guidance_rescale", rescale, 0, 1)
     if method is None and scale <= 1 and not pipe.is_guided_below_one:
         scale, rescale = 1.0, 0.0  # as in diffusers, where models of text are not guided then
@@ -452,15 +464,33 @@ def with_callback(
     if on_step_end is None:
         return after_step
 
+    known = set(vars(pipe))
+
     def both(step: Step) -> Tensor:
         x = after_step(step)
-        answer = on_step_end(pipe, step.index, step.t, {"latents": x}) or {}
-        latents = answer.get("latents", x)
-        if answer.keys() - {"latents"} or latents.shape != x.shape:
+        answer = on_step_end(pipe, step.index, step.t, {"latents": x})
+        if unknown := sorted(set(vars(pipe)) - known):
+            for name in unknown:
+                delattr(pipe, name)
             raise InvalidArgument(
-                "callback_on_step_end may return {'latents': …} of shape "
-                f"{tuple(x.shape)}, got {sorted(answer)} of shape {tuple(latents.shape)}"
+                f"callback_on_step_end set pipe.{unknown[0]}, which has no effect here; of "
+                "diffusers' attributes pipe._interrupt alone has one"
             )
-        return latents
+        return x if answer is None else _returned_latents(answer, x)
 
     return both
+
+
+def _returned_latents(answer: Any, x: Tensor) -> Tensor:
+    """Return the sample that diffusers' callback replaces x by. Raises InvalidArgument."""
+    latents = answer.get("latents", x) if isinstance(answer, Mapping) else None
+    fits = isinstance(latents, Tensor) and (latents.shape, latents.dtype) == (x.shape, x.dtype)
+    if not fits or answer.keys() - {"latents"}:
+        got = f"{sorted(answer)}" if isinstance(answer, Mapping) else type(answer).__name__
+        if isinstance(latents, Tensor):
+            got += f" with latents {tuple(latents.shape)}, {latents.dtype}"
+        raise InvalidArgument(
+            "callback_on_step_end may return None, or {'latents': …} of shape "
+            f"{tuple(x.shape)} and {x.dtype}; got {got}"
+        )
+    return latents.to(x.device)

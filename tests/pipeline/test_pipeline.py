@@ -200,7 +200,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(pipe, tmp_path):
         ({"negative_prompt": "seven"}, "negative_prompt must be None: this model takes no"),
         ({"class_labels": -1}, "class_labels"),
         ({"class_labels": [1, 2.5]}, "class_labels"),
-        ({"class_labels": "7"}, "class_labels"),
+        ({"class_labels": "seven"}, "class_labels"),
         ({"class_labels": []}, "class_labels"),
         ({"class_labels": [1, 2], "num_images": 3}, "class_labels"),
         ({"num_images": 0}, "num_images"),
@@ -215,7 +215,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(pipe, tmp_path):
         ({"generator": 5}, "generator must be a torch.Generator"),
         ({"num_images": 10**12}, "num_images must be in 1..1000000"),
         ({"batch_size": 0}, "batch_size"),
-        ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt"),
+        ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_network_runs(pipe, options, message):
