@@ -4,10 +4,10 @@
         [--num 1000] [--seed 0] [--rounds 5] [--device cuda]
 
 LATENT is a run or the folder of a model, trained with --vae on MNIST; the model in pixels is by
-default the one that ships with minidiff. For each number of steps of the latent model, the table
-has the Fréchet distance of `--num` guided samples and the time of 128 samples, both also relative
-to the pixel model with its stored number of steps. Each round times all of them in turn, so that a
-busy machine slows all alike. Printed are medians, and quartiles of the ratios of each round.
+default the one that ships with minidiff. The table has a row for each number of steps of the latent
+model: the Fréchet distance of `--num` guided samples, and the time of 128 samples. Both stand also
+relative to the pixel model with its stored number of steps. Each round times all of them in turn,
+so that a busy machine slows all alike. Printed are medians, and quartiles of the rounds' ratios.
 """
 
 import argparse

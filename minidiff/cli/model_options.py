@@ -28,6 +28,7 @@ def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
 
 
 def _folder(options: argparse.Namespace) -> str | Path:
+    """Return the folder of the run or of --model. Raises InvalidArgument unless one is given."""
     if options.model is None and options.run is None:
         raise InvalidArgument("give a run or --model")
     if options.model is None:

@@ -21,7 +21,7 @@ from minidiff.data import Data, Stream
 from minidiff.errors import CheckpointError
 from minidiff.nn import SpaceToDepth
 from minidiff.pipeline import Pipeline
-from minidiff.prediction import edm_row, row, solve
+from minidiff.prediction import edm_row, row
 from minidiff.runs import diffusion, snapshot
 from minidiff.runs.folder import open_pipeline, read_settings
 from minidiff.sample import trajectory
@@ -218,6 +218,7 @@ def _rows(scheduler: Scheduler) -> dict[str, Callable[[Level], tuple]]:
         data = scheduler.config.sigma_data
 
         def minus(level: Level) -> tuple:
+            """Return the row of the negative output."""
             p, q = edm_row(level, data)
             return -p, -q
 
@@ -308,8 +309,7 @@ def average(run: OpenedRun) -> Finding:
 
 def _x0_error(run: OpenedRun, found: Evaluation) -> float:
     """Return the mean squared error of x̂0 under the scheduler's prediction type."""
-    own_row = next(iter(_rows(run.pipe.scheduler).values()))
-    x0, _ = solve(found.out, found.x, found.level, own_row(found.level))
+    x0, _ = run.pipe.scheduler.split(found.out, found.x, found.level)
     return float((x0 - run.z).square().mean())
 
 

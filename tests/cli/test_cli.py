@@ -160,7 +160,11 @@ def bad_mnist(folder, damage):
         ("train --data digits --out OUT --steps 1 --beta-schedule x", 2, "linear, scaled_linear"),
         ("train --data digits --out OUT --steps 1 --device tpu", 2, "auto, cpu, cuda, mps"),
         ("train --data digits --out OUT --steps 1 --dtype int8", 2, "float32, bfloat16"),
-        ("train --data digits --out OUT --steps 1 --device cpu --cuda-graph", 2, "False on cpu"),
+        (
+            "train --data digits --out OUT --steps 1 --device cpu --cuda-graph",
+            2,
+            "the device is cpu",
+        ),
         ("train --data digits --out OUT --steps 1 --seed -1", 2, "seed must be in"),
         ("train --data digits --out FILE/x --steps 1", 1, "cannot be written"),
         ("train --data digits --out FULL --steps 1", 1, "not an empty folder"),

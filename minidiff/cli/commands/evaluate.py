@@ -111,6 +111,7 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
     batches = []
 
     def drawn(prompts: list[str]) -> torch.Tensor:
+        """Return samples uint8 (N, C, H, W) of prompts."""
         images, _ = draw(pipe, options, len(prompts), prompt=prompts)
         batches.append(images)
         return torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -71,6 +71,7 @@ def _resume_vae(options: argparse.Namespace) -> None:
 
 
 def _print_quality(out: str, name: str, held_out: ImageData, quality: autoencoder.Quality) -> None:
+    """Print the quality on held-out images, and the next command."""
     print(f"{len(held_out)} held-out images\n{quality}")
     print(
         f"wrote {out}, see {out}/{autoencoder.PICTURE}. Next: minidiff train --vae {out} "
