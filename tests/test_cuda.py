@@ -247,7 +247,7 @@ def training(
 def test_a_training_step_never_waits_for_the_device(options, never_waiting):
     run = training(**options)
     for _ in range(3):
-        run.step()  # kernels are chosen, moments are made
+        run.step()  # selects kernels, creates the optimizer's moments
     never_waiting()
     for _ in range(3):
         run.step()

@@ -88,7 +88,7 @@ def test_guidance_does_not_change_the_pictures_of_an_empty_prompt(latent_pipe):
     torch.testing.assert_close(unconditional, alone, rtol=1e-3, atol=1e-3)
 
 
-def test_an_interval_of_all_levels_is_plain_guidance_and_of_no_level_none(latent_pipe):
+def test_an_interval_of_all_levels_guides_every_step_and_an_interval_of_none_no_step(latent_pipe):
     options = {"num_inference_steps": 4, "seed": 0, "output_type": "pt"}
     guided = latent_pipe("a cat", guidance_scale=5, **options).images
     plain = latent_pipe("a cat", guidance_scale=1, **options).images
@@ -236,7 +236,7 @@ def test_a_picture_does_not_depend_on_its_batch_under_any_options(data):
     assert np.abs(together[i].astype(int) - alone[0].astype(int)).max() <= 1
 
 
-BAD = {
+INVALID = {
     "class_labels": st.sampled_from([11, -1, "seven", [], [1.5]]),
     "num_inference_steps": st.sampled_from([0, -1, 2.5, "ten", 10**9, math.nan]),
     "guidance_scale": st.sampled_from([math.nan, math.inf, "big", [1]]),
@@ -263,9 +263,11 @@ BAD = {
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(BAD)).flatmap(lambda name: st.tuples(st.just(name), BAD[name])))
-def test_bad_input_never_reaches_the_network(bad):
-    name, value = bad
+@given(
+    st.sampled_from(sorted(INVALID)).flatmap(lambda name: st.tuples(st.just(name), INVALID[name]))
+)
+def test_invalid_input_never_reaches_the_network(invalid):
+    name, value = invalid
     BROKEN.unet.forward = None  # fails when it is called
     with pytest.raises(InvalidArgument, match=name.split("_")[0]):
         BROKEN(**{"num_inference_steps": 2, name: value})

@@ -37,7 +37,7 @@ def reconstruction_error(n: int) -> float:
     return (descend(optimal, SCHEDULER, noise, n) - CLEAN_POINTS).abs().max().item()
 
 
-def test_the_reconstruction_error_falls_with_first_order_in_the_number_of_steps():
+def test_the_reconstruction_error_is_of_first_order_in_the_step_size():
     errors = [reconstruction_error(n) for n in (25, 50, 100, 200)]
     for larger, smaller in pairwise(errors):
         assert 0.8 < math.log2(larger / smaller) < 1.6

@@ -1,4 +1,4 @@
-"""Folders of pipelines as people have them, and files of other people in them."""
+"""Folders of pipelines in layouts found in practice, and foreign files in them."""
 
 import shutil
 import warnings
@@ -24,7 +24,7 @@ FOREIGN = (
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_saving_onto_a_folder_with_foreign_files_is_refused_and_changes_nothing(tmp_path, name):
+def test_saving_over_a_folder_with_foreign_files_is_refused_and_changes_nothing(tmp_path, name):
     pipe, folder = digits(), tmp_path / "mine"
     pipe.save_pretrained(folder)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def test_saving_onto_a_folder_with_foreign_files_is_refused_and_changes_nothing(
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_saving_onto_an_earlier_pipeline_replaces_it(tmp_path):
+def test_saving_over_an_earlier_pipeline_replaces_it(tmp_path):
     pipe = digits()
     pipe.save_pretrained(tmp_path / "mine")
     pipe.guidance_scale = 3.0
@@ -43,7 +43,7 @@ def test_saving_onto_an_earlier_pipeline_replaces_it(tmp_path):
     assert Pipeline.from_pretrained(tmp_path / "mine").guidance_scale == 3.0
 
 
-def test_a_stable_diffusion_folder_can_be_saved_again(latent_pipe, tmp_path):
+def test_a_stable_diffusion_pipeline_can_be_saved_over_its_own_folder(latent_pipe, tmp_path):
     for _ in range(2):
         latent_pipe.save_pretrained(tmp_path / "sd")
 
@@ -75,7 +75,7 @@ def test_a_missing_part_is_named_by_its_folder(tmp_path):
         Pipeline.from_pretrained(tmp_path / "mine")
 
 
-def test_a_part_without_the_variant_is_read_in_the_plain_one_with_a_warning(tmp_path):
+def test_a_part_without_the_variant_is_read_without_it_and_a_warning_names_it(tmp_path):
     stable_diffusion(tmp_path, DDIM).save_pretrained(tmp_path / "sd")
     weights = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
@@ -87,7 +87,7 @@ def test_a_part_without_the_variant_is_read_in_the_plain_one_with_a_warning(tmp_
 
 @pytest.mark.parametrize("make", [lambda path: stable_diffusion(path, DDIM), stable_diffusion_xl])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, -1.0])
-def test_stable_diffusion_is_guided_above_1_alone_as_in_diffusers(tmp_path, make, scale):
+def test_stable_diffusion_is_guided_only_by_scales_above_1_as_in_diffusers(tmp_path, make, scale):
     theirs = make(tmp_path)
     theirs.save_pretrained(tmp_path / "sd")
     theirs.set_progress_bar_config(disable=True)
@@ -100,7 +100,7 @@ def test_stable_diffusion_is_guided_above_1_alone_as_in_diffusers(tmp_path, make
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), expected, rtol=0, atol=1e-5)
 
 
-def test_scale_0_of_an_own_model_samples_the_unconditional_network_and_warns(pipe):
+def test_scale_0_of_a_minidiff_model_samples_the_unconditional_network_and_warns(pipe):
     options = {"num_inference_steps": 3, "seed": 0, "output_type": "pt", "guidance_scale": 0.0}
     with pytest.warns(UserWarning, match="unconditional network"):
         first = pipe(class_labels=3, **options).images

@@ -553,7 +553,9 @@ BYTES = np.zeros((SIDE, SIDE, 3), np.uint8)
         ({"generator": [torch.Generator()], "num_images": 2}, "generator must list 2 generators"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_by_name_before_a_network_runs(latent_pipe, arguments, message):
+def test_invalid_arguments_are_refused_by_name_before_a_network_runs(
+    latent_pipe, arguments, message
+):
     forbid_evaluations(latent_pipe)
     number = {"num_images": 2} if "image" in arguments else {}
     with pytest.raises(InvalidArgument, match=message):

@@ -20,7 +20,7 @@ STEPS = 4
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_picture_depends_on_its_seed_and_index_alone(pipe, name):
+def test_a_picture_depends_only_on_its_seed_and_index(pipe, name):
     pipe.scheduler = sampler(name, pipe.scheduler)
     options = {"num_inference_steps": STEPS, "seed": 3, "output_type": "np"}
     together = pipe(num_images=7, **options).images.astype(int)
@@ -179,7 +179,7 @@ def _truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def test_a_folder_that_holds_something_else_is_not_replaced(pipe, tmp_path):
+def test_a_folder_with_foreign_files_is_not_replaced(pipe, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="will not replace"):
         pipe.save_pretrained(tmp_path)
@@ -218,7 +218,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(pipe, tmp_path):
         ({"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent"),
     ],
 )
-def test_bad_arguments_are_refused_before_the_network_runs(pipe, options, message):
+def test_invalid_arguments_are_refused_before_the_network_runs(pipe, options, message):
     def fail(*args):
         raise AssertionError("the network ran")
 

@@ -43,7 +43,7 @@ def draw(pipe, prompt=PROMPTS, **options):
     return pipe(prompt, seed=1, output_type="pt", **options).images
 
 
-def test_pictures_depend_on_the_words_and_on_nothing_else_in_the_text(pipe):
+def test_pictures_depend_on_the_words_but_not_on_case_or_punctuation(pipe):
     images = draw(pipe)
     assert images.shape == (2, 3, 8, 8)
     assert torch.equal(images, draw(pipe, ["A RED, seven!", " blue "]))

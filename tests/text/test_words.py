@@ -46,7 +46,7 @@ def test_a_long_text_is_cut_with_a_warning_that_names_its_end(tokenizer):
     assert ids[0].tolist() == [BEGIN, 4, 4, 4, 6, END]
 
 
-def test_the_warning_points_at_the_caller(tokenizer):
+def test_the_warning_names_the_file_of_the_caller(tokenizer):
     with pytest.warns(UserWarning, match="blue") as caught:
         tokenizer.encode(["blue"])
     assert caught[0].filename == __file__
