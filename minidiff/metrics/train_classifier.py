@@ -204,7 +204,7 @@ def train(
     was.
 
     Args:
-        images: with labels; the work is done on their device. A label NONE is passed over.
+        images: with labels; the work is done on their device. A label NONE is ignored.
         report: called after every epoch with its number, the mean loss, and the seconds since the
             start.
 

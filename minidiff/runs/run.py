@@ -28,7 +28,7 @@ class Run:
     Args:
         out: folder of the run, which holds its `config.json`.
         settings: content of that file.
-        print_line: called with the snapshots that are passed over and where the run goes on.
+        print_line: called with the snapshots that are skipped and where the run goes on.
     Attributes:
         leads: this process is the only one or has rank 0; only that one writes and prints.
     """

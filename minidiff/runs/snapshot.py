@@ -1,18 +1,18 @@
-"""Snapshots of a run under way, from which it goes on as if it had never stopped.
+"""Snapshots of a run under way, from which it is resumed as if never interrupted.
 
 RUN/checkpoints/step-N/
     weights.safetensors     the raw weights
-    average.safetensors     their average, apart
+    average.safetensors     their average
     NAME.safetensors        a network that the training keeps as well, see `TrainingState.extras`
     optimizer.safetensors   the tensors of the optimizer's state
-    state.json              its numbers; step, seconds, position in the data and in the log, the
-                            losses of the row under way
+    state.json              its numbers; step, seconds, position in the data and in the log, and
+                            the losses of the next row
     manifest.json           size and SHA-256 of each of these, written last
 
-A snapshot is made under a temporary name, synced and renamed, so a folder of that name is whole
-unless the disk damaged it, which the manifest shows. Random numbers need no place in it: those of
-a step depend on (seed, step) alone (`training.batches`), and nothing reads torch's, numpy's or
-Python's global state. bfloat16 needs no scaler of gradients.
+A snapshot is written under a temporary name, synced and renamed, so a folder with a snapshot's name
+is complete unless the disk damaged it, which the manifest detects. It holds no random state: the
+random numbers of a step depend on (seed, step) alone (`training.batches`), and nothing reads
+torch's, numpy's or Python's global state. bfloat16 needs no gradient scaler.
 """
 
 import math
@@ -44,20 +44,20 @@ _NAME = re.compile(r"step-([0-9]{6,12})")
 
 
 class Content(NamedTuple):
-    """What a snapshot holds: tensors by file, and the numbers of `state.json`."""
+    """The content of a snapshot: tensors by file, and the numbers of `state.json`."""
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
 
 def content(training: TrainingState) -> Content:
-    """What a snapshot of a training holds; the live weights are only read.
+    """Return the content of a snapshot; the live weights are only read.
 
-    Where the weights are shared out, all processes call this.
+    Where the weights are sharded, all processes call this.
 
     Raises:
-        CheckpointError: the optimizer's state is not of tensors, numbers and texts.
-        TrainingError: the loss or a gradient was not finite, so this is nothing to go on from.
+        CheckpointError: the optimizer's state holds more than tensors, numbers and texts.
+        TrainingError: the loss or a gradient was not finite.
     """
     training.guard.check()
     optimizer, moments = _optimizer_state(training.optimizer)
@@ -83,10 +83,11 @@ def write(run: Path, content: Content, log_bytes: int) -> Path:
     """Write a snapshot.
 
     Args:
-        run: the run's folder.
+        run: folder of the run.
+        content: content of the snapshot.
         log_bytes: length of the log that belongs to it.
     Raises:
-        CheckpointError: it cannot be written; earlier snapshots are as they were.
+        CheckpointError: it cannot be written; earlier snapshots stay intact.
     """
     folder = run / FOLDER / f"step-{content.state['step']:06d}"
     with files.atomic_folder(folder) as temporary:
@@ -106,10 +107,10 @@ def _seal(path: Path) -> dict[str, Any]:
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor]]:
-    """What an optimizer says of itself: its numbers, and its tensors by their place.
+    """Return the state of an optimizer: its numbers, and its tensors by their place.
 
     Raises:
-        CheckpointError: something in it is neither tensor nor number nor text.
+        CheckpointError: an entry is neither tensor nor number nor text.
     """
     content = optimizer.state_dict()
     places = {
@@ -138,7 +139,7 @@ def prune(run: Path, keep_last: int) -> None:
     best = min(found, key=_running_loss, default=None)
     for folder in found[:-keep_last]:
         if folder != best:
-            # Aside first: half a folder must not bear a snapshot's name.
+            # Renamed first: a half-deleted folder must not have a snapshot's name.
             aside = folder.with_name(f".{folder.name}.old{files.TEMPORARY}")
             folder.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
@@ -156,7 +157,7 @@ def _running_loss(folder: Path) -> float:
 
 
 def snapshots(run: Path) -> list[Path]:
-    """The folders with a snapshot's name, oldest first."""
+    """Return the folders with a snapshot's name, oldest first."""
     root = run / FOLDER
     entries = root.iterdir() if root.is_dir() else ()
     named = [entry for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()]
@@ -164,7 +165,7 @@ def snapshots(run: Path) -> list[Path]:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Delete what a run that was killed in the middle of a write left under temporary names."""
+    """Delete the temporary files of a run that was killed while it wrote a snapshot."""
     if (run / FOLDER).is_dir():
         files.clear_temporaries(run / FOLDER)
 
@@ -174,7 +175,7 @@ def newest(run: Path, print_line: Callable[[str], None]) -> Path | None:
 
     Args:
         run: folder of the run.
-        print_line: called with those that are passed over, and why.
+        print_line: called with those that are skipped, and why.
     Raises:
         CheckpointError: there are some, and none verifies.
     """
@@ -183,7 +184,7 @@ def newest(run: Path, print_line: Callable[[str], None]) -> Path | None:
         try:
             verify(folder)
         except CheckpointError as error:
-            print_line(f"passed over {folder.name}: {error}")
+            print_line(f"skipped {folder.name}: {error}")
         else:
             return folder
     if found:
@@ -195,7 +196,7 @@ def newest(run: Path, print_line: Callable[[str], None]) -> Path | None:
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file is there as the manifest says."""
+    """Check every file against the manifest. Raises CheckpointError."""
     manifest = files.read_json(folder / MANIFEST)
     for name in dict.fromkeys((*FILES, *manifest)):
         if name not in manifest:
@@ -207,8 +208,11 @@ def verify(folder: Path) -> None:
 
 
 def restore(folder: Path, training: TrainingState) -> int:
-    """Put a training where the snapshot's was; returns the length of the log that belongs to it.
+    """Restore the state of a training and return the length of the log that belongs to it.
 
+    Args:
+        folder: folder of the snapshot.
+        training: training with the same config and data.
     Raises:
         CheckpointError: a part is missing, damaged, or of another run. The training must then not
             be used.
@@ -240,7 +244,7 @@ def restore(folder: Path, training: TrainingState) -> int:
 
 
 def _load(module: nn.Module, file: Path) -> None:
-    """Weights, whole in the file and maybe shared out in the module."""
+    """Load weights, which are whole in the file and may be sharded in the module."""
     wanted = module.state_dict()
     stored = read_headers([file])
     check_fit(wanted, stored)
@@ -252,7 +256,7 @@ def _load(module: nn.Module, file: Path) -> None:
 def _load_optimizer(
     optimizer: torch.optim.Optimizer, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `_optimizer_state`."""
+    """Restore what `_optimizer_state` returned."""
     state: dict[int, dict[str, Any]] = {}
     for place, value in {**numbers["state"], **tensors}.items():
         owner, _, name = place.partition(".")
@@ -264,12 +268,12 @@ def _load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, entries in optimizer.state.items():
         for name, value in _of_the_shape_of(parameter, entries.items()):
-            # A file holds no strides; kernels walk parameter and moments side by side.
+            # A file holds no strides, but fused kernels need those of the parameter.
             entries[name] = laid_out(value, parameter.detach())
 
 
 def _like(now: Any, value: Any) -> Any:
-    """JSON knows neither tuples nor tensors."""
+    """Return a value of JSON, which has neither tuples nor tensors, in the type of `now`."""
     if isinstance(now, Tensor):
         return torch.full_like(now, value)
     return tuple(value) if isinstance(now, tuple) else value

@@ -1,8 +1,8 @@
-"""A function on a GPU as one launch: its kernels are recorded once and replayed.
+"""CUDA graphs: the kernels of a function are captured once and replayed by one launch.
 
-A step of a small network is some thousand kernels, which a GPU runs in microseconds each; Python
-takes longer to ask for them, and the GPU waits. A CUDA graph is the list of them with all their
-addresses, and asking for the list is one call.
+A step of a small network consists of about a thousand kernels, which a GPU runs in microseconds
+each. Python takes longer to launch them, and the GPU waits. A CUDA graph is the list of kernels
+with all their addresses, and launching it is one call.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs, "whole-network capture".
 """
@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls before recording, in which libraries choose their kernels and take memory
+WARM_UP = 3  # calls before the capture, in which libraries choose kernels and allocate memory
 
 Results = Sequence[Tensor | None]
 
 
-class Recording(NamedTuple):
-    """A CUDA graph, where it reads what it is given, and where it leaves its results."""
+class Capture(NamedTuple):
+    """A captured graph, with the memory of its inputs and of its results."""
 
     graph: torch.cuda.CUDAGraph
     given: list[Tensor]
@@ -27,40 +27,41 @@ class Recording(NamedTuple):
 
 
 class CudaGraph:
-    """A function that is recorded at the first call with tensors of these shapes, then replayed.
+    """A function that is captured at the first call with tensors of some shapes, then replayed.
 
-    The results are memory of the recording, which the next call writes to.
+    The results are memory of the graph, which the next call overwrites.
 
     Args:
-        function: from tensors on one GPU to a sequence of tensors and None. It asks for the same
-            kernels whenever the shapes are the same, never waits for the GPU, and what it changes
-            it may change again: it is called some times before it is recorded. Random numbers of
-            the default generator are drawn anew in every replay.
+        function: function from tensors on one GPU to a sequence of tensors and None. It launches
+            the same kernels whenever the shapes are the same and never waits for the GPU. It is
+            called several times before the capture, so its side effects must be repeatable. Random
+            numbers of the default generator are drawn again in every replay.
     """
 
     def __init__(self, function: Callable[..., Results]) -> None:
         self.function = function
-        self.recordings: dict[tuple, Recording] = {}
+        self.captures: dict[tuple, Capture] = {}
 
     def __call__(self, *given: Tensor) -> Results:
-        """What the function makes of these tensors."""
+        """Return the function's results for these tensors."""
         key = tuple((x.shape, x.stride(), x.dtype) for x in given)
-        if key not in self.recordings:
-            self.recordings[key] = self._record([x.detach().clone() for x in given])
-        recording = self.recordings[key]
-        torch._foreach_copy_(recording.given, list(given))
-        recording.graph.replay()
-        return recording.results
+        if key not in self.captures:
+            self.captures[key] = self._capture([x.detach().clone() for x in given])
+        capture = self.captures[key]
+        torch._foreach_copy_(capture.given, list(given))
+        capture.graph.replay()
+        return capture.results
 
-    def _record(self, given: list[Tensor]) -> Recording:
+    def _capture(self, given: list[Tensor]) -> Capture:
+        """Capture the function for inputs of these shapes."""
         device, graph = given[0].device, torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.random.fork_rng(devices=[device]):  # a replay draws as a plain call would
+        with torch.random.fork_rng(devices=[device]):  # a replay draws as a plain call does
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     self.function(*given)
             torch.cuda.current_stream(device).wait_stream(stream)
             with torch.cuda.graph(graph, stream=stream):
                 results = self.function(*given)
-        return Recording(graph, given, results)
+        return Capture(graph, given, results)

@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node K -m minidiff train …
 
-Every process draws the whole batch's random numbers and trains on its part of it, so a batch is the
-same batch whatever K, and nothing that is saved belongs to a process. Gradients are averaged by
-torch's DistributedDataParallel, or weights, gradients and optimizer are split by its `fully_shard`
-(FSDP2). Only the process of rank 0 writes and prints.
+Every process draws the random numbers of the whole batch and trains on its part of it. A batch is
+thus the same for any K, and nothing that is saved depends on a process. Gradients are averaged by
+torch's DistributedDataParallel, or weights, gradients and optimizer are sharded by its
+`fully_shard` (FSDP2). Only the process of rank 0 writes and prints.
 """
 
 import contextlib
@@ -20,66 +20,68 @@ from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument, TrainingError
 
-PATIENCE = datetime.timedelta(minutes=10)  # with a process that writes a snapshot, or is lost
+TIMEOUT = datetime.timedelta(minutes=10)  # for a process that writes a snapshot, or is lost
 
 
 class World:
-    """The processes of a run, seen from one of them; here, the only one.
+    """The processes of a run, as one of them sees them; in this class, it is the only one.
 
     Attributes:
         rank: number of this process.
         size: number of processes.
-        splits: whether each holds only its share of the weights.
+        splits: each process holds only its shard of the weights.
     """
 
     rank, size, splits = 0, 1, False
 
     def part(self, n: int) -> slice:
-        """This process' part of n images."""
+        """Return this process' part of n images."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def share(self, module: nn.Module) -> None:
-        """Leave this process with its share of the weights."""
+        """Leave this process with its shard of the weights."""
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of which each process has its share, whole; all processes call this."""
+        """Return sharded tensors as whole ones; all processes call this."""
         return dict(tensors)
 
     def wrap(self, learner: nn.Module) -> nn.Module:
-        """The module to call, so that gradients are those of all processes together."""
+        """Return the module to call, whose gradients are those of all processes together."""
         return learner
 
     def without_sync(self, network: nn.Module) -> contextlib.AbstractContextManager:
-        """Inside, gradients only add up; the next backward pass outside exchanges them."""
+        """Accumulate gradients inside; the next backward pass outside exchanges them."""
         return contextlib.nullcontext()
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum over the processes, on each of them. The host does not wait."""
+        """Return the sum over the processes, on each of them. The host does not wait."""
         return value
 
     def largest(self, *numbers: float) -> list[float]:
-        """The largest of every number among the processes; never waits for a GPU."""
+        """Return the maximum of every number over the processes; never waits for a GPU."""
         return list(numbers)
 
     def clip(self, parameters: Iterable[nn.Parameter], norm: float) -> Tensor:
-        """Cut the gradient to a norm; returns the norm it had."""
+        """Clip the gradient to a norm and return the norm it had."""
         return nn.utils.clip_grad_norm_(parameters, norm)
 
 
 class Processes(World):
-    """Several processes, each of which has the whole network.
+    """Several processes, each with the whole network.
 
+    Args:
+        device: device of this process.
     Attributes:
-        hosts: the group in which numbers of the host travel, so that no one waits for a GPU.
+        hosts: group for numbers of the hosts, which does not wait for a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=TIMEOUT)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = device
-        self.hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def wrap(self, learner: nn.Module) -> nn.Module:
         devices = [self.device] if self.device.type == "cuda" else None
@@ -99,7 +101,7 @@ class Processes(World):
 
 
 class Shards(Processes):
-    """Several processes that share the weights among them: torch's `fully_shard` (FSDP2)."""
+    """Several processes over which the weights are sharded by torch's `fully_shard` (FSDP2)."""
 
     splits = True
 
@@ -112,10 +114,10 @@ class Shards(Processes):
     def share(self, module: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        module.to(memory_format=torch.contiguous_format)  # it takes no other
+        module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
         for name, layers in module.named_modules():
-            # What is gathered while it is at work, and scattered again. Not whole blocks of the
-            # U-Net: they share a list of skips, of which `fully_shard` would give each a copy.
+            # Units that are gathered for their work and resharded after it. Not whole blocks of
+            # the U-Net: these share a list of skips, and `fully_shard` would copy it for each.
             for layer in layers if name.endswith((".resnets", ".attentions")) else ():
                 if any(True for _ in layer.parameters()):
                     fully_shard(layer, mesh=self._mesh)
@@ -123,7 +125,7 @@ class Shards(Processes):
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
-            name: value.full_tensor() if _is_shared(value) else value
+            name: value.full_tensor() if _is_sharded(value) else value
             for name, value in tensors.items()
         }
 
@@ -142,20 +144,20 @@ class Shards(Processes):
         return super().clip(parameters, norm).full_tensor()
 
 
-def _is_shared(value: Tensor) -> bool:
-    """Whether it is a DTensor, whose module is slow to import and mostly not needed."""
+def _is_sharded(value: Tensor) -> bool:
+    """Return whether it is a DTensor, whose module is slow to import and rarely needed."""
     return hasattr(value, "full_tensor")
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The shares of these tensors that this process holds."""
-    return [value.to_local() if _is_shared(value) else value for value in tensors]
+    """Return the shards of these tensors that this process holds."""
+    return [value.to_local() if _is_sharded(value) else value for value in tensors]
 
 
 def laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor in the dtype, on the device and in the memory that `like` has it in."""
+    """Return a whole tensor with dtype, device, sharding and memory layout of `like`."""
     value = value.to(like.device, like.dtype)
-    if _is_shared(like):
+    if _is_sharded(like):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, like.device_mesh, like.placements)
@@ -163,31 +165,31 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
-    """gloo raises plain RuntimeErrors."""
+    """Return whether an error comes from the network; gloo raises plain RuntimeErrors."""
     words = ("gloo", "Connection", "connection", "NCCL", "Timed out", "Broken pipe")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def processes() -> int:
-    """How many torchrun started, this one included; 1 where it did not."""
+    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched() -> bool:
-    """Whether torchrun started this process, one of several."""
+    """Return whether torchrun started this process as one of several."""
     return processes() > 1
 
 
 def rank() -> int:
-    """The number of this process, before it has joined the others; 0 where it is alone."""
+    """Return the number of this process before it joins the others; 0 if it is alone."""
     return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Of several GPUs the one of this process.
+    """Return the GPU of this process, where there are several.
 
     Raises:
-        InvalidArgument: there are more processes than GPUs, or one GPU is asked for by number.
+        InvalidArgument: there are more processes than GPUs, or a GPU is given by number.
     """
     if not launched() or device.type != "cuda":
         return device
@@ -207,9 +209,10 @@ def world(device: torch.device, shard: bool = False) -> Iterator[World]:
     """Join the other processes of the run, if there are any, and leave them at the end.
 
     Args:
-        shard: whether they share the weights, see `Shards`.
+        device: device of this process.
+        shard: the weights are sharded, see `Shards`.
     Raises:
-        TrainingError: one of them is lost, killed or fallen off the network.
+        TrainingError: one of them was killed, or lost its connection.
     """
     if not launched():
         yield World()
@@ -217,7 +220,7 @@ def world(device: torch.device, shard: bool = False) -> Iterator[World]:
     try:
         joined = (Shards if shard else Processes)(device)
         yield joined
-        dist.barrier(group=joined.hosts)  # no one leaves while another still asks
+        dist.barrier(group=joined.hosts)  # no process leaves while another still needs it
     except RuntimeError as error:
         if not _is_of_the_network(error):
             raise

@@ -4,17 +4,17 @@
 
 The first two terms are the evidence lower bound of a VAE whose pixels have a Laplace (or normal)
 distribution of unit scale; β, a small number, trades sharpness against latents that are easy to
-model. The third one is the verdict of a discriminator D on the decoded image, which learns beside
-the autoencoder to tell the two kinds of images apart, with the hinge loss:
+model. The third is the score of a discriminator D for the decoded image. D is trained with the
+autoencoder to distinguish real from decoded images, with the hinge loss:
 
     L_D = ½·max(0, 1 − D(x)) + ½·max(0, 1 + D(x̂))
 
-It starts when the decoder is past its first faults. λ makes both pull equally hard on the weights
-of the decoder's last layer, so that w means the same for any data and loss.
+It is used once the decoder is past its first errors. λ gives both terms the same gradient norm at
+the decoder's last layer, so that w means the same for any data and loss.
 
-Last comes a measurement: with the averaged weights, the mean and the spread of the latents of
-training images become `shift_factor` and `scaling_factor`, so that a diffusion model finds them at
-zero mean and unit variance.
+At the end the latents are measured: with the averaged weights, their mean and standard deviation
+on training images become `shift_factor` and `scaling_factor`. A diffusion model is thus trained on
+latents of zero mean and unit variance.
 
 Sources: Kingma & Welling 2014, https://arxiv.org/abs/1312.6114, eq. 10; Esser et al. 2021,
 "Taming Transformers for High-Resolution Image Synthesis", https://arxiv.org/abs/2012.09841, eq. 6
@@ -45,9 +45,9 @@ from minidiff.training.loop import TrainingState, steps
 from minidiff.training.optim import EMA
 from minidiff.training.progress import Progress, batch_size
 
-_NOISE = 3  # the stream of random numbers, see `noise.stream_seed`; training has the ones before
-_TINY = 1e-6  # δ of Esser et al. eq. 7
-_MOST = 1e4  # of λ, as in the authors' code: the judge may be quite indifferent
+_NOISE = 3  # stream of random numbers, see `noise.stream_seed`
+_DELTA = 1e-6  # δ of Esser et al. eq. 7
+_MAX_SCALE = 1e4  # of λ, as in the authors' code, where the discriminator's gradient vanishes
 ERRORS = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
@@ -55,11 +55,11 @@ ERRORS = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 class Networks(NamedTuple):
-    """What is trained.
+    """The trained networks.
 
     Attributes:
         vae: the autoencoder.
-        judge: the discriminator, which is thrown away.
+        judge: the discriminator, which is needed in training only.
     """
 
     vae: AutoencoderKL
@@ -67,7 +67,7 @@ class Networks(NamedTuple):
 
 
 def build(config: VAEConfig, data: ImageData) -> Networks:
-    """Fresh networks of the size that `config` and the data ask for, weights from the seed.
+    """Return fresh networks for config and data, with weights from the seed.
 
     torch's global random state is left as it was.
 
@@ -83,14 +83,15 @@ def check(config: VAEConfig, data: ImageData) -> None:
     """Refuse what cannot be trained, without taking memory.
 
     Raises:
-        InvalidArgument: there are no images, or they are not stored; they have a side that cannot
-            be halved so often, or the network refuses its sizes.
+        InvalidArgument: there are no images, or they are not stored; a side cannot be halved at
+            every level, or the network refuses its sizes.
     """
     with torch.device("meta"):
         _networks(config, data)
 
 
 def _networks(config: VAEConfig, data: ImageData) -> Networks:
+    """Return the networks for config and data. Raises InvalidArgument, see `check`."""
     check_stored(data)
     channels, height, width = data.shape
     levels = len(config.channels)
@@ -113,8 +114,8 @@ def _networks(config: VAEConfig, data: ImageData) -> Networks:
         odd = name == "channels" and (height % divisor or width % divisor)
         if odd or min(height, width) < divisor:
             raise InvalidArgument(
-                f"{name} must be of so few levels that images of {height}×{width} can be halved "
-                f"between them, got {getattr(config, name)}"
+                f"{name} must have few enough levels to halve images of {height}×{width} between "
+                f"them, got {getattr(config, name)}"
             )
     return Networks(vae, PatchDiscriminator(channels, config.discriminator_channels))
 
@@ -123,47 +124,48 @@ def _networks(config: VAEConfig, data: ImageData) -> Networks:
 
 
 def bound(x: Tensor, made: Tensor, posterior: DiagonalGaussian, config: VAEConfig) -> Tensor:
-    """The error and β times the divergence, in nats a pixel, the mean over a batch.
+    """Return error plus β times divergence, in nats per pixel, the mean over a batch.
 
     Args:
-        x, made: images (B, C, H, W) and what became of them.
-        posterior: what the encoder said of them.
+        x, made: images and their reconstructions, (B, C, H, W).
+        posterior: distribution of their latents.
+        config: kind of error, and β.
     """
     divergence = posterior.kl().mean() / x[0].numel()
     return ERRORS[config.reconstruction](made.float(), x) + config.kl_weight * divergence
 
 
 def verdict(judge: nn.Module, made: Tensor) -> Tensor:
-    """−D(x̂), the mean over patches: what the decoder wants small."""
+    """Return −D(x̂), the mean over patches, which the decoder minimizes."""
     return -judge(made).float().mean()
 
 
 def hinge(judge: nn.Module, x: Tensor, made: Tensor) -> Tensor:
-    """L_D: small where real patches get more than 1 and made ones less than −1."""
+    """Return L_D: zero where D > 1 for real patches and D < −1 for decoded ones."""
     real, fake = judge(x).float(), judge(made.detach()).float()
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def balance(error: Tensor, judged: Tensor, last: Tensor) -> Tensor:
-    """λ: how many times harder the error pulls on the weights `last` than the verdict does."""
+    """Return λ: the ratio of the gradients' norms of error and verdict at the weights `last`."""
     pull = torch.autograd.grad(error, last, retain_graph=True)[0].norm()
     push = torch.autograd.grad(judged, last, retain_graph=True)[0].norm()
-    return (pull / (push + _TINY)).clamp(max=_MOST)  # Esser et al. eq. 7
+    return (pull / (push + _DELTA)).clamp(max=_MAX_SCALE)  # Esser et al. eq. 7
 
 
 # --- the loop --------------------------------------------------------------------------------
 
 
 class AutoencoderTraining(TrainingState):
-    """A run under way, and its step.
+    """A training of an autoencoder under way, and its step.
 
     Args:
         config: the run.
-        data: the images, moved to `device` whole.
-        device: where to train.
+        data: images, moved to `device` whole.
+        device: device of the training.
     Attributes:
-        vae, judge: the networks, with the raw weights; together they are the `learner`.
-        average: of the autoencoder's weights.
+        vae, judge: networks with the raw weights; together they are the `learner`.
+        average: average of the autoencoder's weights.
     Raises:
         InvalidArgument: as `check`.
     """
@@ -182,6 +184,7 @@ class AutoencoderTraining(TrainingState):
 
     @property
     def averaged(self) -> AutoencoderKL:
+        """The autoencoder."""
         return self.vae
 
     def step(self) -> None:
@@ -207,18 +210,18 @@ class AutoencoderTraining(TrainingState):
         self.update(total.detach(), sum(norms), loss.detach())
 
     def _push(self, loss: Tensor, made: Tensor) -> Tensor:
-        """The third term of the loss: λ·w·(−D(x̂))."""
+        """Return the third term of the loss, λ·w·(−D(x̂))."""
         judged = verdict(self.judge.requires_grad_(False), made)
         scale = balance(loss, judged, self.vae.decoder.conv_out.weight)
         return self.config.adversarial_weight * scale * judged
 
     def _noise(self, like: Tensor) -> Tensor:
-        """Standard normal numbers of this step: they depend on the seed and the step alone."""
+        """Return standard normal noise that depends on the seed and the step alone."""
         self.noise.manual_seed(stream_seed(self.config.seed, _NOISE, self.budget.step))
         return torch.empty_like(like, dtype=torch.float32).normal_(generator=self.noise)
 
     def _cast(self) -> torch.autocast:
-        """Matrix work in the config's dtype."""
+        """Return the context of matrix work in the config's dtype."""
         dtype = DTYPES[self.config.dtype]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -231,7 +234,7 @@ def train_vae(
     resume: Callable[[AutoencoderTraining], None] = lambda training: None,
     after_step: Callable[[AutoencoderTraining], None] = lambda training: None,
 ) -> AutoencoderKL:
-    """Train an autoencoder until the budget is spent; returns it with the averaged weights.
+    """Train an autoencoder until the budget is spent and return it with the averaged weights.
 
     Args:
         config: all options of the run.
@@ -251,9 +254,13 @@ def train_vae(
 
 
 def _adamw(config: VAEConfig, vae: nn.Module, judge: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW with a group for each network."""
     groups = [
         {"params": list(vae.parameters()), "betas": (0.9, 0.99)},
-        {"params": list(judge.parameters()), "betas": (0.5, 0.9)},  # as Rombach et al.'s code
+        {
+            "params": list(judge.parameters()),
+            "betas": (0.5, 0.9),
+        },  # as in the code of Rombach et al.
     ]
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True

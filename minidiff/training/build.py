@@ -1,4 +1,4 @@
-"""A fresh pipeline for a config and data, and what cannot be trained."""
+"""The pipeline that a training begins with, and checks of what cannot be trained."""
 
 import math
 from collections.abc import Sequence
@@ -120,7 +120,7 @@ def _check_fresh(config: TrainConfig, data: Data) -> None:
 
 
 def seen(config: TrainConfig, data: Data) -> Data:
-    """The data as training sees them, augmented. Raises InvalidArgument, see `augmented`."""
+    """Return the data with augmentation. Raises InvalidArgument, see `augmented`."""
     if data.decoder is not None:
         for name, none in (("block", 1), ("shift", 0), ("flip", False)):
             if (given := getattr(config, name)) != none:
@@ -129,6 +129,7 @@ def seen(config: TrainConfig, data: Data) -> Data:
 
 
 def _network(config: TrainConfig, data: Data) -> UNet:
+    """Return a fresh network. Raises InvalidArgument where config and data do not fit."""
     if not len(data):
         raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
     if len(data.shape) != 3:
@@ -157,10 +158,10 @@ def _network(config: TrainConfig, data: Data) -> UNet:
 
 
 def silenced(unet: UNet) -> UNet:
-    """The same network with every residual branch and the output at zero, to begin training with.
+    """Set the last layer of every residual branch and of the network to zero; return the network.
 
-    A block then passes on what it is given, and what it adds is learnt from there, as in the code
-    of Ho et al. 2020 and Dhariwal & Nichol 2021 (`zero_module`). The network's layers are changed.
+    Every block then begins as the identity, as in the code of Ho et al. 2020 and Dhariwal & Nichol
+    2021 (`zero_module`).
     """
     last = [unet.conv_out]
     for module in unet.modules():
@@ -194,9 +195,10 @@ def _attention(config: TrainConfig, condition: Condition) -> dict[str, Any]:
 
 
 def groups_of(channels: Sequence[int]) -> int:
-    """Groups of the norms: of 16 channels or multiples, which a CPU's vectors hold; else eight.
+    """Return the number of groups of the norms.
 
-    But none of one channel, whose mean it would hide.
+    A group has 16 channels or a multiple, which fit a CPU's vectors; otherwise there are eight
+    groups. No group has a single channel, whose mean it would remove.
     """
     common = math.gcd(*channels)
     groups = common // 16 if common % 16 == 0 else math.gcd(common, 8)

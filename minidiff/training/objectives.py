@@ -1,8 +1,8 @@
-"""Objectives by the names of their options, as a `TrainConfig` and the command line have them."""
+"""Objectives by the names of their options, which `TrainConfig` and the command line use."""
 
 import numpy as np
 
-from minidiff.errors import InvalidArgument, one_of, real_number
+from minidiff.errors import InvalidArgument, real_number
 from minidiff.objective import (
     LOSS_WEIGHTS,
     MIN_SNR_GAMMA,
@@ -20,13 +20,32 @@ from minidiff.objective import (
     Spread,
     Weight,
 )
-from minidiff.schedule import Level
+from minidiff.runtime.checks import Check, check_all, choice, flag, optional, positive, real
+from minidiff.schedule import BETA_SCHEDULES, Level
 from minidiff.schedulers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     Scheduler,
 )
+
+
+def _scale(name: str, value: float) -> float:
+    """Allow numbers in (0, 10000]."""
+    return positive(name, real_number(name, value, 0, 1e4))
+
+
+CHECKS: dict[str, Check] = {
+    "prediction_type": choice(*PREDICTION_TYPES),
+    "noise_levels": optional(choice(*NOISE_LEVELS)),
+    "level_mean": optional(real(-10, 10)),
+    "level_std": optional(_scale),
+    "loss_weight": choice(*LOSS_WEIGHTS),
+    "min_snr_gamma": optional(_scale),
+    "sigma_data": optional(_scale),
+    "beta_schedule": optional(choice(*BETA_SCHEDULES)),
+    "learn_variance": flag,
+}
 
 
 def check(
@@ -40,16 +59,19 @@ def check(
     beta_schedule: str | None,
     learn_variance: bool,
 ) -> None:
-    """Refuse options that are wrong or make no sense together. Raises InvalidArgument."""
-    one_of("prediction_type", prediction_type, PREDICTION_TYPES)
-    one_of("loss_weight", loss_weight, LOSS_WEIGHTS)
-    if noise_levels is not None:
-        one_of("noise_levels", noise_levels, NOISE_LEVELS)
-        if noise_levels not in (allowed := SPREADS[prediction_type]):
-            raise InvalidArgument(
-                f"noise_levels of prediction_type {prediction_type!r} must be one of "
-                f"{', '.join(allowed)}; got {noise_levels!r}"
-            )
+    """Refuse options that are not allowed, alone or together. Raises InvalidArgument.
+
+    Args:
+        prediction_type, noise_levels, level_mean, level_std, loss_weight: see `make`.
+        min_snr_gamma, sigma_data, beta_schedule, learn_variance: see `make`.
+    """
+    options = locals()
+    check_all(options, CHECKS)
+    if noise_levels is not None and noise_levels not in (allowed := SPREADS[prediction_type]):
+        raise InvalidArgument(
+            f"noise_levels of prediction_type {prediction_type!r} must be one of "
+            f"{', '.join(allowed)}; got {noise_levels!r}"
+        )
     spread = noise_levels or SPREADS[prediction_type][0]
     measured = prediction_type == "edm" or loss_weight == "edm"
     for name, value, used, where in (
@@ -60,19 +82,10 @@ def check(
         ("beta_schedule", beta_schedule, prediction_type in PRESERVING, "epsilon, sample and v"),
     ):
         if value is not None and not used:
-            raise InvalidArgument(f"{name} is of {where}; leave it out, got {value!r}")
-    if level_mean is not None:
-        real_number("level_mean", level_mean, -10, 10)
-    for name, value in (
-        ("level_std", level_std),
-        ("min_snr_gamma", min_snr_gamma),
-        ("sigma_data", sigma_data),
-    ):
-        if value is not None and real_number(name, value, 0, 1e4) == 0:
-            raise InvalidArgument(f"{name} must be above 0, got 0")
+            raise InvalidArgument(f"{name} is for {where}; leave it out, got {value!r}")
     if learn_variance and (prediction_type not in PRESERVING or spread != "uniform"):
         raise InvalidArgument(
-            "learn_variance is of epsilon, sample and v_prediction with noise_levels 'uniform': "
+            "learn_variance is for epsilon, sample and v_prediction with noise_levels 'uniform': "
             f"got prediction_type {prediction_type!r} and noise_levels {spread!r}"
         )
     if learn_variance and loss_weight != "none":
@@ -98,14 +111,14 @@ def make(
     """Return an objective with the scheduler that samples it.
 
     Args:
-        prediction_type, noise_levels, loss_weight: see `minidiff.objective`; noise_levels None is
-            the usual of the prediction type.
-        level_mean, level_std: of the normal distribution; None for the paper's.
+        prediction_type, loss_weight: see `minidiff.objective`.
+        noise_levels: distribution of the levels; None for the usual one of the prediction type.
+        level_mean, level_std: mean and standard deviation of ln(σ/α); None for the paper's.
         min_snr_gamma: γ; None for 5.
-        sigma_data: standard deviation of the data, needed where "edm" is asked for.
-        beta_schedule: of epsilon, sample and v; None for the cosine.
-        learn_variance: whether the network learns the variance of DDPM's steps.
-        num_train_timesteps: T.
+        sigma_data: standard deviation of the data; needed for "edm".
+        beta_schedule: noise schedule of epsilon, sample and v_prediction; None for the cosine.
+        learn_variance: the network learns the variance of DDPM's steps.
+        num_train_timesteps: number of steps of the noise schedule.
         kind: custom class, see `class_of`.
         scheduler: scheduler whose targets and noise schedule are learnt; None for a fresh one.
     Raises:
@@ -132,13 +145,15 @@ def make(
 def class_of(
     prediction_type: str, learn_variance: bool, own: type[Objective] | None = None
 ) -> type[Objective]:
-    """The class of an objective: LearnedVariance, FlowObjective, EDMObjective or Objective.
+    """Return the class of an objective: a custom one, or the usual one of the prediction type.
 
     Args:
-        own: one of one's own in its place, which must be a subclass of it, and ask for as many
-            channels of the network's output.
+        prediction_type: prediction type of the network.
+        learn_variance: the network learns the variance of DDPM's steps.
+        own: custom class; a subclass of LearnedVariance, FlowObjective, EDMObjective or Objective,
+            whichever is the usual one, with the same number of output channels.
     Raises:
-        InvalidArgument: it is not.
+        InvalidArgument: another class.
     """
     of_type = {"flow": FlowObjective, "edm": EDMObjective}
     usual = LearnedVariance if learn_variance else of_type.get(prediction_type, Objective)
@@ -160,7 +175,7 @@ def _scheduler(
     learn_variance: bool,
     num_train_timesteps: int,
 ) -> Scheduler:
-    """What samples what is learnt, by the papers."""
+    """Return the scheduler that samples what is learnt, as in the papers."""
     common = {"num_train_timesteps": num_train_timesteps, "compat": "exact"}
     if prediction_type == "edm":
         return EDMDPMSolverMultistepScheduler(
@@ -180,7 +195,7 @@ def _scheduler(
 
 
 def _spread(name: str, mean: float | None, std: float | None) -> Spread | None:
-    """Of the levels, by its name; None is uniform."""
+    """Return the distribution of the levels by its name; None is uniform."""
     if name == "uniform":
         return None
     usual_mean, usual_std = MOMENTS[name]
@@ -188,7 +203,7 @@ def _spread(name: str, mean: float | None, std: float | None) -> Spread | None:
 
 
 def _weight(name: str, gamma: float, sigma_data: float | None) -> Weight:
-    """The weight of the network's error, without a division by the σ of a clean level.
+    """Return the weight of the network's error, without a division by the σ of a clean level.
 
     The network's error is (p − q·α/σ) times that of x̂0, so a weight w of x̂0's error is
     w·σ²/(p·σ − q·α)² of the network's.

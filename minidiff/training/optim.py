@@ -1,17 +1,17 @@
-"""Muon: weight matrices take steps in which every direction counts the same.
+"""Muon: steps of weight matrices in which all directions have the same length; and the EMA.
 
-Adam scales every number of a gradient by itself. A weight matrix is a map, and of its gradient G a
-few directions, those in which the loss falls steeply, hold nearly all. Muon keeps the directions
-and drops how steep each is: with M the momentum of G = U·S·Vᵀ,
+Adam scales every number of a gradient by itself. A weight matrix is a linear map, and its gradient
+G is dominated by the few directions in which the loss falls steeply. Muon keeps the directions and
+drops the steepness of each: with M the momentum of G = U·S·Vᵀ,
 
     M ← β·M + (1 − β)·G,    W ← (1 − η·λ)·W − η·0.2·√max(rows, columns) · U·Vᵀ of (1 − β)·G + β·M
 
-The factor gives the step the size of one of AdamW's, so that learning rate and weight decay serve
-both. U·Vᵀ is found without a decomposition, by five iterations of X ← (a + b·XXᵀ + c·(XXᵀ)²)·X,
-which leave singular values between 0.7 and 1.2. Here they run on the smaller of XXᵀ and XᵀX, for
-all matrices of one such size at once: its polynomials commute, so X enters only at both ends.
-Rounding counts for more in directions where G is small: two processes came to the weights of one
-within 3e-6 in 20 steps, where AdamW's stay within 1e-6.
+The factor gives the step the size of one of AdamW's, so one learning rate and weight decay fit
+both. U·Vᵀ is computed without a decomposition, by five iterations of X ← (a + b·XXᵀ + c·(XXᵀ)²)·X,
+after which the singular values are between 0.7 and 1.2. The iterations run on the smaller of XXᵀ
+and XᵀX, for all matrices of one size at once: polynomials in it commute, so X is needed only at the
+start and at the end. Rounding matters more in directions where G is small: after 20 steps two
+processes agree with one within 3e-6, with AdamW within 1e-6.
 
 Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks",
 https://kellerjordan.github.io/posts/muon/ (the iteration and its coefficients); Liu et al. 2025,
@@ -31,8 +31,8 @@ from minidiff.runtime.distributed import local
 
 A, B, C = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
-MATCH = 0.2  # root mean square of what AdamW's steps are of its learning rate
-LEAST = 16  # rows and columns of a matrix; smaller ones are tables of a few vectors
+MATCH = 0.2  # root mean square of AdamW's steps, relative to its learning rate
+MIN_SIDE = 16  # rows and columns of a matrix; smaller ones are tables of a few vectors
 MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -40,11 +40,12 @@ class Muon(torch.optim.AdamW):
     """Muon for the weights of layers, AdamW for all other parameters.
 
     Args:
-        params: as of AdamW. Groups that say `"muon": True` hold weights (rows, columns, *kernel)
-            alone, a kernel's columns counting as columns of the matrix; `split_groups` makes them.
-        lr, weight_decay, betas: as of AdamW; of Muon's groups the first two alone.
+        params: parameters or groups, as for AdamW. Groups with `"muon": True` hold only weights
+            (rows, columns, *kernel), whose kernel counts as columns; `split_groups` makes them.
+        lr, weight_decay: learning rate and decay, as for AdamW.
+        betas: β₁ and β₂ of AdamW, which groups of Muon ignore.
         momentum: β.
-        orthogonalize: `orthogonalized`, or another way to call it.
+        orthogonalize: `orthogonalized`, or a function that calls it in another way.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step. A parameter without a gradient stays."""
+        """Take a step. A parameter without a gradient is not changed."""
         every = self.param_groups
         self.param_groups = [group for group in every if not group["muon"]]
         try:
@@ -73,10 +74,11 @@ class Muon(torch.optim.AdamW):
             self.param_groups = every
         for group in every:
             if group["muon"]:
-                self._walk(group)
+                self._muon_step(group)
         return loss
 
-    def _walk(self, group: dict[str, Any]) -> None:
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        """Take a step of one of Muon's groups."""
         weights = [weight for weight in group["params"] if weight.grad is not None]
         if not weights:
             return
@@ -94,10 +96,10 @@ class Muon(torch.optim.AdamW):
 
 
 def as_matrix(x: Tensor, like: Tensor) -> Tensor:
-    """A weight (rows, columns, *kernel) as a matrix that shares its memory.
+    """View a weight (rows, columns, *kernel) as a matrix that shares its memory.
 
-    The columns lie as in the memory of `like`: their order does not change U·Vᵀ, and a copy would
-    take as long as the rest.
+    The columns are ordered as in the memory of `like`. Their order does not change U·Vᵀ, and a copy
+    would take as long as the rest.
     """
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
@@ -105,14 +107,14 @@ def as_matrix(x: Tensor, like: Tensor) -> Tensor:
 
 
 def orthogonalized(*matrices: Tensor) -> list[Tensor]:
-    """0.2·√max(rows, columns)·U·Vᵀ of every matrix U·S·Vᵀ, nearly, see above."""
+    """Return approximately 0.2·√max(rows, columns)·U·Vᵀ for every matrix U·S·Vᵀ."""
     by_side: dict[int, list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
         by_side[min(matrix.shape)].append(i)
     out = list(matrices)
     norms = torch._foreach_norm(matrices)
     for chosen in by_side.values():
-        # The columns of X that are no directions of XXᵀ are not looked at.
+        # XXᵀ is the smaller of the two Gram matrices.
         wide = [m if m.shape[0] <= m.shape[1] else m.mT for m in (matrices[i] for i in chosen)]
         scale = torch.stack([norms[i] for i in chosen]).add_(1e-7).reciprocal_()[:, None, None]
         gram = torch.stack([x @ x.mT for x in wide]).mul_(scale.square())
@@ -124,7 +126,7 @@ def orthogonalized(*matrices: Tensor) -> list[Tensor]:
 
 
 def _iterated(gram: Tensor) -> Tensor:
-    """The polynomial in XXᵀ, (N, n, n), by which five iterations multiply X."""
+    """Return the polynomial in XXᵀ, (N, n, n), by which the iterations multiply X."""
     product = None
     for last in [*[False] * (ITERATIONS - 1), True]:
         factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
@@ -136,16 +138,20 @@ def _iterated(gram: Tensor) -> Tensor:
 
 
 def split_groups(groups: Iterable[dict[str, Any]], module: nn.Module) -> list[dict[str, Any]]:
-    """Groups of a module's parameters, each as two: weights of layers for Muon, and the others.
+    """Split each group of a module's parameters in two: weights of layers for Muon, and the rest.
 
-    Layers within embeddings (of time, class, a text's summary) are among the others: they see one
-    vector an image, and with Muon they cost a third of its time for no gain that was measured.
+    Layers within embeddings (of time, class, a text's summary) belong to the rest: their input is
+    one vector per image, and with Muon they take a third of its time for no measured gain.
+
+    Args:
+        groups: groups of parameters, with their options.
+        module: module that has the parameters.
     """
     maps = {
         layer.weight
         for name, layer in module.named_modules()
         if isinstance(layer, MAPS) and "emb" not in name
-        if min(layer.weight.flatten(1).shape) >= LEAST
+        if min(layer.weight.flatten(1).shape) >= MIN_SIDE
     }
     return [
         {**group, "params": parameters, "muon": muon}
@@ -156,20 +162,20 @@ def split_groups(groups: Iterable[dict[str, Any]], module: nn.Module) -> list[di
 
 
 class EMA:
-    """Average of the weights whose memory grows with the run, so it needs no warm-up of its own.
+    """Average of the weights whose memory grows with the run, so that it needs no warm-up.
 
     After update n the average is θ̂ ← β_n·θ̂ + (1 − β_n)·θ with β_n = (1 − 1/n)^k (Karras et al.
     2024, arXiv:2312.02696, eq. 3, k = γ + 1). In closed form θ_s has the weight
-    (s/N)^k − ((s−1)/N)^k after N updates: the first weights vanish, and the last share h of the
-    run always holds 1 − (1 − h)^k.
+    (s/N)^k − ((s−1)/N)^k after N updates: the first weights vanish, and the last fraction h of the
+    run always has the weight 1 − (1 − h)^k.
 
     Args:
-        model: what to average; copied.
-        half_life: the share h of the run that holds half the weight, in (0, 1); 0 keeps only the
+        model: module to average; it is copied.
+        half_life: fraction h of the run that has half the weight, in (0, 1); 0 keeps only the
             latest weights.
     Attributes:
-        model: the copy that holds the average; buffers are the latest.
-        updates: n.
+        model: copy of the module with the averaged parameters and the latest buffers.
+        updates: number of updates n.
     """
 
     def __init__(self, model: nn.Module, half_life: float) -> None:
@@ -179,7 +185,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the current weights of `model` into the average."""
+        """Add the current weights of `model` to the average."""
         self.updates += 1
         new = 1 - (1 - 1 / self.updates) ** self.exponent
         torch._foreach_lerp_(local(self.model.parameters()), local(model.parameters()), new)

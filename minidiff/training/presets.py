@@ -1,4 +1,4 @@
-"""Recipes by name: a data set and a `TrainConfig` each, and why.
+"""Presets: recipes by name, each with its data set, its `TrainConfig` and the reasons.
 
     minidiff train --preset mnist --data-dir DIR --out runs/mnist
     minidiff train --preset mnist --minutes 3 --config mine.toml --out runs/mine
@@ -13,7 +13,13 @@ from minidiff.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe: what it is for and why it is so, the data it was made for, and the run."""
+    """A recipe.
+
+    Attributes:
+        why: purpose and reasons, for `--help`.
+        data: name of the data set that it was made for.
+        train: options of the run.
+    """
 
     why: str
     data: str
@@ -22,9 +28,9 @@ class Preset:
 
 PRESETS = {
     "digits": Preset(
-        "a minute on a laptop: a small network, as little as looks good, at full resolution, where "
+        "a minute on a laptop: the smallest network that looks good, at full resolution, where "
         "strokes are learnt sooner than on blocks of pixels; many small steps, which teach more "
-        "than the same images in few large ones, by Muon, towards a target with less noise",
+        "than the same images in few large ones; Muon, and a target with less noise",
         "digits",
         TrainConfig(
             minutes=1.25,
@@ -38,9 +44,9 @@ PRESETS = {
         ),
     ),
     "mnist": Preset(
-        "ten minutes on two cores: v at full resolution, with few channels there, small batches, "
-        "Muon, a target with less noise; a sampler that takes back its errors by fresh noise, "
-        "guidance at the middle levels alone",
+        "ten minutes on two cores: v-prediction at full resolution, with few channels there, small "
+        "batches, Muon, a target with less noise; a stochastic sampler, whose fresh noise corrects "
+        "earlier errors, and guidance at the middle noise levels only",
         "mnist",
         TrainConfig(
             minutes=10,
@@ -58,7 +64,7 @@ PRESETS = {
         ),
     ),
     "cifar10": Preset(
-        "25 minutes of one GPU: full resolution, three levels of 64 to 192 channels, as small as "
+        "25 minutes of one GPU: full resolution, three levels of 64 to 192 channels, a network of "
         "16 MB in 16 bits, so that many images are seen; Muon, a target with less noise, mirrored "
         "images",
         "cifar10",
@@ -77,9 +83,9 @@ PRESETS = {
         ),
     ),
     "captions": Preset(
-        "eight minutes of one GPU (with --cuda-graph): pictures from text at full resolution, with "
-        "a text encoder that learns along, and more of the noisy levels, where it is decided what "
-        "a picture shows",
+        "eight minutes of one GPU (with --cuda-graph): text to image at full resolution, with a "
+        "text encoder that is trained with the network, and more of the noisy levels, which decide "
+        "the content of an image",
         "captions",
         TrainConfig(
             minutes=8,
@@ -96,8 +102,8 @@ PRESETS = {
         ),
     ),
     "research": Preset(
-        "the textbook, to compare with: noise prediction on the linear schedule (Ho et al. 2020), "
-        "a constant batch and no tricks; set what you study by flags",
+        "the textbook as a baseline: noise prediction on the linear schedule (Ho et al. 2020), "
+        "a constant batch size and no tricks; flags set the options under study",
         "mnist",
         TrainConfig(
             steps=100_000,

@@ -1,7 +1,7 @@
-"""How far a run is, and what follows from it: learning rate, size of the batch, rows of the log.
+"""Progress of a run, and what follows from it: learning rate, batch size, rows of the log.
 
-A budget in steps makes everything a function of the step. A budget in minutes counts seconds of
-wall-clock time, those before an interruption included.
+With a budget in steps everything is a function of the step. A budget in minutes counts seconds of
+wall-clock time, including those before an interruption.
 """
 
 import math
@@ -17,11 +17,13 @@ from minidiff.training.config import LoopConfig
 
 
 class Budget:
-    """How far a run is: a share of its steps, or of its wall-clock minutes.
+    """The budget of a run, in steps or in wall-clock minutes, and how much of it is spent.
 
+    Args:
+        config: minutes or steps.
     Attributes:
-        step: steps that are behind.
-        elapsed: seconds of the run at the last `tick`, those before an interruption included.
+        step: number of steps taken.
+        elapsed: seconds of the run at the last `tick`, including those before an interruption.
     """
 
     def __init__(self, config: LoopConfig) -> None:
@@ -30,15 +32,15 @@ class Budget:
         self.start()
 
     def start(self) -> None:
-        """The clock runs from now on, `elapsed` seconds being behind."""
+        """Start the clock, with `elapsed` seconds already spent."""
         self._started = time.monotonic() - self.elapsed
 
     def now(self) -> float:
-        """Seconds of the run by this process' clock."""
+        """Return the seconds of the run by this process' clock."""
         return time.monotonic() - self._started
 
     def tick(self, now: float) -> None:
-        """A step is behind, at this time."""
+        """Count a step that ended at this time."""
         self.step, self.elapsed = self.step + 1, now
 
     @property
@@ -48,46 +50,64 @@ class Budget:
 
 
 class Progress(NamedTuple):
-    """What `train` reports along the way: a row of log.jsonl."""
+    """A row of log.jsonl, which `train` passes to `on_log_row`.
+
+    Attributes:
+        step: number of steps taken.
+        seconds: seconds of the run.
+        images: number of images seen.
+        loss: mean loss since the last row.
+        learning_rate: learning rate of the next step.
+        skipped: numbers of the steps that were skipped since the last row.
+    """
 
     step: int
     seconds: float
     images: int
     loss: float
     learning_rate: float
-    skipped: list[int]  # steps that were passed over since the last row
+    skipped: list[int]
 
 
-def learning_rate(config: LoopConfig, progress: float) -> float:
-    """Linear rise over the warm-up, then linear decay to zero at the end of the budget."""
-    rise = progress / config.warmup if config.warmup else 1.0
-    fall = (1 - progress) / (1 - config.warmup)
+def learning_rate(config: LoopConfig, fraction_done: float) -> float:
+    """Return the learning rate: linear rise in the warm-up, then linear decay to zero."""
+    rise = fraction_done / config.warmup if config.warmup else 1.0
+    fall = (1 - fraction_done) / (1 - config.warmup)
     return config.learning_rate * max(0.0, min(rise, fall, 1.0))
 
 
-def batch_size(config: LoopConfig, progress: float) -> int:
-    """Images in the batch at this share of the budget."""
+def batch_size(config: LoopConfig, fraction_done: float) -> int:
+    """Return the number of images in a batch after this fraction of the budget."""
     sizes = config.batch_sizes()
-    return sizes[min(int(progress * len(sizes)), len(sizes) - 1)]
+    return sizes[min(int(fraction_done * len(sizes)), len(sizes) - 1)]
 
 
 class Guard:
-    """Stops a run whose loss or gradient is not finite, or lets it pass over a few such steps.
+    """Stops a run whose loss or gradient is not finite, or lets it skip a few such steps.
 
-    On the CPU, and where steps may be passed over, every step is looked at before its update. On
-    a GPU that would make the host wait, so there the first bad step is only noted, on the device,
-    and `check` reads the note: before every row of the log, and before anything is saved.
+    On the CPU, and where steps may be skipped, every step is checked before its update. On a GPU
+    that would make the host wait. There the first bad step is only recorded on the device, and
+    `check` reads it before every row of the log and before anything is saved.
+
+    Args:
+        config: number of steps that may be skipped.
+        device: device of the training.
     """
 
     def __init__(self, config: LoopConfig, device: torch.device) -> None:
         self.config = config
-        self.looks = device.type == "cpu" or config.skip_nonfinite > 0
+        self.checks_every_step = device.type == "cpu" or config.skip_nonfinite > 0
         self.first = torch.full((), -1, device=device)
         self.skipped: list[int] = []
 
     def passes(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Whether the step may be taken. Raises TrainingError."""
-        if not self.looks:
+        """Return whether the step may be taken. Raises TrainingError.
+
+        Args:
+            step: number of the step.
+            loss, norm: loss and norm of its gradient.
+        """
+        if not self.checks_every_step:
             bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
             self.first = torch.where(bad & (self.first < 0), step, self.first)
             return True
@@ -100,14 +120,14 @@ class Guard:
         return False
 
     def check(self) -> None:
-        """Raises TrainingError if a step since the last check was bad. Waits for the device."""
-        if not self.looks and (step := int(self.first)) >= 0:
+        """Raise TrainingError if a step since the last check was bad. Waits for the device."""
+        if not self.checks_every_step and (step := int(self.first)) >= 0:
             raise TrainingError(self._message(step, "the loss or the gradient"))
 
     def _message(self, step: int, what: str) -> str:
-        passed = f" after {len(self.skipped)} steps were passed over" if self.skipped else ""
+        skipped = f" after {len(self.skipped)} steps were skipped" if self.skipped else ""
         return (
-            f"{what} is not finite at step {step}{passed}. Likely: a learning rate that is too "
+            f"{what} is not finite at step {step}{skipped}. Likely: a learning rate that is too "
             f"high (now {self.config.learning_rate:g}), bfloat16 (try float32), or images that "
             "are not finite"
         )
@@ -116,11 +136,15 @@ class Guard:
 class Meter:
     """Averages the loss between rows of the log, so that reading it does not sync every step.
 
-    Under a budget in steps a row comes after every so many, up to a hundred, so that a run that
-    was interrupted writes the rows of one that was not; under one in minutes, every second.
+    With a budget in steps a row follows every hundredth of them, at most a hundred steps apart, so
+    an interrupted run writes the rows of one that was not. With one in minutes a row follows every
+    second.
 
+    Args:
+        config: the budget.
+        guard: checks the loss before a row.
     Attributes:
-        running: a slower average of the loss, over about ten rows; None before the first.
+        running: slower average of the loss, over about ten rows; None before the first.
     """
 
     def __init__(self, config: LoopConfig, guard: Guard) -> None:
@@ -131,11 +155,17 @@ class Meter:
         self.running: float | None = None
 
     def add(self, loss: Tensor) -> None:
-        """The loss of a step that was taken."""
+        """Add the loss of a step that was taken."""
         self.sum, self.count = self.sum + loss, self.count + 1
 
     def row(self, budget: Budget, images: int, last: bool = False) -> Progress | None:
-        """A row, where one is due. Raises TrainingError, see `Guard.check`."""
+        """Return a row, where one is due. Raises TrainingError, see `Guard.check`.
+
+        Args:
+            budget: time and step.
+            images: number of images seen.
+            last: the run is at its end, where a row is always due.
+        """
         due = (
             budget.elapsed - self.reported_at >= 1
             if self.every is None
@@ -154,13 +184,13 @@ class Meter:
         return Progress(budget.step, budget.elapsed, images, mean, rate, skipped)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, and of the guard."""
+        """Return what a snapshot keeps of the meter and of the guard."""
         names = ("count", "reported_at", "skips_told", "running")
         kept = {name: getattr(self, name) for name in names}
         return kept | {"sum": float(self.sum), "skipped": list(self.guard.skipped)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` kept."""
+        """Restore what `state` returned."""
         for name in ("sum", "count", "reported_at", "skips_told", "running"):
             setattr(self, name, state[name])
         self.guard.skipped = list(state["skipped"])

@@ -184,7 +184,7 @@ def test_a_damaged_snapshot_is_passed_over_and_named(name, how, crash):
         path.unlink()
     assert snapshot.newest(crash, said.append) == earlier
     (line,) = said
-    assert line.startswith("passed over step-000003: ")
+    assert line.startswith("skipped step-000003: ")
     assert name in line
 
 
@@ -194,7 +194,7 @@ def test_a_run_goes_on_from_the_newest_snapshot_that_is_whole(crash, tmp_path):
     (snapshot.snapshots(crash)[-2] / snapshot.MANIFEST).write_text("{")
     diffusion.resume(crash, load("digits"), print_line=said.append)
     assert [line.split(":")[0] for line in said] == [
-        "passed over step-000003", "passed over step-000002", "going on from step 1",
+        "skipped step-000003", "skipped step-000002", "going on from step 1",
     ]  # fmt: skip
     diffusion.train_into(tmp_path / "whole", TrainConfig(steps=10, **TINY), load("digits"))
     assert_same_run(tmp_path / "whole", crash)

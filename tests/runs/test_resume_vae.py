@@ -102,7 +102,7 @@ def test_a_run_goes_on_from_the_newest_snapshot_that_is_whole(whole, tmp_path, m
         file.truncate(100)
     autoencoder.resume(out, DATA, HELD_OUT, print_line=said.append)
     assert len(said) == 2
-    assert said[0].startswith("passed over step-000008: ")
+    assert said[0].startswith("skipped step-000008: ")
     assert snapshot.OPTIMIZER in said[0]
     assert said[1] == "going on from step 6"
     assert_same_run(whole, out)

@@ -271,12 +271,14 @@ class Readings(TorchDispatchMode):
 def test_a_step_reads_no_number_back_from_the_device(options):
     config = TrainConfig(steps=10, **TINY | options)
     training = DiffusionTraining(config, load("digits"), torch.device("cpu"))
-    training.guard.looks = False  # as on a GPU; the CPU may look, it has nothing to wait for
+    training.guard.checks_every_step = (
+        False  # as on a GPU; the CPU may look, it has nothing to wait for
+    )
     training.step()
     with Readings() as readings:
         training.step()
     assert readings.found == []
-    training.guard.looks = True
+    training.guard.checks_every_step = True
     with Readings() as readings:
         training.step()
     assert len(readings.found) == 2  # loss and norm: the counter counts
@@ -290,7 +292,7 @@ def test_the_batch_grows_with_the_run():
     assert rows[-1].images == 48
 
 
-def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
+def test_a_few_steps_that_are_not_finite_are_skipped_and_logged():
     data = load("digits")
 
     class Broken(ImageData):
@@ -310,7 +312,7 @@ def test_a_few_steps_that_are_not_finite_are_passed_over_and_logged():
     assert [step for row in rows for step in row.skipped] == [1, 3]
     assert all(torch.isfinite(p).all() for p in pipe.unet.parameters())
     Broken.calls = 0
-    with pytest.raises(TrainingError, match="not finite at step 3 after 1 steps were passed over"):
+    with pytest.raises(TrainingError, match="not finite at step 3 after 1 steps were skipped"):
         train(TrainConfig(steps=6, skip_nonfinite=1, **TINY), broken)
 
 
