@@ -110,7 +110,7 @@ def resume(
 
     Args:
         out: folder of the run.
-        data, held_out: as they were given to `train_vae_into`.
+        data, held_out: the arguments of `train_vae_into`.
         device: device of the training; by default that of the run.
         print_line: called with the snapshots that are skipped and where the run goes on.
     Raises:

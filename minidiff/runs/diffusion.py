@@ -56,11 +56,15 @@ def train_into(
 
     Args:
         out: folder of the run; new or empty.
-        config, data, device, start, learner: see `minidiff.training.diffusion.train`.
+        config: all options of the run.
+        data: images or latents.
+        device: device of the training.
         saving: how often to save; by default every five minutes.
         load: arguments of `minidiff.data.load` that gave the data, so that `minidiff train
             --resume` finds them.
         shard: the processes that torchrun started shard the weights (FSDP2).
+        start: pipeline to go on from; None for a fresh network.
+        learner: function from the pipeline to what of it is trained and saved.
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
@@ -92,7 +96,7 @@ def resume(
 
     Args:
         out: folder of the run.
-        data, start, learner: as they were given to `train_into`.
+        data, start, learner: the arguments of `train_into`.
         device: device of the training; by default that of the run.
         print_line: called with the snapshots that are skipped and where the run goes on.
     Raises:

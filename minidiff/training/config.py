@@ -345,7 +345,7 @@ def merged(*layers: Mapping[str, Any], kind: type[Kind] = TrainConfig) -> Kind:
         layers: options by name.
         kind: class of the config.
     Raises:
-        InvalidArgument: a name that is no option, or as the class.
+        InvalidArgument: an unknown option, or as the class.
     """
     result: dict[str, Any] = {}
     for layer in layers:

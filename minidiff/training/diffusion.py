@@ -56,9 +56,9 @@ class DiffusionTraining(TrainingState):
         config: the run, after `resolve`.
         data: images or latents, moved to `device` whole.
         device: device of the training.
-        make_optimizer: see `optimizer` of `train`.
+        make_optimizer: the argument `optimizer` of `train`.
         world: processes that train together.
-        objective, start, learner: see `train`.
+        objective, start, learner: the arguments of `train`.
     Attributes:
         learner, average, optimizer, budget, meter: see `TrainingState`.
         batches: images, levels and noise of every step.
@@ -279,7 +279,7 @@ def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:
 def _optimizer(
     config: TrainConfig, learner: Learner, trained: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Return the config's optimizer, with a learning rate of its own for a text encoder."""
+    """Return the config's optimizer, with a separate learning rate for a text encoder."""
     text = set(learner.condition.parameters())
     groups = [
         {"params": parameters, "lr": config.learning_rate * factor}

@@ -134,6 +134,7 @@ def steps(
     """Take steps until the budget is spent, yielding after each whether it is the last.
 
     Args:
+        training: the training.
         on_log_row: called with every row for the log.
         after_step: called at the very end of a step; what it raises ends the run.
     """

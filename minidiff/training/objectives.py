@@ -62,8 +62,8 @@ def check(
     """Refuse options that are not allowed, alone or together. Raises InvalidArgument.
 
     Args:
-        prediction_type, noise_levels, level_mean, level_std, loss_weight: see `make`.
-        min_snr_gamma, sigma_data, beta_schedule, learn_variance: see `make`.
+        prediction_type, noise_levels, level_mean, level_std, loss_weight: arguments of `make`.
+        min_snr_gamma, sigma_data, beta_schedule, learn_variance: arguments of `make`.
     """
     options = locals()
     check_all(options, CHECKS)
@@ -111,7 +111,7 @@ def make(
     """Return an objective with the scheduler that samples it.
 
     Args:
-        prediction_type, loss_weight: see `minidiff.objective`.
+        prediction_type, loss_weight: rows of the tables in `minidiff.objective`.
         noise_levels: distribution of the levels; None for the usual one of the prediction type.
         level_mean, level_std: mean and standard deviation of ln(σ/α); None for the paper's.
         min_snr_gamma: γ; None for 5.

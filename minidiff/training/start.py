@@ -89,7 +89,9 @@ def check_fit(start: Pipeline, config: TrainConfig, data: Data) -> None:
     """Refuse data that the start's network cannot be trained on.
 
     Args:
+        start: the pipeline.
         config: the config after `adopted`.
+        data: the data.
     Raises:
         InvalidArgument: data of another space, size or number of classes, or without the captions
             or labels of the start, or labels are to be hidden and no label is "no class".
@@ -156,7 +158,9 @@ def continued(start: Pipeline, config: TrainConfig, data: Data) -> Pipeline:
     """Return a copy of the start to be trained, in float32.
 
     Args:
+        start: the pipeline.
         config: the config after `adopted`.
+        data: the data.
     Raises:
         InvalidArgument: the sampler does not fit the start's scheduler.
     """

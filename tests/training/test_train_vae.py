@@ -283,7 +283,7 @@ def test_below_each_row_of_images_are_its_twins():
         ({"kl_weight": math.nan}, "kl_weight"),
         ({"adversarial_weight": -0.1}, "adversarial_weight"),
         ({"adversarial_start": 1.1}, r"adversarial_start must be in \[0, 1\], got 1.1"),
-        ({"discriminator_channels": ()}, "discriminator_channels must list at least one level"),
+        ({"discriminator_channels": ()}, "discriminator_channels must list at least 1"),
         ({"latent_channels": 0}, "latent_channels must be at least 1, got 0"),
         ({"channels": (8, 0)}, "channels must be at least 1, got 0"),
         ({"layers": 0}, "layers"),
@@ -300,7 +300,7 @@ def test_a_bad_option_is_refused_when_the_config_is_built(options, message):
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        ((10, 10), {"channels": (8, 8, 8)}, "channels must be of so few levels .* 10×10"),
+        ((10, 10), {"channels": (8, 8, 8)}, "channels must have few enough levels .* 10×10"),
         ((8, 8), {"discriminator_channels": (8,) * 4}, "discriminator_channels must be of so few"),
         ((8, 8), {"layers": 99}, "layers_per_block must be in 1..16, got 99"),
         ((8, 8), {"channels": (8,) * 9}, "number of block_out_channels"),
