@@ -4,9 +4,9 @@ A mixture of isotropic Gaussians stays one under noising: with x_t = α·x0 + σ
 
     p_t(x) = Σ_k w_k · N(x; α·μ_k, v_k·I),      v_k = α²·s_k² + σ²,
 
-so everything a trained network can only approximate has a formula (the posterior of a Gaussian:
+so everything that a trained network approximates has a formula (the posterior of a Gaussian:
 Bishop 2006, "Pattern Recognition and Machine Learning", section 2.3.3; the score from it: Efron
-2011, "Tweedie's formula and selection bias"). Samplers are measured against it, with no training.
+2011, "Tweedie's formula and selection bias"). Samplers are measured against it without training.
 """
 
 import math
@@ -26,9 +26,9 @@ class GaussianMixture:
     return its shape and dtype; densities are (B,).
 
     Args:
-        weights: (K,) positive; divided by their sum.
-        means: (K, D).
-        stds: (K,) standard deviations, 0 for a point.
+        weights: positive weights (K,), divided by their sum.
+        means: means (K, D).
+        stds: standard deviations (K,), 0 for a point.
     Raises:
         InvalidArgument: the shapes do not fit or a value is out of range.
     """
@@ -50,17 +50,17 @@ class GaussianMixture:
         self.weights, self.means, self.stds = w / w.sum(), m, s
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n clean samples, (n, D) float64."""
+        """Return n clean samples, (n, D) float64."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
         return self.means[k] + self.stds[k, None] * z
 
     def log_prob(self, x: Tensor, level: Level = CLEAN) -> Tensor:
-        """ln p_t(x), the noisy marginal, (B,) float64."""
+        """Return ln p_t(x), the noisy marginal, (B,) float64."""
         return torch.logsumexp(self._joint(self._flat(x), level), dim=1)
 
     def denoise(self, x: Tensor, level: Level) -> Tensor:
-        """E[x0 | x_t = x], what a perfect network would predict.
+        """Return E[x0 | x_t = x], the prediction of a perfect network.
 
         In component k, (x0, x_t) is jointly Gaussian with covariance α·s_k², hence
 
@@ -74,13 +74,13 @@ class GaussianMixture:
         return self._average(flat, level, inside).view_as(x).to(x.dtype)
 
     def score(self, x: Tensor, level: Level) -> Tensor:
-        """∇ ln p_t(x) = Σ_k P(k | x)·(α·μ_k − x)/v_k."""
+        """Return ∇ ln p_t(x) = Σ_k P(k | x)·(α·μ_k − x)/v_k."""
         flat = self._flat(x)
         pull = (level.alpha * self.means - flat[:, None]) / self._variance(level)[:, None]
         return self._average(flat, level, pull).view_as(x).to(x.dtype)
 
     def noise(self, x: Tensor, level: Level) -> Tensor:
-        """E[ε | x_t = x] = −σ·∇ ln p_t(x) (Tweedie).
+        """Return E[ε | x_t = x] = −σ·∇ ln p_t(x) (Tweedie).
 
         Any prediction type is linear in (x0, ε), so a perfect network's output is
         `target(mixture.denoise(x, level), mixture.noise(x, level), level, prediction_type)`.
@@ -88,15 +88,15 @@ class GaussianMixture:
         return -level.sigma * self.score(x, level)
 
     def flow(self, x: Tensor, now: Level, nxt: Level) -> Tensor:
-        """Where the probability-flow ODE takes x from level `now` to level `nxt`.
+        """Move x along the probability-flow ODE from level `now` to level `nxt`.
 
         The ODE carries p_now to p_nxt (Song et al. 2021, arXiv:2011.13456, section 4.3). On a line
         its paths cannot cross, so it is the only increasing map that does: F_nxt⁻¹(F_now(x)). For
         one component in any dimension it is α'·μ + √(v'/v)·(x − α·μ).
 
         Args:
-            x: (B, *shape). The error is about 1e-15·F/p: a point between components so far apart
-                that p is nearly 0 there is ill-conditioned.
+            x: samples (B, *shape). The error is about 1e-15·F/p: a point between distant
+                components, where p is nearly 0, is ill-conditioned.
         Raises:
             InvalidArgument: more than one component in more than one dimension.
         """
@@ -111,13 +111,15 @@ class GaussianMixture:
         return y.view_as(x).to(x.dtype)
 
     def cdf(self, x: Tensor, level: Level = CLEAN) -> Tensor:
-        """P(x_t ≤ x) on a line, in the shape of x, float64. Raises InvalidArgument for D > 1."""
+        """Return P(x_t ≤ x) on a line, in the shape of x, float64. Raises InvalidArgument for D >
+        1.
+        """
         if self.means.shape[1] != 1:
             raise InvalidArgument(f"cdf needs D = 1, this mixture has D = {self.means.shape[1]}")
         return self._log_tails(self._flat(x), level)[0].exp().view_as(x)
 
     def _log_tails(self, flat: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        """ln P(x_t ≤ x) and ln P(x_t > x), (B, 1): each keeps its digits where it is small."""
+        """Return ln P(x_t ≤ x) and ln P(x_t > x), (B, 1): each is precise where it is small."""
         z = (flat - level.alpha * self.means.T) / self._variance(level).sqrt()
         lower, upper = torch.special.log_ndtr(z), torch.special.log_ndtr(-z)
         log_w = self.weights.log()
@@ -127,7 +129,7 @@ class GaussianMixture:
         )
 
     def _quantile(self, lower: Tensor, upper: Tensor, level: Level) -> Tensor:
-        """The x with these log tails, by bisection on whichever tail is the smaller."""
+        """Return the x with these log tails, by bisection on the smaller one."""
         # A quantile of the mixture lies between the smallest and the largest of its components'
         # quantiles, and 40 standard deviations is beyond what float64 can express in a tail.
         reach = 40 * self._variance(level).sqrt()
@@ -146,13 +148,13 @@ class GaussianMixture:
         return level.alpha**2 * self.stds**2 + level.sigma**2
 
     def _joint(self, flat: Tensor, level: Level) -> Tensor:
-        """ln(w_k · N(x; α·μ_k, v_k·I)), (B, K)."""
+        """Return ln(w_k · N(x; α·μ_k, v_k·I)), (B, K)."""
         v = self._variance(level)
         distance = (flat[:, None] - level.alpha * self.means).square().sum(dim=2)
         return self.weights.log() - distance / (2 * v) - flat.shape[1] / 2 * (2 * math.pi * v).log()
 
     def _average(self, flat: Tensor, level: Level, values: Tensor) -> Tensor:
-        """Σ_k P(k | x)·values_k for values (B, K, D)."""
+        """Return Σ_k P(k | x)·values_k for values (B, K, D)."""
         posterior = torch.softmax(self._joint(flat, level), dim=1)
         return (posterior[:, :, None] * values).sum(dim=1)
 
@@ -166,7 +168,7 @@ class GaussianMixture:
 
 
 class LabelledMixture:
-    """Classes y, each a mixture p(x|y); together they are a mixture p(x) as well.
+    """Classes y, each a mixture p(x|y); their union is a mixture p(x).
 
     Guidance of scale w aims at the conditional tilted towards what the class makes likely,
 
@@ -177,10 +179,10 @@ class LabelledMixture:
     (Bradley & Nakkiran 2024, arXiv:2408.09000).
 
     Args:
-        classes: p(x|y), of one dimension D.
-        shares: p(y), positive; equal by default.
+        classes: p(x|y) of each class, all of the same dimension D.
+        shares: p(y) of each class, positive; equal by default.
     Raises:
-        InvalidArgument: other numbers of classes and shares, or of dimensions.
+        InvalidArgument: the numbers of classes and shares, or the dimensions, differ.
     """
 
     def __init__(
@@ -188,7 +190,9 @@ class LabelledMixture:
     ) -> None:
         shares = [1.0] * len(classes) if shares is None else list(shares)
         if len(shares) != len(classes) or len({one.means.shape[1] for one in classes}) != 1:
-            raise InvalidArgument("classes must have one dimension, and as many shares as classes")
+            raise InvalidArgument(
+                "classes must have the same dimension, and as many shares as classes"
+            )
         self.classes = list(classes)
         self.shares = torch.tensor(shares, dtype=torch.float64) / sum(shares)
         pairs = list(zip(self.shares, self.classes, strict=True))
@@ -199,17 +203,18 @@ class LabelledMixture:
         )
 
     def log_posterior(self, x: Tensor, label: int, level: Level = CLEAN) -> Tensor:
-        """ln p(y|x_t), what a perfect classifier of noisy samples says, (B,) float64."""
+        """Return ln p(y|x_t), the log-probability of a perfect classifier, (B,) float64."""
         likelihood = self.classes[label].log_prob(x, level)
         return self.shares[label].log() + likelihood - self.union.log_prob(x, level)
 
     def tilted(
         self, label: int, scale: float, n: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """n samples of p(x|y)·p(y|x)^(w−1)/Z, (n, D) float64, by rejection: p(y|x) is at most 1.
+        """Draw n samples of p(x|y)·p(y|x)^(w−1)/Z, (n, D) float64, by rejection: p(y|x) is at most
+        1.
 
         Args:
-            scale: w, at least 1.
+            scale: guidance scale w, at least 1.
         Raises:
             InvalidArgument: a scale below 1.
         """
@@ -226,10 +231,10 @@ class LabelledMixture:
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """√(2·E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖) of two sets of points (N, D), (M, D).
+    """Return √(2·E‖a − b‖ − E‖a − a'‖ − E‖b − b'‖) of two sets of points (N, D), (M, D).
 
-    0 for one distribution, up to sampling error of order N^−½ (Székely & Rizzo 2013, "Energy
-    statistics", section 2).
+    It is 0 for equal distributions, up to sampling error of order N^−½ (Székely & Rizzo 2013,
+    "Energy statistics", section 2).
     """
 
     def within(x: Tensor) -> float:

@@ -1,10 +1,9 @@
-"""The sampling loop, as a generator: every step can be looked at.
+"""The sampling loop, as a generator: every step can be inspected.
 
     for step in trajectory(denoise, scheduler, x):
         print(step.t, step.x0.mean())
 
-Nothing in the loop waits for the device: timesteps are host integers, and the scheduler's scalars
-are Python floats.
+Nothing in the loop waits for the device: timesteps and the scheduler's scalars are host numbers.
 """
 
 import inspect
@@ -27,10 +26,10 @@ class Step(NamedTuple):
 
     Attributes:
         index: 0 … n−1.
-        t: the training step at which the network was asked (for EDM its c_noise).
-        x: the sample x_t that it was asked about, (B, C, *space).
-        x0: x̂0, the clean sample that it implies, after clipping.
-        output: what it said.
+        t: the training step at which the network was evaluated (for EDM its c_noise).
+        x: the sample x_t at t, (B, C, *space), before scaling.
+        x0: x̂0, the clean sample that the output implies, after clipping.
+        output: the network's output.
         next_x: the sample after this step; after the last one, the result.
     """
 
@@ -50,20 +49,20 @@ def trajectory(
     scheduler: Scheduler,
     x: Tensor,
     generator: Generators = None,
-    after: Change = attrgetter("next_x"),
+    after_step: Change = attrgetter("next_x"),
     **step_options: Any,
 ) -> Iterator[Step]:
-    """Walk from the noise x to a sample, one `Step` at a time.
+    """Sample from the noise x, one `Step` at a time.
 
     Args:
-        denoise: (x_t, t) → network output, of the scheduler's prediction type.
-        scheduler: after `set_timesteps`.
+        denoise: function (x_t, t) → network output of the scheduler's prediction type.
+        scheduler: scheduler, after `set_timesteps`.
         x: standard normal noise times `scheduler.init_noise_sigma`, (B, C, *space).
         generator: source of the noise, see `minidiff.noise.randn`; methods without noise ignore it.
-        after: called with every step; what it returns takes the place of the step's `next_x`.
-        step_options: passed to `scheduler.step`, such as DDIM's `eta`.
+        after_step: function called with every step; its result replaces the step's `next_x`.
+        step_options: options of `scheduler.step`, such as DDIM's `eta`.
     Yields:
-        n steps; the loop advances only as far as it is asked to.
+        n steps; the loop advances only when the next one is requested.
     Raises:
         InvalidArgument: the scheduler has no timesteps yet.
     """
@@ -75,24 +74,25 @@ def trajectory(
         output = denoise(scheduler.scale_model_input(x, t), t)
         next_x, x0 = scheduler.step(output, t, x, return_dict=False, **step_options)
         step = Step(index, t, x, x0, output, next_x)
-        x = after(step)
+        x = after_step(step)
         yield step._replace(next_x=x)
 
 
 def meaning_of(scheduler: Scheduler) -> Reader:
-    """What a network under this scheduler is shown and says at t, for guidance that works on x̂0.
+    """Return the meaning of a network under this scheduler at t, for guidance that works on x̂0.
 
     Args:
-        scheduler: after `set_timesteps`; t is one of its timesteps then.
+        scheduler: scheduler after `set_timesteps`; t is one of its timesteps.
     """
     one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
     def meaning(t: float) -> Meaning:
         level, _ = scheduler.grid_levels(t)
-        shown = scheduler.scaled_input(one, level).item()  # numbers of the host: no sync
+        scale = scheduler.scaled_input(one, level).item()  # tensors of the CPU: no sync
         row = (scheduler.target(one, zero, level), scheduler.target(zero, one, level))
         return Meaning(
-            Level(shown * level.alpha, shown * level.sigma), (row[0].item(), row[1].item())
+            Level(scale * float(level.alpha), scale * float(level.sigma)),
+            (row[0].item(), row[1].item()),
         )
 
     return meaning

@@ -4,8 +4,8 @@ Forward noising mixes a clean sample x0 with Gaussian noise ε,
 
     x_t = α_t · x0 + σ_t · ε,        α_t = √ᾱ_t,   σ_t = √(1 − ᾱ_t),   ᾱ_t = ∏_{s ≤ t} (1 − β_s)
 
-(Ho et al. 2020, arXiv:2006.11239, eq. 4). The rest of the project never sees β or ᾱ, only a
-`Level`: the pair (α, σ). Its log-SNR is λ = ln(α/σ) (Kingma et al. 2021, arXiv:2107.00630), the
+(Ho et al. 2020, arXiv:2006.11239, eq. 4). The rest of the project uses neither β nor ᾱ, only
+a `Level`: the pair (α, σ). Its log-SNR is λ = ln(α/σ) (Kingma et al. 2021, arXiv:2107.00630), the
 variable in which DPM-Solver integrates.
 
 The σ-grids at the end of the file are sequences of one number, the noise-to-signal ratio σ/α (or
@@ -27,11 +27,11 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")
-MAX_TRAIN_TIMESTEPS = 1_000_000  # tables are held in memory; more than this is a typing error
+MAX_TRAIN_TIMESTEPS = 1_000_000  # tables are kept in memory; more is probably a typing error
 
 
 class Level(NamedTuple):
-    """How much signal and how much noise: x = alpha · x0 + sigma · ε.
+    """An amount of signal and of noise: x = alpha · x0 + sigma · ε.
 
     alpha in [0, 1] and sigma >= 0 (above 1 where x explodes) are Python floats for a sampler, or
     tensors that broadcast over (B, C, *space) for a training batch in which every image has its
@@ -49,7 +49,7 @@ class Level(NamedTuple):
         return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
 
     def variance_since(self, cleaner: "Level") -> float:
-        """1 − ᾱ_t/ᾱ_s: the variance that forward noising adds from level s to this one, t.
+        """Return 1 − ᾱ_t/ᾱ_s, the variance that forward noising adds from level s to this one, t.
 
         From one training step to the next it is β (DDPM eq. 2).
         """
@@ -60,7 +60,7 @@ CLEAN = Level(1.0, 0.0)
 
 
 def add_noise(x0: Tensor, eps: Tensor, level: Level) -> Tensor:
-    """Forward noising: x = α·x0 + σ·ε (DDPM eq. 4).
+    """Return x = α·x0 + σ·ε, forward noising (DDPM eq. 4).
 
     Args:
         x0, eps: clean sample and standard normal noise, both (B, C, *space).
@@ -77,11 +77,11 @@ def add_noise(x0: Tensor, eps: Tensor, level: Level) -> Tensor:
 
 
 class NoiseSchedule:
-    """ᾱ_t for t = 0 … T−1, looked up as `Level`s.
+    """The levels of all training steps t = 0 … T−1, from ᾱ_t.
 
     Args:
-        betas: (T,) tensor of β_t in (0, 1], float64 (exact) or float32 (diffusers' reading). Only
-            the last may be 1: nothing is left of the signal then.
+        betas: tensor (T,) of β_t in (0, 1], float64 (exact) or float32 (diffusers' reading). Only
+            the last may be 1: no signal is left then.
     Attributes:
         betas, alpha_bar: β_t and ᾱ_t, (T,) tensors of that dtype on the CPU.
     Raises:
@@ -131,12 +131,14 @@ class NoiseSchedule:
                 arXiv:2102.09672, eq. 17, β capped at 0.999), "sigmoid" (GeoDiff), "laplace"
                 (`laplace_alpha_bar`, β capped at 0.999) or "exp" (ᾱ falls as e^−12t/T).
             num_train_timesteps: T, the number of training steps.
-            beta_start, beta_end: first and last β in (0, 1), for the first two and "sigmoid".
+            beta_start, beta_end: first and last β in (0, 1), for "linear", "scaled_linear" and
+                "sigmoid".
             trained_betas: T values of β that replace the named schedule.
-            rescale_zero_snr: shift and scale √ᾱ so that ᾱ_{T−1} = 0 (Lin et al. 2023,
+            rescale_zero_snr: whether √ᾱ is shifted and scaled so that ᾱ_{T−1} = 0 (Lin et al. 2023,
                 arXiv:2305.08891, algorithm 1).
             dtype: torch.float64, or torch.float32 for diffusers' rounding.
-            laplace: another reading of "laplace": ᾱ up to a factor at t/T in [0, 1].
+            laplace: function from t/T in [0, 1] to ᾱ up to a factor, instead of
+                `laplace_alpha_bar`.
         Raises:
             InvalidArgument: unknown name or a value outside its range.
         """
@@ -147,7 +149,7 @@ class NoiseSchedule:
         return cls(_zero_terminal_snr(betas) if rescale_zero_snr else betas)
 
     def ending_at(self, alpha_bar: float) -> "NoiseSchedule":
-        """This schedule with another ᾱ_{T−1}; β is as before."""
+        """Return this schedule with another ᾱ_{T−1}; β does not change."""
         other = copy.copy(self)
         other._tabulate(torch.cat([self.alpha_bar[:-1], self.alpha_bar.new_tensor([alpha_bar])]))
         return other
@@ -156,19 +158,19 @@ class NoiseSchedule:
         return len(self._levels)
 
     def __getitem__(self, t: int) -> Level:
-        """The level of training step t in 0..T−1, as Python floats. Raises InvalidArgument."""
+        """Return the level of training step t in 0..T−1, as floats. Raises InvalidArgument."""
         return self._levels[whole_number("timestep", t, 0, len(self) - 1)]
 
     def levels(self) -> list[Level]:
-        """The levels of all T training steps, as Python floats."""
+        """Return the levels of all T training steps, as Python floats."""
         return list(self._levels)
 
     def at(self, t: Tensor, like: Tensor) -> Level:
-        """The levels of a batch of training steps, as tensors to multiply `like` with.
+        """Return the levels of a batch of training steps, as tensors to multiply `like` with.
 
         Args:
-            t: (B,) integer steps in 0..T−1 on the device of `like` (not checked: that would sync).
-            like: (B, C, *space); gives dtype, device and number of axes.
+            t: integer steps (B,) in 0..T−1 on the device of `like` (not checked: that would sync).
+            like: tensor (B, C, *space) that gives dtype, device and number of axes.
         Returns:
             Level of two (B, 1, …, 1) tensors.
         Raises:
@@ -186,29 +188,29 @@ class NoiseSchedule:
         return Level(alpha[t].view(shape), sigma[t].view(shape))
 
     def sigma_of(self, t: np.ndarray) -> np.ndarray:
-        """σ_t/α_t at real training steps, by linear interpolation in the table.
+        """Return σ_t/α_t at real training steps, by linear interpolation in the table.
 
         Args:
-            t: steps of any shape; one outside 0…T−1 counts as the nearer end.
+            t: steps, an array of any shape; a step outside 0…T−1 counts as the nearer end.
         Returns:
             float64 array like t; inf beyond T−2 if no signal is left at T−1.
         Raises:
-            InvalidArgument: t holds something that is no number.
+            InvalidArgument: t holds something other than numbers.
         """
         return np.interp(_numbers("t", t, -math.inf), np.arange(len(self)), self._ratio)
 
     def timestep_of(self, sigma: np.ndarray) -> np.ndarray:
-        """The real training step t with σ_t/α_t = sigma, by linear interpolation in ln σ.
+        """Return the real training step t with σ_t/α_t = sigma, by linear interpolation in ln σ.
 
-        The inverse of `sigma_of` at whole steps; between them that one is linear in σ. Both are
-        what diffusers' Euler does.
+        This is the inverse of `sigma_of` at whole steps; between them `sigma_of` is linear in σ.
+        diffusers' Euler interpolates in the same two ways.
 
         Args:
-            sigma: ratios >= 0 of any shape; one outside the table counts as the nearer end.
+            sigma: ratios >= 0 of any shape; a ratio outside the table counts as the nearer end.
         Returns:
             float64 array like sigma, in [0, T−1].
         Raises:
-            InvalidArgument: sigma holds a negative number, or no number.
+            InvalidArgument: sigma holds a negative number, or something other than numbers.
         """
         log_sigma = np.log(np.maximum(_numbers("sigma", sigma), 1e-10))
         table, last = np.log(self._ratio), len(self) - 1
@@ -253,10 +255,11 @@ def _betas(
 
 
 def laplace_alpha_bar(s: float) -> float:
-    """ᾱ at s = t/T in [0, 1] where 2λ, the log-SNR, of a uniform t has a Laplace distribution.
+    """Return ᾱ at s = t/T in [0, 1] where the log-SNR of a uniform t has a Laplace distribution.
 
-    Its quantiles are 2λ = −½·sgn(½ − s)·ln(1 − 2|½ − s|) (Hang et al. 2024, arXiv:2407.03297,
-    table 1, with their μ = 0 and b = ½), and ᾱ = SNR/(1 + SNR): half of the variance at s = ½.
+    The quantiles of the log-SNR are 2λ = −½·sgn(½ − s)·ln(1 − 2|½ − s|) (Hang et al. 2024,
+    arXiv:2407.03297, table 1, with their μ = 0 and b = ½), and ᾱ = SNR/(1 + SNR): half of the
+    variance at s = ½.
     """
     tail = math.sqrt(1 - 2 * abs(0.5 - s))  # the SNR below ½, its inverse above
     return tail / (1 + tail) if s > 0.5 else 1 / (1 + tail)
@@ -289,12 +292,13 @@ def _zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def karras_sigmas(sigma_min: float, sigma_max: float, n: int, rho: float = 7.0) -> np.ndarray:
-    """n noise levels, uniform in σ^(1/ρ) (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+    """Return n noise levels, uniform in σ^(1/ρ) (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
     Args:
         sigma_min, sigma_max: last and first σ, 0 < sigma_min <= sigma_max.
         n: number of levels, at least 1; one level is sigma_max.
-        rho: in [1, 100]; 1 is uniform in σ, more gives more steps to low noise; 7 is the paper's.
+        rho: exponent ρ in [1, 100]; 1 is uniform in σ, more puts more steps at low noise; 7 is the
+            paper's.
     Returns:
         (n,) float64 array that falls from sigma_max to sigma_min.
     Raises:
@@ -307,7 +311,7 @@ def karras_sigmas(sigma_min: float, sigma_max: float, n: int, rho: float = 7.0) 
 
 
 def exponential_sigmas(sigma_min: float, sigma_max: float, n: int) -> np.ndarray:
-    """n noise levels, uniform in ln σ, that is in λ (Lu et al. 2022, arXiv:2206.00927).
+    """Return n noise levels, uniform in ln σ and thus in λ (Lu et al. 2022, arXiv:2206.00927).
 
     diffusers has this grid twice: `use_exponential_sigmas`, and `use_lu_lambdas`, whose ρ is 1.
     Arguments, result and errors as in `karras_sigmas`.
@@ -319,7 +323,7 @@ def exponential_sigmas(sigma_min: float, sigma_max: float, n: int) -> np.ndarray
 def beta_sigmas(
     sigma_min: float, sigma_max: float, n: int, a: float = 0.6, b: float = 0.6
 ) -> np.ndarray:
-    """n noise levels at equal quantiles of a Beta(a, b) distribution over [sigma_min, sigma_max].
+    """Return n noise levels at equal quantiles of a Beta(a, b) distribution over [σ_min, σ_max].
 
     σ_i = σ_min + (σ_max − σ_min)·F⁻¹(1 − i/(n−1)): with a, b < 1 both ends get more steps than the
     middle (Lee et al. 2024, arXiv:2407.12173). a and b lie in [0.1, 10], 0.6 is diffusers' choice.
@@ -345,7 +349,7 @@ def shifted_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 
 def stretched_sigmas(sigmas: np.ndarray, terminal: float) -> np.ndarray:
-    """Scale the signal shares 1 − σ so that the last σ is `terminal` (LTX-Video, as in diffusers).
+    """Scale the signal 1 − σ so that the last σ is `terminal` (LTX-Video, as in diffusers).
 
     sigmas is (n,) in [0, 1], the last below 1 (float32 stays float32), terminal lies in (0, 1);
     raises InvalidArgument otherwise.
@@ -389,7 +393,7 @@ def _numbers(name: str, values: object, low: float = 0, high: float = math.inf) 
 
 
 def _beta_quantile(p: np.ndarray, a: float, b: float) -> np.ndarray:
-    """x in (0, 1) with F(x) = p in (0, 1), F the distribution function of Beta(a, b)."""
+    """Return x in (0, 1) with F(x) = p in (0, 1), F the distribution function of Beta(a, b)."""
     half = math.exp(_log_beta_cdf(0.5, a, b)[0])
     below = _beta_quantile_below_half(np.minimum(p, half), a, b)
     above = 1 - _beta_quantile_below_half(np.minimum(1 - p, 1 - half), b, a)  # DLMF 8.17.4
@@ -407,7 +411,7 @@ def _beta_quantile_below_half(p: np.ndarray, a: float, b: float) -> np.ndarray:
 
 
 def _log_beta_cdf(x: np.ndarray | float, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
-    """ln F(x) at 0 < x <= 1/2, and its derivative by ln x: a series of positive terms."""
+    """Return ln F(x) at 0 < x <= 1/2, and its derivative by ln x: a series of positive terms."""
     k = np.arange(100)
     series = np.polyval(np.cumprod(np.r_[1, (a + b + k) / (a + 1 + k)])[::-1], x)  # DLMF 8.17.8
     log_cdf = a * np.log(x) + b * np.log1p(-x) + np.log(series) - _log_a_beta(a, b)

@@ -1,11 +1,11 @@
-"""The ledger of diffusers' departures: what each does, and what it costs where the truth is known.
+"""The ledger of diffusers' departures: the effect of each, measured where the truth is known.
 
     python -m minidiff.lab.ledger > minidiff/schedulers/QUIRKS.md
 
 A row is a method that `quirks.Diffusers` overrides. Its texts are the docstrings of the two
-readings; its cost is measured, by sampling once with the exact reading and once with this one
-departure switched on (`quirks.departing`), from the optimal network for data of which the
-probability flow, or the variance, is known: see `minidiff.lab.order`.
+readings. Its cost is measured by sampling once with the exact reading and once with this one
+departure switched on (`quirks.departing`). The network is optimal, for data with a known
+probability flow or variance: see `minidiff.lab.order`.
 """
 
 import inspect
@@ -21,22 +21,22 @@ _DDIM = {"clip_sample": False}
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
-_ROUNDED = ("dtype", "table", "clean")  # what needs diffusers' float32 tables beside it
+_ROUNDED = ("dtype", "table", "clean")  # of departures that need diffusers' float32 tables
 
 _MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
 _EULER, _FLOWS = "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
 
 
 class Probe(NamedTuple):
-    """Where a departure shows.
+    """A setting in which a departure is visible.
 
     Attributes:
-        scheduler, options: the class and how it is built.
-        n: steps.
+        scheduler, options: class and options of its constructor.
+        n: number of steps.
         weak: the error is that of the variance on Gaussian data, not of the end of a path.
         step: options of `step`.
-        beside: departures that this one needs: without them its arithmetic has no meaning.
-        part: of the steps, when the error is read.
+        beside: further departures without which this one's arithmetic has no meaning.
+        part: fraction of the steps after which the error is measured.
     """
 
     scheduler: str
@@ -48,7 +48,9 @@ class Probe(NamedTuple):
     part: float = 1.0
 
     def costs(self, name: str) -> tuple[float, float, float]:
-        """The error without this departure and with it, and how far it moves the result."""
+        """Return the error without this departure and with it, and the distance between the
+        results.
+        """
         method = Method(
             self.scheduler, self.options, 0, self.weak, {"part": self.part, **self.step}
         )
@@ -61,16 +63,16 @@ class Probe(NamedTuple):
     def __str__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         step = "".join(f", {k}={v!r}" for k, v in self.step.items())
-        what = "variance" if self.weak else "path"
+        quantity = "variance" if self.weak else "path"
         part = f" at {self.part:.0%}" if self.part < 1 else ""
-        return f"`{self.scheduler}({options})`, {self.n} steps{step}: {what}{part}"
+        return f"`{self.scheduler}({options})`, {self.n} steps{step}: {quantity}{part}"
 
 
 # A departure's probe, or why there is none.
 PROBES: dict[str, Probe | str] = {
     "dtype": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True),
     "laplace": Probe("DDIMScheduler", _DDIM | _SPACED | {"beta_schedule": "laplace"}, 100),
-    "timesteps": "refused, or one step from where there is nothing to do",
+    "timesteps": "refused, or a single step from step 0",
     "solver_timesteps": Probe(
         _MULTI,
         {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -3.0,
@@ -90,8 +92,6 @@ PROBES: dict[str, Probe | str] = {
     "euler_end": Probe(
         _EULER, {"use_karras_sigmas": True, "sigma_min": 0.001, "final_sigmas_type": "sigma_min"}
     ),
-    "input_norm": "rounding alone",
-    "descent": Probe("HeunDiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}, 18),
     "churned_sample": Probe(_EULER, {}, weak=True, step={"s_churn": 5.0}),
     "ancestral_sigmas": Probe("EulerAncestralDiscreteScheduler", {}, 5, weak=True),
     "check_ancestral": "refused by name",
@@ -117,21 +117,17 @@ PROBES: dict[str, Probe | str] = {
     ),
     "solver_sample": Probe(_MULTI, {}, 500),
     "solver_row": Probe(_MULTI, _FLOW | {"prediction_type": "v_prediction"}),
-    "exp": Probe(_MULTI, _SDE, 500, weak=True),
     "expm1": Probe(_MULTI, {}, 500),
     "phi3": Probe(_MULTI, {"solver_order": 3}, 100, part=0.8),
     "singlestep_phi3": Probe(
         _SINGLE, _SDE | {"solver_order": 3, "solver_type": "heun"}, 30, weak=True
     ),
     "stage_noise": Probe(_SINGLE, _SDE | {"solver_order": 2}, weak=True),
-    "scalar": Probe("UniPCMultistepScheduler", {}, 500),
-    "unipc_expm1": Probe("UniPCMultistepScheduler", {}, 500),
     "unipc_moments": Probe("UniPCMultistepScheduler", {"solver_order": 3}, 500),
     "check_unipc": "refused by name",
     "dynamic_shift": "rounding alone",
     "inversion_grid": Probe("DDIMInverseScheduler", _DDIM),
     "inversion_levels": Probe("DDIMInverseScheduler", _DDIM | {"timestep_spacing": "trailing"}, 30),
-    "consistency_weights": "rounding alone",
     "consistency_end": "noise of the last level stays in the result",
     "pndm_levels": Probe("PNDMScheduler", {"skip_prk_steps": True, **_SPACED}),
     "runge_kutta_middle": Probe("PNDMScheduler", {"timestep_spacing": "trailing"}, 30),
@@ -139,7 +135,7 @@ PROBES: dict[str, Probe | str] = {
                                              "prediction_type": "v_prediction"}),
     "transfer": Probe("PNDMScheduler", {"skip_prk_steps": True}, 500, beside=_ROUNDED),
     "flow_line": Probe(_FLOWS, {"shift": 3.0}),
-    "flow_sigmas_of": "for timesteps of one's own: the network is told less noise than x has",
+    "flow_sigmas_of": "for custom timesteps: the network is given a lower noise level than x has",
     "flow_path": "scale_noise and stochastic_sampling with invert_sigmas: noise for data",
     "flow_row": "cancels `flow_path` in a deterministic step",
     "token_output": "a sign that callers undo",
@@ -147,16 +143,16 @@ PROBES: dict[str, Probe | str] = {
 
 
 def text_of(reading: type[Exact], name: str) -> str:
-    """What a reading says of itself: the docstring of its method, on one line."""
+    """Return the docstring of a reading's method on one line."""
     if name == "dtype":
         return f"Tables of β and ᾱ are {reading.dtype}.".replace("torch.", "")
     return " ".join(inspect.getdoc(vars(reading)[name]).split())
 
 
 def table() -> str:
-    """The ledger in Markdown, with its costs measured now."""
+    """Return the ledger in Markdown, with its costs measured now."""
     rows = [
-        "| departure | the paper | diffusers 0.42.1 | where it shows | exact | with it | moves |",
+        "| departure | the paper | diffusers 0.42.1 | visible in | exact | with it | moves |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in departures():
@@ -173,9 +169,9 @@ def table() -> str:
 HEAD = """\
 # Where diffusers departs from the papers
 
-Written by `python -m minidiff.lab.ledger` from `schedulers/quirks.py`, where both readings of each
-departure are: do not edit. `compat="exact"` has none of the departures, `compat="diffusers"` all of
-them together; one alone is switched on by
+Written by `python -m minidiff.lab.ledger` from `schedulers/core/quirks.py`, which has both readings
+of each departure: do not edit. `compat="exact"` has none of the departures, `compat="diffusers"`
+all of them together; one alone is switched on by
 
 ```python
 from minidiff.schedulers import DDIMScheduler
@@ -186,9 +182,9 @@ one_departure = scheduler.reread(departing("ddim_levels"))
 ```
 
 The last columns are errors at the end of sampling with the optimal network, without and with the
-departure, and how far it moves the result: of the *path*, against the exact probability flow of a
-mixture of two Gaussians, or of the *variance* of the samples of one Gaussian of variance ¼. What is
-left without it is the solver's own error, which now and then a departure happens to reduce.
+departure, and how far it moves the result. *Path* errors are against the exact probability flow of
+a mixture of two Gaussians, *variance* errors against the variance of one Gaussian, ¼. The error
+without the departure is the solver's own; a departure may happen to reduce it.
 """
 
 

@@ -1,17 +1,17 @@
-"""The measured order of a sampler: how fast its error falls where the solution is known.
+"""The measured order of convergence of a sampler, where the exact solution is known.
 
-    from minidiff.order import flow_error, order
+    from minidiff.lab.order import flow_error, order
     order(lambda n: flow_error(DDIMScheduler(**FINE, clip_sample=False, compat="exact"), n), 280)
 
 For a mixture of Gaussians the optimal network, its probability flow and its marginals are known in
-closed form (`minidiff.exact`), so a solver's error is a number, not an opinion. An ODE solver of
-order p halves its error 2ᵖ-fold when the steps are halved. A stochastic sampler has no path to
-follow; on Gaussian data every step of it is linear and the variance of its output is known from
-its table, which gives its weak order without Monte Carlo.
+closed form (`minidiff.exact`), so a solver's error can be measured. An ODE solver of order p
+divides its error by 2ᵖ when its steps are halved. A stochastic sampler follows no path. On Gaussian
+data its every step is linear, so the variance of its output is known from its table: this gives its
+weak order without Monte Carlo.
 
-Errors are read when four fifths of the steps are done: the last ones of every schedule are so
-uneven in λ that they would hide the order of the method. Use a fine schedule (`FINE`), so that
-whole timesteps lie evenly enough.
+Errors are measured after four fifths of the steps: the last steps of every schedule are so uneven
+in λ that they would hide the order of the method. Use a fine schedule (`FINE`), so that whole
+timesteps are even enough.
 """
 
 import math
@@ -37,11 +37,11 @@ class Method(NamedTuple):
 
     Attributes:
         scheduler: class name.
-        options: of its constructor.
+        options: options of its constructor.
         order: p, where the error of n steps is proportional to n^−p.
         weak: the order is that of the variance on Gaussian data, not of a path.
         measure: arguments of `flow_error` or `variance_error`.
-        n: steps between which, and 2n, the order shows.
+        n: number of steps; the order shows between n and 2n.
     """
 
     scheduler: str
@@ -52,24 +52,24 @@ class Method(NamedTuple):
     n: int = 240
 
     def build(self, compat: str = "exact") -> Scheduler:
-        """The scheduler."""
+        """Return a new scheduler."""
         return SCHEDULERS[self.scheduler](**self.options, compat=compat)
 
     def error(self, n: int, compat: str = "exact") -> float:
-        """The error with n steps."""
+        """Return the error with n steps."""
         return self.error_of(self.build(compat), n)
 
     def error_of(self, scheduler: Scheduler, n: int) -> float:
-        """The error of another scheduler with n steps, measured in the same way."""
+        """Return the error of another scheduler with n steps, measured in the same way."""
         result, truth = self.result_of(scheduler, n)
         return (result - truth).abs().max().item()
 
     def result_of(self, scheduler: Scheduler, n: int) -> tuple[Tensor, Tensor]:
-        """What a scheduler ends with, and the truth: of `flow_end` or `variance_end`."""
+        """Return the result of a scheduler and the true one, by `flow_end` or `variance_end`."""
         return (variance_end if self.weak else flow_end)(scheduler, n, **self.measure)
 
     def measured_order(self, compat: str = "exact") -> float:
-        """The order that the errors with n and 2n steps show."""
+        """Return the order of convergence between `self.n` and twice as many steps."""
         scheduler = self.build(compat)
         return order(lambda n: self.error_of(scheduler, n), self.n)
 
@@ -174,14 +174,14 @@ METHODS: dict[str, Method] = {
 
 
 def order(error: Callable[[int], float], n: int) -> float:
-    """Order of convergence between n and 2n steps: log₂ of how much the error shrinks."""
+    """Return the order of convergence between n and 2n steps: log₂ of the ratio of their errors."""
     return math.log2(error(n) / error(2 * n))
 
 
 def output_of(scheduler: Scheduler, data: GaussianMixture, x: Tensor, level: Level) -> Tensor:
-    """What the optimal network for this data and this scheduler says of x at a level.
+    """Return the optimal network's output for this data and this scheduler, for x at a level.
 
-    The errors below ask it at the level of the timestep: a network knows no other.
+    The errors below evaluate it at the level of the timestep, the only one that a network knows.
     """
     return scheduler.target(data.denoise(x, level), data.noise(x, level), level)
 
@@ -195,16 +195,16 @@ def flow_error(
     exact_starts: int = 0,
     **step_options: Any,
 ) -> float:
-    """Largest error along the probability flow of a mixture, when that part of n steps is done.
+    """Return the largest error along the probability flow of a mixture, after part of the steps.
 
     Args:
-        scheduler: deterministic, compat="exact" unless its departures are what is measured.
-        n: for `set_timesteps`.
-        part: of the steps, in (0, 1].
-        stride: entries of the grid a step takes, where it has stages (Heun 2, singlestep p).
-        exact_starts: a multistep method begins with lower orders; its own order shows when its
-            first steps are taken from the solution, so that its history is exact.
-        step_options: of `step`.
+        scheduler: deterministic scheduler, compat="exact" unless departures are measured.
+        n: number of steps, for `set_timesteps`.
+        part: fraction of the steps after which the error is measured, in (0, 1].
+        stride: grid entries of one step, where it has stages (Heun 2, singlestep p).
+        exact_starts: number of first steps replaced by the exact solution. A multistep method
+            begins with lower orders; with an exact history its own order shows.
+        step_options: options of `step`.
     """
     x, truth = flow_end(
         scheduler, n, part=part, stride=stride, exact_starts=exact_starts, **step_options
@@ -221,7 +221,7 @@ def flow_end(
     exact_starts: int = 0,
     **step_options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Where 21 paths of a mixture end by this solver, and in truth; see `flow_error`."""
+    """Return the ends of 21 paths of a mixture, by this solver and exact; see `flow_error`."""
     scheduler.set_timesteps(n)
     begin, stop = scheduler.levels[0], _entry(scheduler, part, stride)
     spread = math.hypot(begin.alpha, begin.sigma)
@@ -238,7 +238,7 @@ def flow_end(
 def variance_error(
     scheduler: Scheduler, n: int, *, part: float = 0.8, stride: int = 1, **step_options: Any
 ) -> float:
-    """Error of the variance on data N(0, ¼) when that part of n steps is done, see `flow_error`."""
+    """Return the error of the variance on data N(0, ¼) after part of the steps."""
     variance, truth = variance_end(scheduler, n, part=part, stride=stride, **step_options)
     return (variance - truth).abs().item()
 
@@ -246,7 +246,7 @@ def variance_error(
 def variance_end(
     scheduler: Scheduler, n: int, *, part: float = 0.8, stride: int = 1, **step_options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The variance of x that this sampler gives data N(0, ¼), and the true one."""
+    """Return the variance of x that this sampler gives data N(0, ¼), and the true one."""
     table = scheduler.coefficients(n, **step_options)
     one = torch.ones(1, 1, dtype=torch.float64)
     gains = [
@@ -262,9 +262,11 @@ def variance_end(
 
 
 def _entry(scheduler: Scheduler, part: float, stride: int) -> int:
-    """How many entries of the grid that part of the steps takes."""
+    """Return the number of grid entries that part of the steps takes."""
     real_number("part", part, 0, 1)
     entry = round(part * len(scheduler.grid) / stride) * stride
     if entry == 0:
-        raise InvalidArgument(f"part={part} of {len(scheduler.grid)} grid entries is no step")
+        raise InvalidArgument(
+            f"part={part} of {len(scheduler.grid)} grid entries is less than a step"
+        )
     return entry

@@ -1,4 +1,4 @@
-"""Samplers, one file a paper; `base.py` is what they share, `quirks.py` where diffusers departs."""
+"""Samplers, one file per paper; `base.py` is shared, `core/quirks.py` has diffusers' departures."""
 
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
 from minidiff.schedulers.ddim import DDIMScheduler
@@ -34,8 +34,8 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
     )
 }
 
-# Networks of their own, or another direction. Each of the others takes the config of any other, and
-# a pipeline of the one runs with the other.
+# These need another kind of network, or go in another direction. Every other class takes the config
+# of any other, and a pipeline with the one runs with the other.
 _ALONE = (
     DDIMInverseScheduler,
     EDMEulerScheduler,

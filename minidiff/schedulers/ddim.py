@@ -24,8 +24,8 @@ class DDIMScheduler(Scheduler):
     """Deterministic (η = 0) or partly random sampling in tens of steps.
 
     Args are diffusers' (same names, same defaults). `set_alpha_to_one=False` ends at the level of
-    training step 0 instead of at the data. `thresholding` takes the place of `clip_sample` where a
-    config sets both. `steps_offset` moves "leading" timesteps alone. `compat` is "diffusers" or
+    training step 0 instead of at the data. `thresholding` replaces `clip_sample` where a
+    config sets both. `steps_offset` moves only "leading" timesteps. `compat` is "diffusers" or
     "exact", see `quirks.py`.
     """
 
@@ -61,12 +61,12 @@ class DDIMScheduler(Scheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, see `Scheduler.step`.
+        """Take one step, see `Scheduler.step`.
 
         Args:
             eta: η in [0, 1]: 0 deterministic, 1 as random as DDPM.
-            use_clipped_model_output: take ε̂ from the clipped x̂0, so that both stay consistent
-                with x_t; otherwise ε̂ is the network's.
+            use_clipped_model_output: whether ε̂ follows from the clipped x̂0, so that both stay
+                consistent with x_t; otherwise ε̂ is the network's.
         Raises:
             InvalidArgument: eta is out of range, or as `Scheduler.step`.
         """
@@ -93,6 +93,7 @@ class DDIMScheduler(Scheduler):
 
     @property
     def final_level(self) -> Level:
+        """The level of the result: that of the data, or of training step 0."""
         if self.config.set_alpha_to_one:
             return self.reading.clean()
         return self.level(0)

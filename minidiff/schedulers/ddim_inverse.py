@@ -2,8 +2,8 @@
 
     x_t = α_t·x̂0 + σ_t·ε̂,      (x̂0, ε̂) from the network at the cleaner level s that x is at
 
-This is one Euler step of the same ordinary differential equation as DDIM's, from the other end, so
-the way back misses the start only by how much ε̂ changes within a step.
+This is an Euler step of the same ordinary differential equation as DDIM's, from the other end. The
+way back misses the start only by how much ε̂ changes within a step.
 
 Sources: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models", arXiv:2010.02502, section
 4.3; used to edit real pictures by Mokady et al. 2022, "Null-text inversion", arXiv:2211.09794.
@@ -26,7 +26,7 @@ class DDIMInverseScheduler(IndexedScheduler):
 
     Args are diffusers' (same names, same defaults). `set_alpha_to_one=False` takes the sample to
     be at the level of training step 0 instead of clean: give both classes the same. Clipping x̂0
-    makes the way there another one than the way back. `compat` is "diffusers" or "exact", see
+    makes the way up differ from the way back. `compat` is "diffusers" or "exact", see
     `quirks.py`.
     """
 
@@ -57,11 +57,11 @@ class DDIMInverseScheduler(IndexedScheduler):
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | str | None = None
     ) -> None:
-        """Choose the training steps to climb, and forget any climb under way.
+        """Choose the training steps to visit upwards, and forget any inversion under way.
 
         Args:
-            num_inference_steps: 1 … num_train_timesteps; spaced as `timestep_spacing` says.
-            device: where `self.timesteps` lies.
+            num_inference_steps: number of steps in 1 … T, spaced by `timestep_spacing`.
+            device: device of `self.timesteps`.
         Raises:
             InvalidArgument: the number is outside its range, or the options cannot work with it.
         """
@@ -75,7 +75,7 @@ class DDIMInverseScheduler(IndexedScheduler):
         sample: Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step towards noise; arguments and errors as in `Scheduler.step`."""
+        """Take one step towards noise; arguments and errors as in `Scheduler.step`."""
         return self._step(model_output, timestep, sample, None, None, return_dict=return_dict)
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
@@ -89,11 +89,11 @@ class DDIMInverseScheduler(IndexedScheduler):
     def _check_levels(self, levels: list[Level]) -> None:
         if levels[0].sigma == 0 and self.config.prediction_type == "sample":
             raise InvalidArgument(
-                "prediction_type 'sample' says nothing of the noise in a clean sample, where "
+                "prediction_type 'sample' does not determine the noise of a clean sample, where "
                 "inversion starts: use set_alpha_to_one=False"
             )
 
     @property
     def final_level(self) -> Level:
-        """Where DDIM ends, and this begins."""
+        """The level of the clean end: where DDIM ends and this class begins."""
         return self.reading.clean() if self.config.set_alpha_to_one else self.level(0)

@@ -25,8 +25,8 @@ class DDPMScheduler(Scheduler):
     reverse step: "fixed_small" is the posterior's β̃, "fixed_large" the forward step's β,
     "learned_range" an interpolation by the network's second half of the channels (Nichol &
     Dhariwal 2021, arXiv:2102.09672, eq. 15). diffusers' "fixed_large_log" and "learned" give NaN
-    there and are refused here. `thresholding` takes the place of `clip_sample` where a config
-    sets both. `steps_offset` moves "leading" timesteps alone. `compat` is "diffusers" or
+    there and are refused here. `thresholding` replaces `clip_sample` where a config sets
+    both. `steps_offset` moves only "leading" timesteps. `compat` is "diffusers" or
     "exact", see `quirks.py`.
     """
 
@@ -63,7 +63,7 @@ class DDPMScheduler(Scheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, see `Scheduler.step`. With "learned_range" model_output has 2·C channels."""
+        """Take one step, see `Scheduler.step`; "learned_range" needs 2·C channels of output."""
         interpolation = None
         if self.config.variance_type == "learned_range":
             model_output, interpolation = split_variance(model_output, sample)

@@ -1,15 +1,15 @@
 """DPM-Solver and DPM-Solver++ (singlestep): a step is a cycle of stages, as in Runge-Kutta.
 
 The exact solutions are those of `dpm_solver.py`, and so are the weights φ. A cycle of order p
-starts from one sample, asks the network there and at p − 1 intermediate samples, and forgets it
-all. Stage j of it goes from the start, s, to the level of the next evaluation with order j; the
-stage p reaches the end of the cycle, t. With r_j = (λ_j − λ_s)/(λ_t − λ_s) and the slopes
-D_j = (m_j − m_s)/r_j, what is added to a constant m is
+starts from one sample, evaluates the network there and at p − 1 intermediate samples, and forgets
+them all. Its stage j goes from the start, s, to the level of the next evaluation with order j.
+Stage p reaches the end of the cycle, t. With r_j = (λ_j − λ_s)/(λ_t − λ_s) and the slopes D_j =
+(m_j − m_s)/r_j, what is added to a constant m is
 
     order 2   φ₁/2·D₁ ("midpoint")   or   φ₂·D₁ ("heun")
     order 3   φ₂·D₂   ("midpoint")   or   φ₂·(D₁ − r₁·D₂₁) + φ₃·D₂₁,  D₂₁ = (D₂ − D₁)/(r₂ − r₁)
 
-The network is asked at every stage, and every stage is an entry of the grid: n timesteps are n
+The network is evaluated at every stage, and every stage is an entry of the grid: n timesteps are n
 evaluations, in about n/p cycles.
 
 Sources: Lu et al. 2022, "DPM-Solver", arXiv:2206.00927, and "DPM-Solver++", arXiv:2211.01095. The
@@ -30,14 +30,14 @@ from minidiff.schedulers.dpm_solver import DPMSolver, Interval
 
 
 class DPMSolverSinglestepScheduler(DPMSolver):
-    """Order 1, 2 or 3 with as many evaluations of the network a cycle, one at each timestep.
+    """Order 1, 2 or 3 with this many evaluations of the network in a cycle, one at each timestep.
 
     Args are diffusers' (same names, same defaults). The last step has order 1 if it ends at
-    sigma 0, or if `lower_order_final` is set and n is a multiple of `solver_order`; a rest of
+    sigma 0, or if `lower_order_final` is set and n is a multiple of `solver_order`. A remainder of
     n/solver_order makes an unfinished cycle, whose stages end where they are. (diffusers sets
     `lower_order_final` in its own config for such an n, and leaves it set; here the config stays.)
-    With `variance_type` "learned" or "learned_range" the network has 2·C channels, and the half
-    that is a variance is left unused. `compat` is "diffusers" or "exact", see `quirks.py`.
+    With `variance_type` "learned" or "learned_range" the network has 2·C channels, and the
+    half that is a variance is ignored. `compat` is "diffusers" or "exact", see `quirks.py`.
 
     Attributes:
         order_list: the order of every step, 1, 2, …, solver_order, 1, 2, …
@@ -107,7 +107,7 @@ class DPMSolverSinglestepScheduler(DPMSolver):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One stage, see `Scheduler.step`; a learned variance has 2·C channels of output."""
+        """Take one stage, see `Scheduler.step`; a learned variance has 2·C channels of output."""
         model_output = self.without_variance(model_output, sample)
         return self._step(model_output, timestep, sample, generator, None, return_dict=return_dict)
 
@@ -117,7 +117,7 @@ class DPMSolverSinglestepScheduler(DPMSolver):
         start, *stages = points[-order:]  # of this cycle
         step = Interval.between(c.algorithm_type, start.level, nxt, self.reading)
         m, *others = [point.x0 if step.k > 0 else point.eps for point in (start, *stages)]
-        r = [step.share(stage.level) for stage in stages]
+        r = [step.position(stage.level) for stage in stages]
         slopes = [(other - m) / ratio for other, ratio in zip(others, r, strict=True)]
         mean = step.mean(start.x, m, self._correction(step, r, slopes))
         if not step.stochastic:

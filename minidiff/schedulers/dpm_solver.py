@@ -34,11 +34,12 @@ from minidiff.runtime.files import Config
 from minidiff.schedule import Level
 from minidiff.schedulers.base import Evaluation, Noise, SchedulerOutput, split_variance
 from minidiff.schedulers.core.quirks import Exact
+from minidiff.schedulers.core.rounding import exp, sqrt
 from minidiff.schedulers.core.sigmas import SigmaScheduler, SolverSigmas
 
 
 class Algorithm(NamedTuple):
-    """Which exact solution is integrated; see the head of this file."""
+    """The exact solution that is integrated; see the head of this file."""
 
     k: int
     drift: int
@@ -58,9 +59,9 @@ class Interval:
 
     Attributes:
         h: its length in λ, ∞ when t is clean.
-        decay, gain: what x at s, and a constant m, count in x at t.
-        scale: what multiplies the weights of all that m changes.
-        phi1, phi2, phi3: the weights of m, of its slope times h and of half its curvature times h².
+        decay, gain: weights of x at s, and of a constant m, in x at t.
+        scale: factor of φ₁, φ₂ and φ₃ in x at t.
+        phi1, phi2, phi3: weights of m, of its slope times h and of half its curvature times h².
     """
 
     def __init__(
@@ -72,20 +73,20 @@ class Interval:
         expm1: Callable[[float], float] | None = None,
     ) -> None:
         self.k, drift, self.stochastic = ALGORITHMS[algorithm_type]
-        self.reading, scalar, expm1 = reading, reading.scalar, expm1 or reading.expm1
+        self.reading, expm1 = reading, expm1 or reading.expm1
         self.s, self.t, self.h = s, t, (h := t.lam - s.lam)
         self.phi1 = -expm1(-self.k * h)
         if self.k < 0:  # m = ε̂
-            self.decay, self.scale = scalar(t.alpha / s.alpha), drift * t.sigma
+            self.decay, self.scale = t.alpha / s.alpha, drift * t.sigma
         else:  # m = x̂0
-            self.decay, self.scale = scalar(t.sigma / s.sigma), t.alpha
+            self.decay, self.scale = t.sigma / s.sigma, t.alpha
             if self.k == 2:
-                self.decay = scalar(self.decay * reading.exp(-h))
-        self.gain = scalar(self.scale * self.phi1)
+                self.decay *= exp(-h)
+        self.gain = self.scale * self.phi1
 
     @classmethod
     def between(cls, algorithm_type: str, s: Level, t: Level, *how: Any) -> "Interval":
-        """The same, made once for all trajectories on a grid."""
+        """Return the interval, made once for all trajectories on a grid."""
         return cls._between(algorithm_type, s, t, *how, lams=(s.lam, t.lam))
 
     @classmethod
@@ -93,39 +94,37 @@ class Interval:
     def _between(cls, *args: Any, lams: tuple[float, float]) -> "Interval":
         return cls(*args)  # equal levels can have λ that were rounded apart
 
-    def share(self, level: Level) -> float:
-        """r, how far along in λ a level is: 0 at s, 1 at t, below 0 before s."""
-        scalar = self.reading.scalar
-        return scalar(scalar(level.lam - self.s.lam) / scalar(self.h))
+    def position(self, level: Level) -> float:
+        """Return r, the position of a level in λ: 0 at s, 1 at t, below 0 before s."""
+        return (level.lam - self.s.lam) / self.h
 
     @functools.cached_property
     def injected(self) -> float:
         """Standard deviation of the noise that the SDE adds."""
-        expm1, scalar = self.reading.expm1, self.reading.scalar
+        expm1 = self.reading.expm1
         variance = expm1(2 * self.h) if self.k < 0 else -expm1(-2 * self.h)
-        return scalar(self.t.sigma * scalar(math.sqrt(variance)))
+        return self.t.sigma * sqrt(variance)
 
     @functools.cached_property
     def phi2(self) -> float:
-        scalar = self.reading.scalar
-        return scalar(1 - scalar(self.phi1 / scalar(self.k * self.h)))
+        return 1 - self.phi1 / (self.k * self.h)
 
     @functools.cached_property
     def phi3(self) -> float:
         return self.reading.phi3(self.k, self.h, self.phi2)
 
     def advance(self, x: Tensor, m: Tensor, correction: Tensor | None, noise: Noise) -> Tensor:
-        """x at t from x at s: m held constant, and a correction for what it is not."""
+        """Return x at t from x at s: m held constant, plus a correction for its change."""
         new = self.mean(x, m, correction)
         return torch.add(new, noise(), alpha=self.injected) if self.stochastic else new
 
     def mean(self, x: Tensor, m: Tensor, correction: Tensor | None) -> Tensor:
-        """`advance` without the noise that the SDE injects."""
+        """Return `advance` without the noise that the SDE injects."""
         new = combine(self.decay, x, self.gain, m)
         return new if correction is None else new + self.scale * correction
 
     def moments(self, n: int) -> list[float]:
-        """φ₂, φ₃, … (n of them), the weights of (u/h)ʲ: φ_{j+1} = 1 − j·φ_j/(k·h), by parts."""
+        """Return φ₂, φ₃, … (n of them), weights of (u/h)ʲ: φ_{j+1} = 1 − j·φ_j/(k·h), by parts."""
         found = [self.phi1]
         for j in range(1, n + 1):
             found.append(1 - j * found[-1] / (self.k * self.h))
@@ -133,7 +132,7 @@ class Interval:
 
 
 class DPMSolver(SolverSigmas):
-    """What the multistep and the singlestep solver share."""
+    """Base of the multistep and the singlestep solver."""
 
     translated: ClassVar = {
         "algorithm_type": {"deis": "dpmsolver++"},
@@ -145,13 +144,13 @@ class DPMSolver(SolverSigmas):
         check_algorithm(self.config)
 
     def without_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """The prediction alone, where the output also holds a learned variance, left unused."""
+        """Return the prediction alone where the output also holds a learned variance."""
         if self.config.variance_type is None or model_output.shape == sample.shape:
             return model_output  # some pipelines have cut the variance off already
         return split_variance(model_output, sample)[0]
 
     def _intervals(self, n: int) -> Iterator[tuple[int, int]]:
-        """The entries of a grid of n timesteps that each of its steps goes from and to."""
+        """Yield the entries of a grid of n timesteps that each step goes from and to."""
         return pairwise(range(n + 1))
 
     def _check_levels(self, levels: list[Level]) -> None:
@@ -161,32 +160,32 @@ class DPMSolver(SolverSigmas):
         back = any(levels[i].lam > levels[j].lam for i, j in self._intervals(len(levels) - 1))
         if back and ALGORITHMS[self.config.algorithm_type].stochastic:
             raise InvalidArgument(
-                "rescale_betas_zero_snr in the first step, and the sigma_min of a flow in the last "
-                "one, can lead back towards noise in diffusers, and algorithm_type "
-                f"{self.config.algorithm_type!r} cannot step back: take fewer steps, another "
-                "algorithm, or compat='exact'"
+                "in diffusers the first step with rescale_betas_zero_snr and the last one to the "
+                "sigma_min of a flow can go back towards noise, and algorithm_type "
+                f"{self.config.algorithm_type!r} cannot: take fewer steps, another algorithm, or "
+                "compat='exact'"
             )
 
     def _evaluate(self, out, x, now, noise) -> Evaluation:
         if ALGORITHMS[self.config.algorithm_type].k > 0 or not self.config.thresholding:
             return super()._evaluate(out, x, now, noise)
-        _, eps = self._split(out, x, now)  # ε̂ is integrated: the one that its clipped x̂0 implies
+        _, eps = self._split(out, x, now)  # ε̂ is integrated: the ε̂ that the clipped x̂0 implies
         x0 = self._clip(split(eps, x, now, "epsilon")[0])
         return Evaluation(now, x, *split(x0, x, now, "sample"))
 
 
 class DPMSolverMultistepScheduler(DPMSolver):
-    """Order 1, 2 or 3 with one network evaluation a step; good pictures in 10 to 20 steps.
+    """Order 1, 2 or 3 with one network evaluation per step; good pictures in 10 to 20 steps.
 
-    Args are diffusers' (same names, same defaults). `solver_type` picks how order 2 weighs the
-    slope: "midpoint" φ₁/2, "heun" φ₂. `lambda_min_clipped` drops training steps whose λ is lower
-    (the cosine schedule starts at λ ≈ −10). With `variance_type` "learned" or "learned_range" the
-    network has 2·C channels, and the half that is a variance is left unused. Where a formula
-    places σ, `timestep_spacing` and `steps_offset` have no effect. `compat` is "diffusers" or
-    "exact", see `quirks.py`.
+    Args are diffusers' (same names, same defaults). `solver_type` chooses the weight of the slope
+    in order 2: "midpoint" φ₁/2, "heun" φ₂. `lambda_min_clipped` drops training steps whose λ is
+    lower (the cosine schedule starts at λ ≈ −10). With `variance_type` "learned" or "learned_range"
+    the network has 2·C channels, and the half that is a variance is ignored. Where a formula places
+    σ, `timestep_spacing` and `steps_offset` have no effect. `compat` is "diffusers" or "exact", see
+    `quirks.py`.
     """
 
-    history = 2  # and the present one: order 3
+    history = 2  # with the present evaluation: order 3
     choices: ClassVar = {
         "variance_type": (None, "learned", "learned_range"),
         "time_shift_type": ("exponential",),
@@ -235,7 +234,7 @@ class DPMSolverMultistepScheduler(DPMSolver):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, see `Scheduler.step`; a learned variance has 2·C channels of output."""
+        """Take one step, see `Scheduler.step`; a learned variance has 2·C channels of output."""
         model_output = self.without_variance(model_output, sample)
         return self._step(
             model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
@@ -303,7 +302,7 @@ def check_noise_start(option: str, first: Level) -> None:
 
 
 def check_algorithm(config: Config) -> None:
-    """Refuse combinations of options that no DPM-Solver has. Raises InvalidArgument."""
+    """Refuse combinations of options that no DPM-Solver supports. Raises InvalidArgument."""
     algorithm = config.algorithm_type
     if algorithm == "sde-dpmsolver" and config.solver_order == 3:
         raise InvalidArgument("algorithm_type 'sde-dpmsolver' has solver_order 1 and 2, not 3")

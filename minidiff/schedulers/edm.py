@@ -8,8 +8,8 @@ The network F is wrapped so that its input, output and target have variance 1 at
     c_in   = 1/√(σ² + σ_d²)        c_noise = ¼·ln σ
 
 (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
-arXiv:2206.00364, table 1). The samplers are those of `euler.py` and `dpm_solver.py` as they are.
-There are no training steps: what a scheduler calls timesteps are the values of c_noise.
+arXiv:2206.00364, table 1). The samplers are those of `euler.py` and `dpm_solver.py`. There are
+no training steps: what a scheduler calls timesteps are the values of c_noise.
 """
 
 import math
@@ -39,14 +39,14 @@ class EDMSigmas(SigmaScheduler):
     """
 
     choices: ClassVar = {"prediction_type": ("epsilon", "v_prediction")}
-    grid_dtype = torch.float64  # in which diffusers computes Karras' grid
-    more_at_first = 0  # entries than training steps, before set_timesteps
+    grid_dtype = torch.float64  # of Karras' grid in diffusers
+    more_at_first = 0  # additional grid entries before set_timesteps
 
     def sigma_levels(self, sigmas: np.ndarray) -> list[Level]:
         return self.reading.exploding_levels(sigmas)
 
     def level(self, t: float) -> Level:
-        """The level of c_noise t, on the grid or not. Raises InvalidArgument."""
+        """Return the level of c_noise t, on the grid or not. Raises InvalidArgument."""
         return self.sigma_levels(np.exp([4 * real_number("timestep", t, -math.inf)]))[0]
 
     @property
@@ -57,24 +57,24 @@ class EDMSigmas(SigmaScheduler):
     # --- preconditioning ----------------------------------------------------------------------
 
     def precondition_inputs(self, sample: Tensor, sigma: float | Tensor) -> Tensor:
-        """c_in·x; σ is a number, or a tensor that broadcasts over (B, 1, …)."""
+        """Return c_in·x; σ is a number, or a tensor that broadcasts over (B, 1, …)."""
         return sample / (sigma**2 + self.config.sigma_data**2) ** 0.5
 
     def precondition_noise(self, sigma: float | Tensor) -> Tensor:
-        """c_noise, a tensor of the shape of σ; a number counts as (1,)."""
+        """Return c_noise, a tensor of the shape of σ; a number counts as (1,)."""
         return 0.25 * torch.log(sigma if isinstance(sigma, Tensor) else torch.tensor([sigma]))
 
     def precondition_outputs(
         self, sample: Tensor, model_output: Tensor, sigma: float | Tensor
     ) -> Tensor:
-        """x̂0 = c_skip·x + c_out·F, with F or −F for `model_output`; σ as above."""
+        """Return x̂0 = c_skip·x + c_out·F, with F or −F for `model_output`; σ as above."""
         data = self.config.sigma_data
         c_skip = data**2 / (sigma**2 + data**2)  # table 1
         c_out = self._sign * sigma * data / (sigma**2 + data**2) ** 0.5  # table 1
         return combine(c_skip, sample, c_out, model_output)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """c_in·x, what the network is shown. Raises InvalidArgument for a timestep off the grid."""
+        """Return the network's input c_in·x. Raises InvalidArgument for a timestep off the grid."""
         return self.scaled_input(sample, self.present_level(timestep))
 
     def scaled_input(self, sample: Tensor, level: Level) -> Tensor:
@@ -85,7 +85,7 @@ class EDMSigmas(SigmaScheduler):
         return self._sign * (p * x0 + q * eps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should output, F or −F, for x0 = sample and this noise."""
+        """Return the network's target, F or −F, for x0 = sample and this noise."""
         return self.target(sample, noise, self._batch_level(timesteps, sample))
 
     @property
@@ -103,10 +103,10 @@ class EDMSigmas(SigmaScheduler):
         sigma_range(c.sigma_min, c.sigma_max)
         real_number("rho", c.rho, 1, 100)
         self._place_edm(self._sigmas_of(c.num_train_timesteps + self.more_at_first))
-        self.num_inference_steps = None  # until set_timesteps the grid is a fine one
+        self.num_inference_steps = None  # until set_timesteps the grid is fine
 
     def _sigmas_of(self, n: int | None) -> np.ndarray:
-        """n levels from σ_max to σ_min."""
+        """Return n levels from σ_max to σ_min."""
         c = self.config
         n = whole_number("num_inference_steps", n, 1, MAX_TRAIN_TIMESTEPS)
         return self.reading.edm_sigmas(
@@ -156,9 +156,9 @@ class EDMEulerScheduler(EDMSigmas):
         """Choose the grid, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n; spaced as `sigma_schedule` says.
-            device: where `self.timesteps` lies.
-            sigmas: instead of a number: strictly falling σ; the end follows them. Not in diffusers'
+            num_inference_steps: number of steps n, spaced by `sigma_schedule`.
+            device: device of `self.timesteps`.
+            sigmas: strictly falling σ, instead of a number; the end follows them. Not in diffusers'
                 reading, where they mean something else.
         Raises:
             InvalidArgument: neither or both are given, or a value is outside its range.
@@ -185,10 +185,10 @@ class EDMEulerScheduler(EDMSigmas):
         pred_original_sample: Tensor | None = None,
         variance_noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, see `Scheduler.step` and `EulerDiscreteScheduler.step` for churn.
+        """Take one step, see `Scheduler.step` and `EulerDiscreteScheduler.step` for churn.
 
         Args:
-            pred_original_sample: x̂0, where it is known already; `model_output` is not read then.
+            pred_original_sample: x̂0 where it is known already; `model_output` is then ignored.
         """
         x0_is_given = pred_original_sample is not None
         return self._step(
@@ -204,7 +204,7 @@ class EDMEulerScheduler(EDMSigmas):
         return here
 
     def update(self, x, x0, eps, now, nxt, noise, *, churn, x0_is_given) -> Tensor:
-        return euler_step(x, x0, eps, now.sigma, self.reading.descent(now.sigma, nxt.sigma))
+        return euler_step(x, x0, eps, now.sigma, nxt.sigma - now.sigma)
 
 
 class EDMDPMSolverMultistepScheduler(EDMSigmas):
@@ -251,8 +251,8 @@ class EDMDPMSolverMultistepScheduler(EDMSigmas):
         """Choose the grid, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n; spaced as `sigma_schedule` says.
-            device: where `self.timesteps` lies.
+            num_inference_steps: number of steps n, spaced by `sigma_schedule`.
+            device: device of `self.timesteps`.
         Raises:
             InvalidArgument: the number is out of range.
         """
@@ -267,7 +267,7 @@ class EDMDPMSolverMultistepScheduler(EDMSigmas):
         return_dict: bool = True,
         variance_noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, see `Scheduler.step`."""
+        """Take one step, see `Scheduler.step`."""
         return self._step(
             model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
         )

@@ -1,4 +1,4 @@
-"""Euler's method in noise level, and its ancestral cousin: samplers on x = x0 + σ·ε.
+"""Euler's method in noise level, and its ancestral version: samplers on x = x0 + σ·ε.
 
 Where x explodes instead of shrinking, the probability-flow ODE is a straight line for every x̂0,
 
@@ -9,8 +9,7 @@ further down, to σ_down, and adds noise up to σ',
 
     σ_up² = σ'²·(σ² − σ'²)/σ²,      σ_down² = σ'² − σ_up² = (σ'²/σ)²,
 
-which is DDPM's posterior. Churn goes the other way round: it adds noise up to σ̂ > σ, then steps to
-σ' from there.
+which is DDPM's posterior. Churn adds noise first, up to σ̂ > σ, and then steps to σ' from there.
 
 Sources: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
 arXiv:2206.00364; the ancestral step as in k-diffusion, https://github.com/crowsonkb/k-diffusion.
@@ -31,6 +30,7 @@ from minidiff.runtime.checks import real
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
 from minidiff.schedulers.base import Evaluation, Noise, SchedulerOutput
 from minidiff.schedulers.core.options import falling
+from minidiff.schedulers.core.rounding import hypot, sqrt
 from minidiff.schedulers.core.sigmas import FORMULAS, SigmaScheduler, TrainedSigmas
 
 
@@ -50,20 +50,23 @@ class ExplodingSigmas(TrainedSigmas):
         return torch.tensor(start, dtype=self.reading.dtype)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """x/√(1 + σ²), the variance-preserving sample that the network was trained on.
+        """Return x/√(1 + σ²), the variance-preserving sample that the network was trained on.
 
-        Raises InvalidArgument: the first timestep is not on the grid.
+        Raises:
+            InvalidArgument: the first timestep is not on the grid.
         """
         return self.scaled_input(sample, self.present_level(timestep))
 
     def scaled_input(self, sample: Tensor, level: Level) -> Tensor:
-        return sample / self.reading.input_norm(level.sigma)
+        return sample / hypot(1, level.sigma)
 
     def _prepare(self) -> None:
         super()._prepare()
         steps = np.arange(len(self.schedule) - 1, -1, -1.0)
         sigmas = self.schedule.sigma_of(steps)
-        self.timesteps = torch.tensor(self._asked(steps, sigmas), dtype=self.reading.dtype)
+        self.timesteps = torch.tensor(
+            self._network_timesteps(steps, sigmas), dtype=self.reading.dtype
+        )
         self.grid = self.timesteps.tolist()
 
     def _place_spaced(
@@ -73,7 +76,7 @@ class ExplodingSigmas(TrainedSigmas):
         timesteps: Sequence[float] | None = None,
         train_steps: int | None = None,
     ) -> None:
-        """Accept a grid of n steps, or of those given; `train_steps` stands in for T."""
+        """Accept a grid of n steps, or of those given; `train_steps` replaces T."""
         formula = self._formula(timesteps)
         t = self._real_timesteps(n, timesteps, train_steps or len(self.schedule), bool(formula))
         sigmas = self.reading.spaced_sigmas(
@@ -83,7 +86,7 @@ class ExplodingSigmas(TrainedSigmas):
         if high == math.inf:
             raise InvalidArgument(
                 "rescale_betas_zero_snr starts at zero terminal SNR, where σ is infinite and "
-                "x = x0 + σ·ε cannot be held: DDIMScheduler takes the same steps from there"
+                "x = x0 + σ·ε cannot be represented: DDIMScheduler takes the same steps from there"
             )
         if formula is None:
             self._check_first_timestep(t[0])
@@ -91,26 +94,28 @@ class ExplodingSigmas(TrainedSigmas):
             low = self.config.get("sigma_min") or sigmas[-1]
             sigmas = FORMULAS[formula](low if n > 1 else high, high, n)
             t = self.schedule.timestep_of(sigmas)
-        self._place_sigmas(self._asked(t, sigmas), sigmas, self._end(sigmas), device, steps=len(t))
+        self._place_sigmas(
+            self._network_timesteps(t, sigmas), sigmas, self._end(sigmas), device, steps=len(t)
+        )
 
     def _real_timesteps(
         self, n: int | None, timesteps: Sequence[float] | None, last: int, ends_only: bool
     ) -> np.ndarray:
-        """Training steps, strictly falling: those given, or n of them below `last`."""
+        """Return strictly falling training steps: those given, or n of them below `last`."""
         if (n is None) == (timesteps is None):
             raise InvalidArgument("give either num_inference_steps or timesteps, not both or none")
         if timesteps is not None:
             t = np.array(falling("timesteps", timesteps, real(0, len(self.schedule) - 1)))
         else:
-            spacing = self.config.timestep_spacing  # of whole steps there are only so many
+            spacing = self.config.timestep_spacing  # whole steps are limited
             most = MAX_TRAIN_TIMESTEPS if spacing == "linspace" else last
             n = whole_number("num_inference_steps", n, 1, most)
             offset = self.config.steps_offset
             t = self.reading.real_timesteps(spacing, n, last, offset, ends_only=ends_only)
         return torch.tensor(t.copy(), dtype=self.reading.dtype).numpy().astype(float)
 
-    def _asked(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-        """What the network is told about its input: the training step."""
+    def _network_timesteps(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+        """Return the network's timesteps: the training steps."""
         return t
 
 
@@ -119,7 +124,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
 
     Args are diffusers' (same names, same defaults). `sigma_min` and `sigma_max` are the ends of
     Karras, exponential and Beta grids; without them those of `timestep_spacing` are. With
-    `timestep_type` "continuous" the network is told ¼·ln σ instead of the training step.
+    `timestep_type` "continuous" the network is given ¼·ln σ instead of the training step.
     `interpolation_type` is how σ is read between training steps. `compat` is "diffusers" or
     "exact", see `quirks.py`.
     """
@@ -160,7 +165,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
             if c[name] is not None and self._formula() is None:
                 raise InvalidArgument(
                     f"{name}={c[name]} needs use_karras_sigmas, use_exponential_sigmas or "
-                    "use_beta_sigmas: no other grid has it"
+                    "use_beta_sigmas: other grids have no such end"
                 )
 
     def set_timesteps(
@@ -173,11 +178,11 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         """Choose the grid, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n; spaced as `timestep_spacing` or a formula for σ says.
-            device: where `self.timesteps` lies.
-            timesteps: instead of a number: strictly falling real steps in [0, T−1].
-            sigmas: instead of both: n strictly falling σ and the end (mostly 0, at most the last
-                of them); they replace a formula and `final_sigmas_type`.
+            num_inference_steps: number of steps n, spaced by `timestep_spacing` or a formula for σ.
+            device: device of `self.timesteps`.
+            timesteps: strictly falling real steps in [0, T−1], instead of a number.
+            sigmas: n strictly falling σ and the end (mostly 0, at most the last of them), instead
+                of both; they replace a formula and `final_sigmas_type`.
         Raises:
             InvalidArgument: none or several are given, or a value is outside its range.
         """
@@ -199,9 +204,9 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         if end > visited[-1]:  # equal is where final_sigmas_type "sigma_min" ends
             raise InvalidArgument(f"sigmas must be strictly falling, got {sigmas}")
         t = self.schedule.timestep_of(visited)
-        self._place_sigmas(self._asked(t, visited), visited, end, device)
+        self._place_sigmas(self._network_timesteps(t, visited), visited, end, device)
 
-    def _asked(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    def _network_timesteps(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
         if self.config.timestep_type == "discrete":
             return t
         return 0.25 * torch.tensor(sigmas, dtype=self.reading.dtype).log().numpy()
@@ -224,13 +229,13 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         return_dict: bool = True,
         variance_noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, see `Scheduler.step`.
+        """Take one step, see `Scheduler.step`.
 
         Args:
-            s_churn: how much noise to add and remove again over all steps; 0 for none, and then
-                the three options after it have nothing to act on.
-            s_tmin, s_tmax: the σ at which it is added.
-            s_noise: the noise is scaled by this, in [0, 1e10].
+            s_churn: amount of noise added and removed again over all steps; 0 for none, and then
+                the next three options have no effect.
+            s_tmin, s_tmax: smallest and largest σ at which it is added.
+            s_noise: factor of the noise, in [0, 1e10].
         Raises:
             InvalidArgument: one of them is out of range, s_tmin is above s_tmax, or as
                 `Scheduler.step`.
@@ -244,10 +249,10 @@ class EulerDiscreteScheduler(ExplodingSigmas):
         return evaluate_churned(self, out, x, now, noise, churn)
 
     def update(self, x, x0, eps, now, nxt, noise, *, churn) -> Tensor:
-        return euler_step(x, x0, eps, now.sigma, self.reading.descent(now.sigma, nxt.sigma))
+        return euler_step(x, x0, eps, now.sigma, nxt.sigma - now.sigma)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = (ε − σ·x0)/√(1 + σ²) for entries of the grid, the target of "v_prediction"."""
+        """Return v = (ε − σ·x0)/√(1 + σ²) at grid entries, the target of "v_prediction"."""
         level = self.reading.velocity_level(self, timesteps, sample)
         return target(sample, noise, level, "v_prediction")
 
@@ -284,8 +289,8 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
         """Choose the grid, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n; spaced as `timestep_spacing` says.
-            device: where `self.timesteps` lies.
+            num_inference_steps: number of steps n, spaced by `timestep_spacing`.
+            device: device of `self.timesteps`.
         Raises:
             InvalidArgument: the number is out of range.
         """
@@ -300,7 +305,7 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
         return_dict: bool = True,
         variance_noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, see `Scheduler.step`."""
+        """Take one step, see `Scheduler.step`."""
         return self._step(
             model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
         )
@@ -310,7 +315,7 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         down, up = self.reading.ancestral_sigmas(now.sigma, nxt.sigma)
-        descent = self.reading.descent(now.sigma, down)
+        descent = down - now.sigma
         return torch.add(euler_step(x, x0, eps, now.sigma, descent), noise(), alpha=up)
 
     def _check_levels(self, levels: list[Level]) -> None:
@@ -323,9 +328,9 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
 
 
 def euler_step(x: Tensor, x0: Tensor, eps: Tensor, sigma: float, descent: float) -> Tensor:
-    """x + (σ' − σ)·d with d = (x − x̂0)/σ = ε̂: Karras et al. 2022, algorithm 1, lines 4 and 5."""
+    """Return x + (σ' − σ)·d, d = (x − x̂0)/σ = ε̂ (Karras et al. 2022, algorithm 1, lines 4, 5)."""
     if descent == -sigma:
-        return x0  # which x − σ·ε̂ is but for rounding
+        return x0  # equals x − σ·ε̂ up to rounding
     return torch.add(x, eps, alpha=descent)
 
 
@@ -338,14 +343,14 @@ class Churn(NamedTuple):
     s_noise: float
 
     def raised(self, sigma: float, n: int) -> float:
-        """σ̂ = σ·(1 + γ), from which a step of n goes down."""
+        """Return σ̂ = σ·(1 + γ), from which one of n steps goes down."""
         if not self.s_tmin <= sigma <= self.s_tmax:
             return sigma
         return sigma * (1 + min(self.s_churn / n, math.sqrt(2) - 1))  # algorithm 2, γ_i and line 5
 
 
 def churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Churn | None:
-    """The options of `step`, checked; None for no churn. Raises InvalidArgument."""
+    """Check the options of `step`; None for no churn. Raises InvalidArgument."""
     if s_churn == 0 == s_tmin and s_tmax == math.inf and s_noise == 1:
         return None
     real_number("s_churn", s_churn, 0)
@@ -379,7 +384,7 @@ def evaluate_churned(
     sigma = churn.raised(now.sigma, len(scheduler.levels) - 1) if churn else now.sigma
     if sigma == now.sigma:
         return Evaluation(now, x, *scheduler.split(out, x, now))
-    std = churn.s_noise * math.sqrt(sigma**2 - now.sigma**2)
+    std = churn.s_noise * sqrt(sigma**2 - now.sigma**2)
     raised, raised_x = Level(now.alpha, sigma), x + std * noise()  # algorithm 2, line 6
     x, now = reading.churned_sample(scheduler.output_type, x, now, raised_x, raised)
     x0, _ = scheduler.split(out, x, now)

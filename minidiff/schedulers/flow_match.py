@@ -1,4 +1,4 @@
-"""Flow matching: straight lines between noise and data, walked with Euler's method.
+"""Flow matching: straight lines between noise and data, followed by Euler's method.
 
     x = (1 − σ)·x0 + σ·ε,      dx/dσ = ε − x0 = out
 
@@ -33,13 +33,13 @@ Tokens = tuple[Level, Level] | None  # of every token: now and next, tensors (B,
 class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
     """Euler's method for rectified flows (Stable Diffusion 3, Flux, LTX-Video, Mochi).
 
-    Args are diffusers' (same names, same defaults). `shift` moves all σ towards noise, larger
-    pictures want more of it; with `use_dynamic_shifting` the shift is exp(mu), or mu if
+    Args are diffusers' (same names, same defaults). `shift` moves all σ towards noise; larger
+    pictures need more of it. With `use_dynamic_shifting` the shift is exp(mu), or mu if
     `time_shift_type` is "linear", and `mu` an argument of `set_timesteps`. `base_shift`,
     `max_shift`, `base_image_seq_len` and `max_image_seq_len` are read by `mu_of` and by diffusers'
-    pipelines. `shift_terminal` is the last σ, `invert_sigmas` lets σ count the data instead of the
-    noise, `stochastic_sampling` draws new noise in every step. `compat` is "diffusers" or
-    "exact", see `quirks.py`.
+    pipelines. `shift_terminal` is the last σ, with `invert_sigmas` σ is the fraction of the data
+    instead of the noise, `stochastic_sampling` draws new noise in every step. `compat` is
+    "diffusers" or "exact", see `quirks.py`.
 
     Attributes:
         sigmas: (n + 1,) tensor on the CPU, the σ of each timestep and of the end; before
@@ -92,17 +92,20 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
 
     @property
     def shift(self) -> float:
+        """The fixed shift."""
         return self._shift
 
     def set_shift(self, shift: float) -> None:
-        """Another fixed shift, from the next `set_timesteps` on. Raises InvalidArgument."""
+        """Set another fixed shift, from the next `set_timesteps` on. Raises InvalidArgument."""
         self._shift = option_rules.shift("shift", shift)
 
     def mu_of(self, image_seq_len: int) -> float:
-        """The mu of a picture of so many tokens, on the line through the two that options name.
+        """Return the mu of a picture of this many tokens, on the line through two sizes.
+
+        The two sizes and their mu are options.
 
         Raises:
-            InvalidArgument: the options name no two.
+            InvalidArgument: the options do not give two sizes.
         """
         c = self.config
         low, high = c.base_image_seq_len, c.max_image_seq_len
@@ -125,13 +128,13 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         """Choose the σ that sampling visits, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n; spaced evenly, then shifted, stretched, or replaced by a
-                formula between the same ends, as the options say.
-            device: where `self.timesteps` lies.
+            num_inference_steps: number of steps n, spaced evenly, then shifted, stretched, or
+                replaced by a formula between the same ends, as the options say.
+            device: device of `self.timesteps`.
             sigmas: strictly falling numbers in [0, 1] to shift and stretch instead of even ones.
-            mu: the shift, with use_dynamic_shifting. Without it mu is left unread: diffusers'
-                Flux pipeline passes it always.
-            timesteps: what to ask the network, strictly falling in [0, T]; their σ is t/T unless
+            mu: shift with use_dynamic_shifting; ignored without it, as diffusers' Flux pipeline
+                always passes it.
+            timesteps: timesteps of the network, strictly falling in [0, T]; their σ is t/T unless
                 `sigmas` gives it.
         Raises:
             InvalidArgument: nothing is given, lengths differ, or a value is outside its range.
@@ -155,13 +158,13 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         sigmas = sigmas.astype(self._numpy_dtype)
         if (np.diff(sigmas) >= 0).any():
             raise InvalidArgument(
-                f"num_inference_steps={n} are too many for {self._numpy_dtype} to tell apart after "
-                "shifting: take fewer, a smaller shift, or compat='exact'"
+                f"num_inference_steps={n} are too many for {self._numpy_dtype} to distinguish "
+                "after shifting: take fewer, a smaller shift, or compat='exact'"
             )
         self._place_flow(sigmas, given, device, inverted=c.invert_sigmas)
 
     def _shift_with(self, mu: float | None) -> Callable[[np.ndarray], np.ndarray]:
-        """How this grid is shifted."""
+        """Return the function that shifts this grid."""
         if not self.config.use_dynamic_shifting:
             return lambda sigmas: shifted_sigmas(sigmas, self._shift)
         if mu is None:
@@ -175,7 +178,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         return np.array(falling(name, values, real(0, high)), dtype=self._numpy_dtype)
 
     def _shaped(self, sigmas: np.ndarray, shift: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Shifted, then stretched, then replaced by a formula, whichever the options ask for."""
+        """Return the grid shifted, then stretched, then replaced by a formula, as options say."""
         with np.errstate(divide="ignore"):  # σ = 0 stays 0, in diffusers by way of 1/0
             sigmas = shift(sigmas)
         if self.config.shift_terminal is not None:
@@ -208,10 +211,10 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         return self.reading.flow_path(sigmas, self._inverted)
 
     def _check_levels(self, levels: list[Level]) -> None:
-        """A flow can start anywhere."""
+        """Accept any start: a flow can start anywhere."""
 
     def level(self, t: float) -> Level:
-        """The level at which the network is asked for t in [0, T], on the grid or not."""
+        """Return the level that the network expects at t in [0, T], on the grid or not."""
         steps = self.config.num_train_timesteps
         return self.sigma_levels(np.array([real_number("timestep", t, 0, steps) / steps]))[0]
 
@@ -230,14 +233,14 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step along the line, see `Scheduler.step`.
+        """Take one step along the line, see `Scheduler.step`.
 
         Args:
-            timestep: an entry of `timesteps`, no index into them.
-            s_churn, s_tmin, s_tmax, s_noise: without effect in diffusers; leave them.
-            generator: of the noise of stochastic_sampling.
-            per_token_timesteps: (B, N), for samples (B, N, C) of which every token has its own
-                level; each goes down to the next σ of the grid. Other samples: None.
+            timestep: entry of `timesteps`, not an index into them.
+            s_churn, s_tmin, s_tmax, s_noise: arguments without effect in diffusers; leave them.
+            generator: source of the noise of stochastic_sampling.
+            per_token_timesteps: (B, N), for samples (B, N, C) where every token has its own level;
+                each goes down to the next σ of the grid. None for other samples.
         Raises:
             InvalidArgument: one of the four is set, the timestep is a whole number or not on the
                 grid, or shapes or dtypes do not fit.
@@ -276,7 +279,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         return torch.lerp(x0, eps, nxt.sigma)  # rectified flow eq. 1: (1 − σ')·x0 + σ'·ε
 
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        """As `prediction.solve` for this row; 1 − σ + σ = 1 leaves nothing to divide by."""
+        """Return (x0, ε), as `prediction.solve`; 1 − σ + σ = 1 leaves nothing to divide by."""
         slope = out if self._row == (-1.0, 1.0) else -out  # ε − x0
         if isinstance(now.sigma, Tensor):  # of every token
             x0 = x - now.sigma * slope
@@ -285,7 +288,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         return x0, x0 + slope
 
     def _token_levels(self, timesteps: Tensor, sample: Tensor) -> tuple[Level, Level]:
-        """The level of every token, and the grid's next one below it."""
+        """Return the level of every token, and the grid's next one below it."""
         if self._inverted:
             raise InvalidArgument("per_token_timesteps cannot be combined with invert_sigmas=True")
         if sample.ndim != 3 or timesteps.shape != sample.shape[:2]:
@@ -305,14 +308,14 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
     # --- forward noising -------------------------------------------------------------------
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """x = (1 − σ)·x0 + σ·ε at entries of `timesteps`, (B,) or (1,) for all images.
+        """Return x = (1 − σ)·x0 + σ·ε at entries of `timesteps`, (B,) or (1,) for all images.
 
-        After `set_begin_index` it is the present entry, whatever `timestep` says.
+        After `set_begin_index` it is the present entry, whatever `timestep` is.
         """
         return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict: dx/dσ, the same all along the line."""
+        """Return the network's target dx/dσ, the same everywhere on the line."""
         p, q = self._row
         return p * sample + q * noise
 
@@ -327,16 +330,18 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
 
 
 def _one_length(n: int | None, sigmas: np.ndarray | None, timesteps: np.ndarray | None) -> int:
-    """The number of steps, on which all that is given must agree."""
+    """Return the number of steps, on which all given arguments must agree."""
     if n is not None:
         whole_number("num_inference_steps", n, 1, MAX_TRAIN_TIMESTEPS)
-    given = {"num_inference_steps": n, "sigmas": sigmas, "timesteps": timesteps}
+    arguments = {"num_inference_steps": n, "sigmas": sigmas, "timesteps": timesteps}
     lengths = {
-        k: v if k == "num_inference_steps" else len(v) for k, v in given.items() if v is not None
+        k: v if k == "num_inference_steps" else len(v)
+        for k, v in arguments.items()
+        if v is not None
     }
     if not lengths:
         raise InvalidArgument("give num_inference_steps, sigmas or timesteps")
     if len(set(lengths.values())) > 1:
-        said = " and ".join(f"{name} for {length}" for name, length in lengths.items())
-        raise InvalidArgument(f"numbers of steps differ: {said}")
+        given = " and ".join(f"{name} for {length}" for name, length in lengths.items())
+        raise InvalidArgument(f"numbers of steps differ: {given}")
     return next(iter(lengths.values()))

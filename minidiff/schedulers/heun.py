@@ -1,13 +1,13 @@
 """Heun's method in noise level: two evaluations a step, second order.
 
     d  = (x − x̂0)/σ            at σ
-    y  = x + (σ' − σ)·d          Euler's step, where the network is asked again
+    y  = x + (σ' − σ)·d          Euler's step, where the network is evaluated again
     d' = (y − ŷ0)/σ'           at σ'
     x' = x + (σ' − σ)·(d + d')/2
 
-(Karras et al. 2022, arXiv:2206.00364, algorithm 1.) A pipeline asks the network once a call of
-`step`, so each σ but the first stands twice in the grid: a call with an even index makes y, the odd
-one after it x'. The last step ends at σ' = 0, where d' does not exist, and is Euler's.
+(Karras et al. 2022, arXiv:2206.00364, algorithm 1.) A pipeline evaluates the network once per call
+of `step`, so each σ but the first appears twice in the grid: a call with an even index returns y,
+the odd one after it x'. The last step ends at σ' = 0, where d' does not exist, and is Euler's.
 """
 
 from collections.abc import Sequence
@@ -60,10 +60,10 @@ class HeunDiscreteScheduler(ExplodingSigmas):
         """Choose the grid, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n; spaced as `timestep_spacing` or a formula for σ says.
-            device: where `self.timesteps` lies.
-            num_train_timesteps: space the grid as if training had only so many steps.
-            timesteps: instead of a number: strictly falling real steps in [0, T−1].
+            num_inference_steps: number of steps n, spaced by `timestep_spacing` or a formula for σ.
+            device: device of `self.timesteps`.
+            num_train_timesteps: number of training steps over which the grid is spaced, up to T.
+            timesteps: strictly falling real steps in [0, T−1], instead of a number.
         Raises:
             InvalidArgument: neither or both are given, or a value is outside its range.
         """
@@ -90,7 +90,7 @@ class HeunDiscreteScheduler(ExplodingSigmas):
         sample: Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One stage, see `Scheduler.step`; x after the first is where the network is asked again.
+        """Take one stage, see `Scheduler.step`; x after the first is the network's next input.
 
         `pred_original_sample` is x̂0 at that stage.
         """
@@ -98,15 +98,15 @@ class HeunDiscreteScheduler(ExplodingSigmas):
 
     def _evaluate(self, out, x, now, noise) -> Evaluation:
         here = super()._evaluate(out, x, now, noise)
-        # d is that of the clipped x̂0; and its rounding, times σ/σ', is seen in the second stage.
+        # d comes from the clipped x̂0; the second stage amplifies its rounding by σ/σ'.
         return here._replace(eps=(x - here.x0) / now.sigma)
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         if self._step_index % 2 == 0:
-            descent = self.reading.descent(now.sigma, nxt.sigma)
+            descent = nxt.sigma - now.sigma
             return euler_step(x, x0, eps, now.sigma, descent)  # algorithm 1, lines 4 and 5
         first = self.past[-1]
-        half = self.reading.descent(first.level.sigma, now.sigma) / 2
+        half = (now.sigma - first.level.sigma) / 2
         return torch.add(first.x, first.eps + eps, alpha=half)  # lines 7 and 8
 
     def _place_sigmas(self, grid, sigmas, end, device=None, *, steps=None, dtype=None) -> None:

@@ -12,6 +12,7 @@ Sources: Song et al. 2023, "Consistency Models", arXiv:2303.01469; Luo et al. 20
 Consistency Models", arXiv:2310.04378.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,11 +29,11 @@ SIGMA_DATA = 0.5  # of the data, as in EDM; diffusers has it fixed
 
 
 class LCMSchedulerOutput(NamedTuple):
-    """What `LCMScheduler.step` returns.
+    """The result of `LCMScheduler.step`.
 
     Attributes:
         prev_sample: x at the next level, (B, C, *space); after the last step `denoised`.
-        denoised: f(x, t), the end of the trajectory that x is on.
+        denoised: f(x, t), the end of the trajectory through x.
     """
 
     prev_sample: Tensor
@@ -47,12 +48,11 @@ class LCMScheduler(IndexedScheduler):
 
     Args are diffusers' (same names, same defaults). The network was distilled on
     `original_inference_steps` evenly spaced training steps, and sampling visits some of them.
-    `timestep_scaling` is how fast c_skip falls with t. `timestep_spacing`, `steps_offset` and
-    `set_alpha_to_one` have no effect, in diffusers neither: where the steps lie and that the end is
-    clean is fixed. Every Stable Diffusion config has them, and an LCM made from one hands them on
-    to the class that is next made from its own. `thresholding` takes the place of `clip_sample`
-    where a config sets both. `compat` is "diffusers" or "exact", see
-    `quirks.py`.
+    `timestep_scaling` sets how fast c_skip falls with t. `timestep_spacing`, `steps_offset` and
+    `set_alpha_to_one` have no effect, as in diffusers: the steps and the clean end are fixed. Every
+    Stable Diffusion config has them, and they are kept for the next class that is made from this
+    one's config. `thresholding` replaces `clip_sample` where a config sets both. `compat` is
+    "diffusers" or "exact", see `quirks.py`.
     """
 
     def __init__(
@@ -89,14 +89,15 @@ class LCMScheduler(IndexedScheduler):
         """Choose the training steps that sampling visits, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n, spread over the steps that the network was distilled on.
-            device: where `self.timesteps` lies.
-            original_inference_steps: how many those are, instead of the option of that name.
-            timesteps: instead of a number: strictly falling steps in 0 … T−1.
-            strength: in (0, 1]: start at this share of the noise (image-to-image).
+            num_inference_steps: number of steps n, spread over those that the network was distilled
+                on.
+            device: device of `self.timesteps`.
+            original_inference_steps: number of distilled steps, instead of the option of that name.
+            timesteps: strictly falling steps in 0 … T−1, instead of a number.
+            strength: fraction in (0, 1] of the noise to start at (image-to-image).
         Raises:
             InvalidArgument: neither or both are given, a value is outside its range, or there are
-                fewer distilled steps than asked for.
+                fewer distilled steps than requested.
         """
         if real_number("strength", strength, 0, 1) == 0:
             raise InvalidArgument("strength must be above 0, got 0")
@@ -106,18 +107,22 @@ class LCMScheduler(IndexedScheduler):
             end = self.reading.clean()
         else:
             if original_inference_steps is not None:
-                raise InvalidArgument("original_inference_steps says nothing when timesteps do")
+                raise InvalidArgument(
+                    "original_inference_steps has no effect with timesteps: leave it out"
+                )
             chosen = self._chosen_grid(num_inference_steps, timesteps)
             num_inference_steps = len(chosen)
             grid = chosen[len(chosen) - int(len(chosen) * strength) :]
             if not grid:
-                raise InvalidArgument(f"strength={strength:g} leaves none of {chosen}")
+                raise InvalidArgument(
+                    f"strength={strength:g} leaves none of the timesteps {chosen}"
+                )
             end = self.reading.consistency_end(self.level(grid[-1]), len(grid) < len(chosen))
         levels = [*map(self.level, grid), end]
         self._place(grid, levels, device, steps=num_inference_steps)
 
     def _distilled(self, n: int, original: int | None, strength: float) -> list[int]:
-        """n of the steps that the network was distilled on."""
+        """Return n of the steps that the network was distilled on."""
         steps = self.config.num_train_timesteps
         original = self.config.original_inference_steps if original is None else original
         whole_number("original_inference_steps", original, 1, steps)
@@ -133,7 +138,8 @@ class LCMScheduler(IndexedScheduler):
     def _evaluate(self, out, x, now, noise) -> Evaluation:
         _, _, x0, eps = super()._evaluate(out, x, now, noise)
         scaled = self.grid[self._step_index] * self.config.timestep_scaling
-        c_skip, c_out = self.reading.consistency_weights(scaled, SIGMA_DATA)
+        norm = math.hypot(scaled, SIGMA_DATA)
+        c_skip, c_out = (SIGMA_DATA / norm) ** 2, scaled / norm
         jump = combine(c_skip, x, c_out, x0)  # Consistency Models eq. 5
         return Evaluation(now, x, jump, eps)
 
@@ -151,6 +157,6 @@ class LCMScheduler(IndexedScheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One jump to the data and back up; arguments and errors as in `Scheduler.step`."""
+        """Jump to the data and back up to noise; arguments and errors as in `Scheduler.step`."""
         output = self._step(model_output, timestep, sample, generator, None, return_dict=False)
         return LCMSchedulerOutput(*output) if return_dict else output

@@ -1,13 +1,13 @@
 """PNDM: a classical method for the noise, DDIM for the step.
 
 Linear multistep and Runge–Kutta methods leave the levels on which a network was trained. PNDM
-keeps to them: the step is DDIM's, and the classical method only supplies a better ε̂ for it, an
-average over evaluations,
+stays on them: the step is DDIM's, and the classical method only supplies a better ε̂, an average
+over evaluations,
 
     x_s = φ(x_t, ε̄, t, s) = (α_s/α_t)·x_t + (σ_s − σ_t·α_s/α_t)·ε̄.
 
-The averages are those of even steps, while DDIM's ODE, d(x/α) = ε·d(σ/α), is even in σ/α. So on a
-grid of even training steps the order is 2, as the paper claims, and 4 on one that is even in σ/α.
+The averages are those of even steps, while DDIM's ODE, d(x/α) = ε·d(σ/α), is even in σ/α. On a grid
+of even training steps the order is therefore 2, as the paper claims; on one even in σ/α it is 4.
 
 Source: Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds",
 arXiv:2202.09778.
@@ -32,7 +32,7 @@ ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24,
 
 
 class Call(NamedTuple):
-    """One call of the network: its level and input, the noise that it found, and what it said."""
+    """One evaluation of the network: its level and input, its ε̂, and its output."""
 
     level: Level
     x: Tensor
@@ -41,19 +41,19 @@ class Call(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What one entry of the grid is for.
+    """The purpose of one entry of the grid.
 
     Attributes:
-        place: 0 if a step begins here, else how many evaluations this step has had.
-        weights: of this step's evaluations, in their order; None to average over earlier steps.
+        place: 0 if a step begins here, else the number of evaluations in this step so far.
+        weights: weights of this step's evaluations, in order; None to average earlier steps.
     """
 
     place: int
     weights: tuple[float, ...] | None
 
 
-# Three steps of the classical Runge–Kutta method, and one of Heun's, which is how a multistep
-# method without them begins.
+# Three steps of the classical Runge–Kutta method, and one of Heun's, with which a multistep method
+# without them begins.
 RUNGE_KUTTA = (
     Stage(0, (1,)),
     Stage(1, (0, 1)),
@@ -65,15 +65,15 @@ HEUN = (MULTISTEP, Stage(1, (1 / 2, 1 / 2)))
 
 
 class PNDMScheduler(IndexedScheduler):
-    """A fourth-order average with one evaluation a step, once it is under way.
+    """A fourth-order average with one evaluation per step after the first steps.
 
     Args are diffusers' (same names, same defaults). The first three steps are Runge–Kutta's with
-    four evaluations each; `skip_prk_steps=True` (Stable Diffusion's choice) begins with one of
-    Heun's with two. So `timesteps` repeats entries and has more than `num_inference_steps`.
+    four evaluations each; `skip_prk_steps=True` (Stable Diffusion's choice) begins with one step of
+    Heun's, with two. So `timesteps` repeats entries and has more than `num_inference_steps`.
     `set_alpha_to_one=False` ends at the level of training step 0 instead of at the data. `compat`
     is "diffusers" or "exact", see `quirks.py`.
 
-    `step` is all that a loop needs; `step_prk` and `step_plms` are its two kinds, for loops over
+    A loop needs only `step`; `step_prk` and `step_plms` are its two kinds, for loops over
     `prk_timesteps` and then `plms_timesteps`.
 
     Attributes:
@@ -111,10 +111,11 @@ class PNDMScheduler(IndexedScheduler):
         """Choose the training steps that sampling visits, and forget any sampling under way.
 
         Args:
-            num_inference_steps: steps, at least 4 with Runge–Kutta's; evaluations are more.
-            device: where `self.timesteps` lies.
-            timesteps: instead of a number: strictly falling steps in 0 … T−1, without repeats.
-                The averages expect them to be even.
+            num_inference_steps: number of steps, at least 4 with Runge–Kutta's; there are more
+                evaluations.
+            device: device of `self.timesteps`.
+            timesteps: strictly falling steps in 0 … T−1, without repeats, instead of a number. The
+                averages expect them to be even.
         Raises:
             InvalidArgument: neither or both are given, or a value is outside its range.
         """
@@ -138,7 +139,9 @@ class PNDMScheduler(IndexedScheduler):
         self.stages = []
 
     def _runge_kutta(self, grid: list[int], stride: int) -> list[int]:
-        """Where three steps between these four entries evaluate: the ends, the middle twice."""
+        """Return the timesteps of three steps between these four entries: the ends, the middle
+        twice.
+        """
         visited = []
         for a, b in pairwise(grid):
             middle = self.reading.runge_kutta_middle(a, b, stride)
@@ -146,7 +149,7 @@ class PNDMScheduler(IndexedScheduler):
         return visited
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
-        here, stage = Call(now, x, eps, self._said), self._stage()
+        here, stage = Call(now, x, eps, self._output), self._stage()
         if stage.place == 0:
             self.stages = []
             self.past.append(here)
@@ -163,11 +166,11 @@ class PNDMScheduler(IndexedScheduler):
         return self._transfer(start, nxt, average)
 
     def _split(self, out: Tensor, x: Tensor, now: Level) -> tuple[Tensor, Tensor]:
-        self._said = out  # which diffusers averages, see `average_noise`
+        self._output = out  # diffusers averages it, see `average_noise`
         return super()._split(out, x, now)
 
     def _transfer(self, start: Call, nxt: Level, eps: Tensor) -> Tensor:
-        """φ(x, ε) = a·x + b·ε: the step of DDIM, with x̂0 = (x − σ·ε)/α put in."""
+        """Return φ(x, ε) = a·x + b·ε: the step of DDIM with x̂0 = (x − σ·ε)/α."""
         a, b = self.reading.transfer(start.level, nxt)
         return combine(a, start.x, b, eps)  # DDIM eq. 12 at η = 0, PNDM's transfer part
 
@@ -183,24 +186,24 @@ class PNDMScheduler(IndexedScheduler):
         sample: Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One evaluation's worth of a step; arguments and errors as in `Scheduler.step`.
+        """Take one stage of a step; arguments and errors as in `Scheduler.step`.
 
-        `sample` is where the network was asked. Within a step of several evaluations the result
-        is where to ask next.
+        `sample` is the network's input. Within a step of several evaluations the result is the
+        network's next input.
         """
         return self._step(model_output, timestep, sample, None, None, return_dict=return_dict)
 
     def step_prk(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """`step` where a Runge–Kutta stage is due. Raises InvalidArgument where it is not."""
+        """Take a Runge–Kutta stage with `step`. Raises InvalidArgument where none is due."""
         self._check_due("step_prk", runge_kutta=True)
         return self.step(model_output, timestep, sample, return_dict)
 
     def step_plms(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """`step` where a linear multistep is due. Raises InvalidArgument where it is not."""
+        """Take a linear multistep with `step`. Raises InvalidArgument where none is due."""
         self._check_due("step_plms", runge_kutta=False)
         return self.step(model_output, timestep, sample, return_dict)
 
@@ -212,21 +215,21 @@ class PNDMScheduler(IndexedScheduler):
 
     @property
     def plms_timesteps(self) -> np.ndarray | None:
-        """The timesteps after those; None before `set_timesteps`."""
+        """The timesteps after the Runge–Kutta stages; None before `set_timesteps`."""
         placed = self.num_inference_steps is not None
         return np.array(self.grid[self._stages_first :], dtype=np.int64) if placed else None
 
     @property
     def _stages_first(self) -> int:
-        """How many entries of the grid are Runge–Kutta stages."""
+        """The number of grid entries that are Runge–Kutta stages."""
         return 0 if self.config.skip_prk_steps else len(RUNGE_KUTTA)
 
     def _check_due(self, name: str, *, runge_kutta: bool) -> None:
         i = (self._begin_index or 0) if self._step_index is None else self._step_index
         if (i < self._stages_first) != runge_kutta:
             raise InvalidArgument(
-                f"{name} is not for entry {i} of scheduler.timesteps, the first "
-                f"{self._stages_first} of which are Runge-Kutta's"
+                f"{name} is not for entry {i} of scheduler.timesteps: the first "
+                f"{self._stages_first} are Runge-Kutta's"
             )
 
     def _levels_at(self, t: float) -> tuple[Level, Level]:
@@ -236,4 +239,5 @@ class PNDMScheduler(IndexedScheduler):
 
     @property
     def final_level(self) -> Level:
+        """The level of the result: that of the data, or of training step 0."""
         return self.reading.clean() if self.config.set_alpha_to_one else self.level(0)

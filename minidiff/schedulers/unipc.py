@@ -9,11 +9,11 @@ points λ_i, where it differs from m₀ by D_i = (m_i − m₀)/r_i, r_i = (λ_i
 where ρ integrates a polynomial through all these points exactly: R ρ = b, R_ji = r_i^(j−1),
 b_j = φ_{j+1}/B(h), j = 1, 2, …
 
-UniP-p predicts with p − 1 earlier evaluations and has order p. Once the network has been asked at
-the predicted sample, UniC-p repeats the same step from the same start with that evaluation as one
-more point, r = 1, and has order p + 1 at no cost. The corrected sample is where the next step
-starts. A single point would fix ρ to b₁; the paper takes its limit ½ instead, so that there, and
-only there, the choice of B matters: h ("bh1") or φ₁ ("bh2").
+UniP-p predicts with p − 1 earlier evaluations and has order p. Once the network has been evaluated
+at the predicted sample, UniC-p repeats the same step with that evaluation as one more point, r = 1,
+and has order p + 1 at no cost. The next step starts from the corrected sample. A single point would
+fix ρ to b₁; the paper takes its limit ½ instead. Only there the choice of B matters: h ("bh1") or
+φ₁ ("bh2").
 
 Source: Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of
 Diffusion Models", arXiv:2302.04867.
@@ -34,6 +34,7 @@ from minidiff.runtime.checks import positive
 from minidiff.schedule import Level, shifted_sigmas, stretched_sigmas
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.core.options import at_most_one, falling
+from minidiff.schedulers.core.rounding import expm1
 from minidiff.schedulers.core.sigmas import FORMULAS, SolverSigmas
 from minidiff.schedulers.dpm_solver import Interval, check_noise_start
 
@@ -43,16 +44,16 @@ CLOSEST_TO_NOISE = 1e-6  # a flow starts with this much signal: at none, λ is �
 class UniPCMultistepScheduler(SolverSigmas):
     """Predictor and corrector of order 1 to 3 with one network evaluation a step.
 
-    Args are diffusers' (same names, same defaults). `predict_x0` chooses x̂0 or ε̂ as what is
-    integrated. `disable_corrector` lists the steps, counted from 0, whose result is left
-    uncorrected. `sigma_min` and `sigma_max` replace the ends of a formula's range; where σ is
-    placed by a formula, `final_sigmas_type` "sigma_min" ends at the last σ of the grid, so that
-    the last step changes nothing. `use_flow_sigmas` may go with `use_karras_sigmas`, whose σ are
-    not shifted. Where a formula places σ, `timestep_spacing` and `steps_offset` have no effect.
+    Args are diffusers' (same names, same defaults). `predict_x0` chooses whether x̂0 or ε̂ is
+    integrated. `disable_corrector` lists the steps, counted from 0, whose result is not corrected.
+    `sigma_min` and `sigma_max` replace the ends of a formula's range; where σ is placed by a
+    formula, `final_sigmas_type` "sigma_min" ends at the last σ of the grid, so that the last step
+    changes nothing. `use_flow_sigmas` can be combined with `use_karras_sigmas`, whose σ are not
+    shifted. Where a formula places σ, `timestep_spacing` and `steps_offset` have no effect.
     `compat` is "diffusers" or "exact", see `quirks.py`.
     """
 
-    history = 3  # of the corrector of order 3; the predictor needs one less
+    history = 3  # for the corrector of order 3; the predictor needs one less
     choices: ClassVar = {
         "solver_type": ("bh1", "bh2"),
         "time_shift_type": ("exponential", "linear"),
@@ -123,12 +124,12 @@ class UniPCMultistepScheduler(SolverSigmas):
         """Choose the grid, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n; spaced as `timestep_spacing` or a formula for σ says.
-            device: where `self.timesteps` lies.
-            sigmas: with use_flow_sigmas, instead of a number: strictly falling σ in (0, 1], shifted
-                like all others.
-            mu: with use_dynamic_shifting, and only with it: the shift of this grid is exp(mu), or
-                mu itself if time_shift_type is "linear".
+            num_inference_steps: number of steps n, spaced by `timestep_spacing` or a formula for σ.
+            device: device of `self.timesteps`.
+            sigmas: strictly falling σ in (0, 1], shifted like all others, instead of a number; only
+                with use_flow_sigmas.
+            mu: logarithm of the shift of this grid, or the shift itself if time_shift_type is
+                "linear"; only with use_dynamic_shifting.
         Raises:
             InvalidArgument: neither or both are given, or a value is outside its range.
         """
@@ -138,7 +139,7 @@ class UniPCMultistepScheduler(SolverSigmas):
         if num_inference_steps is not None:
             raise InvalidArgument("give either num_inference_steps or sigmas, not both")
         if self._formula() != "use_flow_sigmas":
-            raise InvalidArgument("sigmas can be given with use_flow_sigmas=True alone")
+            raise InvalidArgument("sigmas need use_flow_sigmas=True")
         given = np.array(falling("sigmas", sigmas, _flow_sigma, np.float32))  # diffusers' type
         grid, shifted = self._on_flow(self._shifted(given, self._flow_shift(mu)))
         self._place_sigmas(grid, shifted, self._end(shifted), device)
@@ -210,7 +211,7 @@ class UniPCMultistepScheduler(SolverSigmas):
         return_dict: bool = True,
         generator: Generators = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, see `Scheduler.step`. It draws no noise, so `generator` is not used."""
+        """Take one step, see `Scheduler.step`. It draws no noise, so `generator` is not used."""
         return self._step(model_output, timestep, sample, generator, None, return_dict=return_dict)
 
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
@@ -218,16 +219,15 @@ class UniPCMultistepScheduler(SolverSigmas):
         if self._corrects():
             order = self._order(self._step_index - 1, evaluations=len(self.past))
             x = self._advance(self._start, points[1], [*points[2 : order + 1], points[0]], now)
-        self._start = x  # corrected, where `self.past` has x as the network saw it
+        self._start = x  # corrected; `self.past` has x as the network's input
         order = self._order(self._step_index, evaluations=len(points))
         return self._advance(x, points[0], points[1:order], nxt)
 
     def _advance(
         self, x: Tensor, start: Evaluation, others: list[Evaluation], end: Level
     ) -> Tensor:
-        """x at the level `end` from x at `start`, by UniPC's formula at the head of this file."""
-        r = self.reading
-        step = Interval.between(self._algorithm, start.level, end, r, r.unipc_expm1)
+        """Return x at the level `end` from x at `start`, by the formula at the top."""
+        step = Interval.between(self._algorithm, start.level, end, self.reading, expm1)
         if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
             return x
         m0 = self._integrand(start)
@@ -240,8 +240,8 @@ class UniPCMultistepScheduler(SolverSigmas):
     def _weights(
         self, step: Interval, others: list[Evaluation]
     ) -> Iterator[tuple[float, Evaluation]]:
-        """What each difference m_i − m₀ counts, B(h)·ρ_i/r_i, and its point."""
-        r = [step.share(point.level) for point in others]
+        """Yield the weight B(h)·ρ_i/r_i of each difference m_i − m₀, and its point."""
+        r = [step.position(point.level) for point in others]
         near = [i for i, ratio in enumerate(r) if math.isfinite(ratio)]  # not λ = −∞, pure noise
         r = [r[i] for i in near]
         scale = step.phi1 if self.config.solver_type == "bh2" else step.k * step.h
@@ -249,7 +249,7 @@ class UniPCMultistepScheduler(SolverSigmas):
             yield scale * rho / ratio, others[i]
 
     def _rho(self, step: Interval, r: list[float], scale: float) -> list[float]:
-        """The solution of R ρ = b, 2×2 or 3×3, on the host (by torch: NumPy's last bit differs)."""
+        """Solve R ρ = b, 2×2 or 3×3, on the host (by torch: NumPy's last bit differs)."""
         if len(r) < 2:
             return [0.5] * len(r)
         b = self.reading.unipc_moments(step, len(r)) / scale
@@ -257,13 +257,13 @@ class UniPCMultistepScheduler(SolverSigmas):
         return torch.linalg.solve(torch.from_numpy(R), torch.from_numpy(b)).tolist()
 
     def _corrects(self) -> bool:
-        """Whether the step before this one is corrected."""
+        """Return whether the step before this one is corrected."""
         if not self.past or self._step_index - 1 in self.disable_corrector:
             return False
         return self.past[-1].level.alpha > 0  # from pure noise, h = ∞ and every B(h) is as good
 
     def _order(self, index: int, evaluations: int) -> int:
-        """The order of the step at this entry of the grid, lower towards both ends."""
+        """Return the order of the step at this entry of the grid, lower towards both ends."""
         c = self.config
         left = len(self.grid) - index if c.lower_order_final else c.solver_order
         return min(c.solver_order, evaluations, left)

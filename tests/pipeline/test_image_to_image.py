@@ -411,7 +411,7 @@ def test_reconstruction_guidance_makes_the_sampled_part_agree_with_the_kept_part
     def agreement(scale: float) -> float:
         guided = reconstructing(denoise, known, hole, meaning_of(scheduler), scale)
         kept = keeping(known, hole, lambda: x, scheduler)
-        *_, last = trajectory(guided, scheduler, x, after=kept)
+        *_, last = trajectory(guided, scheduler, x, after_step=kept)
         assert torch.equal(last.next_x[:, 0], known[:, 0])
         return (last.next_x[:, 1] > 0).double().mean().item()
 

@@ -107,7 +107,7 @@ CORNERS = [
     *(
         Corner(
             failure,
-            "cannot step back",
+            "can go back towards noise",
             "sigma_min is that of the beta schedule, and can lie above the last sigma of a flow",
             steps_back,
         )
@@ -446,7 +446,7 @@ def test_an_option_that_cannot_work_is_refused_by_name(options: dict, named: str
                 "final_sigmas_type": "sigma_min",
             },
             {"num_inference_steps": 999},
-            "cannot step back",
+            "can go back towards noise",
         ),
     ],
 )

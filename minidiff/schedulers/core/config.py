@@ -1,9 +1,9 @@
 """The options of a scheduler: checked, kept as `config`, written and read as diffusers does.
 
 The lowest of the three layers of a scheduler: `Configured` here, `Grid` in `grid.py` on it, and
-`Scheduler` in `base.py` on that. They are one chain of plain base classes, each of which uses only
-those below it. Parts held as attributes would read no better: diffusers' contract wants
-`from_config`, `timesteps` and `step` on one object, so every one of them would be forwarded.
+`Scheduler` in `base.py` on that. They are one chain of plain base classes, and each uses only
+those below it. Composition would not be simpler: diffusers' contract has `from_config`, `timesteps`
+and `step` on one object, so each of them would have to be forwarded.
 """
 
 import inspect

@@ -9,7 +9,7 @@ from minidiff.schedulers.edm import EDMSigmas
 
 
 class Sampler(NamedTuple):
-    """What a short name stands for."""
+    """The scheduler and its options behind a short name."""
 
     title: str
     scheduler: str
@@ -35,7 +35,7 @@ SAMPLERS = {
 }
 
 
-# The same methods on other levels than those of a β schedule.
+# The same methods on levels other than those of a β schedule.
 _FLOW = {
     "euler": Sampler("Euler", "FlowMatchEulerDiscreteScheduler", {}),
     **{name: SAMPLERS[name] for name in ("dpm++", "dpm++3", "dpm++2s", "sde-dpm++", "unipc")},
@@ -51,15 +51,15 @@ _EDM = {
 
 
 def sampler(name: str, like: Scheduler) -> Scheduler:
-    """A sampler for the levels and the prediction type of another scheduler.
+    """Return a sampler for the levels and the prediction type of another scheduler.
 
     Nothing is clipped, and timesteps are "trailing", so that all start at the noisiest level
     (Lin et al. 2023, arXiv:2305.08891, section 3.3).
 
     Args:
-        name: a key of `SAMPLERS`. LCM is not among them, as it wants a distilled
-            network, nor PNDM, whose first steps fail near zero SNR.
-        like: usually the scheduler that the model was trained with.
+        name: key of `SAMPLERS`. LCM is not among them, as it needs a distilled network, nor is
+            PNDM, whose first steps fail near zero SNR.
+        like: other scheduler, usually the one that the model was trained with.
     Raises:
         InvalidArgument: another name, or a schedule or prediction type that the sampler lacks.
     """
@@ -102,7 +102,7 @@ def _of(
     names: Sequence[str],
     **options: Any,
 ) -> Scheduler:
-    """The sampler of that name, with these options of another's config."""
+    """Return the sampler of that name, with these options of another's config."""
     if name not in samplers:
         raise InvalidArgument(
             f"sampler for this model's levels must be one of {', '.join(samplers)}; got {name!r}"

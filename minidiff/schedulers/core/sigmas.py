@@ -1,9 +1,9 @@
 """Grids placed in σ, the noise-to-signal ratio, rather than on training steps.
 
-A solver may visit any σ in any order of spacing: those of evenly spaced training steps, or those
-of a formula (Karras et al. 2022, exponential, Beta quantiles, the shifted straight line of flow
-matching). What the network is asked is then the training step that belongs to σ. How a sample
-carries its σ is the scheduler's business:
+A solver may visit any falling σ: those of evenly spaced training steps, or those of a formula
+ (Karras et al. 2022, exponential, Beta quantiles, the shifted straight line of flow
+matching). The network is then evaluated at the training step that belongs to σ. Each scheduler has
+its own scaling of the sample:
 
     variance preserving  x = (x0 + σ·ε)/√(1 + σ²)      DPM-Solver, UniPC
     variance exploding   x = x0 + σ·ε                  Euler, Heun, EDM
@@ -41,7 +41,7 @@ FORMULAS: dict[str, Callable[[float, float, int], np.ndarray]] = {
 
 
 class SigmaScheduler(IndexedScheduler):
-    """Base of the solvers whose grid may be a formula in σ, and that know their step by counting.
+    """Base of the solvers whose grid may be a formula in σ, and that count their steps.
 
     Attributes:
         sigmas: (n + 1,) tensor on the CPU, the σ of each timestep and of the end.
@@ -50,13 +50,13 @@ class SigmaScheduler(IndexedScheduler):
     sigmas: Tensor
 
     def sigma_levels(self, sigmas: np.ndarray) -> list[Level]:
-        """The levels of a sample at these σ."""
+        """Return the levels of a sample at these σ."""
         if self.config.get("use_flow_sigmas"):
             return self.reading.flow_levels(sigmas)
         return self.reading.preserving_levels(sigmas)
 
     def present_level(self, timestep: float | Tensor) -> Level:
-        """The level of the sample that the network is about to see. Raises InvalidArgument."""
+        """Return the level of the network's next input. Raises InvalidArgument."""
         return self.levels[self._advance_to(self._host_timestep(timestep))]
 
     def _place_sigmas(
@@ -72,16 +72,16 @@ class SigmaScheduler(IndexedScheduler):
         """Accept timesteps (n,), their σ (n,) and the σ after them; as `_place`."""
         every = np.append(sigmas, end)
         dtype = dtype or (torch.int64 if grid.dtype.kind == "i" else self.reading.dtype)
-        numbers = torch.tensor(grid, dtype=dtype).tolist()  # as rounded as `timesteps` is
+        numbers = torch.tensor(grid, dtype=dtype).tolist()  # rounded as `timesteps` is
         self._place(numbers, self.sigma_levels(every), device, dtype, steps)
         self.sigmas = torch.tensor(every, dtype=self.reading.dtype)
 
     # --- forward noising on the grid ----------------------------------------------------------
 
     def _batch_level(self, timesteps: Tensor, like: Tensor) -> Level:
-        """The levels of grid entries (B,), or (1,) for all images.
+        """Return the levels of grid entries (B,), or (1,) for all images.
 
-        After `set_begin_index` it is the level of the present entry, whatever `timesteps` says:
+        After `set_begin_index` it is the level of the present entry, whatever `timesteps` is:
         pipelines for image-to-image and inpainting rely on that.
         """
         t = torch.as_tensor(timesteps).flatten().tolist()
@@ -110,7 +110,7 @@ class TrainedSigmas(SigmaScheduler):
         self.sigmas = torch.tensor(every, dtype=self.reading.dtype)
 
     def level(self, t: float) -> Level:
-        """The level of training step t, a real number in 0 … T−1. Raises InvalidArgument."""
+        """Return the level of training step t, a real number in 0 … T−1. Raises InvalidArgument."""
         if self.config.get("use_flow_sigmas"):
             steps = self.config.num_train_timesteps
             return self.sigma_levels(np.array([real_number("timestep", t, 0, steps) / steps]))[0]
@@ -118,14 +118,14 @@ class TrainedSigmas(SigmaScheduler):
         return self.sigma_levels(self.schedule.sigma_of(np.array([t])))[0]
 
     def _end(self, sigmas: np.ndarray) -> float:
-        """The σ after the last step."""
+        """Return the σ after the last step."""
         if self.config.get("final_sigmas_type", "zero") == "zero":
             return 0.0
-        # A formula ends there too, but for its rounding: the last step must not rise.
+        # A formula ends there too, up to rounding: the last step must not rise.
         return min(self.schedule.sigma_of(np.zeros(1)).item(), sigmas[-1])
 
     def _formula(self, timesteps: Sequence | None = None) -> str | None:
-        """The option that places σ by a formula, if one is set. Raises InvalidArgument."""
+        """Return the option that places σ by a formula, if one is set. Raises InvalidArgument."""
         formula = at_most_one(self.config, *FORMULAS, "use_flow_sigmas")
         if formula and timesteps is not None:
             raise InvalidArgument(f"timesteps cannot be given with {formula}=True, which sets them")
@@ -145,10 +145,10 @@ class SolverSigmas(TrainedSigmas):
         """Choose the grid, and forget any sampling under way.
 
         Args:
-            num_inference_steps: n; spaced as `timestep_spacing` or a formula for σ says.
-            device: where `self.timesteps` lies.
-            mu: with use_dynamic_shifting, flow_shift = exp(mu) for this grid.
-            timesteps: instead of a number: strictly falling steps in 0 … T−1.
+            num_inference_steps: number of steps n, spaced by `timestep_spacing` or a formula for σ.
+            device: device of `self.timesteps`.
+            mu: logarithm of the flow_shift of this grid; only with use_dynamic_shifting.
+            timesteps: strictly falling steps in 0 … T−1, instead of a number.
         Raises:
             InvalidArgument: neither or both are given, or a value is outside its range.
         """
@@ -191,17 +191,17 @@ class SolverSigmas(TrainedSigmas):
         return self.reading.formula_timesteps(t, self._rounds(formula)), sigmas
 
     def _flow_sigmas(self, n: int, shift: float) -> np.ndarray:
-        """The straight line from just below pure noise towards the data, shifted."""
+        """Return the straight line from just below pure noise towards the data, shifted."""
         straight = 1 - np.linspace(1, 1 / len(self.schedule), n + 1)
         return shifted_sigmas(straight[::-1][:-1], shift)
 
     def _on_flow(self, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The timesteps, σ·T, of the σ of a flow, and these σ."""
+        """Return the timesteps σ·T of the σ of a flow, and these σ."""
         t = self.reading.formula_timesteps(sigmas * len(self.schedule), rounded=False)
         return t, sigmas
 
     def _rounds(self, formula: str) -> bool:
-        """Whether diffusers rounds the timesteps of this formula, or cuts them off."""
+        """Return whether diffusers rounds the timesteps of this formula; others it cuts off."""
         return formula in ("use_karras_sigmas", "use_lu_lambdas")
 
     def _end(self, sigmas: np.ndarray) -> float:

@@ -5,8 +5,8 @@ Without clipping a step is linear in the samples and the network's outputs,
     x_{i+1} = Σ_k A_ik·x_{i−k} + Σ_k B_ik·out_{i−k} + C_i·z_i,
 
 with numbers known before sampling starts. They are not written down a second time: the scheduler
-is run once on basis vectors, and what comes out of a step is its row. The table prints, predicts
-the output's variance for Gaussian data without Monte Carlo, and runs as a sampler by itself.
+is run once on basis vectors, and the result of a step is its row. The table prints, predicts the
+output's variance for Gaussian data without Monte Carlo, and runs as a sampler by itself.
 """
 
 import copy
@@ -27,11 +27,11 @@ class Coefficients(NamedTuple):
     """The steps of a sampler as a linear recurrence; n is the number of steps.
 
     Attributes:
-        timesteps: the n training steps at which the network is asked.
-        levels: of the n + 1 samples.
-        input_scale: (n,) float64, what `scale_model_input` multiplies each sample with.
-        A: (n, m) float64, weights of x_i, x_{i−1}, …: row i makes x_{i+1}. Mostly m = 1; a method
-            that remembers x̂0 or a corrector looks further back, for its x̂0 held x_{i−k}.
+        timesteps: the n training steps at which the network is evaluated.
+        levels: levels of the n + 1 samples.
+        input_scale: (n,) float64, factors of `scale_model_input`.
+        A: (n, m) float64, weights of x_i, x_{i−1}, …: row i gives x_{i+1}. Mostly m = 1; a method
+            that remembers x̂0, or a corrector, needs earlier samples x_{i−k}.
         B: (n, m) float64, weights of the network's outputs out_i, out_{i−1}, …
         C: (n,) float64, weight of the standard normal noise z_i.
     """
@@ -44,24 +44,25 @@ class Coefficients(NamedTuple):
     C: Tensor
 
     def __str__(self) -> str:
-        """A printed table, one line a step."""
+        """Return the printed table, one line per step."""
         m = self.A.shape[1]
         names = [f"A{k}" for k in range(m)] + [f"B{k}" for k in range(m)] + ["C"]
         rows = torch.cat([self.A, self.B, self.C[:, None]], dim=1)
-        shown = [j for j in range(2 * m + 1) if j == 0 or bool((rows[:, j] != 0).any())]
-        lines = ["       t" + "".join(f"{names[j]:>11}" for j in shown)]
+        printed = [j for j in range(2 * m + 1) if j == 0 or bool((rows[:, j] != 0).any())]
+        lines = ["       t" + "".join(f"{names[j]:>11}" for j in printed)]
         for t, row in zip(self.timesteps, rows.tolist(), strict=True):
-            lines.append(f"{t:8g}" + "".join(f"{row[j]:11.6f}" for j in shown))
+            lines.append(f"{t:8g}" + "".join(f"{row[j]:11.6f}" for j in printed))
         return "\n".join(lines)
 
     def variance(self, gains: Sequence[float], start: float) -> list[float]:
-        """The variance of x after every step, if the network is linear: out_i = gain_i·input_i.
+        """Return the variance of x after every step for a linear network: out_i = gain_i·input_i.
 
-        For data N(0, s²) the optimal network is; see `minidiff.exact`. No Monte Carlo: x stays a
-        sum Σ c_j·e_j of independent normals, the start and the noise of every step.
+        For data N(0, s²) the optimal network is linear; see `minidiff.exact`. No Monte Carlo is
+        needed: x stays a sum Σ c_j·e_j of independent normals, the start and the noise of every
+        step.
 
         Args:
-            gains: (n,) of the network, from its (scaled) input to its output.
+            gains: (n,) factors of the network from its (scaled) input to its output.
             start: variance of the start.
         """
         n = len(self.timesteps)
@@ -76,11 +77,11 @@ class Coefficients(NamedTuple):
         x: Tensor,
         noise: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """The trajectory: x after every step, (n,) tensors of the shape of x.
+        """Return the trajectory: x after every step, (n,) tensors of the shape of x.
 
         Args:
             denoise: (scaled x_t, t) → output.
-            x: where to start, noise times `init_noise_sigma`.
+            x: start, noise times `init_noise_sigma`.
             noise: z_0 … z_{n−1}, for a sampler with C ≠ 0.
         """
         xs, outs = [x], []
@@ -102,9 +103,9 @@ def coefficients(
     """Derive the table of a scheduler by probing its code with basis vectors in float64.
 
     Args:
-        scheduler: left as it is; a copy is run.
-        num_inference_steps: n, as for `set_timesteps`.
-        step_options: of `step`, such as DDIM's `eta`.
+        scheduler: scheduler, unchanged; a copy is run.
+        num_inference_steps: number of steps n, as for `set_timesteps`.
+        step_options: options of `step`, such as DDIM's `eta`.
     Raises:
         InvalidArgument: an option makes the step nonlinear (clip_sample, thresholding), the
             output holds more than a prediction (a learned variance), or as `set_timesteps`.
@@ -116,7 +117,7 @@ def coefficients(
     if c.get("variance_type") in ("learned", "learned_range"):
         raise InvalidArgument(f"variance_type={c.variance_type!r} makes a step nonlinear")
     probe = copy.copy(scheduler)
-    probe.past = copy.copy(scheduler.past)  # which a sampling under way still needs
+    probe.past = copy.copy(scheduler.past)  # a sampling under way still needs it
     probe.set_timesteps(num_inference_steps)
     n = len(probe.grid)
     basis = torch.eye(3 * n, dtype=torch.float64)[:, :, None]
@@ -134,7 +135,7 @@ def coefficients(
 
 
 def _by_lag(weights: Tensor) -> Tensor:
-    """Row i holds the weights of entries 0 … i; turn it around, so that column k is entry i − k."""
+    """Turn row i, the weights of entries 0 … i, around, so that column k is entry i − k."""
     n = len(weights)
     turned = torch.zeros_like(weights)
     for i in range(n):
