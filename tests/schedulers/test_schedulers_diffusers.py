@@ -183,7 +183,7 @@ CORNERS = [
     *(
         Corner(
             failure,
-            "cannot step back",
+            "can go back towards noise",
             "a first step from alpha_bar = 2^-24, or a last one to a flow's sigma_min, goes back "
             "towards noise: the variance of what it adds is < 0",
             the_sde_steps_back,
