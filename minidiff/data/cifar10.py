@@ -17,9 +17,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from minidiff.data import archive
 from minidiff.data.images import ImageData
 from minidiff.errors import DataError, one_of
+from minidiff.runtime import archive
 
 FOLDER = "cifar-10-batches-bin"  # the archive's only folder
 ARCHIVE = "cifar-10-binary.tar.gz"

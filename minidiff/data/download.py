@@ -12,9 +12,10 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from minidiff.data import archive, cifar10, mnist
+from minidiff.data import cifar10, mnist
 from minidiff.data.fetch import Source, fetch, sha256_of
 from minidiff.errors import DataError, one_of
+from minidiff.runtime import archive
 from minidiff.runtime.files import locked
 
 NAMES = ("mnist", "cifar10")

@@ -50,7 +50,7 @@ class Original(NamedTuple):
         """
         if n % len(self.pixels):
             raise InvalidArgument(
-                f"image must be one picture, or as many as there are to be made, {n}; "
+                f"image must be one image, or one for each of the {n} to generate; "
                 f"got {len(self.pixels)}"
             )
         repeats = n // len(self.pixels)
@@ -83,7 +83,7 @@ def as_original(
     masks = as_mask(mask, pixels.shape[-2:])
     if len(masks) not in (1, len(pixels)):
         raise InvalidArgument(
-            f"mask_image must be one mask, or one for each of {len(pixels)} pictures; "
+            f"mask_image must be one mask, or one for each of {len(pixels)} images; "
             f"got {len(masks)}"
         )
     return Original(pixels, masks.expand(len(pixels), -1, -1, -1))
@@ -171,7 +171,7 @@ def _tensor(name: str, given: Any, modes: Sequence[str]) -> Tensor:
             )
         if given.mode not in modes:
             raise InvalidArgument(
-                f"{name} must be a picture of mode {' or '.join(modes) or '(none fits)'}, got "
+                f"{name} must be a PIL image of mode {' or '.join(modes) or '(none fits)'}, got "
                 f"{given.mode!r}: convert it"
             )
         given = np.asarray(given)
@@ -184,10 +184,10 @@ def _tensor(name: str, given: Any, modes: Sequence[str]) -> Tensor:
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:
     if not parts:
-        raise InvalidArgument(f"{name} must hold at least one picture, got an empty list")
+        raise InvalidArgument(f"{name} must hold at least one image, got an empty list")
     sizes = {tuple(part.shape[-2:]) for part in parts}
     if len(sizes) > 1:
-        raise InvalidArgument(f"{name} must hold pictures of one size, got {sorted(sizes)}")
+        raise InvalidArgument(f"{name} must hold images of one size, got {sorted(sizes)}")
     return torch.cat(parts)
 
 
@@ -204,7 +204,7 @@ def _shape(given: Any) -> tuple[int, ...]:
     return tuple(given.shape) if hasattr(given, "shape") else (given.height, given.width)
 
 
-def read_picture(path: str | Path, mode: str) -> Any:
+def read_image(path: str | Path, mode: str) -> Any:
     """Read an image file as a PIL image of this mode.
 
     Raises:
@@ -218,7 +218,7 @@ def read_picture(path: str | Path, mode: str) -> Any:
         with Image.open(path, formats=FORMATS) as image:
             return ImageOps.exif_transpose(image).convert(mode)
     except Exception as error:  # Pillow's decoders raise any exception for damaged files
-        raise DataError(f"{path}: no readable picture ({error})") from error
+        raise DataError(f"{path}: not a readable image ({error})") from error
 
 
 def blend(kept: Tensor, generated: Tensor, mask: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def check_output(output_type: str, channels: int) -> None:
     """Check an output type; PIL has no images of some channels. Raises InvalidArgument."""
     one_of("output_type", output_type, OUTPUT_TYPES)
     if output_type == "pil" and channels not in MODES:
-        raise InvalidArgument(f"output_type must be np or pt for pictures of {channels} channels")
+        raise InvalidArgument(f"output_type must be np or pt for images of {channels} channels")
 
 
 def as_output(images: Tensor, output_type: str) -> Any:

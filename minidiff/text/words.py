@@ -86,7 +86,7 @@ class WordTokenizer:
             row[: len(numbers)] = torch.tensor(numbers)
         if unknown:
             warnings.warn(
-                f"words that this model does not know are left out: {', '.join(unknown)}",
+                f"words outside the vocabulary are left out: {', '.join(unknown)}",
                 stacklevel=2,
             )
         if cut:

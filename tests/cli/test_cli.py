@@ -191,7 +191,7 @@ def bad_mnist(folder, damage):
         ("sample RUN --negative cat --png OUT/x.png", 2, "negative_prompt must be None"),
         ("sample RUN --strength 0.5 --png OUT/x.png", 2, "strength needs an image"),
         ("sample RUN --image NONE --png OUT/x.png", 1, "no such file"),
-        ("sample RUN --image FILE --png OUT/x.png", 1, "no readable picture"),
+        ("sample RUN --image FILE --png OUT/x.png", 1, "not a readable image"),
         (
             "sample RUN --image PICTURE --strength 2 --png OUT/x.png",
             2,

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from minidiff import data
-from minidiff.data import archive, cifar10, download, fetch
+from minidiff.data import cifar10, download, fetch
 from minidiff.data.fetch import Source
 from minidiff.errors import CheckpointError, DataError, InvalidArgument
+from minidiff.runtime import archive
 
 CONTENT = np.random.default_rng(0).bytes(200_000)
 HALF = len(CONTENT) // 2

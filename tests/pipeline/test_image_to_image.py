@@ -336,7 +336,7 @@ def test_one_image_is_used_for_all_pictures_and_several_for_consecutive_ones(lat
     assert torch.equal(one, image(1).expand(2, -1, -1, -1))
     each = latent_pipe("a cat", image=image(2), num_images_per_prompt=2, **options).images
     assert torch.equal(each, image(2).repeat_interleave(2, 0))
-    with pytest.raises(InvalidArgument, match=r"image must be one picture, .* 2; got 3"):
+    with pytest.raises(InvalidArgument, match=r"image must be one image, .* 2 to generate; got 3"):
         latent_pipe("a cat", num_images=2, image=image(3), **options)
     with pytest.raises(InvalidArgument, match="prompt must be one text, or 3 of them; got 2"):
         latent_pipe(PROMPTS, image=image(3), **options)
@@ -497,7 +497,7 @@ BYTES = np.zeros((SIDE, SIDE, 3), np.uint8)
     ("arguments", "message"),
     [
         ({"image": "cat.png"}, "image must be a PIL image, an array or a tensor, or a list of"),
-        ({"image": []}, "image must hold at least one picture"),
+        ({"image": []}, "image must hold at least one image"),
         ({"image": image() * 1.2}, r"image of floats must lie in \[-1, 1\], got -1.* to 1"),
         ({"image": NAN}, r"image of floats must lie in \[-1, 1\], got nan"),
         ({"image": image().double()}, "image must be uint8, or a tensor of float32"),
@@ -508,9 +508,9 @@ BYTES = np.zeros((SIDE, SIDE, 3), np.uint8)
         ({"image": BYTES[..., :1]}, "image must have 3 channels"),
         ({"image": image()[:, :1]}, r"image must have 3 channels.* got shape \(2, 1, 32, 32\)"),
         ({"image": torch.zeros(0, 3, 32, 32)}, "image must have 3 channels"),
-        ({"image": Image.fromarray(BYTES).convert("L")}, "image must be a picture of mode RGB"),
+        ({"image": Image.fromarray(BYTES).convert("L")}, "image must be a PIL image of mode RGB"),
         ({"image": Image.fromarray(BYTES).convert("P")}, "of mode RGB, got 'P': convert it"),
-        ({"image": [image(), image()[..., :16]]}, "image must hold pictures of one size"),
+        ({"image": [image(), image()[..., :16]]}, "image must hold images of one size"),
         ({"image": image()[..., :31]}, "width must be a multiple of 2, got 31"),
         ({"image": image(), "height": 64}, "height must be that of image, 32, got 64"),
         ({"image": image(), "strength": 1.1}, r"strength must be in \[0, 1\], got 1.1"),
@@ -526,7 +526,7 @@ BYTES = np.zeros((SIDE, SIDE, 3), np.uint8)
         ({"image": image(), "mask_image": mask().byte()}, "mask_image of uint8 counts from 0"),
         ({"image": image(), "mask_image": mask().long()}, "mask_image must be uint8, bool or"),
         ({"image": image(), "mask_image": "mask.png"}, "mask_image must be a PIL image"),
-        ({"image": image(), "mask_image": Image.fromarray(BYTES)}, "mask_image must be a picture"),
+        ({"image": image(), "mask_image": Image.fromarray(BYTES)}, "mask_image must be a PIL"),
         ({"image": image(), "mask_image": torch.cat([mask()] * 3)}, "mask_image must be one mask"),
         ({"resamples": 2}, "resamples needs a mask_image"),
         ({"image": image(), "mask_image": mask(), "resamples": 0}, "resamples must be in 1"),
@@ -569,7 +569,7 @@ def test_pictures_with_two_channels_are_returned_as_arrays_only():
         layers_per_block=1,
     ).eval()  # fmt: skip
     pipe = Pipeline(unet, DDIMScheduler())
-    with pytest.raises(InvalidArgument, match="output_type must be np or pt for pictures of 2"):
+    with pytest.raises(InvalidArgument, match="output_type must be np or pt for images of 2"):
         pipe(num_inference_steps=1)
     assert pipe(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 2)
 

@@ -9,7 +9,7 @@ from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.cli.model_options import draw, open_model
 from minidiff.errors import InvalidArgument
 from minidiff.images import plot
-from minidiff.images.pixels import MODES, read_picture
+from minidiff.images.pixels import MODES, read_image
 from minidiff.runtime import files
 
 
@@ -68,8 +68,8 @@ def sample(options: argparse.Namespace) -> None:
         prompt=text,
         negative_prompt=options.negative,
         class_labels=options.label,
-        image=None if options.image is None else read_picture(options.image, mode),
-        mask_image=None if options.mask is None else read_picture(options.mask, "L"),
+        image=None if options.image is None else read_image(options.image, mode),
+        mask_image=None if options.mask is None else read_image(options.mask, "L"),
         strength=options.strength,
         reconstruction_guidance=options.reconstruction_guidance,
         guidance_rescale=options.guidance_rescale,

@@ -39,21 +39,23 @@ class SinusoidalTime(nn.Module):
         self.channels = channels
         self.half = channels // 2
         self.freq_shift = freq_shift
-        self.order = (1, 0) if flip_sin_to_cos else (0, 1)
+        self.cosines_first = flip_sin_to_cos
 
     def forward(self, t: Tensor) -> Tensor:
         """Map times (B,) to features (B, channels), float32 for every dtype of the model."""
         # Not a buffer: `.to(bfloat16)` would round the frequencies, and t reaches 1000.
         i = torch.arange(self.half, dtype=torch.float32, device=t.device)
         frequencies = torch.exp(-math.log(10000) * i / (self.half - self.freq_shift))
-        angles = t[:, None].float() * frequencies
-        waves = (angles.sin(), angles.cos())
-        first, second = self.order
-        features = torch.cat([waves[first], waves[second]], dim=1)
+        features = _waves(t[:, None].float() * frequencies, self.cosines_first)
         return F.pad(features, (0, self.channels - 2 * self.half))
 
     def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
         return out
+
+
+def _waves(angles: Tensor, cosines_first: bool) -> Tensor:
+    waves = (angles.cos(), angles.sin()) if cosines_first else (angles.sin(), angles.cos())
+    return torch.cat(waves, dim=1)
 
 
 class FourierTime(nn.Module):
@@ -73,14 +75,13 @@ class FourierTime(nn.Module):
     def __init__(self, features: int, flip_sin_to_cos: bool, scale: float = 1.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(features // 2) * scale, requires_grad=False)
-        self.order = (1, 0) if flip_sin_to_cos else (0, 1)
+        self.cosines_first = flip_sin_to_cos
 
     def forward(self, t: Tensor) -> Tensor:
         """Map times (B,) to (B, features), float32 or wider."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         angles = t.to(wide)[:, None] * self.weight.to(wide) * 2 * math.pi
-        waves = (angles.sin(), angles.cos())
-        return torch.cat([waves[i] for i in self.order], dim=1)
+        return _waves(angles, self.cosines_first)
 
     def rescale_output(self, out: Tensor, t: Tensor) -> Tensor:
         return out
