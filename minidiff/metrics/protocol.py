@@ -127,7 +127,7 @@ def evaluate(
         net: classifier for features, on its device; None to leave out what needs one.
         plan: amount of work, see `plan_for`.
         first_samples: list that receives up to a hundred samples, uint8 (N, C, H, W).
-        progress: progress bars, True to print them.
+        progress: True for progress bars.
     Raises:
         InvalidArgument: model, data, classifier and plan do not fit; raised before any work.
     """
