@@ -125,7 +125,7 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
     )
     if values := option.metadata["values"]:
         options |= {"nargs": len(values), "metavar": values}
-    command.adder(option.metadata.get("group", "optimisation"))(
+    command.adder(option.metadata["group"])(
         flag_of(name, option),
         dest=name,
         default=argparse.SUPPRESS,

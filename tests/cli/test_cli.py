@@ -362,7 +362,6 @@ def test_metavars_match_flags_and_no_flag_stands_outside_a_group(name):
             assert f" {flag} {metavar} " in text
 
 
-@pytest.mark.skipif("group" not in OPTIONS["block"].metadata, reason="fields without groups")
 def test_help_of_train_stands_in_groups():
     lines = command_named("train").format_help().splitlines()
     titles = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
