@@ -49,7 +49,7 @@ def test_the_denoiser_is_the_mean_of_the_posterior_by_integration(level: Level) 
     torch.testing.assert_close(LINE.denoise(x[:, None], level)[:, 0], mean, rtol=1e-11, atol=1e-12)
 
 
-def test_no_other_linear_correction_denoises_better_in_three_dimensions() -> None:
+def test_no_linear_correction_denoises_better_in_three_dimensions() -> None:
     """E[(x0 − D(x))·g(x)] = 0 for every g: the property that defines a conditional mean."""
     n, level = 400_000, SCHEDULE[400]
     g = torch.Generator().manual_seed(0)
@@ -102,7 +102,7 @@ def test_denoiser_and_noise_make_up_x_and_every_prediction_type_splits_into_them
 
 @pytest.mark.parametrize("now", LEVELS)
 @pytest.mark.parametrize("nxt", [*LEVELS, CLEAN])
-def test_the_flow_keeps_the_share_of_samples_on_either_side(now: Level, nxt: Level) -> None:
+def test_the_flow_keeps_the_fraction_of_samples_on_either_side(now: Level, nxt: Level) -> None:
     x = torch.linspace(-4, 4, 81, dtype=torch.float64)[:, None]
     y = LINE.flow(x, now, nxt)
     assert (y.diff(dim=0) > 0).all()
@@ -167,7 +167,7 @@ def test_an_impossible_mixture_is_refused(arguments: tuple, message: str) -> Non
         GaussianMixture(*arguments)
 
 
-def test_what_has_no_closed_form_is_refused() -> None:
+def test_a_flow_without_closed_form_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="D = 1 or a single component"):
         SPACE.flow(points(2, 3), SCHEDULE[9], CLEAN)
     with pytest.raises(InvalidArgument, match="3 elements an image"):

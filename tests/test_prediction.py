@@ -1,4 +1,4 @@
-"""Prediction types: one row each, and every row leads back to the same (x0, ε)."""
+"""Prediction types: one row each, and every row gives back the same (x0, ε)."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_splitting_a_target_gives_back_the_clean_sample_and_the_noise(
 def test_a_split_satisfies_both_equations_for_any_output(
     kind: str, angle: float, seed: int
 ) -> None:
-    """The network may say anything: α·x0 + σ·ε = x and p·x0 + q·ε = out hold all the same."""
+    """The output may be anything: α·x0 + σ·ε = x and p·x0 + q·ε = out hold all the same."""
     level, (out, x) = level_at(angle), sample(seed)
     x0, eps = split(out, x, level, kind)
     tolerance = 1e-13 / determinant(kind, level)

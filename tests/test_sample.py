@@ -40,7 +40,7 @@ def noise(seed: int = 0) -> Tensor:
 # --- guidance -----------------------------------------------------------------------------------
 
 
-def test_guidance_at_scale_1_is_the_conditional_network_asked_once() -> None:
+def test_guidance_at_scale_1_is_one_evaluation_of_the_conditional_network() -> None:
     sizes = []
 
     def counted(x: Tensor, t: int, class_labels: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ def test_guidance_at_scale_0_is_the_unconditional_network() -> None:
 
 @QUICK
 @given(st.floats(-5, 20), st.floats(-5, 20), st.floats(0, 1))
-def test_guidance_is_linear_in_its_scale(a: float, b: float, share: float) -> None:
+def test_guidance_is_linear_in_its_scale(a: float, b: float, fraction: float) -> None:
     x = noise().double()
 
     def at(scale: float) -> Tensor:
         return classifier_free(network, OF, NONE, scale)(x, 300)
 
-    between = share * at(a) + (1 - share) * at(b)
-    torch.testing.assert_close(at(share * a + (1 - share) * b), between, rtol=0, atol=1e-12)
+    between = fraction * at(a) + (1 - fraction) * at(b)
+    torch.testing.assert_close(at(fraction * a + (1 - fraction) * b), between, rtol=0, atol=1e-12)
 
 
 def test_guidance_gives_every_image_its_own_label() -> None:
@@ -122,7 +122,7 @@ def walk(scheduler: Scheduler, n: int = 6, **options: object) -> list[Step]:
 
 
 @pytest.mark.parametrize("scheduler", SAMPLERS, ids=repr)
-def test_a_trajectory_is_a_chain_whose_links_are_what_the_network_said(
+def test_a_trajectory_chains_steps_that_hold_the_outputs_of_the_network(
     scheduler: Scheduler,
 ) -> None:
     steps = walk(scheduler)
@@ -148,20 +148,20 @@ def test_the_loop_is_the_scheduler_called_by_hand(scheduler: Scheduler) -> None:
         assert torch.equal(x, after)
 
 
-def test_the_loop_advances_only_as_far_as_it_is_asked_to() -> None:
-    asked = []
+def test_the_loop_advances_only_when_the_next_step_is_requested() -> None:
+    evaluated = []
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        asked.append(t)
+        evaluated.append(t)
         return network(x, t, LABELS)
 
     scheduler = SAMPLERS[1]
     scheduler.set_timesteps(6)
     steps = trajectory(denoise, scheduler, noise())
-    assert asked == []
+    assert evaluated == []
     next(steps)
     next(steps)
-    assert asked == scheduler.grid[:2]
+    assert evaluated == scheduler.grid[:2]
 
 
 @pytest.mark.parametrize("scheduler", SAMPLERS[1:3], ids=repr)
@@ -215,7 +215,7 @@ def test_the_noise_of_an_image_depends_on_seed_and_index_alone(
 
 
 @pytest.mark.parametrize("seed", [0, 1, MAX_SEED])
-def test_a_hundred_thousand_images_of_a_seed_have_as_many_seeds(seed: int) -> None:
+def test_a_hundred_thousand_images_of_a_seed_have_different_seeds(seed: int) -> None:
     assert len({_mix(seed, i) for i in range(100_000)}) == 100_000
 
 
@@ -265,7 +265,7 @@ def test_the_average_of_weights_is_its_closed_form(half_life: float, updates: in
 
 
 @pytest.mark.parametrize("half_life", [0.05, 0.2, 0.5])
-def test_the_last_share_of_a_run_holds_half_the_weight(half_life: float) -> None:
+def test_the_half_life_at_the_end_of_a_run_holds_half_the_weight(half_life: float) -> None:
     late = torch.zeros(100)
     late[round(100 * (1 - half_life)) :] = 1
     assert averaged(half_life, late) == pytest.approx(0.5, abs=1e-5)

@@ -62,7 +62,7 @@ def test_the_uncapped_cosine_product_telescopes_to_its_closed_form() -> None:
         assert schedule[t].alpha ** 2 == pytest.approx(expected, rel=1e-10)
 
 
-def test_half_of_the_variance_of_laplace_is_signal_at_half_time_and_in_diffusers_0707() -> None:
+def test_laplace_has_half_signal_variance_at_half_time_and_0707_in_diffusers() -> None:
     """There the log-SNR is 0; diffusers has the root of ᾱ, over that of ᾱ = 0.999 at the start."""
     for compat, expected in (("exact", 0.5), ("diffusers", math.sqrt(0.5 * 1.001))):
         scheduler = DDPMScheduler(beta_schedule="laplace", compat=compat)

@@ -1,4 +1,4 @@
-"""The ledger of departures is whole, and what is printed of it is what the code says and costs."""
+"""The ledger of departures is complete, and its printed form matches the code and its costs."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ PRINTED = Path(minidiff.__file__).parent / "schedulers" / "QUIRKS.md"
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """Cells of the Markdown table by departure."""
+    """Return the cells of the Markdown table by departure."""
     cells = [re.split(r"(?<!\\) ?\| ?", line) for line in text.splitlines() if line[:3] == "| `"]
     return {row[1].strip(" `"): row[2:-1] for row in cells}
 
@@ -26,13 +26,13 @@ def test_every_departure_has_a_cost_or_a_reason_for_none() -> None:
 
 
 @pytest.mark.parametrize("name", departures())
-def test_both_readings_say_what_they_do(name: str) -> None:
+def test_both_readings_have_docstrings(name: str) -> None:
     if name != "dtype":
         assert vars(Exact)[name].__doc__
         assert vars(Diffusers)[name].__doc__
 
 
-def test_the_printed_ledger_is_what_the_code_says_and_costs() -> None:
+def test_the_printed_ledger_matches_the_code_and_its_measured_costs() -> None:
     printed = PRINTED.read_text(encoding="utf-8")
     assert printed.startswith(HEAD)
     now, then = rows(table()), rows(printed)

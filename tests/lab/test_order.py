@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from mixture_runs import assert_same, run
 
 from minidiff.errors import InvalidArgument
-from minidiff.lab.order import FINE, METHODS, MIXTURE, Method, flow_error, order, variance_error
-from minidiff.prediction import PREDICTION_TYPES, target
+from minidiff.lab.order import FINE, METHODS, Method, flow_error, order, variance_error
+from minidiff.prediction import PREDICTION_TYPES
 from minidiff.schedulers import (
     SCHEDULERS,
     DDIMScheduler,
@@ -84,7 +84,7 @@ def test_every_way_to_be_random_is_measured() -> None:
     assert any(m.measure.get("eta") for m in weak)
 
 
-def test_a_flow_that_renoises_its_prediction_converges_to_nothing() -> None:
+def test_a_flow_that_renoises_its_prediction_does_not_converge() -> None:
     """`stochastic_sampling` keeps none of x: its error does not shrink, so it has no order."""
     scheduler = SCHEDULERS["FlowMatchEulerDiscreteScheduler"](
         stochastic_sampling=True, compat="exact"
@@ -120,35 +120,13 @@ def test_the_variance_of_a_table_is_that_of_the_marginal_when_steps_are_small() 
 
 
 @pytest.mark.parametrize("part", [0, -0.1, 1.5, math.nan])
-def test_a_part_that_is_no_part_is_refused(part: float) -> None:
+def test_a_part_outside_0_to_1_is_refused(part: float) -> None:
     scheduler = DDIMScheduler(clip_sample=False, compat="exact")
     with pytest.raises(InvalidArgument, match="part"):
         flow_error(scheduler, 10, part=part)
 
 
 # --- identities ---------------------------------------------------------------------------------
-
-
-def run(
-    scheduler: Scheduler, kind: str, grid: dict[str, Any], seed: int = 0, **step_options: Any
-) -> list[Tensor]:
-    """x after every step on the mixture, the network predicting `kind`."""
-    scheduler.set_timesteps(**grid)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
-    states = []
-    for i, t in enumerate(scheduler.grid):
-        level = scheduler.levels[i]
-        out = target(MIXTURE.denoise(x, level), MIXTURE.noise(x, level), level, kind)
-        x = scheduler.step(out, t, x, generator=generator, **step_options).prev_sample
-        states.append(x)
-    return states
-
-
-def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
 GRIDS = [{"num_inference_steps": 7}, {"num_inference_steps": 50}, {"timesteps": [990, 400, 399, 3]}]
@@ -168,7 +146,7 @@ def test_ddim_is_first_order_dpm_solver(grid: dict, schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_ddim_is_first_order_dpm_solver_in_the_noise_too(grid: dict, schedule: str) -> None:
-    """Ending at training step 0, since ε̂ says nothing of x at the data."""
+    """Ending at training step 0, since ε̂ does not determine x at the data."""
     options = {"beta_schedule": schedule, "prediction_type": "v_prediction", "compat": "exact"}
     one = DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=False)
     one.set_timesteps(**grid)
@@ -274,9 +252,9 @@ def test_every_number_of_steps_of_every_other_class_has_that_many_timesteps(
         scheduler.set_timesteps(n)
         grid = scheduler.grid[::-1] if "Inverse" in name else scheduler.grid
         if name == "PNDMScheduler":
-            grid = grid[:1] + grid[2:] if n > 1 else grid[:1]  # the second step is asked twice
+            grid = grid[:1] + grid[2:] if n > 1 else grid[:1]  # the second step is evaluated twice
         if "Inverse" in name:
-            grid = grid[:-1]  # the clean x and training step 0 are both asked at 0
+            grid = grid[:-1]  # the clean x and training step 0 are both evaluated at 0
         assert len(grid) == n - ("Inverse" in name)
         assert all(a > b for a, b in pairwise(grid))
         if "EDM" not in name:  # c_noise is no training step

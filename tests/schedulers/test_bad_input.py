@@ -83,7 +83,7 @@ def options_of(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_option_refuses_what_it_cannot_be(name: str) -> None:
+def test_every_option_refuses_values_outside_its_range(name: str) -> None:
     for option in options_of(name):
         for value in BAD_OPTIONS[option]:
             with pytest.raises(InvalidArgument, match=option):
@@ -156,7 +156,7 @@ SWITCH = {
 
 @pytest.mark.parametrize("compat", ["exact", "diffusers"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_what_is_accepted_samples_to_the_end_at_the_limits_of_its_range(
+def test_accepted_options_sample_to_the_end_at_the_limits_of_their_range(
     name: str, compat: str
 ) -> None:
     for option in LIMITS.keys() & set(options_of(name)):
@@ -185,7 +185,7 @@ CHURNED = [n for n, c in SCHEDULERS.items() if "s_churn" in inspect.signature(c.
     ids=str,
 )
 @pytest.mark.parametrize("name", CHURNED)
-def test_churn_that_cannot_be_is_refused_by_name(name: str, churn: dict, named: str) -> None:
+def test_churn_out_of_its_range_is_refused_by_name(name: str, churn: dict, named: str) -> None:
     scheduler = ready(name)
     with pytest.raises(InvalidArgument, match="s_churn" if "FlowMatch" in name else named):
         scheduler.step(x_of(), scheduler.timesteps[0], x_of(), **churn)
@@ -204,12 +204,12 @@ def test_a_dynamic_shift_beyond_float32_is_refused_by_name(mu: Any) -> None:
 
 @pytest.mark.parametrize("n", [0, -3, 1.5, 10.0, "ten", True, NAN, [10]])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_number_of_steps_that_is_none_is_refused(name: str, n: Any) -> None:
+def test_an_invalid_number_of_steps_is_refused(name: str, n: Any) -> None:
     with pytest.raises(InvalidArgument, match="num_inference_steps"):
         SCHEDULERS[name]().set_timesteps(n)
 
 
-REAL = ("EDM", "FlowMatch", "Euler", "Heun")  # real timesteps, of which there are always enough
+REAL = ("EDM", "FlowMatch", "Euler", "Heun")  # real timesteps: any number of them
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEDULERS if not any(k in n for k in REAL)])
@@ -231,7 +231,7 @@ TAKES_TIMESTEPS = [
     ids=str,
 )
 @pytest.mark.parametrize("name", TAKES_TIMESTEPS)
-def test_timesteps_that_are_no_falling_grid_are_refused(name: str, timesteps: list) -> None:
+def test_timesteps_that_do_not_fall_are_refused(name: str, timesteps: list) -> None:
     scheduler = SCHEDULERS[name]()
     if "FlowMatch" in name and timesteps == [1000, 1]:
         timesteps = [1001, 1]  # its first step is T
@@ -332,7 +332,7 @@ def test_a_timestep_off_the_grid_is_refused_in_any_step(name: str, t: Any) -> No
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_what_is_no_tensor_is_refused(name: str) -> None:
+def test_a_sample_or_output_other_than_a_tensor_is_refused(name: str) -> None:
     scheduler = ready(name)
     with pytest.raises(InvalidArgument, match="must be tensors"):
         scheduler.step(x_of(), scheduler.timesteps[0], x_of().numpy())
@@ -340,7 +340,7 @@ def test_what_is_no_tensor_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("t", [-1, 1000, 5000])
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler"])
-def test_noising_at_a_step_that_training_has_not_is_refused(name: str, t: int) -> None:
+def test_noising_at_a_step_outside_training_is_refused(name: str, t: int) -> None:
     with pytest.raises(InvalidArgument, match="timesteps"):
         SCHEDULERS[name]().add_noise(x_of(), x_of(), torch.tensor([t]))
 

@@ -1,4 +1,4 @@
-"""What programs written for diffusers do with a scheduler besides stepping it through a grid."""
+"""The use of a scheduler by programs written for diffusers, besides stepping through a grid."""
 
 import copy
 from pathlib import Path
@@ -66,15 +66,15 @@ def test_a_file_leaves_no_option_to_the_defaults(tmp_path: Path, compat: str) ->
     saved = DDIMScheduler(beta_end=0.012, compat=compat)
     saved.save_pretrained(tmp_path)
     read = DDIMScheduler.from_pretrained(tmp_path)
-    said = {k: v for k, v in saved.config.items() if k != "_use_default_values"}
-    assert dict(read.config) == said
+    expected = {k: v for k, v in saved.config.items() if k != "_use_default_values"}
+    assert dict(read.config) == expected
 
 
 @pytest.mark.parametrize("target", SCHEDULERS)
 @pytest.mark.parametrize("source", SCHEDULERS)
 def test_every_class_turns_into_every_other_as_in_diffusers(source: str, target: str) -> None:
-    asked = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "beta_end": 0.012}
-    options = {k: v for k, v in asked.items() if SCHEDULERS[source].has_option(k)}
+    wanted = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "beta_end": 0.012}
+    options = {k: v for k, v in wanted.items() if SCHEDULERS[source].has_option(k)}
     mine, theirs = pair(source, **options)
     mine = SCHEDULERS[target].from_config(mine.config).config
     theirs = getattr(diffusers, target).from_config(theirs.config).config
@@ -121,7 +121,7 @@ def test_the_config_of_a_published_pipeline_reads_as_in_diffusers(name: str, sto
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_compatibles_are_those_of_diffusers_and_give_the_config_back(name: str) -> None:
+def test_compatibles_equal_diffusers_and_give_the_config_back(name: str) -> None:
     mine, theirs = pair(name)
     expected = {c.__name__ for c in theirs.compatibles} & SCHEDULERS.keys()
     expected -= {"EDMEulerScheduler"} - {name}  # its network is preconditioned, no other's is
@@ -145,7 +145,7 @@ def test_an_option_comes_back_after_a_class_that_lacks_it(tmp_path: Path) -> Non
     assert theirs.skip_prk_steps
 
 
-def test_what_is_said_last_of_an_option_holds() -> None:
+def test_the_last_value_given_for_an_option_counts() -> None:
     euler = EulerDiscreteScheduler.from_config(PNDMScheduler(skip_prk_steps=True).config)
     assert not PNDMScheduler.from_config(euler.config, skip_prk_steps=False).config.skip_prk_steps
 
@@ -181,7 +181,7 @@ def test_without_set_timesteps_the_grid_is_every_training_step(name: str) -> Non
 
 
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
-def test_eulers_own_sigmas_are_a_grid_to_ask_for(end: str) -> None:
+def test_the_sigmas_of_euler_can_be_given_back_as_a_grid(end: str) -> None:
     spaced, given = (EulerDiscreteScheduler(final_sigmas_type=end) for _ in range(2))
     spaced.set_timesteps(7)
     given.set_timesteps(sigmas=spaced.sigmas)

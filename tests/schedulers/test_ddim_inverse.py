@@ -1,4 +1,4 @@
-"""DDIM inversion: diffusers' trajectory, and the way back."""
+"""DDIM inversion: diffusers' trajectory, and sampling back."""
 
 import diffusers
 import pytest
@@ -34,7 +34,7 @@ SHAPE = (2, 2, 3, 3)
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A draw from the full product of options."""
+    """Draw from the full product of options."""
     options = draw(schedule_options())
     train_steps = options["num_train_timesteps"]
     options["clip_sample"] = draw(st.booleans())
@@ -75,14 +75,14 @@ def compare_case(case: Case) -> None:
 
 @QUICK
 @given(cases())
-def test_every_step_of_a_trajectory_is_that_of_diffusers(case: Case) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers(case: Case) -> None:
     compare_case(case)
 
 
 @pytest.mark.slow
 @settings(QUICK, max_examples=4000, derandomize=False)
 @given(cases())
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(case: Case) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length(case: Case) -> None:
     compare_case(case)
 
 
@@ -104,7 +104,7 @@ def test_the_exact_reading_inverts_or_refuses_whatever_the_options(case: Case) -
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_timesteps_are_those_of_diffusers_or_refused_for_every_number_of_steps(
+def test_timesteps_equal_diffusers_or_refused_for_every_number_of_steps(
     spacing: str,
 ) -> None:
     mine = DDIMInverseScheduler(timestep_spacing=spacing)
@@ -123,7 +123,7 @@ def test_timesteps_are_those_of_diffusers_or_refused_for_every_number_of_steps(
     assert refused == (62 if spacing == "trailing" else 0)
 
 
-def test_any_part_of_the_way_can_be_walked_again_as_in_diffusers() -> None:
+def test_any_part_of_an_inversion_can_be_repeated_as_in_diffusers() -> None:
     """It keeps no count: an edit may go up halfway, and up again, without set_timesteps."""
     case = Case("DDIMInverse", {}, {"num_inference_steps": 20}, {}, torch.float64)
     f, states = network(case), []
@@ -136,7 +136,7 @@ def test_any_part_of_the_way_can_be_walked_again_as_in_diffusers() -> None:
     assert difference(*states) < 1e-6
 
 
-def test_the_predicted_clean_sample_is_that_of_diffusers() -> None:
+def test_the_predicted_clean_sample_equals_diffusers() -> None:
     x, out = torch.randn(SHAPE), torch.randn(SHAPE)
     predicted = []
     for scheduler in (DDIMInverseScheduler(), diffusers.DDIMInverseScheduler()):
@@ -206,10 +206,10 @@ def test_prediction_types_agree_when_fed_converted_outputs() -> None:
 
 
 @pytest.mark.parametrize("n", [20, 50, 60])
-def test_asking_the_network_where_x_is_goes_closer_along_the_flow(n: int) -> None:
-    """In the root mean square over the data; diffusers asks it at the next noisier level.
+def test_evaluating_the_network_at_the_level_of_x_stays_closer_to_the_flow(n: int) -> None:
+    """In the root mean square over the data; diffusers evaluates it at the next noisier level.
 
-    Not everywhere: beyond two standard deviations diffusers' way is the closer one.
+    Not everywhere: beyond two standard deviations diffusers' result is closer.
     """
     missed = {}
     for compat in ("exact", "diffusers"):

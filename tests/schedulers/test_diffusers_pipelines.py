@@ -280,7 +280,7 @@ OWN_GRIDS = [
 
 
 @pytest.mark.parametrize(("name", "grid"), OWN_GRIDS)
-def test_timesteps_or_sigmas_of_ones_own_draw_the_same_pictures(name: str, grid: dict) -> None:
+def test_custom_timesteps_or_sigmas_draw_the_same_pictures(name: str, grid: dict) -> None:
     mine, theirs = (
         draw(stable_diffusion("", scheduler(name, STABLE_DIFFUSION)), **grid)
         for scheduler in (our_scheduler, their_scheduler)

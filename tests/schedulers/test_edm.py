@@ -1,4 +1,4 @@
-"""EDM's Euler and DPM-Solver beside diffusers' own, and beside what they must equal."""
+"""EDM's Euler and DPM-Solver against diffusers' own, and against identities."""
 
 import inspect
 import itertools
@@ -53,7 +53,7 @@ SHAPE = (2, 2, 3, 3)
 
 @st.composite
 def cases(draw: st.DrawFn, name: str) -> Case:
-    """A draw from the full product of options."""
+    """Draw from the full product of options."""
     flag = st.booleans()
     options: dict[str, Any] = {
         "sigma_min": draw(st.sampled_from([0.002, 0.02, 0.5])),
@@ -130,13 +130,13 @@ def compare_case(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_of_a_trajectory_is_that_of_diffusers(name: str) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers(name: str) -> None:
     settings(QUICK, max_examples=100)(given(cases(name))(compare_case))()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(name: str) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length(name: str) -> None:
     settings(QUICK, max_examples=4000, derandomize=False)(given(cases(name))(compare_case))()
 
 
@@ -172,7 +172,7 @@ def test_euler_steps_from_a_given_clean_sample_as_diffusers_does(n: int) -> None
 @pytest.mark.parametrize("sigma", [0.002, 80.0, torch.tensor([0.002, 1.0])[:, None, None, None]])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", NAMES)
-def test_preconditioning_is_that_of_diffusers(name: str, kind: str, sigma: Any) -> None:
+def test_preconditioning_equals_diffusers(name: str, kind: str, sigma: Any) -> None:
     x, out = torch.randn(2, *SHAPE, dtype=torch.float64)
     case = Case(name, {"prediction_type": kind, "sigma_data": 0.7}, {}, {}, torch.float64)
     mine, theirs = our_scheduler(case), their_scheduler(case)
@@ -187,7 +187,7 @@ def test_preconditioning_is_that_of_diffusers(name: str, kind: str, sigma: Any) 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_the_output_that_a_network_should_give_is_read_back_as_what_was_mixed(
+def test_the_target_of_a_network_is_read_back_as_the_mixed_sample_and_noise(
     name: str, kind: str
 ) -> None:
     """`target` and `precondition_outputs` come from table 1 on two ways, by p and q and by c."""
@@ -222,7 +222,7 @@ def test_input_and_target_of_the_network_have_variance_1_at_every_level() -> Non
 
 
 def run(scheduler: Scheduler, **step_options: Any) -> list[Tensor]:
-    """x/√(α² + σ²) after every step on the mixture: the same walk whatever the scaling of x."""
+    """Return x/√(α² + σ²) after every step on the mixture, which does not depend on the scaling."""
     x = math.hypot(*scheduler.levels[0]) * torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
     states = []
     for i, t in enumerate(scheduler.grid):
@@ -266,7 +266,7 @@ def test_first_order_dpm_solver_is_euler() -> None:
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 @pytest.mark.parametrize("p", [1, 2, 3])
-def test_variance_preserving_and_exploding_levels_are_one_walk(
+def test_variance_preserving_and_exploding_levels_give_the_same_trajectory(
     p: int, algorithm: str, solver_type: str
 ) -> None:
     """VP = VE: the multistep solver in both scalings, between the same two σ."""
@@ -280,7 +280,7 @@ def test_variance_preserving_and_exploding_levels_are_one_walk(
     assert_same(run(preserving), run(exploding))
 
 
-def test_sigmas_of_ones_own_are_walked_as_those_of_the_formula() -> None:
+def test_sigmas_that_are_custom_sample_as_those_of_the_formula() -> None:
     formula, given_ones = EDMEulerScheduler(compat="exact"), EDMEulerScheduler(compat="exact")
     formula.set_timesteps(9)
     given_ones.set_timesteps(sigmas=formula.sigmas[:-1].tolist())

@@ -1,4 +1,4 @@
-"""Euler, ancestral Euler and Heun beside diffusers' own, and beside what they must equal."""
+"""Euler, ancestral Euler and Heun against diffusers' own, and against identities."""
 
 import math
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ SHAPE = (2, 2, 3, 3)
 
 @st.composite
 def cases(draw: st.DrawFn, name: str) -> Case:
-    """A draw from the full product of options."""
+    """Draw from the full product of options."""
     heun = name == "HeunDiscrete"
     kinds = ["linear", "scaled_linear", "squaredcos_cap_v2"]
     options = draw(schedule_options(kinds + ["exp"] * heun, rescale=not heun))
@@ -78,7 +78,7 @@ def cases(draw: st.DrawFn, name: str) -> Case:
 
 @st.composite
 def euler_options(draw: st.DrawFn, prediction_type: str, formula: str | None) -> dict[str, Any]:
-    """What only EulerDiscreteScheduler has."""
+    """Draw the options that only EulerDiscreteScheduler has."""
     options = {
         "interpolation_type": draw(st.sampled_from(["linear", "linear", "log_linear"])),
         "final_sigmas_type": draw(st.sampled_from(["zero", "sigma_min"])),
@@ -128,7 +128,7 @@ def grids(
 
 @st.composite
 def falling_sigmas(draw: st.DrawFn) -> list[float]:
-    """σ's of one's own choice, the end included."""
+    """Draw custom σ, the end included."""
     exponents = draw(st.sets(st.integers(-40, 50), min_size=2, max_size=15))
     sigmas = [float(np.float32(math.exp(e / 10))) for e in sorted(exponents, reverse=True)]
     return [*sigmas[:-1], draw(st.sampled_from([0.0, sigmas[-1]]))]
@@ -182,7 +182,7 @@ def begins_twice(case: Case) -> bool:
 
 
 def leaps(case: Case) -> bool:
-    """Whether some step of an ancestral trajectory divides σ by more than a thousand."""
+    """Return whether some step of an ancestral trajectory divides σ by more than a thousand."""
     return any(a > 1000 * b > 0 for a, b in pairwise(sigmas_of(case)))
 
 
@@ -236,13 +236,13 @@ def compare_case(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_of_a_trajectory_is_that_of_diffusers(name: str) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers(name: str) -> None:
     settings(QUICK, max_examples=100)(given(cases(name))(compare_case))()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(name: str) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length(name: str) -> None:
     settings(QUICK, max_examples=4000, derandomize=False)(given(cases(name))(compare_case))()
 
 
@@ -271,7 +271,7 @@ GRIDS = [{"timesteps": [990, 400, 399, 3]}, {"timesteps": [999]}, {"num_inferenc
 
 
 def run(scheduler: Scheduler, **step_options: Any) -> list[Tensor]:
-    """x/√(α² + σ²) after every step on the mixture: the same walk whatever the scaling of x."""
+    """Return x/√(α² + σ²) after every step on the mixture, which does not depend on the scaling."""
     begin = scheduler.levels[0]
     x = math.hypot(*begin) * torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
     if "generator" in scheduler.step.__code__.co_varnames:
@@ -359,7 +359,7 @@ def test_the_last_step_lands_on_the_prediction_of_the_clean_sample(
     torch.testing.assert_close(x, x0, rtol=1e-14, atol=1e-14)
 
 
-def test_euler_with_three_grids_in_sigma_walks_them() -> None:
+def test_euler_samples_on_three_custom_grids() -> None:
     """Custom σ's are those of a formula, step by step; and the same with timesteps of their own."""
     formula = EulerDiscreteScheduler(use_karras_sigmas=True, compat="exact")
     formula.set_timesteps(12)

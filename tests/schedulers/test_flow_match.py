@@ -39,7 +39,7 @@ FORMULAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 @st.composite
 def falling(draw: st.DrawFn, low: int, high: float) -> list[float]:
-    """Up to 20 numbers of one's own choice in [0, high], thousandths of it, from `low` on."""
+    """Draw up to 20 custom numbers in [0, high], thousandths of it, from `low` on."""
     chosen = draw(st.sets(st.integers(low, 1000), min_size=1, max_size=20))
     return [high * k / 1000 for k in sorted(chosen, reverse=True)]
 
@@ -118,14 +118,14 @@ def compare_case(case: Case) -> None:
 
 @QUICK
 @given(cases())
-def test_every_step_of_a_trajectory_is_that_of_diffusers(case: Case) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers(case: Case) -> None:
     compare_case(case)
 
 
 @pytest.mark.slow
 @settings(QUICK, max_examples=4000, derandomize=False)
 @given(cases())
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(case: Case) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length(case: Case) -> None:
     compare_case(case)
 
 
@@ -148,7 +148,7 @@ def test_the_exact_reading_samples_or_refuses_whatever_the_options(case: Case) -
     "options",
     [{}, {"shift": 3.0}, {"shift": 3.0, "use_dynamic_shifting": True}, {"num_train_timesteps": 37}],
 )
-def test_the_tables_before_set_timesteps_are_those_of_diffusers(options: dict) -> None:
+def test_the_tables_before_set_timesteps_equal_diffusers(options: dict) -> None:
     mine = FlowMatchEulerDiscreteScheduler(**options)
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(**options)
     assert torch.equal(mine.sigmas, theirs.sigmas)
@@ -172,7 +172,7 @@ def test_another_shift_holds_from_the_next_grid_on() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"invert_sigmas": True}])
 @pytest.mark.parametrize("state", ["fresh", "placed", "begun", "under way", "done"])
-def test_noising_is_that_of_diffusers_in_every_state(state: str, options: dict) -> None:
+def test_noising_equals_diffusers_in_every_state(state: str, options: dict) -> None:
     mine = FlowMatchEulerDiscreteScheduler(**options)
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(**options)
     x0, eps = torch.randn(SHAPE), torch.randn(SHAPE)
@@ -198,7 +198,7 @@ def test_noising_is_that_of_diffusers_in_every_state(state: str, options: dict) 
 
 
 @pytest.mark.parametrize("begin", [0, 1, 5])
-def test_a_start_in_the_middle_is_that_of_diffusers(begin: int) -> None:
+def test_a_start_in_the_middle_equals_diffusers(begin: int) -> None:
     case = Case("FlowMatchEulerDiscrete", {}, {}, {}, torch.float32)
     f, states = network(case), []
     for scheduler in (
@@ -218,7 +218,7 @@ def test_a_start_in_the_middle_is_that_of_diffusers(begin: int) -> None:
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_with_a_timestep_for_every_token_are_those_of_diffusers(
+def test_steps_with_a_timestep_for_every_token_equal_diffusers(
     dtype: torch.dtype, stochastic: bool
 ) -> None:
     states = []
@@ -226,7 +226,9 @@ def test_steps_with_a_timestep_for_every_token_are_those_of_diffusers(
         scheduler = cls(shift=3.0, stochastic_sampling=stochastic)
         scheduler.set_timesteps(6)
         x = torch.linspace(-1, 1, 40, dtype=dtype).reshape(2, 4, 5)
-        kept = torch.tensor([[1.0, 0.7, 0.3, 0.0], [0.0, 0.5, 1.0, 1.0]])  # share of each timestep
+        kept = torch.tensor(
+            [[1.0, 0.7, 0.3, 0.0], [0.0, 0.5, 1.0, 1.0]]
+        )  # fraction of each timestep
         generator = torch.Generator().manual_seed(2)
         for t in scheduler.timesteps:
             output = scheduler.step(
@@ -245,7 +247,7 @@ def exact(**options: Any) -> FlowMatchEulerDiscreteScheduler:
 
 
 def run(scheduler: FlowMatchEulerDiscreteScheduler, x: torch.Tensor) -> list[torch.Tensor]:
-    """x after every step on the mixture."""
+    """Return x after every step on the mixture."""
     generator, states = torch.Generator().manual_seed(3), []
     for t, level in zip(scheduler.grid, scheduler.levels, strict=False):
         out = output_of(scheduler, MIXTURE, x, level)
@@ -267,7 +269,7 @@ def test_the_order_is_1_on_every_grid(options: dict) -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("n", [1, 7, 50])
-def test_it_is_ddim_in_other_coordinates(n: int, shift: float) -> None:
+def test_flow_euler_is_ddim_in_other_coordinates(n: int, shift: float) -> None:
     """Divided by √((1−σ)² + σ²) the levels preserve variance, and Euler's step is DDIM's."""
     flow = exact(shift=shift)
     flow.set_timesteps(n)
@@ -282,7 +284,7 @@ def test_it_is_ddim_in_other_coordinates(n: int, shift: float) -> None:
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_counting_the_data_instead_of_the_noise_changes_nothing_but_the_names(
+def test_inverted_sigmas_change_only_the_meaning_of_sigma(
     stochastic: bool,
 ) -> None:
     states, timesteps = [], []
@@ -356,7 +358,7 @@ def test_tokens_at_the_timestep_of_the_grid_step_as_the_sample_does(stochastic: 
     torch.testing.assert_close(x, x0, rtol=1e-10, atol=1e-10)
 
 
-def test_clean_tokens_stay_as_they_are() -> None:
+def test_clean_tokens_do_not_change() -> None:
     """A token at timestep 0 is a condition: there is nothing below it on the grid."""
     for compat in ("exact", "diffusers"):
         scheduler = FlowMatchEulerDiscreteScheduler(compat=compat)
@@ -403,7 +405,7 @@ def test_mu_lies_on_the_line_through_the_two_sizes_that_options_name() -> None:
 
 
 @pytest.mark.parametrize("inverted", [False, True])
-def test_the_velocity_is_the_slope_of_the_line_that_noising_draws(inverted: bool) -> None:
+def test_the_velocity_is_the_slope_of_the_noising_line(inverted: bool) -> None:
     scheduler = exact(invert_sigmas=inverted)
     scheduler.set_timesteps(10)
     x0, eps = torch.randn(2, *SHAPE, dtype=torch.float64)
@@ -499,7 +501,7 @@ def test_a_step_that_cannot_be_taken_is_refused_by_name(arguments: dict, named: 
         scheduler.step(**({"model_output": x, "timestep": 1000.0, "sample": x} | arguments))
 
 
-def test_what_no_inverted_or_flat_sample_can_do_is_refused_by_name() -> None:
+def test_options_without_meaning_for_inverted_or_flat_samples_are_refused_by_name() -> None:
     scheduler, x = FlowMatchEulerDiscreteScheduler(invert_sigmas=True), torch.zeros(2, 4, 5)
     scheduler.set_timesteps(4)
     with pytest.raises(InvalidArgument, match="per_token_timesteps cannot be combined with invert"):

@@ -1,4 +1,4 @@
-"""LCM: diffusers' trajectory, and what a consistency function is."""
+"""LCM: diffusers' trajectory, and the properties of a consistency function."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ SHAPE = (2, 2, 3, 3)
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A draw from the full product of options."""
+    """Draw from the full product of options."""
     options = draw(schedule_options())
     train_steps = options["num_train_timesteps"]
     options["timestep_spacing"] = draw(st.sampled_from(["linspace", "leading", "trailing"]))
@@ -62,7 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def reach(case: Case) -> int:
-    """How many distilled steps lie below the strength."""
+    """Return the number of distilled steps below the strength."""
     original = case.grid.get("original_inference_steps", case.options["original_inference_steps"])
     return int(original * case.grid["strength"])
 
@@ -77,7 +77,7 @@ CORNERS = [
     Corner(
         "raises ValueError",
         "at most",
-        "fewer distilled steps below the strength than steps asked for",
+        "fewer distilled steps below the strength than steps requested",
         lambda c: c.n is not None and c.n > reach(c),
     ),
     Corner(
@@ -95,14 +95,14 @@ def compare_case(case: Case) -> None:
 
 @QUICK
 @given(cases())
-def test_every_step_of_a_trajectory_is_that_of_diffusers(case: Case) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers(case: Case) -> None:
     compare_case(case)
 
 
 @pytest.mark.slow
 @settings(QUICK, max_examples=4000, derandomize=False)
 @given(cases())
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(case: Case) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length(case: Case) -> None:
     compare_case(case)
 
 
@@ -122,7 +122,7 @@ def test_the_exact_reading_samples_or_refuses_whatever_the_options(case: Case) -
 
 
 @pytest.mark.parametrize("begin", [1, 3])
-def test_a_start_in_the_middle_is_that_of_diffusers(begin: int) -> None:
+def test_a_start_in_the_middle_equals_diffusers(begin: int) -> None:
     states = []
     for scheduler in (LCMScheduler(), diffusers.LCMScheduler()):
         scheduler.set_timesteps(6)
@@ -137,7 +137,7 @@ def test_a_start_in_the_middle_is_that_of_diffusers(begin: int) -> None:
     assert difference(states[1], states[3]) < 1e-6
 
 
-def test_noising_and_velocity_are_those_of_diffusers_before_and_after_a_step() -> None:
+def test_noising_and_velocity_equal_diffusers_before_and_after_a_step() -> None:
     mine, theirs = LCMScheduler(), diffusers.LCMScheduler()
     x0, eps, t = torch.randn(SHAPE), torch.randn(SHAPE), torch.tensor([3, 700])
     for _ in range(2):
@@ -164,7 +164,7 @@ IDLE = {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trail
 
 
 @pytest.mark.parametrize("compat", ["exact", "diffusers"])
-def test_the_options_of_a_grid_that_an_lcm_has_not_change_nothing(compat: str) -> None:
+def test_grid_options_that_an_lcm_ignores_change_nothing(compat: str) -> None:
     """diffusers has them without using them, and so every Stable Diffusion config."""
     grid = {"num_inference_steps": 5}
     cases = [Case("LCM", options, grid, {}, torch.float32) for options in ({}, IDLE)]
@@ -224,7 +224,7 @@ def test_with_timestep_scaling_0_it_is_the_identity() -> None:
         assert torch.equal(step.denoised, x)
 
 
-def test_at_timestep_0_it_is_the_identity_whatever_the_network_says() -> None:
+def test_at_timestep_0_it_is_the_identity_whatever_the_output() -> None:
     for compat in ("exact", "diffusers"):
         scheduler = LCMScheduler(compat=compat)
         scheduler.set_timesteps(timesteps=[500, 0])
@@ -250,7 +250,7 @@ def test_the_last_step_lands_on_the_denoised_sample(grid: dict) -> None:
     assert torch.equal(step.prev_sample, step.denoised)
 
 
-def test_diffusers_leaves_noise_where_strength_cuts_timesteps_of_ones_own() -> None:
+def test_diffusers_leaves_noise_where_strength_cuts_custom_timesteps() -> None:
     """Both readings; the noise left is that of the last level."""
     grid = {"timesteps": [980, 700, 400, 200], "strength": 0.5}
     scheduler = LCMScheduler()

@@ -42,7 +42,7 @@ SHAPE = (2, 2, 3, 3)
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A draw from the full product of options."""
+    """Draw from the full product of options."""
     options = draw(schedule_options(rescale=False))
     train_steps = options["num_train_timesteps"]
     options["skip_prk_steps"] = draw(st.booleans())
@@ -89,7 +89,7 @@ CORNERS = [
 
 
 def rise(case: Case) -> float:
-    """How many times the signal grows within one step, at most."""
+    """Return the largest factor by which the signal grows within one step."""
     levels = visited_levels(case)
     steps = list(pairwise(levels))
     if not case.options["skip_prk_steps"]:
@@ -113,11 +113,11 @@ def compare_case(case: Case) -> None:
 
 @QUICK
 @given(cases())
-def test_every_step_of_a_trajectory_is_that_of_diffusers(case: Case) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers(case: Case) -> None:
     compare_case(case)
 
 
-def test_a_step_out_of_almost_no_signal_loses_no_more_than_is_written() -> None:
+def test_a_step_from_almost_no_signal_stays_within_the_listed_error() -> None:
     options = {"skip_prk_steps": False, "beta_schedule": "squaredcos_cap_v2"}
     options |= {"timestep_spacing": "linspace", "prediction_type": "v_prediction"}
     case = Case("PNDM", options, {"num_inference_steps": 4}, {}, torch.float32)
@@ -128,7 +128,7 @@ def test_a_step_out_of_almost_no_signal_loses_no_more_than_is_written() -> None:
 @pytest.mark.slow
 @settings(QUICK, max_examples=4000, derandomize=False)
 @given(cases())
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(case: Case) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length(case: Case) -> None:
     compare_case(case)
 
 
@@ -154,7 +154,7 @@ def test_the_exact_reading_samples_or_refuses_whatever_the_options(case: Case) -
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("begin", [1, 2, 9, 14, 19])
-def test_a_start_in_the_middle_is_that_of_diffusers(kind: str, skip: bool, begin: int) -> None:
+def test_a_start_in_the_middle_equals_diffusers(kind: str, skip: bool, begin: int) -> None:
     """Wrong as it is: diffusers counts its calls from the first one. It has no set_begin_index."""
     options = {"skip_prk_steps": skip, "prediction_type": kind}
     case = Case("PNDM", options, {"num_inference_steps": 20}, {}, torch.float64)
@@ -186,7 +186,7 @@ def test_a_start_near_the_end_steps_past_timestep_0_as_diffusers_does() -> None:
     assert difference(*states) < 1e-6
 
 
-def test_sampling_again_begins_anew() -> None:
+def test_sampling_again_starts_from_the_beginning() -> None:
     case = Case("PNDM", {"skip_prk_steps": True}, {"num_inference_steps": 7}, {}, torch.float64)
     scheduler = our_scheduler(case)
     runs = []
@@ -198,7 +198,7 @@ def test_sampling_again_begins_anew() -> None:
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("n", [4, 10])
-def test_a_loop_over_both_kinds_of_steps_is_that_of_diffusers(n: int, skip: bool) -> None:
+def test_a_loop_over_both_kinds_of_steps_equals_diffusers(n: int, skip: bool) -> None:
     """As diffusers' own tests drive it: all of step_prk's timesteps, then all of step_plms'."""
     ends = []
     for cls in (PNDMScheduler, diffusers.PNDMScheduler):
@@ -239,7 +239,7 @@ def test_noising_does_not_depend_on_the_steps_taken(stop: int) -> None:
 
 
 def run(scheduler: Scheduler, kind: str, begin: int = 0) -> list[Tensor]:
-    """x after every step on the mixture, the network predicting `kind`."""
+    """Return x after every step on the mixture, the network predicting `kind`."""
     x = torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None]
     states = []
     for i in range(begin, len(scheduler.grid)):
@@ -251,7 +251,7 @@ def run(scheduler: Scheduler, kind: str, begin: int = 0) -> list[Tensor]:
 
 
 def interior_error(scheduler: Scheduler) -> float:
-    """Error along the probability flow of the mixture, from the first level to the last entry's."""
+    """Return the error along the mixture's flow, from the first level to the last entry's."""
     begin, end = scheduler.levels[0], scheduler.levels[-2]
     x = start = begin.sigma * torch.linspace(-2, 2, 21, dtype=torch.float64)[:, None]
     for t, level in zip(scheduler.grid[:-1], scheduler.levels, strict=False):
@@ -288,7 +288,7 @@ def test_on_a_grid_even_in_the_noise_to_signal_ratio_the_order_is_4() -> None:
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("n", [4, 5, 31])
-def test_constant_noise_makes_it_ddim(n: int, skip: bool) -> None:
+def test_pndm_is_ddim_for_constant_noise(n: int, skip: bool) -> None:
     """The transfer of PNDM is DDIM's step, and the weights of every average sum to one."""
     shared = {"timestep_spacing": "linspace", "compat": "exact"}
     pndm = PNDMScheduler(skip_prk_steps=skip, set_alpha_to_one=True, **shared)
@@ -317,7 +317,7 @@ def test_prediction_types_agree_when_fed_converted_outputs(skip: bool) -> None:
 
 
 def error_from(scheduler: Scheduler, begin: int) -> float:
-    """Error at the data when sampling begins at an entry of the grid."""
+    """Return the error at the data when sampling begins at an entry of the grid."""
     scheduler.set_timesteps(40)
     scheduler.set_begin_index(begin)
     level = scheduler.levels[begin]

@@ -1,4 +1,4 @@
-"""DDPM, DDIM and DPM-Solver beside diffusers' own; see `parity.py` for how they are compared."""
+"""DDPM, DDIM and DPM-Solver against diffusers' own; see `parity.py` for how they are compared."""
 
 import inspect
 import json
@@ -51,7 +51,7 @@ FORMULAS = (
 
 @st.composite
 def cases(draw: st.DrawFn, name: str) -> Case:
-    """A draw from the full product of options."""
+    """Draw from the full product of options."""
     flag = st.booleans()
     kinds = ["linear", "scaled_linear", "squaredcos_cap_v2"]
     options = draw(schedule_options(kinds + ["sigmoid", "laplace"] * (name == "DDPM")))
@@ -86,7 +86,7 @@ def cases(draw: st.DrawFn, name: str) -> Case:
 
 @st.composite
 def solver_options(draw: st.DrawFn) -> dict[str, Any]:
-    """What only DPM-Solver has."""
+    """Draw the options that only DPM-Solver has."""
     flag = st.booleans()
     options: dict[str, Any] = {
         "algorithm_type": draw(
@@ -119,7 +119,7 @@ def multistep(case: Case) -> bool:
 
 
 def stretch(case: Case) -> float:
-    """How many times the step before it the longest step is."""
+    """Return the largest ratio of a step to the one before it."""
     steps = [b.lam - a.lam for a, b in pairwise(visited_levels(case)[:-1])]
     return max([b / a for a, b in pairwise(steps)], default=1)
 
@@ -171,7 +171,7 @@ def last_step_is_empty(case: Case) -> bool:
 
 
 def the_sde_steps_back(case: Case) -> bool:
-    """Whether some σ rises by more than rounding: the variance of what an SDE adds is below 0."""
+    """Return whether some σ rises by more than rounding, so that an SDE's variance is below 0."""
     if not case.options.get("algorithm_type", "").startswith("sde"):
         return False
     theirs = their_scheduler(case)
@@ -256,7 +256,7 @@ def compare_case(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_of_a_trajectory_is_that_of_diffusers(name: str) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers(name: str) -> None:
     QUICK(given(cases(name))(compare_case))()
 
 
@@ -270,13 +270,13 @@ def test_the_exact_reading_samples_or_refuses_whatever_the_options(name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length(name: str) -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length(name: str) -> None:
     settings(QUICK, max_examples=4000, derandomize=False)(given(cases(name))(compare_case))()
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("name", NAMES)
-def test_timesteps_are_those_of_diffusers_or_refused_for_every_number_of_steps(
+def test_timesteps_equal_diffusers_or_refused_for_every_number_of_steps(
     name: str, spacing: str
 ) -> None:
     case = Case(name, {"timestep_spacing": spacing}, {}, {}, torch.float32)
@@ -303,7 +303,7 @@ def test_timesteps_are_those_of_diffusers_or_refused_for_every_number_of_steps(
 
 @QUICK
 @given(st.sampled_from(["DDPM", "DDIM"]).flatmap(cases), st.integers(0, 2**31))
-def test_noising_and_velocity_are_those_of_diffusers(case: Case, seed: int) -> None:
+def test_noising_and_velocity_equal_diffusers(case: Case, seed: int) -> None:
     mine, theirs = our_scheduler(case), their_scheduler(case)
     rng = np.random.default_rng(seed)
     t = torch.from_numpy(rng.choice(theirs.timesteps.numpy(), SHAPE[0]))
@@ -485,7 +485,9 @@ def test_an_option_out_of_range_is_refused_by_name(options: dict, named: str) ->
         ({"final_sigmas_type": "one"}, "final_sigmas_type"),
     ],
 )
-def test_what_dpm_solver_cannot_do_is_refused_by_name(options: dict, named: str) -> None:
+def test_options_that_dpm_solver_does_not_support_are_refused_by_name(
+    options: dict, named: str
+) -> None:
     with pytest.raises(InvalidArgument, match=named):
         ours.DPMSolverMultistepScheduler(**options)
 

@@ -41,7 +41,7 @@ def log_ratios(schedule: object) -> np.ndarray:
 
 @quick
 @given(ends, counts)
-def test_karras_and_exponential_grids_are_those_of_diffusers_bit_for_bit(
+def test_karras_and_exponential_grids_equal_diffusers_bit_for_bit(
     diffusers: ModuleType, ends: tuple[float, float], n: int
 ) -> None:
     euler, given_ends = diffusers.EulerDiscreteScheduler, np.array(ends[::-1])
@@ -54,7 +54,7 @@ def test_karras_and_exponential_grids_are_those_of_diffusers_bit_for_bit(
 
 @settings(quick, max_examples=20)
 @given(ends, st.integers(2, 100))
-def test_the_beta_grid_is_that_of_diffusers(
+def test_the_beta_grid_equals_diffusers(
     diffusers: ModuleType, ends: tuple[float, float], n: int
 ) -> None:
     pytest.importorskip("scipy")
@@ -102,7 +102,7 @@ def test_the_beta_grid_has_the_quantiles_of_the_beta_distribution(
 
 @quick
 @given(st.floats(0.1, 10), st.floats(0.1, 10), st.integers(2, 200))
-def test_exchanging_a_and_b_turns_the_beta_grid_round(a: float, b: float, n: int) -> None:
+def test_exchanging_a_and_b_reverses_the_beta_grid(a: float, b: float, n: int) -> None:
     """1 − x has the distribution Beta(b, a) when x has Beta(a, b)."""
     turned = 3 - beta_sigmas(1, 2, n, b, a)[::-1]
     np.testing.assert_allclose(beta_sigmas(1, 2, n, a, b), turned, rtol=0, atol=1e-12)
@@ -213,9 +213,7 @@ def test_timestep_of_gives_the_timesteps_of_diffusers_bit_for_bit(
 
 @pytest.mark.parametrize("grid", ["karras", "exponential"])
 @pytest.mark.parametrize("n", [1, 2, 25])
-def test_a_grid_and_its_timesteps_are_those_of_diffusers(
-    diffusers: ModuleType, grid: str, n: int
-) -> None:
+def test_a_grid_and_its_timesteps_equal_diffusers(diffusers: ModuleType, grid: str, n: int) -> None:
     theirs = diffusers.HeunDiscreteScheduler(
         beta_schedule="scaled_linear", **{f"use_{grid}_sigmas": True}
     )

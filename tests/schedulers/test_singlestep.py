@@ -1,4 +1,4 @@
-"""DPM-Solver singlestep beside diffusers' own, and its exact reading beside mathematics."""
+"""DPM-Solver singlestep against diffusers' own, and its exact reading against mathematics."""
 
 import inspect
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixture_runs import assert_same, run
 from parity import (
     QUICK,
     Case,
@@ -26,7 +27,6 @@ from parity import (
     their_scheduler,
     thresholds,
 )
-from test_order import assert_same, run
 
 from minidiff.errors import InvalidArgument
 from minidiff.lab.order import FINE, flow_error, order, variance_error
@@ -51,7 +51,7 @@ FORMULAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "u
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A draw from the full product of options."""
+    """Draw from the full product of options."""
     flag = st.booleans()
     options = draw(schedule_options(rescale=False))
     train_steps = options["num_train_timesteps"]
@@ -83,14 +83,14 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def begins_twice(case: Case) -> bool:
-    """Whether the first two timesteps are cut to the same whole step."""
+    """Return whether the first two timesteps are cut to the same whole step."""
     theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return len(theirs.timesteps) > 1 and bool(theirs.timesteps[0] == theirs.timesteps[1])
 
 
 def steps_back(case: Case) -> bool:
-    """Whether a stage of the SDE goes to a higher sigma than where its cycle starts."""
+    """Return whether a stage of the SDE goes to a higher sigma than where its cycle starts."""
     if case.options["algorithm_type"] != "sde-dpmsolver++":
         return False
     theirs = their_scheduler(case)
@@ -152,12 +152,12 @@ def compare_case(case: Case) -> None:
     compare(case, CORNERS)
 
 
-def test_every_step_of_a_trajectory_is_that_of_diffusers() -> None:
+def test_every_step_of_a_trajectory_equals_diffusers() -> None:
     settings(QUICK, max_examples=200)(given(cases())(compare_case))()
 
 
 @pytest.mark.slow
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length() -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length() -> None:
     settings(QUICK, max_examples=4000, derandomize=False)(given(cases())(compare_case))()
 
 
@@ -170,7 +170,7 @@ def test_the_exact_reading_samples_or_refuses_whatever_the_options() -> None:
 
 @pytest.mark.parametrize("solver_order", [1, 2, 3])
 @pytest.mark.parametrize("begin", [0, 1, 5, 8])
-def test_sampling_from_the_middle_of_a_cycle_and_once_more_is_that_of_diffusers(
+def test_sampling_from_the_middle_of_a_cycle_and_once_more_equals_diffusers(
     solver_order: int, begin: int
 ) -> None:
     """As image-to-image does; where stages are missing a cycle has a lower order."""
@@ -198,7 +198,7 @@ def test_sampling_from_the_middle_of_a_cycle_and_once_more_is_that_of_diffusers(
 @pytest.mark.parametrize("solver_order", [1, 2, 3])
 @pytest.mark.parametrize("lower_order_final", [False, True])
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
-def test_the_order_of_every_stage_is_that_of_diffusers_and_the_config_stays(
+def test_the_order_of_every_stage_equals_diffusers_and_the_config_stays(
     solver_order: int, lower_order_final: bool, final: str
 ) -> None:
     options = {
@@ -327,11 +327,11 @@ def test_three_stages_are_nearer_than_two(solver_type: str) -> None:
 
 
 @pytest.mark.parametrize("p", [2, 3])
-def test_noise_drawn_anew_for_every_stage_costs_a_weak_order(p: int) -> None:
+def test_noise_drawn_again_for_every_stage_costs_a_weak_order(p: int) -> None:
     """As diffusers does: the prediction at a stage then knows nothing of the step's noise."""
     exact = DPMSolverSinglestepScheduler(**SDE, solver_order=p, solver_type="heun", compat="exact")
-    anew = exact.reread(departing("stage_noise"))
-    errors = {n: variance_error(anew, n, stride=p) for n in (60, 120)}
+    redrawn = exact.reread(departing("stage_noise"))
+    errors = {n: variance_error(redrawn, n, stride=p) for n in (60, 120)}
     assert order(errors.__getitem__, 60) == pytest.approx(1, abs=0.15)
     assert errors[60] > 20 * variance_error(exact, 60, stride=p)
 
@@ -450,7 +450,7 @@ def test_an_option_that_cannot_work_is_refused_by_name(options: dict, named: str
         ),
     ],
 )
-def test_a_grid_that_cannot_be_walked_is_refused_by_name(
+def test_an_impossible_sampling_grid_is_refused_by_name(
     options: dict, grid: dict, named: str
 ) -> None:
     scheduler = DPMSolverSinglestepScheduler(**options)
@@ -471,7 +471,7 @@ def test_the_output_of_a_learned_variance_has_twice_the_channels_or_has_lost_the
         scheduler.step(out[:, :5], scheduler.grid[0], x)
 
 
-def test_values_of_other_classes_become_their_neighbours_here() -> None:
+def test_values_of_other_classes_are_translated() -> None:
     # diffusers translates "deis" too late to see that it may end at sigma 0
     config = {"solver_type": "bh1", "algorithm_type": "deis", "final_sigmas_type": "sigma_min"}
     mine = DPMSolverSinglestepScheduler.from_config(config).config

@@ -158,7 +158,7 @@ def test_a_nonlinear_sampler_has_no_table(scheduler: Scheduler, named: str) -> N
         scheduler.coefficients(5)
 
 
-def test_asking_for_the_table_leaves_the_scheduler_as_it_is() -> None:
+def test_deriving_the_table_leaves_the_scheduler_unchanged() -> None:
     scheduler = DPMSolverMultistepScheduler()
     scheduler.set_timesteps(7)
     x = torch.ones(2, 1)

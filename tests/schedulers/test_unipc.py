@@ -1,4 +1,4 @@
-"""UniPC beside diffusers' own, and its exact reading beside mathematics."""
+"""UniPC against diffusers' own, and its exact reading against mathematics."""
 
 import inspect
 from typing import Any
@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixture_runs import assert_same, run
 from parity import (
     QUICK,
     Case,
@@ -25,7 +26,6 @@ from parity import (
     their_scheduler,
     thresholds,
 )
-from test_order import assert_same, run
 
 from minidiff.errors import InvalidArgument
 from minidiff.lab.order import FINE, flow_error, order
@@ -39,7 +39,7 @@ FORMULAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "u
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A draw from the full product of options."""
+    """Draw from the full product of options."""
     flag = st.booleans()
     options = draw(schedule_options())
     options["prediction_type"] = draw(st.sampled_from(["epsilon", "sample", "v_prediction"]))
@@ -96,7 +96,7 @@ def flow_options(draw: st.DrawFn, options: dict[str, Any], grid: dict[str, Any])
 
 
 def plain(case: Case) -> bool:
-    """Whether the grid is one of training steps."""
+    """Return whether the grid is one of training steps."""
     return not any(case.options.get(formula) for formula in FORMULAS)
 
 
@@ -110,7 +110,7 @@ def extrapolates(case: Case) -> bool:
 
 
 def begins_twice(case: Case) -> bool:
-    """Whether the first two timesteps are cut to the same whole step."""
+    """Return whether the first two timesteps are cut to the same whole step."""
     theirs = their_scheduler(case)
     theirs.set_timesteps(**case.grid)
     return len(theirs.timesteps) > 1 and bool(theirs.timesteps[0] == theirs.timesteps[1])
@@ -195,12 +195,12 @@ def compare_case(case: Case) -> None:
     compare(case, CORNERS)
 
 
-def test_every_step_of_a_trajectory_is_that_of_diffusers() -> None:
+def test_every_step_of_a_trajectory_equals_diffusers() -> None:
     settings(QUICK, max_examples=200)(given(cases())(compare_case))()
 
 
 @pytest.mark.slow
-def test_every_step_of_a_trajectory_is_that_of_diffusers_at_length() -> None:
+def test_every_step_of_a_trajectory_equals_diffusers_at_length() -> None:
     settings(QUICK, max_examples=4000, derandomize=False)(given(cases())(compare_case))()
 
 
@@ -213,7 +213,7 @@ def test_the_exact_reading_samples_or_refuses_whatever_the_options() -> None:
 
 @pytest.mark.parametrize("solver_order", [1, 2, 3])
 @pytest.mark.parametrize("begin", [0, 1, 4, 9])
-def test_sampling_from_the_middle_of_the_grid_and_once_more_is_that_of_diffusers(
+def test_sampling_from_the_middle_of_the_grid_and_once_more_equals_diffusers(
     solver_order: int, begin: int
 ) -> None:
     """As image-to-image does: noise up to an entry, then step from there."""
@@ -429,7 +429,7 @@ def test_an_option_that_cannot_work_is_refused_by_name(options: dict, named: str
         ({"sigma_min": 1e3, "use_karras_sigmas": True}, {"num_inference_steps": 5}, "sigma_min"),
     ],
 )
-def test_a_grid_that_cannot_be_walked_is_refused_by_name(
+def test_an_impossible_sampling_grid_is_refused_by_name(
     options: dict, grid: dict, named: str
 ) -> None:
     scheduler = UniPCMultistepScheduler(**options)
