@@ -3,10 +3,10 @@
     from_dataset(dataset, workers=4)                              images as bytes or PIL
     from_dataset(dataset, value_range=(0, 1), class_names=names)  images as floats
 
-An item is an image, or (image, label). Random numbers that a data set draws from `random`,
-`numpy.random` or torch while it builds an item depend on (seed, position in the stream) alone, see
-`minidiff.data.protocol`, and the states of the caller's generators are restored. So the batches are
-the same for any number of workers, and after an interruption at any position.
+An item is an image, or (image, label). While a data set builds an item, `random`, `numpy.random`
+and torch are seeded by (seed, position in the stream) alone, see `minidiff.data.protocol`. The
+states of the caller's generators are restored. So the batches are the same for any number of
+workers, and after an interruption at any position.
 
 Workers build the next batch during a training step, if batches are requested in the order of the
 seed. They are processes of `concurrent.futures` and return items through a pipe; nothing is written
