@@ -320,7 +320,7 @@ class _Evaluation:
     def learnt_from(self, images: Tensor, labels: Tensor) -> float:
         """Return the accuracy on held-out images of a classifier that was trained on these."""
         data = ImageData("samples", images, labels, self.train.class_names)
-        net = train(data.to(self.pipe.device), LEARNT, report=lambda *line: None)
+        net = train(data.to(self.pipe.device), LEARNT, on_epoch=lambda *line: None)
         predicted, _ = features(net, self.test.images)
         return accuracy(predicted, self.test.labels)
 

@@ -7,17 +7,15 @@
     minidiff train-classifier --data cifar10 --data-dir DIR --device cuda \\
         --out minidiff/weights/cifar10.safetensors
 
-A one-cycle learning rate on augmented images, and an exponential moving average of the weights as
-the result; the rest is a `Recipe`, one a data set. It sees the training split only; the test split
-is read once, after the last step, to write the accuracy into the file. No label smoothing: it
-pulls the features of a class to one point, and the spread inside a class is what the Fréchet
-distance has to measure.
+The loop is that of all trainings, with a one-cycle learning rate, augmented images, and an
+exponential moving average of the weights as the result. A `Recipe` per data set decides the rest.
+The test split is read once, after the last step, to write the accuracy into the file. There is no
+label smoothing: it contracts the features of a class to one point, but the Fréchet distance has to
+measure their spread.
 """
 
-import copy
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,82 +25,70 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff import data, metrics
-from minidiff.data import ImageData
+from minidiff.data import ImageData, Stream
 from minidiff.data.captioned.captions import Questions
 from minidiff.data.captioned.scenes import NONE, QUESTIONS
-from minidiff.errors import (
-    InvalidArgument,
-    TrainingError,
-    one_of,
-    real_number,
-    whole_number,
-)
+from minidiff.errors import InvalidArgument
 from minidiff.nn.classifier import NETWORKS, Classifier, build_classifier
 from minidiff.noise import MAX_SEED
+from minidiff.runtime.checks import check_fields, choice, option, real, whole
+from minidiff.runtime.distributed import World
 from minidiff.runtime.files import atomic_file, ensure_writable
 from minidiff.runtime.tensors import write_tensors
+from minidiff.training.config import MAX_BATCH, LoopConfig
+from minidiff.training.loop import TrainingState, steps
+from minidiff.training.optim import EMA
+from minidiff.training.progress import Progress
 
 _ROTATION = math.radians(12)
 _SHEAR = 0.15
 _SCALE = 0.1
 _SHIFT = 0.12  # of half a side: 1.7 pixels of 28
-_PADDING = 8  # a photograph moves by an eighth of its side at most
+_SHIFT_DIVISOR = 8  # a photograph moves by at most an eighth of its side
 _EMA_DECAY = 0.998
 _MOMENTUM = 0.9
-_MAX_BATCH = 65_536  # a batch is held in memory; more than this is a typing error
 _STORED = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on besides its images.
+    """The options of a training besides its images. Raises InvalidArgument naming the field.
 
-    Attributes:
-        epochs, batch_size, seed: of the stream of images.
-        learning_rate: at its peak, which it rises to in the first 30 % and falls from to 0.
-        weight_decay: of AdamW, where it is decoupled, or of SGD, where it is not.
-        optimizer: "adamw", or "sgd" with Nesterov's momentum of 0.9.
-        augment: "warp" for digits, "photo" for photographs, "none".
-        network: "plain" or "residual", see `nn/classifier.py`.
-        precision: of the matrix work, "fp32" or "bf16".
-        stored: of the weights in the file, "fp32" or "fp16"; they are rounded before they are
-            measured.
-
-    Raises:
-        InvalidArgument: a value is out of range.
+    The learning rate rises to its peak in the first 30 % of the steps and then falls to 0. Weights
+    are rounded to the type of the file before they are measured.
     """
 
-    epochs: int = 16
-    batch_size: int = 128
-    learning_rate: float = 4e-3
-    weight_decay: float = 0.02
-    optimizer: str = "adamw"
-    augment: str = "warp"
-    network: str = "plain"
-    precision: str = "fp32"
-    stored: str = "fp32"
-    seed: int = 0
+    epochs: int = option(16, "passes over the images", whole(1))
+    # batch norm cannot learn from one image
+    batch_size: int = option(128, "images per step", whole(2, MAX_BATCH))
+    learning_rate: float = option(4e-3, "peak learning rate", real(1e-8, 1.0))
+    weight_decay: float = option(
+        0.02, "weight decay, decoupled for adamw but not for sgd", real(0, 1.0)
+    )
+    optimizer: str = option(
+        "adamw", "optimizer: adamw, or sgd with Nesterov momentum", choice("adamw", "sgd")
+    )
+    augment: str = option(
+        "warp",
+        "augmentation: warp for digits, photo for photographs, or none",
+        lambda name, value: choice(*AUGMENTATIONS)(name, value),
+    )
+    network: str = option("plain", f"network: {', '.join(NETWORKS)}", choice(*NETWORKS))
+    precision: str = option("fp32", "number type of the matrix work", choice("fp32", "bf16"))
+    stored: str = option("fp32", "number type of the weights in the file", choice(*_STORED))
+    seed: int = option(0, "seed of weights, order of the images and augmentation",
+                       whole(0, MAX_SEED))  # fmt: skip
 
     def __post_init__(self) -> None:
-        whole_number("epochs", self.epochs, 1)
-        # batch norm cannot learn from one image
-        whole_number("batch_size", self.batch_size, 2, _MAX_BATCH)
-        real_number("learning_rate", self.learning_rate, 1e-8, 1.0)
-        real_number("weight_decay", self.weight_decay, 0, 1.0)
-        whole_number("seed", self.seed, 0, MAX_SEED)
-        one_of("optimizer", self.optimizer, ("adamw", "sgd"))
-        one_of("augment", self.augment, AUGMENTATIONS)
-        one_of("network", self.network, NETWORKS)
-        one_of("precision", self.precision, ("fp32", "bf16"))
-        one_of("stored", self.stored, _STORED)
+        check_fields(self)
 
 
 def warp(x: Tensor, generator: torch.Generator) -> Tensor:
     """Rotate, shear, scale and shift every image of a batch a little; never flip.
 
     Args:
-        x: (B, C, H, W) in [−1, 1]; what moves in from outside is black, −1.
-        generator: on the CPU, so that the warps do not depend on the device.
+        x: images (B, C, H, W) in [−1, 1]; outside them all is black, −1.
+        generator: generator on the CPU, so that the warps do not depend on the device.
     """
 
     def uniform(size: float) -> Tensor:
@@ -124,11 +110,11 @@ def flip_and_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of the images left to right, and shift each by up to an eighth of its side.
 
     Args:
-        x: (B, C, H, W) in [−1, 1]; what moves in from outside is the image, mirrored at its edge.
-        generator: as in `warp`.
+        x: images (B, C, H, W) in [−1, 1]; outside them are their mirror images.
+        generator: generator on the CPU, so that the shifts do not depend on the device.
     """
     n, _, height, width = x.shape
-    high, wide = height // _PADDING, width // _PADDING
+    high, wide = height // _SHIFT_DIVISOR, width // _SHIFT_DIVISOR
     padded = F.pad(x, (wide, wide, high, high), mode="reflect")
     down = torch.randint(2 * high + 1, (n, 1), generator=generator) + torch.arange(height)
     right = torch.randint(2 * wide + 1, (n, 1), generator=generator) + torch.arange(width)
@@ -136,7 +122,7 @@ def flip_and_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     right = torch.where(mirrored, right.flip(1), right)
     down, right = (index.to(x.device, non_blocking=True) for index in (down, right))
     image = torch.arange(n, device=x.device)[:, None, None]
-    # Indices on three axes put the channels last, which is how the network wants them in memory.
+    # Indices on three axes put the channels last, which is the fast memory format.
     return padded[image, :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -161,22 +147,22 @@ RECIPES = {
     ),
     "captions": Recipe(batch_size=256, augment="none", network="scene"),
 }
-_SCENES = {"train": 1 << 17, "test": 20_000}  # of an epoch, which never comes again
+_SCENES_PER_EPOCH = {"train": 1 << 17, "test": 20_000}  # every epoch has others
 
 
 def labelled(name: str, split: str, data_dir: str | None = None) -> ImageData | Questions:
-    """A split of a data set, captioned digits with the answers to questions as labels.
+    """Load a split of a data set, captioned digits with the answers to questions as labels.
 
     Raises:
         InvalidArgument, DataError: see `minidiff.data.load`.
     """
     if name != Questions.name:
         return data.load(name, split, data_dir)
-    return Questions(split, length=_SCENES[split])
+    return Questions(split, length=_SCENES_PER_EPOCH[split])
 
 
 def architecture(images: ImageData | Questions, network: str = "plain") -> dict[str, int | str]:
-    """What `build_classifier` takes for these images. Raises InvalidArgument without labels."""
+    """Return options of `build_classifier` for images. Raises InvalidArgument without labels."""
     if not images.num_classes:
         raise InvalidArgument(f"data {images.name} has no labels to classify by")
     several = {"questions": images.labels_per_item} if images.labels_per_item > 1 else {}
@@ -189,14 +175,92 @@ def architecture(images: ImageData | Questions, network: str = "plain") -> dict[
 
 
 def print_epoch(epoch: int, loss: float, seconds: float) -> None:
-    """One line an epoch."""
+    """Print one line per epoch."""
     print(f"epoch {epoch:3d}  loss {loss:.4f}  {seconds:.0f} s", flush=True)
+
+
+class RisingEMA(EMA):
+    """Average of weights and running statistics, with a decay that rises to a constant.
+
+    Args:
+        model: module to average; it is copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, half_life=0)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Add the current weights and statistics of `model` to the average."""
+        self.updates += 1
+        decay = min(_EMA_DECAY, self.updates / (self.updates + 10))  # early weights fade fast
+        averaged, latest = (m.state_dict().values() for m in (self.model, model))
+        pairs = list(zip(averaged, latest, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
+        for slow, fast in pairs:
+            if not slow.is_floating_point():
+                slow.copy_(fast)
+
+
+class ClassifierTraining(TrainingState):
+    """A training of a classifier under way, and its step.
+
+    Args:
+        images: images with labels, on the device of the training.
+        recipe: options of the training.
+    Raises:
+        InvalidArgument: the images have no labels.
+    """
+
+    def __init__(self, images: ImageData | Questions, recipe: Recipe) -> None:
+        self.images, self.recipe = images, recipe
+        device = images.batch(torch.zeros(1, dtype=torch.int64))[0].device
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(recipe.seed)  # weights are drawn on the CPU
+            net = build_classifier(architecture(images, recipe.network))
+        net = net.to(device, memory_format=torch.channels_last)
+        self.steps_per_epoch = math.ceil(len(images) / recipe.batch_size)
+        steps = recipe.epochs * self.steps_per_epoch
+        optimizer = _optimizer(net, recipe)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.learning_rate, steps, cycle_momentum=recipe.optimizer == "adamw"
+        )
+        config = LoopConfig(
+            steps=steps,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+        )
+        super().__init__(config, net, RisingEMA(net), optimizer, device, World())
+        self.meter.every = self.steps_per_epoch
+        self.stream = Stream(len(images), recipe.seed)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+
+    def step(self) -> None:
+        """Batch → augmentation → loss → step → average. Raises TrainingError."""
+        position = self.stream.position
+        x, labels = self.images.batch(self.stream.take(self.recipe.batch_size), position)
+        x = AUGMENTATIONS[self.recipe.augment](x, self.generator)
+        x = x.contiguous(memory_format=torch.channels_last)
+        bfloat16 = self.recipe.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+            logits, _ = self.learner(x)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        self.update(loss.detach(), torch.zeros_like(loss), loss.detach())
+
+    def set_learning_rates(self) -> None:
+        """Advance the one-cycle schedule, which starts at the rate of the first step."""
+        if self.budget.step:
+            self.schedule.step()
 
 
 def train(
     images: ImageData | Questions,
     recipe: Recipe,
-    report: Callable[[int, float, float], None] = print_epoch,
+    on_epoch: Callable[[int, float, float], None] = print_epoch,
 ) -> Classifier:
     """Train a classifier and return the moving average of its weights, in eval mode.
 
@@ -204,54 +268,27 @@ def train(
     was.
 
     Args:
-        images: with labels; the work is done on their device. A label NONE is ignored.
-        report: called after every epoch with its number, the mean loss, and the seconds since the
-            start.
+        images: images with labels; the work is done on their device. A label NONE is ignored.
+        recipe: options of the training.
+        on_epoch: called after every epoch with its number, the mean loss, and the seconds since
+            the start.
 
     Raises:
         InvalidArgument: the images have no labels.
         TrainingError: the loss is not finite.
     """
-    device = images.batch(torch.zeros(1, dtype=torch.int64))[0].device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.seed)  # weights are drawn on the CPU
-        net = build_classifier(architecture(images, recipe.network))
-    net = net.to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(net).eval()
-    follow = _Follower(average, net)
-    per_epoch = math.ceil(len(images) / recipe.batch_size)
-    steps = recipe.epochs * per_epoch
-    optimizer = _optimizer(net, recipe)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, steps, cycle_momentum=recipe.optimizer == "adamw"
-    )
-    generator = torch.Generator().manual_seed(recipe.seed)
-    stream = data.batches(len(images), recipe.batch_size, recipe.seed)
-    augmented = AUGMENTATIONS[recipe.augment]
-    started, total = time.monotonic(), torch.zeros((), device=device)
-    for step in range(1, steps + 1):
-        x, labels = images.batch(next(stream), (step - 1) * recipe.batch_size)
-        x = augmented(x, generator).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            logits, _ = net(x)
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        follow(min(_EMA_DECAY, step / (step + 10)))  # early weights fade fast
-        total += loss.detach()
-        if step % per_epoch == 0:
-            mean = total.item() / per_epoch  # the only sync point: once an epoch
-            if not math.isfinite(mean):
-                raise TrainingError(f"loss is {mean} in epoch {step // per_epoch}")
-            report(step // per_epoch, mean, time.monotonic() - started)
-            total.zero_()
-    return average.to(_STORED[recipe.stored]).float()
+    training = ClassifierTraining(images, recipe)
+
+    def on_log_row(row: Progress) -> None:
+        on_epoch(row.step // training.steps_per_epoch, row.loss, row.seconds)
+
+    for _ in steps(training, on_log_row, lambda training: None):
+        pass
+    return training.average.model.to(_STORED[recipe.stored]).float()
 
 
 def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer; the one-cycle schedule sets its learning rate."""
+    """Return the recipe's optimizer; the one-cycle schedule sets its learning rate."""
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
@@ -260,24 +297,8 @@ def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-class _Follower:
-    """average ← decay·average + (1 − decay)·net, the running statistics of the norms included."""
-
-    def __init__(self, average: nn.Module, net: nn.Module) -> None:
-        pairs = list(zip(average.state_dict().values(), net.state_dict().values(), strict=True))
-        self.slow = [slow for slow, _ in pairs if slow.is_floating_point()]
-        self.fast = [fast for _, fast in pairs if fast.is_floating_point()]
-        self.counts = [(slow, fast) for slow, fast in pairs if not slow.is_floating_point()]
-
-    @torch.no_grad()
-    def __call__(self, decay: float) -> None:
-        torch._foreach_lerp_(self.slow, self.fast, 1 - decay)
-        for slow, fast in self.counts:
-            slow.copy_(fast)
-
-
 def write_digest(path: Path) -> None:
-    """Enter the SHA-256 of `path` into the SHA256SUMS beside it, in place of an older one."""
+    """Write the SHA-256 of `path` into the SHA256SUMS next to it, instead of an older one."""
     sums = path.with_name(metrics.SUMS)
     digests = metrics.read_digests(sums) if sums.exists() else {}
     digests[path.name] = metrics.sha256(path)
@@ -291,8 +312,11 @@ def train_into(
     """Train on a data set, write the weights and return the accuracy on the test split.
 
     Args:
-        path: the safetensors file.
-        name, data_dir: see `minidiff.data.load`.
+        path: safetensors file to write.
+        name: name of the data set, or a folder of images.
+        recipe: options of the training.
+        device: device of the training.
+        data_dir: folder with the files of MNIST or CIFAR-10.
     Raises:
         InvalidArgument, DataError: the data cannot be loaded, or have no labels.
         CheckpointError: the file cannot be written.
@@ -314,33 +338,35 @@ def train_into(
 
 
 def _accuracies(net: Classifier, held_out: ImageData | Questions) -> tuple[float, dict[str, str]]:
-    """The share of right labels, and that of each question."""
+    """Return the fraction of right labels, and that of each question."""
     predicted, _ = metrics.features(net, held_out.images)
     labels = held_out.labels
-    asked = labels != NONE
-    overall = metrics.accuracy(predicted[asked], labels[asked])
+    given = labels != NONE
+    overall = metrics.accuracy(predicted[given], labels[given])
     if labels.ndim == 1:
         return overall, {}
     right = (
         (predicted == labels.to(predicted.device))
         .double()
-        .where(asked.to(predicted.device), torch.nan)
+        .where(given.to(predicted.device), torch.nan)
     )
-    shares = right.nanmean(dim=0).tolist()
+    fractions = right.nanmean(dim=0).tolist()
     return overall, {
-        f"test_accuracy of {name}": f"{share:.4f}"
-        for name, share in zip(QUESTIONS, shares, strict=True)
+        f"test_accuracy of {name}": f"{fraction:.4f}"
+        for name, fraction in zip(QUESTIONS, fractions, strict=True)
     }
 
 
 def write_classifier(
     path: Path, net: Classifier, stored: str = "fp32", metadata: dict[str, str] | None = None
 ) -> None:
-    """Write the weights, and their SHA-256 into the list beside them.
+    """Write the weights, and their SHA-256 into the list next to them.
 
     Args:
-        stored: "fp32" or "fp16".
-        metadata: must name the `architecture`, so that `read_classifier` can build the network.
+        path: safetensors file to write.
+        net: the classifier.
+        stored: number type of the weights in the file, "fp32" or "fp16".
+        metadata: texts of the file; the `architecture` lets `read_classifier` build the network.
     Raises:
         CheckpointError: the file cannot be written.
     """

@@ -94,10 +94,7 @@ class TrainingState:
             loss: value for the log.
         """
         if self.guard.passes(self.budget.step, total, norm):
-            rate = learning_rate(self.config, self.budget.fraction_done)
-            fraction = rate / (self.config.learning_rate or 1)
-            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * fraction
+            self.set_learning_rates()
             self.optimizer.step()
             self.average.update(self.averaged)
             self.meter.add(loss)
@@ -107,6 +104,13 @@ class TrainingState:
         self.agreed_stop = int(stop)
         for extra in self.missing_extras():
             self.keep(extra, extra.make())
+
+    def set_learning_rates(self) -> None:
+        """Set the learning rates of the optimizer's groups for this step."""
+        rate = learning_rate(self.config, self.budget.fraction_done)
+        fraction = rate / (self.config.learning_rate or 1)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * fraction
 
     def missing_extras(self) -> list[Extra]:
         """Return the planned networks that should be kept by now and are not."""

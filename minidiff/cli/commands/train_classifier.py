@@ -33,9 +33,10 @@ def add_to(commands: Any) -> None:
     add("--out", required=True, type=Path, metavar="FILE", help="safetensors file to write")
     add = command.adder("optimisation")
     for field in FLAGS:
-        default = ", ".join(f"{name} {getattr(r, field.name)}" for name, r in RECIPES.items())
-        flag = f"--{field.name.replace('_', '-')}"
-        add(flag, type=type(field.default), help=f"{default}; a folder {field.default}")
+        defaults = ", ".join(f"{name} {getattr(r, field.name)}" for name, r in RECIPES.items())
+        flag, help = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+        add(flag, type=type(field.default),
+            help=f"{help} (default: {defaults}, folders {field.default})")  # fmt: skip
 
 
 def train_classifier(options: argparse.Namespace) -> None:
