@@ -15,7 +15,7 @@ from minidiff.schedule import CLEAN, Level, NoiseSchedule, add_noise
 
 QUICK = settings(deadline=None, derandomize=True, max_examples=200)
 PURE_NOISE = Level(0.0, 1.0)
-angles = st.floats(1e-6, math.pi / 2 - 1e-6)  # the two ends have a test of their own
+angles = st.floats(1e-6, math.pi / 2 - 1e-6)  # the two ends have their own test
 kinds = st.sampled_from(PREDICTION_TYPES)
 
 

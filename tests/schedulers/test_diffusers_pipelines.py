@@ -1,4 +1,4 @@
-"""Our schedulers inside diffusers' own pipelines: the pictures are those that its own draw.
+"""Our schedulers inside diffusers' pipelines: the pictures equal those of its schedulers.
 
 The networks are tiny and random, and the prompts are embeddings, as the text encoder never meets
 the scheduler; so nothing is downloaded. Classes that minidiff does not have yet join by themselves.
@@ -124,14 +124,14 @@ def stable_diffusion(task: str, scheduler: Any, channels: int = 4) -> Any:
 
 
 class Drawing(NamedTuple):
-    """What a pipeline drew: pictures in [0, 1], (B, H, W, C), and the latents after each step."""
+    """The result of a call: pictures in [0, 1], (B, H, W, C), and the latents after each step."""
 
     pictures: np.ndarray
     latents: list[Tensor]
 
 
 def draw(pipe: Any, *, steps: int = 7, seed: int = 0, **arguments: Any) -> Drawing:
-    """Two pictures, with guidance, from fixed embeddings."""
+    """Return two pictures, with guidance, from fixed embeddings."""
     g = torch.Generator().manual_seed(5)
     prompt, nothing = torch.randn(2, 2, 5, 8, generator=g)
     if "strength" in arguments:
@@ -167,7 +167,7 @@ def our_scheduler(name: str, options: dict[str, Any]) -> Any:
 
 
 def known(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that diffusers' class has."""
+    """Return those of the options that diffusers' class has."""
     has = inspect.signature(getattr(diffusers, name)).parameters
     return {option: value for option, value in options.items() if option in has}
 
@@ -238,7 +238,7 @@ def test_changing_a_picture_gives_the_same_pictures(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inpainting_with_a_network_that_sees_the_mask_gives_the_same_pictures(name: str) -> None:
+def test_inpainting_with_a_network_that_takes_the_mask_gives_the_same_pictures(name: str) -> None:
     mine, theirs = (
         draw(
             stable_diffusion("Inpaint", scheduler(name, STABLE_DIFFUSION), channels=9),
@@ -265,7 +265,7 @@ def test_a_generator_for_each_picture_draws_the_same_pictures(name: str) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_second_drawing_with_the_same_pipeline_owes_nothing_to_the_first(name: str) -> None:
+def test_a_second_call_of_a_pipeline_does_not_depend_on_the_first(name: str) -> None:
     used = stable_diffusion("", our_scheduler(name, STABLE_DIFFUSION))
     draw(used, steps=5, seed=1)
     fresh = stable_diffusion("", their_scheduler(name, STABLE_DIFFUSION))
@@ -391,7 +391,7 @@ def draw_pixels(pipe: Any, steps: int) -> np.ndarray:
     ids=["as-Stable-Diffusion-ships", "overwritten-by-the-pipeline"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_a_scheduler_built_from_the_pipelines_config_takes_its_place(
+def test_a_scheduler_built_from_the_pipelines_config_replaces_it(
     name: str, source: str, options: dict
 ) -> None:
     drawings = []
@@ -404,7 +404,7 @@ def test_a_scheduler_built_from_the_pipelines_config_takes_its_place(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pipeline_made_from_another_takes_our_scheduler_along(name: str) -> None:
+def test_a_pipeline_made_from_another_keeps_our_scheduler(name: str) -> None:
     drawings = []
     for scheduler in (our_scheduler, their_scheduler):
         first = stable_diffusion("", scheduler(name, STABLE_DIFFUSION))
@@ -447,7 +447,7 @@ def test_a_saved_pipeline_with_our_scheduler_config_opens_in_diffusers(
 
 
 def test_a_pipeline_saved_with_our_scheduler_opens_when_given_one_again(tmp_path: Path) -> None:
-    """diffusers saves components of its own classes alone, and warns: ours saves itself."""
+    """diffusers saves only components of its classes, and warns: ours saves itself."""
     scheduler = our_scheduler("DDIMScheduler", VELOCITY | STABLE_DIFFUSION)
     pipe = diffusers.DDPMPipeline(pixel_denoiser(), scheduler)
     pipe.save_pretrained(tmp_path)

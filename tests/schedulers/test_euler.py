@@ -360,7 +360,7 @@ def test_the_last_step_lands_on_the_prediction_of_the_clean_sample(
 
 
 def test_euler_samples_on_three_custom_grids() -> None:
-    """Custom σ's are those of a formula, step by step; and the same with timesteps of their own."""
+    """Custom σ equal those of a formula, step by step, and so do custom timesteps."""
     formula = EulerDiscreteScheduler(use_karras_sigmas=True, compat="exact")
     formula.set_timesteps(12)
     given = EulerDiscreteScheduler(compat="exact")

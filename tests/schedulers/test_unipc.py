@@ -452,7 +452,7 @@ def test_the_exact_reading_ends_with_bh1_as_well() -> None:
 
 
 @pytest.mark.parametrize("foreign", ["midpoint", "heun", "logrho"])
-def test_a_solver_type_of_another_class_becomes_bh2(foreign: str) -> None:
+def test_a_solver_type_that_unipc_lacks_becomes_bh2(foreign: str) -> None:
     config = {"solver_type": foreign}
     assert UniPCMultistepScheduler.from_config(config).config.solver_type == "bh2"
     theirs = diffusers.UniPCMultistepScheduler.from_config(config)

@@ -2,13 +2,14 @@
 
 diffusers computes its coefficients with float32 tensors. In that reading a level in σ holds
 `np.float32` numbers, so that +, −, · and / in an equation round as diffusers' do, and the functions
-below take the type of their argument. An equation is then written once, without a word of rounding.
+below take the type of their argument. An equation is then written once, without rounding hooks.
 
-That is enough for DPM-Solver, UniPC, Euler, Heun and LCM. It is not for the functions at the end of
-the file, where the result depends on the order of operations: differences cancel, so that the last
-bit of an intermediate result is most of what is left. There diffusers' own expression, in ᾱ and not
-in (α, σ), has to be evaluated step by step, and `quirks.py` puts it in the place of the paper's.
-Numbers of the table of training steps (DDPM, DDIM, PNDM) stay Python floats for the same reason.
+This suffices for DPM-Solver, UniPC, Euler and Heun, and LCM agrees with diffusers in float64. It
+does not suffice for the functions at the end of this file, which depend on the order of operations:
+differences cancel, and most of the result is the rounding of an intermediate one. There diffusers'
+own expression, mostly in ᾱ and not in (α, σ), is evaluated step by step, and `quirks.py` uses it
+instead of the paper's. For the same reason the levels of training steps (DDPM, DDIM, PNDM) stay
+Python floats.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Grids placed in σ, the noise-to-signal ratio, rather than on training steps.
 
 A solver may visit any falling σ: those of evenly spaced training steps, or those of a formula
- (Karras et al. 2022, exponential, Beta quantiles, the shifted straight line of flow
-matching). The network is then evaluated at the training step that belongs to σ. Each scheduler has
-its own scaling of the sample:
+(Karras et al. 2022, exponential, Beta quantiles, the shifted straight line of flow matching). The
+network is then evaluated at the training step that belongs to σ. Each scheduler has its own scaling
+of the sample:
 
     variance preserving  x = (x0 + σ·ε)/√(1 + σ²)      DPM-Solver, UniPC
     variance exploding   x = x0 + σ·ε                  Euler, Heun, EDM
