@@ -97,6 +97,7 @@ class GaussianMixture:
         Args:
             x: samples (B, *shape). The error is about 1e-15·F/p: a point between distant
                 components, where p is nearly 0, is ill-conditioned.
+            now, nxt: levels of x and of the result.
         Raises:
             InvalidArgument: more than one component in more than one dimension.
         """
@@ -214,7 +215,10 @@ class LabelledMixture:
         1.
 
         Args:
+            label: class y.
             scale: guidance scale w, at least 1.
+            n: number of samples.
+            generator: source of the proposals; None for torch's global one.
         Raises:
             InvalidArgument: a scale below 1.
         """

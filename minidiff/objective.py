@@ -32,7 +32,7 @@ device in one piece.
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from minidiff.runtime.shapes import append_dims
 from minidiff.schedule import Level, add_noise
 from minidiff.schedulers import Scheduler
 from minidiff.schedulers.base import split_variance
+from minidiff.schedulers.edm import EDMSigmas
 
 PRESERVING = ("epsilon", "sample", "v_prediction")
 PREDICTION_TYPES = (*PRESERVING, "flow", "edm")
@@ -60,6 +61,8 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # Karras et al. 2022, table 1: range of samp
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x, t) → output, the condition being bound
 
+Values = Any  # an array on the host or a tensor on the device: equations hold for both
+
 
 class Levels(NamedTuple):
     """The levels of a batch and what belongs to them, one entry per image.
@@ -72,10 +75,10 @@ class Levels(NamedTuple):
     `Objective.levels` returns them on the host, as float64 arrays (B,).
     """
 
-    alpha: np.ndarray | Tensor
-    sigma: np.ndarray | Tensor
-    t: np.ndarray | Tensor
-    weight: np.ndarray | Tensor
+    alpha: Values
+    sigma: Values
+    t: Values
+    weight: Values
 
     def part(self, images: slice) -> "Levels":
         """Return the levels of a part of the batch."""
@@ -199,6 +202,8 @@ class FlowObjective(Objective):
 
 class EDMObjective(Objective):
     """F of EDM's preconditioning, x = x0 + σ·ε (Karras et al. 2022, table 1)."""
+
+    scheduler: EDMSigmas
 
     def _levels(self, u: np.ndarray) -> tuple[Level, np.ndarray]:
         if self.spread is None:

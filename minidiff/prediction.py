@@ -28,7 +28,7 @@ HostNumber = float | np.floating
 
 def _velocity_row(level: Level) -> tuple:
     norm2 = level.alpha**2 + level.sigma**2
-    if isinstance(norm2, HostNumber) and abs(norm2 - 1) < 4e-7:
+    if isinstance(norm2, HostNumber) and abs(float(norm2) - 1) < 4e-7:
         return -level.sigma, level.alpha  # off only by the rounding of a float32 table
     return -level.sigma / norm2**0.5, level.alpha / norm2**0.5
 

@@ -33,7 +33,7 @@ class Step(NamedTuple):
         next_x: the sample after this step; after the last one, the result.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method of this name is not needed
     t: float
     x: Tensor
     x0: Tensor

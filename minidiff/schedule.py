@@ -18,7 +18,7 @@ reading: the same code, rounded after every operation.
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")
 MAX_TRAIN_TIMESTEPS = 1_000_000  # tables are kept in memory; more is probably a typing error
 
+# A float of a sampler or a tensor of a training batch: equations hold for both, no type does.
+Scale: TypeAlias = Any
+
 
 class Level(NamedTuple):
     """An amount of signal and of noise: x = alpha · x0 + sigma · ε.
@@ -38,8 +41,8 @@ class Level(NamedTuple):
     own level.
     """
 
-    alpha: float | Tensor
-    sigma: float | Tensor
+    alpha: Scale
+    sigma: Scale
 
     @property
     def lam(self) -> float:

@@ -50,7 +50,8 @@ class SchedulerOutput(NamedTuple):
     def values(self) -> tuple[Tensor, ...]:
         return tuple(self)
 
-    to_tuple = values
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        return tuple(self)
 
 
 class Evaluation(NamedTuple):
@@ -127,7 +128,7 @@ class Scheduler(Grid):
 
     # --- one step --------------------------------------------------------------------------
 
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Return the network's input for a sample x_t.
 
         Variance-preserving schedulers return the sample.
@@ -141,7 +142,7 @@ class Scheduler(Grid):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: Generators = None,
         variance_noise: Tensor | None = None,
@@ -166,7 +167,7 @@ class Scheduler(Grid):
     def _step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: Generators,
         variance_noise: Tensor | None,
@@ -188,8 +189,7 @@ class Scheduler(Grid):
                 self.past.clear()  # no step is left to look back
         if prev.dtype != model_output.dtype:
             prev = prev.to(model_output.dtype)
-        output = SchedulerOutput(prev, x0)
-        return output if return_dict else tuple(output)
+        return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _host_timestep(self, timestep: float | Tensor) -> float:
         """Return the timestep as a number, with no sync where the steps are counted anyway."""

@@ -53,7 +53,7 @@ class DDIMScheduler(Scheduler):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
@@ -67,6 +67,7 @@ class DDIMScheduler(Scheduler):
             eta: η in [0, 1]: 0 deterministic, 1 as random as DDPM.
             use_clipped_model_output: whether ε̂ follows from the clipped x̂0, so that both stay
                 consistent with x_t; otherwise ε̂ is the network's.
+            others: see `Scheduler.step`.
         Raises:
             InvalidArgument: eta is out of range, or as `Scheduler.step`.
         """

@@ -71,7 +71,7 @@ class DDIMInverseScheduler(IndexedScheduler):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:

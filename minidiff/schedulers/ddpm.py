@@ -58,7 +58,7 @@ class DDPMScheduler(Scheduler):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,

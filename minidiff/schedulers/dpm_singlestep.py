@@ -43,6 +43,8 @@ class DPMSolverSinglestepScheduler(DPMSolver):
         order_list: the order of every step, 1, 2, …, solver_order, 1, 2, …
     """
 
+    _mean: Tensor  # the result of the last stage before its noise
+
     history = 2  # and the present one: order 3
     choices: ClassVar = {
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
@@ -102,7 +104,7 @@ class DPMSolverSinglestepScheduler(DPMSolver):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,

@@ -228,7 +228,7 @@ class DPMSolverMultistepScheduler(DPMSolver):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: Generators = None,
         variance_noise: Tensor | None = None,
@@ -265,7 +265,8 @@ def multistep(scheduler: SigmaScheduler, here: Evaluation, nxt: Level, noise: No
     x, m = here.x, here.x0 if step.k > 0 else here.eps
     if step.h == 0:  # the grid ends where final_sigmas_type "sigma_min" does
         return x
-    order = multistep_order(c, scheduler.step_index, len(scheduler.grid), len(past) + 1)
+    index: Any = scheduler.step_index  # known within a step
+    order = multistep_order(c, index, len(scheduler.grid), len(past) + 1)
     if order == 1:
         return step.advance(x, m, None, noise)
     history = [earlier.x0 if step.k > 0 else earlier.eps for earlier in past]

@@ -189,10 +189,11 @@ class EDMEulerScheduler(EDMSigmas):
 
         Args:
             pred_original_sample: x̂0 where it is known already; `model_output` is then ignored.
+            others: see `EulerDiscreteScheduler.step`.
         """
         x0_is_given = pred_original_sample is not None
         return self._step(
-            pred_original_sample if x0_is_given else model_output,
+            model_output if pred_original_sample is None else pred_original_sample,
             timestep, sample, generator, variance_noise, return_dict=return_dict,
             churn=churn(s_churn, s_tmin, s_tmax, s_noise), x0_is_given=x0_is_given,
         )  # fmt: skip

@@ -92,7 +92,8 @@ class ExplodingSigmas(TrainedSigmas):
             self._check_first_timestep(t[0])
         else:
             low = self.config.get("sigma_min") or sigmas[-1]
-            sigmas = FORMULAS[formula](low if n > 1 else high, high, n)
+            count: Any = n  # known where a formula is, see `_formula`
+            sigmas = FORMULAS[formula](low if count > 1 else high, high, count)
             t = self.schedule.timestep_of(sigmas)
         self._place_sigmas(
             self._network_timesteps(t, sigmas), sigmas, self._end(sigmas), device, steps=len(t)
@@ -236,6 +237,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
                 the next three options have no effect.
             s_tmin, s_tmax: smallest and largest σ at which it is added.
             s_noise: factor of the noise, in [0, 1e10].
+            others: see `Scheduler.step`.
         Raises:
             InvalidArgument: one of them is out of range, s_tmin is above s_tmax, or as
                 `Scheduler.step`.
@@ -382,7 +384,7 @@ def evaluate_churned(
     """
     reading, x = scheduler.reading, scheduler.reading.solver_sample(x)
     sigma = churn.raised(now.sigma, len(scheduler.levels) - 1) if churn else now.sigma
-    if sigma == now.sigma:
+    if churn is None or sigma == now.sigma:
         return Evaluation(now, x, *scheduler.split(out, x, now))
     std = churn.s_noise * sqrt(sigma**2 - now.sigma**2)
     raised, raised_x = Level(now.alpha, sigma), x + std * noise()  # algorithm 2, line 6

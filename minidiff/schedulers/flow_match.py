@@ -141,27 +141,27 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         """
         c = self.config
         shaped = partial(self._shaped, shift=self._shift_with(mu))
-        sigmas = self._falling("sigmas", sigmas, 1)
+        even = self._falling("sigmas", sigmas, 1)
         given = self._falling("timesteps", timesteps, c.num_train_timesteps)
         if given is not None and c.invert_sigmas:
             raise InvalidArgument(
                 "timesteps cannot be given with invert_sigmas=True, which sets them"
             )
-        n = _one_length(num_inference_steps, sigmas, given)
-        if sigmas is not None:
-            sigmas = shaped(sigmas)
+        n = _one_length(num_inference_steps, even, given)
+        if even is not None:
+            chosen = shaped(even)
         elif given is not None:
-            sigmas = self.reading.flow_sigmas_of(given / c.num_train_timesteps, shaped)
+            chosen = self.reading.flow_sigmas_of(given / c.num_train_timesteps, shaped)
         else:
             ends = (self.sigma_max, self.sigma_min)
-            sigmas = shaped(self.reading.flow_line(ends, n, c.num_train_timesteps))
-        sigmas = sigmas.astype(self._numpy_dtype)
-        if (np.diff(sigmas) >= 0).any():
+            chosen = shaped(self.reading.flow_line(ends, n, c.num_train_timesteps))
+        chosen = chosen.astype(self._numpy_dtype)
+        if (np.diff(chosen) >= 0).any():
             raise InvalidArgument(
                 f"num_inference_steps={n} are too many for {self._numpy_dtype} to distinguish "
                 "after shifting: take fewer, a smaller shift, or compat='exact'"
             )
-        self._place_flow(sigmas, given, device, inverted=c.invert_sigmas)
+        self._place_flow(chosen, given, device, inverted=c.invert_sigmas)
 
     def _shift_with(self, mu: float | None) -> Callable[[np.ndarray], np.ndarray]:
         """Return the function that shifts this grid."""
@@ -241,6 +241,7 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
             generator: source of the noise of stochastic_sampling.
             per_token_timesteps: (B, N), for samples (B, N, C) where every token has its own level;
                 each goes down to the next σ of the grid. None for other samples.
+            others: see `Scheduler.step`.
         Raises:
             InvalidArgument: one of the four is set, the timestep is a whole number or not on the
                 grid, or shapes or dtypes do not fit.
@@ -333,15 +334,13 @@ def _one_length(n: int | None, sigmas: np.ndarray | None, timesteps: np.ndarray 
     """Return the number of steps, on which all given arguments must agree."""
     if n is not None:
         whole_number("num_inference_steps", n, 1, MAX_TRAIN_TIMESTEPS)
-    arguments = {"num_inference_steps": n, "sigmas": sigmas, "timesteps": timesteps}
-    lengths = {
-        k: v if k == "num_inference_steps" else len(v)
-        for k, v in arguments.items()
-        if v is not None
-    }
+    lengths = {} if n is None else {"num_inference_steps": n}
+    for name, given in {"sigmas": sigmas, "timesteps": timesteps}.items():
+        if given is not None:
+            lengths[name] = len(given)
     if not lengths:
         raise InvalidArgument("give num_inference_steps, sigmas or timesteps")
     if len(set(lengths.values())) > 1:
-        given = " and ".join(f"{name} for {length}" for name, length in lengths.items())
-        raise InvalidArgument(f"numbers of steps differ: {given}")
+        listed = " and ".join(f"{name} for {length}" for name, length in lengths.items())
+        raise InvalidArgument(f"numbers of steps differ: {listed}")
     return next(iter(lengths.values()))

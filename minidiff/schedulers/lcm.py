@@ -152,11 +152,12 @@ class LCMScheduler(IndexedScheduler):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
         """Jump to the data and back up to noise; arguments and errors as in `Scheduler.step`."""
-        output = self._step(model_output, timestep, sample, generator, None, return_dict=False)
-        return LCMSchedulerOutput(*output) if return_dict else output
+        prev, x0 = self._step(model_output, timestep, sample, generator, None, return_dict=False)
+        output = LCMSchedulerOutput(prev, x0)  # type: ignore[call-arg]  # methods are no fields
+        return output if return_dict else (prev, x0)

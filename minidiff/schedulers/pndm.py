@@ -16,7 +16,7 @@ arXiv:2202.09778.
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,11 +152,12 @@ class PNDMScheduler(IndexedScheduler):
         here, stage = Call(now, x, eps, self._output), self._stage()
         if stage.place == 0:
             self.stages = []
-            self.past.append(here)
+            self.past.append(here)  # type: ignore[arg-type]  # an evaluation with its output
         elif len(self.stages) != stage.place:  # sampling began within this step
             return self._transfer(here, nxt, eps)
         self.stages.append(here)
-        evaluations, weights = self.stages, stage.weights
+        evaluations: list[Any] = self.stages
+        weights = stage.weights
         if weights is None:
             evaluations = list(self.past)[::-1]
             weights = ADAMS[len(evaluations) - 1]
@@ -182,7 +183,7 @@ class PNDMScheduler(IndexedScheduler):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
@@ -194,14 +195,22 @@ class PNDMScheduler(IndexedScheduler):
         return self._step(model_output, timestep, sample, None, None, return_dict=return_dict)
 
     def step_prk(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """Take a Runge–Kutta stage with `step`. Raises InvalidArgument where none is due."""
         self._check_due("step_prk", runge_kutta=True)
         return self.step(model_output, timestep, sample, return_dict)
 
     def step_plms(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """Take a linear multistep with `step`. Raises InvalidArgument where none is due."""
         self._check_due("step_plms", runge_kutta=False)

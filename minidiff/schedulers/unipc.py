@@ -53,6 +53,8 @@ class UniPCMultistepScheduler(SolverSigmas):
     `compat` is "diffusers" or "exact", see `quirks.py`.
     """
 
+    _start: Tensor  # the sample at which the last step began, corrected
+
     history = 3  # for the corrector of order 3; the predictor needs one less
     choices: ClassVar = {
         "solver_type": ("bh1", "bh2"),
@@ -206,7 +208,7 @@ class UniPCMultistepScheduler(SolverSigmas):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: float | Tensor,
         sample: Tensor,
         return_dict: bool = True,
         generator: Generators = None,

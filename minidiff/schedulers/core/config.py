@@ -33,6 +33,7 @@ class Configured:
 
     unsupported: Mapping[str, Any] = {}  # option -> the only value that can work
     choices: Mapping[str, Sequence] = {}  # option -> its values, where the family has others
+    _given: set[str]  # names of the options that were given, not left at their defaults
     translated: Mapping[str, Mapping] = {}  # option -> another class' values and their equivalents
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

@@ -5,6 +5,7 @@ The middle layer of a scheduler, see `config.py`.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,8 @@ class Grid(Configured):
         last = self.config.num_train_timesteps - 1
         if timesteps is not None:
             return falling("timesteps", timesteps, whole(0, last))
-        whole_number("num_inference_steps", num_inference_steps, 1, last + 1)
-        grid = [int(t) for t in self._spaced(num_inference_steps)]
+        n = whole_number("num_inference_steps", num_inference_steps, 1, last + 1)
+        grid = [int(t) for t in self._spaced(n)]
         if not is_falling(grid):
             raise InvalidArgument(
                 f"num_inference_steps={num_inference_steps} with timestep_spacing="
@@ -142,7 +143,7 @@ class Grid(Configured):
         Raises:
             InvalidArgument: the grid has no such entry.
         """
-        self._step_index: int | None = None
+        self._step_index: Any = None  # an int; None until the first step
         self._begin_index: int | None = None
         if begin_index:
             self.set_begin_index(begin_index)

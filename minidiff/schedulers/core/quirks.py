@@ -9,6 +9,7 @@ diffusers (0.42.1) does something else they call a method of `self.reading`. `Ex
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,17 +196,15 @@ class Exact:
         """Return the level of the data: α = 1, σ = 0."""
         return CLEAN
 
-    def ddim_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+    def ddim_levels(self, scheduler, t: float) -> tuple[Level, Level]:
         """Return the levels that DDIM steps between: this entry of the grid and the next."""
         return scheduler.grid_levels(t)
 
-    def ddim_direction(self, now: Level, nxt: Level, eta: float, std: float) -> float:
+    def ddim_direction(self, now: Any, nxt: Any, eta: float, std: float) -> float:
         """Return √(σ_s² − s̃²), the weight of ε̂ in DDIM; at η = 1 rounding can make it negative."""
         return math.sqrt(max(nxt.sigma**2 - std**2, 0.0))
 
-    def posterior(
-        self, weights: tuple[float, float], now: Level, nxt: Level
-    ) -> tuple[float, float]:
+    def posterior(self, weights: tuple[float, float], now: Any, nxt: Any) -> tuple[float, float]:
         """Return the weights of x0 and x in the mean of DDPM's posterior, as in eq. 7."""
         return weights
 
@@ -256,7 +255,7 @@ class Exact:
         """Return the σ of a flow with the shift for one size of images: the ordinary shift."""
         return shifted_sigmas(sigmas, shift)
 
-    def inversion_grid(self, scheduler, rising: list[int]) -> tuple[list[int], list[Level]]:
+    def inversion_grid(self, scheduler, rising: list) -> tuple[list[int], list[Level]]:
         """Return the timesteps of DDIM inversion, and the levels that it goes through.
 
         Each step starts at the level of x. No network was trained at the first, the data: it is
@@ -264,7 +263,7 @@ class Exact:
         """
         return [0, *rising[:-1]], [scheduler.final_level, *map(scheduler.level, rising)]
 
-    def inversion_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+    def inversion_levels(self, scheduler, t: float) -> tuple[Level, Level]:
         """Return the levels that DDIM inversion steps between: that of x, and the noisier one."""
         return scheduler.due_levels(t)
 
@@ -272,7 +271,7 @@ class Exact:
         """Return the end of the last step of an LCM; `shortened`: strength cut custom timesteps."""
         return self.clean()
 
-    def pndm_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+    def pndm_levels(self, scheduler, t: float) -> tuple[Level, Level]:
         """Return the level of PNDM's evaluation, and the one that this stage steps to."""
         levels = scheduler.due_levels(t)
         due = scheduler.grid[scheduler.step_index]
@@ -389,7 +388,7 @@ class Diffusers(Exact):
 
     def table(self, schedule: NoiseSchedule) -> list[Level]:
         """Keep ᾱ as a float32 table, and compute 1 − ᾱ_t/ᾱ_s in float32."""
-        levels = [RoundedLevel(*level) for level in schedule.levels()]
+        levels: list[Any] = [RoundedLevel(*level) for level in schedule.levels()]
         for level, alpha_bar in zip(levels, schedule.alpha_bar.tolist(), strict=True):
             level.alpha_bar = alpha_bar
         return levels
@@ -408,7 +407,7 @@ class Diffusers(Exact):
     def lu_sigmas(self, low: float, high: float, n: int) -> np.ndarray:
         """Round λ of both ends to float32, by which a timestep can be cut to the one before."""
         ends = np.log(np.array([high, low], dtype=np.float32)).tolist()
-        return np.exp(np.linspace(*ends, n))
+        return np.exp(np.linspace(ends[0], ends[1], n))
 
     def steps_in_reach(self, clipped: int, steps: int) -> int:
         """Ignore lambda_min_clipped in formulas."""
@@ -525,7 +524,7 @@ class Diffusers(Exact):
         """Return the same level with ᾱ and λ in float32, as those of its neighbours."""
         return rounding.ROUNDED_CLEAN
 
-    def ddim_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+    def ddim_levels(self, scheduler, t: float) -> tuple[Level, Level]:
         """Step to t − T//n, which is the grid's next entry only for "leading" spacing, and for
         "trailing" when n divides T.
         """
@@ -533,15 +532,13 @@ class Diffusers(Exact):
         now = scheduler.level(t)
         return now, scheduler.level(nxt) if nxt >= 0 else scheduler.final_level
 
-    def ddim_direction(self, now: Level, nxt: Level, eta: float, std: float) -> float:
+    def ddim_direction(self, now: Any, nxt: Any, eta: float, std: float) -> float:
         """Compute 1 − ᾱ_s − s̃² in float32: near zero SNR with η = 1 both terms are equal, and the
         root of the rounding error is 2.4e-4 or more.
         """
         return rounding.direction(now.alpha_bar, nxt.alpha_bar, eta)
 
-    def posterior(
-        self, weights: tuple[float, float], now: Level, nxt: Level
-    ) -> tuple[float, float]:
+    def posterior(self, weights: tuple[float, float], now: Any, nxt: Any) -> tuple[float, float]:
         """Round every operation on ᾱ to float32, which adds up to 1e-5 over a thousand steps."""
         return rounding.posterior(now.alpha_bar, nxt.alpha_bar, nxt.alpha)
 
@@ -606,7 +603,7 @@ class Diffusers(Exact):
         """
         return shift / (shift + (1 / sigmas - 1))
 
-    def inversion_grid(self, scheduler, rising: list[int]) -> tuple[list[int], list[Level]]:
+    def inversion_grid(self, scheduler, rising: list) -> tuple[list[int], list[Level]]:
         """Evaluate the network at the level that a step of DDIM inversion ends at, not at that of
         x: over samples of the data x strays from the flow about twice as far, in their tails less.
         """
@@ -614,7 +611,7 @@ class Diffusers(Exact):
         start = _level_or_end(scheduler, rising[0] - stride)
         return rising, [start, *map(scheduler.level, rising)]
 
-    def inversion_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+    def inversion_levels(self, scheduler, t: float) -> tuple[Level, Level]:
         """Assume x at t − T//n, which is not the step before for "trailing" spacing where n does
         not divide T.
         """
@@ -627,7 +624,7 @@ class Diffusers(Exact):
         """
         return last if shortened else self.clean()
 
-    def pndm_levels(self, scheduler, t: int) -> tuple[Level, Level]:
+    def pndm_levels(self, scheduler, t: float) -> tuple[Level, Level]:
         """Count PNDM's calls from any start, and pair t with t − T//n. The second call repeats the
         first step, whatever its timestep: image-to-image, which starts in the middle, loses an
         interval there, and x stays noisier than the network's timestep.
@@ -708,7 +705,7 @@ def _trailing(n: int, last: int, steps: int) -> np.ndarray:
     return grid
 
 
-def _level_or_end(scheduler, t: int) -> Level:
+def _level_or_end(scheduler, t: float) -> Level:
     return scheduler.level(t) if t >= 0 else scheduler.final_level
 
 

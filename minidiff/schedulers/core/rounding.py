@@ -14,6 +14,7 @@ Python floats.
 
 import functools
 import math
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from minidiff.schedule import Level
 
-Number = float | np.float32
+Number: TypeAlias = Any  # a float, or an np.float32 in diffusers' reading
 
 
 def exp(x: Number) -> Number:
@@ -64,7 +65,7 @@ class RoundedLevel(Level):
         return float(np.float32(1) - ratio)
 
 
-def rounded_levels(alpha: Tensor, sigma: Tensor) -> list[RoundedLevel]:
+def rounded_levels(alpha: Tensor, sigma: Tensor) -> list[Any]:
     """Return levels of float32 numbers, with λ in float32.
 
     Args:
@@ -118,7 +119,7 @@ def transfer(now: float, nxt: float) -> tuple[float, float]:
     return (b / a).sqrt().item(), -(b - a).item() / denominator.item()
 
 
-def phi3(k: int, h: float) -> np.float32:
+def phi3(k: int, h: float) -> Number:
     """Return the weight of D2 in third-order DPM-Solver++ as diffusers has it, see `quirks.py`."""
     one, kh = np.float32(1), k * np.float32(h)
     left = (one - exp(-kh) - kh) / kh**2

@@ -47,6 +47,8 @@ class SigmaScheduler(IndexedScheduler):
         sigmas: (n + 1,) tensor on the CPU, the σ of each timestep and of the end.
     """
 
+    output_type: str  # prediction type, or "edm", for methods that add noise to their input
+
     sigmas: Tensor
 
     def sigma_levels(self, sigmas: np.ndarray) -> list[Level]:

@@ -68,7 +68,7 @@ class Coefficients(NamedTuple):
         n = len(self.timesteps)
         e = torch.eye(n + 1, dtype=torch.float64)
         steps = iter(gains)
-        xs = self.run(lambda x, t: next(steps) * x, start**0.5 * e[0], e[1:])
+        xs = self.run(lambda x, t: next(steps) * x, start**0.5 * e[0], [*e[1:]])
         return [x.square().sum().item() for x in xs]
 
     def run(
@@ -121,16 +121,16 @@ def coefficients(
     probe.set_timesteps(num_inference_steps)
     n = len(probe.grid)
     basis = torch.eye(3 * n, dtype=torch.float64)[:, :, None]
-    scale, rows = [], []
+    scales, rows = [], []
     for i, t in enumerate(probe.grid):
         x, out, z = basis[i], basis[n + i], basis[2 * n + i]
         probe.noise_source = lambda like, z=z: z  # each step draws at most once
-        scale.append(probe.scale_model_input(torch.ones(1, dtype=torch.float64), t).item())
+        scales.append(probe.scale_model_input(torch.ones(1, dtype=torch.float64), t).item())
         rows.append(probe.step(out, t, x, return_dict=False, **step_options)[0].flatten())
     weights = torch.stack(rows).reshape(n, 3, n)
     A, B, C = (_by_lag(weights[:, j]) for j in range(3))
     m = int(((A != 0) | (B != 0)).any(dim=0).nonzero().max()) + 1
-    scale = torch.tensor(scale, dtype=torch.float64)
+    scale = torch.tensor(scales, dtype=torch.float64)
     return Coefficients(probe.grid, probe.levels, scale, A[:, :m], B[:, :m], C[:, 0])
 
 
