@@ -1,4 +1,4 @@
-"""Likelihood against Gaussian data, of which the exact network and the exact density are known."""
+"""Likelihood against Gaussian data, whose exact network and exact density are known."""
 
 import copy
 import math
