@@ -28,7 +28,7 @@ QUICK = settings(deadline=None, derandomize=True, max_examples=50)
 
 
 def network(x: Tensor, t: int, class_labels: Tensor | None = None) -> Tensor:
-    """A smooth network of (x, t, label), every image by itself."""
+    """Return the output of a smooth network of (x, t, label), every image by itself."""
     shift = 0.0 if class_labels is None else class_labels.to(x.dtype)[:, None, None, None]
     return torch.tanh(x * (1 + shift) + t / 1000) + 0.1 * shift
 

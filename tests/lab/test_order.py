@@ -93,7 +93,7 @@ def test_a_flow_that_renoises_its_prediction_does_not_converge() -> None:
 
 
 def third_order(**options: Any) -> Scheduler:
-    """DPM-Solver++ 3M with one coefficient of diffusers, otherwise exact."""
+    """Return DPM-Solver++ 3M with one coefficient of diffusers, otherwise exact."""
     options = FINE | {"lower_order_final": False, "prediction_type": "sample"} | options
     scheduler = DPMSolverMultistepScheduler(**options, solver_order=3, compat="exact")
     return scheduler.reread(departing("phi3"))
@@ -217,7 +217,7 @@ def test_the_last_step_lands_on_the_prediction_of_the_clean_sample(
 
 
 def placed(name: str, train_steps: int, **options: Any) -> Scheduler:
-    """A scheduler of T training steps whose every n in 1 … T is to be tried."""
+    """Return a scheduler of T training steps, for a test of every n in 1 … T."""
     if name == "LCMScheduler":
         options["original_inference_steps"] = train_steps
     if name == "PNDMScheduler":

@@ -127,7 +127,7 @@ AT_ODDS = [
 
 
 @pytest.mark.parametrize(("options", "named"), AT_ODDS, ids=str)
-def test_options_at_odds_with_each_other_are_refused_by_name(options: dict, named: str) -> None:
+def test_contradicting_options_are_refused_by_name(options: dict, named: str) -> None:
     having = [name for name in SCHEDULERS if options.keys() <= set(options_of(name))]
     assert having
     for name in (n for n in having if "EDM" not in n or "flow" not in named):  # F is no flow

@@ -30,7 +30,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def walk(scheduler, x: Tensor, steps: slice = slice(None)) -> Tensor:
-    """x after these steps, the network being tanh; all noise from a seed per step."""
+    """Return x after these steps of a tanh network, with the noise of one seed per step."""
     for t in scheduler.timesteps[steps]:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         options = {}
@@ -72,7 +72,7 @@ def test_a_file_leaves_no_option_to_the_defaults(tmp_path: Path, compat: str) ->
 
 @pytest.mark.parametrize("target", SCHEDULERS)
 @pytest.mark.parametrize("source", SCHEDULERS)
-def test_every_class_turns_into_every_other_as_in_diffusers(source: str, target: str) -> None:
+def test_every_class_builds_from_every_other_as_in_diffusers(source: str, target: str) -> None:
     wanted = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "beta_end": 0.012}
     options = {k: v for k, v in wanted.items() if SCHEDULERS[source].has_option(k)}
     mine, theirs = pair(source, **options)
@@ -198,7 +198,7 @@ def test_eulers_sigmas_may_not_rise_at_the_end() -> None:
 
 
 @pytest.mark.parametrize("limit", [0.25, 0.5])
-def test_a_threshold_below_one_is_one_for_every_image(limit: float) -> None:
+def test_a_threshold_below_one_is_the_same_for_every_image(limit: float) -> None:
     options = {"thresholding": True, "sample_max_value": limit}
     runs = []
     for scheduler in pair("DDIMScheduler", **options):
@@ -207,7 +207,7 @@ def test_a_threshold_below_one_is_one_for_every_image(limit: float) -> None:
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_solver_takes_an_output_whose_learned_variance_is_cut_off() -> None:
+def test_a_solver_accepts_an_output_without_its_learned_variance() -> None:
     plain = DPMSolverMultistepScheduler()
     learned = DPMSolverMultistepScheduler(variance_type="learned_range")
     for scheduler in (plain, learned):
@@ -229,7 +229,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_samples_of_any_dtype_and_layout_go_where_they_go_in_diffusers(
+def test_samples_of_any_dtype_and_layout_give_the_results_of_diffusers(
     name: str, layout: str, dtype: torch.dtype
 ) -> None:
     runs = []
@@ -244,7 +244,7 @@ def test_samples_of_any_dtype_and_layout_go_where_they_go_in_diffusers(
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_copy_made_on_the_way_ends_where_the_original_does(name: str) -> None:
+def test_a_copy_made_during_sampling_gives_the_result_of_the_original(name: str) -> None:
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(8)
     x = walk(scheduler, noise(2, 3, 4, 4) * float(scheduler.init_noise_sigma), slice(4))
@@ -253,7 +253,7 @@ def test_a_copy_made_on_the_way_ends_where_the_original_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, cls in SCHEDULERS.items() if cls.history])
-def test_past_evaluations_are_let_go_with_the_last_step(name: str) -> None:
+def test_past_evaluations_are_released_after_the_last_step(name: str) -> None:
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(4)
     x = walk(scheduler, noise(1, 1, 2, 2), slice(3))

@@ -150,7 +150,7 @@ def test_the_predicted_clean_sample_equals_diffusers() -> None:
 
 
 def pair(**options: object) -> tuple[DDIMScheduler, DDIMInverseScheduler]:
-    """DDIM and its inverse under the exact reading."""
+    """Return DDIM and its inverse under the exact reading."""
     options = {"clip_sample": False, "compat": "exact"} | options
     return DDIMScheduler(**options), DDIMInverseScheduler(**options)
 

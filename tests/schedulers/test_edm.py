@@ -416,7 +416,7 @@ def test_a_config_moves_to_another_class_as_it_does_in_diffusers(source: str, ta
 
 
 @pytest.mark.parametrize("name", EXPLODING)
-def test_half_precision_comes_back_as_it_was_given(name: str) -> None:
+def test_half_precision_samples_keep_their_dtype(name: str) -> None:
     case = Case(name, {}, {"num_inference_steps": 4}, {}, torch.bfloat16)
     walks = []
     for scheduler in (our_scheduler(case), their_scheduler(case)):

@@ -93,7 +93,7 @@ def euler_options(draw: st.DrawFn, prediction_type: str, formula: str | None) ->
 
 @st.composite
 def churn_options(draw: st.DrawFn) -> dict[str, float]:
-    """The noise that a step adds and removes, half of the time."""
+    """Draw the options of churn, half of the time."""
     if not draw(st.booleans()):
         return {}
     return {
@@ -108,7 +108,7 @@ def churn_options(draw: st.DrawFn) -> dict[str, float]:
 def grids(
     draw: st.DrawFn, name: str, options: dict[str, Any], formula: str | None
 ) -> dict[str, Any]:
-    """The arguments of set_timesteps: mostly a number."""
+    """Draw the arguments of set_timesteps: mostly a number."""
     train_steps = options["num_train_timesteps"]
     kind = draw(st.integers(0, 9))
     continuous = options.get("timestep_type") == "continuous"
@@ -141,7 +141,7 @@ def sigmas_of(case: Case) -> list[float]:
 
 
 def drop(case: Case) -> float:
-    """σ/max(σ', 1) of the deepest step."""
+    """Return the largest σ/max(σ', 1) of a step."""
     return max(a / max(b, 1) for a, b in pairwise(sigmas_of(case)))
 
 
@@ -292,7 +292,7 @@ def assert_same(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 
 
 def on_the_same_grid(grid: dict[str, Any], *schedulers: Scheduler) -> list[Scheduler]:
-    """The schedulers, all with the timesteps that DDIM, the first, has for this grid."""
+    """Return the schedulers, all with the timesteps that DDIM, the first, has for this grid."""
     schedulers[0].set_timesteps(**grid)
     for scheduler in schedulers[1:]:
         scheduler.set_timesteps(timesteps=schedulers[0].grid)

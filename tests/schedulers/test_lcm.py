@@ -335,7 +335,7 @@ def test_a_grid_out_of_range_is_refused_by_name(grid: dict, named: str) -> None:
         LCMScheduler().set_timesteps(**grid)
 
 
-def test_steps_out_of_turn_are_refused() -> None:
+def test_steps_out_of_order_are_refused() -> None:
     scheduler, x = LCMScheduler(), torch.zeros(SHAPE)
     with pytest.raises(InvalidArgument, match="call set_timesteps"):
         scheduler.step(x, 999, x)

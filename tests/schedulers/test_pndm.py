@@ -415,7 +415,7 @@ def test_a_grid_out_of_range_is_refused_by_name(options: dict, grid: dict, named
 
 
 @pytest.mark.parametrize("compat", ["exact", "diffusers"])
-def test_steps_out_of_turn_are_refused(compat: str) -> None:
+def test_steps_out_of_order_are_refused(compat: str) -> None:
     scheduler, x = PNDMScheduler(skip_prk_steps=True, compat=compat), torch.zeros(SHAPE)
     with pytest.raises(InvalidArgument, match="call set_timesteps"):
         scheduler.step(x, 900, x)

@@ -35,7 +35,7 @@ def diffusers() -> ModuleType:
 
 
 def log_ratios(schedule: object) -> np.ndarray:
-    """ln σ/α by the expression in diffusers' set_timesteps, from its own table."""
+    """Return ln σ/α by the expression in diffusers' set_timesteps, from its own table."""
     return np.log((((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod) ** 0.5).numpy())
 
 

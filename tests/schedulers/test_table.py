@@ -30,7 +30,7 @@ KINDS = [
 
 
 def linear(name: str, **options: Any) -> Scheduler:
-    """A scheduler of that class that clips nothing."""
+    """Return a scheduler of that class that clips nothing."""
     if name in ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler"):
         options["clip_sample"] = False
     return SCHEDULERS[name](**options, compat="exact")

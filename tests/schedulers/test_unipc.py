@@ -343,7 +343,7 @@ def test_the_last_step_lands_on_the_prediction_of_the_clean_sample(options: dict
     torch.testing.assert_close(x, x0, rtol=1e-14, atol=1e-14)
 
 
-def test_pure_noise_is_too_far_away_to_count_in_the_steps_after_it() -> None:
+def test_pure_noise_has_no_weight_in_the_steps_after_it() -> None:
     """At zero terminal SNR λ = −∞: order 3 takes its second step with order 1, like order 1."""
     runs = []
     for p in (1, 2, 3):
@@ -445,7 +445,7 @@ def test_noise_cannot_be_integrated_from_pure_noise() -> None:
         scheduler.set_timesteps(5)
 
 
-def test_the_exact_reading_ends_with_bh1_as_well() -> None:
+def test_the_exact_reading_samples_to_the_end_with_bh1_too() -> None:
     scheduler = UniPCMultistepScheduler(solver_type="bh1", compat="exact")
     states = run(scheduler, "epsilon", {"num_inference_steps": 5})
     assert all(torch.isfinite(x).all() for x in states)
