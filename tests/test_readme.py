@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import tokenize
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,25 @@ def test_the_core_has_at_most_the_lines_that_the_readme_promises() -> None:
     lines = {path: code_lines(path.read_text(encoding="utf-8")) for path in files}
     assert f"at most {CORE_LINES:,} lines of code" in README
     assert sum(lines.values()) <= CORE_LINES, lines
+
+
+FILES = sorted((ROOT / "minidiff").rglob("*.py"))
+MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_FOLDER = 16_000, 400, 50, 14
+
+
+def test_files_functions_and_folders_are_small() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in FILES}
+    lines = {path: code_lines(source) for path, source in sources.items()}
+    assert sum(lines.values()) <= MAX_LINES
+    assert not {path: n for path, n in lines.items() if n > MAX_FILE}
+    folders = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert not {folder: n for folder, n in folders.items() if n > MAX_FOLDER}
+    for path, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert length <= MAX_FUNCTION, f"{path.name}:{node.lineno} {node.name}"
 
 
 def test_every_reading_path_is_in_the_core() -> None:
