@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +21,15 @@ def checker(name: str) -> ModuleType:
 
 words, docstrings = checker("words"), checker("docstrings")
 DOCUMENTS = sorted({path for pattern in words.DOCUMENTS for path in ROOT.glob(pattern)})
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_files_that_a_document_names_exist(path: Path) -> None:
+    if path.name == "CHANGELOG.md":  # it names what was
+        return
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|md|ipynb))`", text):
+        assert any((base / name).is_file() for base in (ROOT, ROOT / "minidiff", path.parent)), name
 
 
 def found(text: str, kind: str = ".py") -> list[tuple[int, str]]:
