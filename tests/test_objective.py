@@ -1,4 +1,4 @@
-"""Objectives: the loss of a perfect network is what theory says, and what is learnt is sampled."""
+"""Objectives: the loss of a perfect network by theory, and samples of what is learnt."""
 
 import math
 
@@ -45,15 +45,15 @@ def objective(prediction_type: str, **options):
 
 
 def exact(x, level: Level):
-    """E[x0 | x] for data N(0, STD²)."""
+    """Return E[x0 | x] for data N(0, STD²)."""
     return level.alpha * STD**2 / (level.alpha**2 * STD**2 + level.sigma**2) * x
 
 
 def exact_network(objective, level: Level):
-    """What a perfect network says at one level; it gets x as the objective shows it."""
+    """Return a perfect network at one level, whose input is that of the objective."""
 
-    def network(shown, t):
-        x = shown / objective.model_input(torch.ones(()), level)
+    def network(given, t):
+        x = given / objective.model_input(torch.ones(()), level)
         x0 = exact(x, level)
         p, q = objective.row(level)
         return p * x0 + q * (x - level.alpha * x0) / level.sigma
@@ -63,8 +63,8 @@ def exact_network(objective, level: Level):
 
 @pytest.mark.parametrize("weight", ["none", "min_snr", "edm"])
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_a_perfect_network_has_the_loss_that_the_papers_weights_give_its_error(kind, weight):
-    """x0 given x has the variance V = s²σ²/(α²s² + σ²); what the network says of it scales."""
+def test_the_loss_of_a_perfect_network_follows_from_the_papers_weights(kind, weight):
+    """x0 given x has the variance V = s²σ²/(α²s² + σ²); the network's output scales it."""
     learn = objective(kind, loss_weight=weight)
     generator = torch.Generator().manual_seed(0)
     n = 100_000
@@ -90,7 +90,7 @@ def test_a_perfect_network_has_the_loss_that_the_papers_weights_give_its_error(k
         assert float(loss.mean()) == pytest.approx(expected * v, rel=0.03)
 
 
-def test_a_perfect_network_of_edm_has_a_loss_of_one_times_what_is_left_at_every_level():
+def test_inputs_targets_and_weights_of_edm_are_normalized_at_every_level():
     """F, input and target have variance 1 at every σ; with λ the loss is that of F itself."""
     learn = objective("edm", loss_weight="edm")
     levels = learn.levels(np.linspace(0.01, 0.99, 50))
@@ -108,9 +108,9 @@ def test_levels_have_the_distribution_of_their_name(options):
     levels = learn.levels(u)
     ratio = levels.sigma / levels.alpha
     if options["noise_levels"] == "uniform":
-        told = np.diff(levels.t)
-        assert told.max() - told.min() <= 1 + 1e-9  # even, in whole steps where there are steps
-        assert (told >= 0).all()
+        gaps = np.diff(levels.t)
+        assert gaps.max() - gaps.min() <= 1 + 1e-9  # even, in whole steps where there are steps
+        assert (gaps >= 0).all()
         return
     wanted = np.exp(stats.norm.ppf(u, *MOMENTS.values()))
     if options["prediction_type"] in PRESERVING:  # the nearest whole step
@@ -125,7 +125,7 @@ def test_levels_have_the_distribution_of_their_name(options):
 MOMENTS = {"level_mean": -0.7, "level_std": 1.1}
 
 
-def test_the_papers_parameters_are_the_defaults():
+def test_the_defaults_are_the_parameters_of_the_papers():
     edm, flow = objective("edm"), make("flow")
     middle = np.array([0.5])
     assert edm.levels(middle).sigma == pytest.approx([math.exp(-1.2)])  # Karras et al., table 1
@@ -136,7 +136,7 @@ def test_the_papers_parameters_are_the_defaults():
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_the_network_is_told_what_its_sampler_will_tell_it(kind):
+def test_training_and_sampling_condition_the_network_on_the_same_times(kind):
     learn = objective(kind, noise_levels="uniform")
     scheduler = learn.scheduler
     scheduler.set_timesteps(7)
@@ -149,7 +149,7 @@ def test_the_network_is_told_what_its_sampler_will_tell_it(kind):
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_target_and_input_are_undone_by_the_sampler(kind):
-    """What the network should say, said, gives back the image and the noise."""
+    """The target as model output gives back image and noise."""
     learn = objective(kind)
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(64, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -173,8 +173,8 @@ def test_a_perfect_network_sampled_by_its_scheduler_gives_the_data(kind):
     x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
     levels = dict(zip(scheduler.grid, scheduler.levels, strict=False))
 
-    def denoise(shown, t):
-        out = exact_network(learn, levels[t])(shown, t)
+    def denoise(given, t):
+        out = exact_network(learn, levels[t])(given, t)
         return torch.cat([out, torch.zeros_like(out)], 1) if learned else out
 
     for step in trajectory(
@@ -223,7 +223,7 @@ def test_at_the_first_step_the_bound_is_the_likelihood_of_the_bytes():
     assert float(bound) == pytest.approx(-math.log(inside), rel=1e-3)
 
 
-def test_the_bound_teaches_the_variance_and_the_simple_loss_the_mean():
+def test_the_bound_trains_the_variance_and_the_simple_loss_the_mean():
     learn = make("v_prediction", learn_variance=True)
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(8, 1, 2, 2, generator=generator) for _ in range(2))
@@ -257,7 +257,7 @@ def few() -> ImageData:
 
 
 @pytest.mark.parametrize("options", LEARNING, ids=str)
-def test_every_objective_learns_and_comes_back_from_its_folder(options, tmp_path):
+def test_every_objective_is_trained_and_read_back_from_its_folder(options, tmp_path):
     rows, data = [], few()
     config = TrainConfig(
         steps=40, channels=(8, 16), batch_size=32, pictures=0, num_inference_steps=3, **options
@@ -275,24 +275,26 @@ def test_every_objective_learns_and_comes_back_from_its_folder(options, tmp_path
 
     pipe.save_pretrained(tmp_path / "model")
     back = Pipeline.from_pretrained(tmp_path / "model")
-    assert said(back) == said(pipe)
+    assert options_of(back) == options_of(pipe)
     first, second = (p(num_images=2, seed=3, output_type="pt").images for p in (pipe, back))
     assert torch.allclose(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
 
 
-def said(pipe) -> dict:
-    """The options of its scheduler, whether given or left at their defaults."""
+def options_of(pipe) -> dict:
+    """Return the options of its scheduler, given or default."""
     config = pipe.scheduler.config
     return {name: value for name, value in config.items() if name != "_use_default_values"}
 
 
-def test_the_standard_deviation_is_measured_where_the_objective_asks_for_it():
+def test_the_standard_deviation_is_measured_where_the_objective_needs_it():
     data = load("digits")
     pipe = build(TrainConfig(steps=1, prediction_type="edm", channels=(8, 8)), data)
     wanted = float(data.batch(torch.arange(len(data)))[0].double().std(correction=0))
     assert pipe.scheduler.config.sigma_data == pytest.approx(wanted)
-    told = build(TrainConfig(steps=1, prediction_type="edm", sigma_data=0.4, channels=(8, 8)), data)
-    assert told.scheduler.config.sigma_data == 0.4
+    given = build(
+        TrainConfig(steps=1, prediction_type="edm", sigma_data=0.4, channels=(8, 8)), data
+    )
+    assert given.scheduler.config.sigma_data == 0.4
     grey = ImageData("grey", torch.full((2, 1, 8, 8), 9, dtype=torch.uint8), None, ())
     with pytest.raises(InvalidArgument, match="data grey are of one grey"):
         build(TrainConfig(steps=1, prediction_type="edm", channels=(8, 8)), grey)
@@ -319,7 +321,7 @@ def test_the_standard_deviation_is_measured_where_the_objective_asks_for_it():
         ({"learn_variance": 1}, "learn_variance must be True or False"),
     ],
 )
-def test_options_that_make_no_sense_together_are_refused_by_name(options, message):
+def test_options_that_contradict_each_other_are_refused_by_name(options, message):
     with pytest.raises(InvalidArgument, match=message):
         TrainConfig(steps=1, **options)
 
@@ -340,7 +342,7 @@ THERE = {
 
 @pytest.mark.parametrize("kind", THERE)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_chosen_by_name_walks_the_levels_that_were_learnt_or_is_refused(name, kind):
+def test_a_sampler_chosen_by_name_uses_the_levels_of_training_or_is_refused(name, kind):
     learn = objective(kind)
     if name not in THERE[kind]:
         with pytest.raises(InvalidArgument, match="this model's levels must be one of euler, dpm"):
@@ -351,13 +353,13 @@ def test_a_sampler_chosen_by_name_walks_the_levels_that_were_learnt_or_is_refuse
     x = torch.randn(5000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
     levels = dict(zip(scheduler.grid, scheduler.levels, strict=False))
 
-    def denoise(shown, t):
+    def denoise(given, t):
         level = levels[t]
         alpha, _ = level
         # a sampler may carry the same sample at another scale: α = 1 instead of α² + σ² = 1
         own = Level(1 / (1 + level.sigma**2) ** 0.5, level.sigma / (1 + level.sigma**2) ** 0.5)
         at = own if kind == "v_prediction" and alpha == 1 and level.sigma else level
-        return exact_network(learn, at)(shown, t)
+        return exact_network(learn, at)(given, t)
 
     start = x * scheduler.init_noise_sigma
     for step in trajectory(denoise, scheduler, start, torch.Generator().manual_seed(1)):
@@ -366,18 +368,18 @@ def test_a_sampler_chosen_by_name_walks_the_levels_that_were_learnt_or_is_refuse
 
 
 class Doubled(Objective):
-    """The same, twice as large."""
+    """Twice the loss."""
 
     def loss(self, network, x0, eps, levels):
         return 2 * super().loss(network, x0, eps, levels)
 
 
 class OwnVariance(LearnedVariance):
-    """The same."""
+    """An unchanged subclass."""
 
 
 class Consistent(FlowObjective):
-    """Two evaluations: half of the noise is to give the same slope."""
+    """Two evaluations, whose slopes are to agree at half of the noise."""
 
     def loss(self, network, x0, eps, levels):
         half = levels._replace(alpha=1 - levels.sigma / 2, sigma=levels.sigma / 2, t=levels.t / 2)
@@ -387,7 +389,7 @@ class Consistent(FlowObjective):
 
 
 def descended(own, **options):
-    """The weights after three steps of plain descent, of the size of the loss."""
+    """Return the weights after three steps of plain descent, which scales with the loss."""
     config = TrainConfig(steps=3, batch_size=4, channels=(8, 8), warmup=0, clip=0, **options)
     pipe = train(
         config, load("digits"), objective=own, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)
@@ -399,7 +401,7 @@ def weights_of(pipe):
     return torch.cat([parameter.detach().flatten() for parameter in pipe.unet.parameters()])
 
 
-def test_an_objective_of_ones_own_is_what_is_trained():
+def test_a_custom_objective_is_trained():
     same = type("Same", (Objective,), {})
     assert torch.equal(descended(same), descended(None))
     start = weights_of(build(TrainConfig(steps=3, channels=(8, 8)), load("digits")))
@@ -409,7 +411,7 @@ def test_an_objective_of_ones_own_is_what_is_trained():
     assert twice.norm() / once.norm() == pytest.approx(2, rel=0.02)
 
 
-def test_an_objective_of_ones_own_may_ask_the_network_twice():
+def test_a_custom_objective_may_evaluate_the_network_twice():
     options = {"prediction_type": "flow"}
     consistent, usual = descended(Consistent, **options), descended(None, **options)
     assert torch.isfinite(consistent).all()
@@ -427,6 +429,6 @@ def test_an_objective_of_ones_own_may_ask_the_network_twice():
         ("epsilon", {}, "Objective"),
     ],
 )
-def test_an_objective_that_the_config_does_not_name_is_refused(own, options, usual):
+def test_a_custom_objective_of_another_class_is_refused(own, options, usual):
     with pytest.raises(InvalidArgument, match=f"objective must be a subclass of {usual} for"):
         train(TrainConfig(steps=1, **options), load("digits"), objective=own)

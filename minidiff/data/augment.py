@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.data.conditioning import Condition, ConditionConfig
 from minidiff.data.protocol import Data, Purpose, random_words
 from minidiff.errors import InvalidArgument, one_of, true_or_false, whole_number
 from minidiff.noise import MAX_SEED
+from minidiff.text.conditioning import Condition, ConditionConfig
 
 PADDINGS = ("background", "reflect")
 _DIGITS = {"digits", "mnist"}

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.data.conditioning import ClassLabels, Condition, ConditionConfig
 from minidiff.errors import InvalidArgument
 from minidiff.nn import AutoencoderKL
+from minidiff.text.conditioning import ClassLabels, Condition, ConditionConfig
 
 
 class Data(Protocol):

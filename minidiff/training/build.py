@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from minidiff.data.augment import augmented
-from minidiff.data.conditioning import Condition
 from minidiff.data.protocol import Data
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument
@@ -20,6 +19,7 @@ from minidiff.nn.blocks.transformer import Transformer
 from minidiff.pipeline import Pipeline
 from minidiff.schedulers import Scheduler
 from minidiff.schedulers.core.names import sampler
+from minidiff.text.conditioning import Condition
 from minidiff.training.config import TrainConfig
 from minidiff.training.start import adopted, check_fit, continued, scheduler_from
 
@@ -107,7 +107,7 @@ def check(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Non
     if config.autoguidance_scale != 1 and any(True for _ in condition.parameters()):
         raise InvalidArgument(
             f"autoguidance_scale must be 1 for {data.name}, whose text encoder learns on when the "
-            f"weaker network does not; got {config.autoguidance_scale:g}"
+            f"guidance network does not; got {config.autoguidance_scale:g}"
         )
 
 

@@ -10,10 +10,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from minidiff.data.conditioning import Captions, ClassLabels, Condition
 from minidiff.nn import UNet
 from minidiff.pipeline import Pipeline
 from minidiff.runtime.shapes import append_dims
+from minidiff.text.conditioning import Captions, ClassLabels, Condition
 
 
 class Learner(nn.Module):

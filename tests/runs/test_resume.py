@@ -1,4 +1,4 @@
-"""A run cannot be lost: killed, stopped, out of disk or damaged, it goes on as if nothing was."""
+"""A run that is killed, stopped, out of disk or damaged resumes as if never interrupted."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ TINY = {"channels": (4, 4), "batch_size": 8, "pictures": 0, "dropout": 0.1,
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Twenty pictures: a batch of 8 crosses the end of an epoch in every third step."""
+    """Twenty images: a batch of 8 crosses the end of an epoch in every third step."""
     folder, random_bytes = tmp_path_factory.mktemp("data") / "photos", np.random.default_rng(0)
     folder.mkdir()
     for i in range(20):
@@ -46,7 +46,7 @@ def call(photos: Path, out: Path, *others: str) -> list[str]:
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Weights, average, optimizer, log and model, bit for bit."""
+    """Compare weights, average, optimizer, log and model, bit for bit."""
     assert_same_training(first, second)
     for part in ("unet", "weaker"):
         weights = Path(diffusion.MODEL) / part / "diffusion_pytorch_model.safetensors"
@@ -57,7 +57,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 def whole(photos, tmp_path_factory) -> Path:
     """A run that was never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    assert finished(call(photos, folder / "run"), folder / "said") == 0
+    assert finished(call(photos, folder / "run"), folder / "printed") == 0
     return folder / "run"
 
 
@@ -65,35 +65,37 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_never_killed(
     photos, whole, tmp_path
 ):
     out = tmp_path / "run"
-    killed_and_resumed(3, 1, call(photos, out), out, tmp_path / "said", STEPS)
+    killed_and_resumed(3, 1, call(photos, out), out, tmp_path / "printed", STEPS)
     assert_same_run(whole, out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 6))
-def test_so_does_a_run_killed_twenty_times(seed, photos, whole, tmp_path):
+def test_a_run_killed_twenty_times_ends_bit_for_bit_as_one_never_killed(
+    seed, photos, whole, tmp_path
+):
     out = tmp_path / "run"
-    killed_and_resumed(20, seed, call(photos, out), out, tmp_path / "said", STEPS)
+    killed_and_resumed(20, seed, call(photos, out), out, tmp_path / "printed", STEPS)
     assert_same_run(whole, out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_so_in_one_line(number, photos, whole, tmp_path):
-    out, said = tmp_path / "run", tmp_path / "said"
-    process = started(call(photos, out), said)
+def test_a_signal_finishes_the_step_saves_and_prints_one_line(number, photos, whole, tmp_path):
+    out, printed = tmp_path / "run", tmp_path / "printed"
+    process = started(call(photos, out), printed)
     while not ((out / diffusion.LOG).is_file() and rows_so_far(out) >= 3):
         time.sleep(0.001)
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number
-    last = said.read_text().splitlines()[-1]
+    last = printed.read_text().splitlines()[-1]
     assert last.startswith(f"minidiff: stopped by {number.name} and saved at step ")
     assert f"minidiff train --resume {out}" in last
     step = int(last.split("at step ")[1].split(";")[0])
     assert snapshot.snapshots(out)[-1].name == f"step-{step:06d}"
     if number == signal.SIGINT:
         return
-    assert finished(["train", "--resume", str(out)], said) == 0
+    assert finished(["train", "--resume", str(out)], printed) == 0
     assert_same_run(whole, out)
 
 
@@ -133,7 +135,7 @@ class Ended(Exception):
 
 
 def partly(out: Path, steps: int, monkeypatch, config: TrainConfig | None = None, **saving) -> None:
-    """A run of ten steps that crashes after so many."""
+    """Train a run of ten steps that crashes after the given number."""
     step = DiffusionTraining.step
 
     def until(self):
@@ -173,27 +175,27 @@ def crash(crashed, tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", [*snapshot.FILES, GUIDANCE])
 @pytest.mark.parametrize("how", ["changed", "cut", "gone"])
-def test_a_damaged_snapshot_is_passed_over_and_named(name, how, crash):
+def test_a_damaged_snapshot_is_skipped_and_named(name, how, crash):
     newest, earlier = snapshot.snapshots(crash)[:0:-1]
-    path, said = newest / name, []
+    path, printed = newest / name, []
     if how == "changed":
         damage(path)
     elif how == "cut":
         path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
-    assert snapshot.newest(crash, said.append) == earlier
-    (line,) = said
+    assert snapshot.newest(crash, printed.append) == earlier
+    (line,) = printed
     assert line.startswith("skipped step-000003: ")
     assert name in line
 
 
-def test_a_run_goes_on_from_the_newest_snapshot_that_is_whole(crash, tmp_path):
-    said = []
+def test_a_run_resumes_from_the_newest_intact_snapshot(crash, tmp_path):
+    printed = []
     damage(snapshot.snapshots(crash)[-1] / snapshot.WEIGHTS)
     (snapshot.snapshots(crash)[-2] / snapshot.MANIFEST).write_text("{")
-    diffusion.resume(crash, load("digits"), print_line=said.append)
-    assert [line.split(":")[0] for line in said] == [
+    diffusion.resume(crash, load("digits"), print_line=printed.append)
+    assert [line.split(":")[0] for line in printed] == [
         "skipped step-000003", "skipped step-000002", "going on from step 1",
     ]  # fmt: skip
     diffusion.train_into(tmp_path / "whole", TrainConfig(steps=10, **TINY), load("digits"))
@@ -226,7 +228,7 @@ def test_a_snapshot_without_the_guidance_network_of_its_time_is_an_error(crash):
         snapshot.restore(folder, training)
 
 
-def test_raw_and_averaged_weights_are_apart_and_saving_touches_neither(tmp_path):
+def test_raw_and_averaged_weights_are_separate_and_saving_changes_neither(tmp_path):
     config, data = TrainConfig(steps=10, **TINY), load("digits")
     training = DiffusionTraining(config, data, torch.device("cpu"))
     for _ in range(4):
@@ -262,8 +264,8 @@ def test_a_snapshot_of_another_network_is_refused(tmp_path):
         snapshot.restore(folder, wide)
 
 
-def test_an_optimizer_of_ones_own_goes_on_as_well(tmp_path):
-    """Numbers, tensors of other shapes and an option that is a tensor."""
+def test_a_custom_optimizer_is_resumed(tmp_path):
+    """Its state has numbers, tensors of other shapes and an option that is a tensor."""
     data, config = load("digits"), TrainConfig(steps=10, **TINY)
 
     def make(parameters):
@@ -282,7 +284,7 @@ def test_an_optimizer_of_ones_own_goes_on_as_well(tmp_path):
         saved(tmp_path, first)
 
 
-def test_a_budget_in_minutes_goes_on_with_the_seconds_that_are_left(tmp_path, monkeypatch):
+def test_a_budget_in_minutes_resumes_with_the_remaining_seconds(tmp_path, monkeypatch):
     config = TrainConfig(minutes=0.05, **TINY | {"weaker_at": 0.9})  # not due by then
     training = DiffusionTraining(config, load("digits"), torch.device("cpu"))
     training.step()
@@ -297,7 +299,7 @@ def test_a_budget_in_minutes_goes_on_with_the_seconds_that_are_left(tmp_path, mo
     assert other.budget.step == 2
 
 
-def test_a_run_without_a_snapshot_begins_again(tmp_path, monkeypatch):
+def test_a_run_without_a_snapshot_starts_again(tmp_path, monkeypatch):
     out, whole = tmp_path / "run", tmp_path / "whole"
     partly(out, 3, monkeypatch, save_every=100)
     assert not snapshot.snapshots(out)
@@ -307,12 +309,12 @@ def test_a_run_without_a_snapshot_begins_again(tmp_path, monkeypatch):
     assert_same_run(whole, out)
 
 
-def test_a_run_of_cuda_graphs_goes_on_without_them_off_a_gpu(crash, tmp_path):
-    said = []
+def test_a_run_with_cuda_graphs_resumes_without_them_on_a_cpu(crash, tmp_path):
+    printed = []
     config = files.read_json(crash / diffusion.CONFIG)["train"]
     edit(crash, train=config | {"cuda_graph": True})
-    diffusion.resume(crash, load("digits"), device="cpu", print_line=said.append)
-    assert "without --cuda-graph" in said[0]
+    diffusion.resume(crash, load("digits"), device="cpu", print_line=printed.append)
+    assert "without --cuda-graph" in printed[0]
     diffusion.train_into(tmp_path / "whole", TrainConfig(steps=10, **TINY), load("digits"))
     assert_same_run(tmp_path / "whole", crash)
 
@@ -336,22 +338,22 @@ def test_the_last_snapshots_and_the_best_are_kept(tmp_path, monkeypatch):
 # --- a disk that is full, a folder that cannot be written --------------------------------------
 
 
-def test_a_full_disk_leaves_the_earlier_snapshot_and_says_so(photos, whole, tmp_path):
+def test_a_full_disk_leaves_the_earlier_snapshot_and_is_reported(photos, whole, tmp_path):
     """A limit on the size of files stands in for the disk: snapshots do not fit, the log does."""
-    out, said = tmp_path / "run", tmp_path / "said"
-    process = started(call(photos, out), said)
+    out, printed = tmp_path / "run", tmp_path / "printed"
+    process = started(call(photos, out), printed)
     while not snapshot.snapshots(out):
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     held = [folder.name for folder in snapshot.snapshots(out)]
-    assert finished(["train", "--resume", str(out)], said, limit=8192) == 1
-    last = said.read_text().splitlines()[-1]
+    assert finished(["train", "--resume", str(out)], printed, limit=8192) == 1
+    last = printed.read_text().splitlines()[-1]
     assert "cannot be written" in last
     assert f"of the run's snapshots {held[-1]} is intact" in last
     assert [folder.name for folder in snapshot.snapshots(out)] == held
     snapshot.verify(snapshot.snapshots(out)[-1])
-    assert finished(["train", "--resume", str(out)], said) == 0
+    assert finished(["train", "--resume", str(out)], printed) == 0
     assert_same_run(whole, out)
 
 
@@ -414,12 +416,12 @@ def test_a_loss_that_is_not_finite_never_replaces_a_good_snapshot(tmp_path, monk
         (lambda out: edit(out, command=["train"]), 1, "is a run of minidiff ['train']"),
     ],
 )
-def test_a_run_that_cannot_go_on_is_refused_in_one_line(change, code, message, crash, capsys):
+def test_a_run_that_cannot_be_resumed_is_refused_in_one_line(change, code, message, crash, capsys):
     change(crash)
     assert main(["train", "--resume", str(crash)]) == code
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def edit(out: Path, **parts) -> None:
@@ -427,7 +429,7 @@ def edit(out: Path, **parts) -> None:
     files.write_json(out / diffusion.CONFIG, content | parts)
 
 
-def test_what_a_kill_left_of_the_first_file_is_no_run(tmp_path):
+def test_the_rest_of_a_run_killed_at_its_first_file_is_not_a_run(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / f".{diffusion.CONFIG}.x7.minidiff-tmp").write_text("{")
@@ -448,5 +450,5 @@ def test_saving_is_checked(options):
         Saving(**options)
 
 
-def test_stopping_is_told_apart_from_failing():
+def test_stopping_is_distinguished_from_failing():
     assert Stopped("x", signal.SIGTERM).signal == 15

@@ -1,4 +1,4 @@
-"""An autoencoder's run cannot be lost either: stopped, killed or damaged, it goes on."""
+"""A run of an autoencoder that is stopped, killed or damaged resumes as if never interrupted."""
 
 import os
 import random
@@ -43,14 +43,14 @@ def whole(tmp_path_factory) -> Path:
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Both networks, the average, the optimizer, the log and all that was written of them."""
+    """Compare networks, average, optimizer, log and results, bit for bit."""
     assert_same_training(first, second)
     for name in ("vae/diffusion_pytorch_model.safetensors", "vae/config.json", autoencoder.PICTURE):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
 def signalled(monkeypatch, at: list[int], number: int = signal.SIGTERM) -> None:
-    """The process gets a signal in the middle of each of these steps, once."""
+    """Send the process a signal in the middle of each of these steps, once."""
     step, left = AutoencoderTraining.step, set(at)
 
     def interrupted(self):
@@ -70,15 +70,15 @@ def test_a_run_stopped_at_random_steps_ends_bit_for_bit_as_one_never_stopped(
 ):
     steps = sorted(random.Random(seed).sample(range(STEPS - 1), 3))
     signalled(monkeypatch, steps)
-    out, said = tmp_path / "run", []
+    out, printed = tmp_path / "run", []
     for again in range(len(steps)):
         with pytest.raises(Stopped, match=rf"saved at step {steps[again] + 1}; go on with: "):
             if again:
-                autoencoder.resume(out, DATA, HELD_OUT, print_line=said.append)
+                autoencoder.resume(out, DATA, HELD_OUT, print_line=printed.append)
             else:
                 autoencoder.train_vae_into(out, CONFIG_OF_ALL, DATA, HELD_OUT)
-    autoencoder.resume(out, DATA, HELD_OUT, print_line=said.append)
-    assert said == [f"going on from step {step + 1}" for step in steps]
+    autoencoder.resume(out, DATA, HELD_OUT, print_line=printed.append)
+    assert printed == [f"going on from step {step + 1}" for step in steps]
     assert_same_run(whole, out)
 
 
@@ -92,19 +92,19 @@ def test_a_snapshot_holds_both_networks_and_the_average_of_the_one_that_is_kept(
     assert sum(name.endswith("exp_avg") for name in moments) == len(weights)
 
 
-def test_a_run_goes_on_from_the_newest_snapshot_that_is_whole(whole, tmp_path, monkeypatch):
-    out, said = tmp_path / "run", []
+def test_a_run_resumes_from_the_newest_intact_snapshot(whole, tmp_path, monkeypatch):
+    out, printed = tmp_path / "run", []
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         signalled(patch, [7])
         autoencoder.train_vae_into(out, CONFIG_OF_ALL, DATA, HELD_OUT, saving=Saving(3, 3))
     newest = snapshot.snapshots(out)[-1]
     with (newest / snapshot.OPTIMIZER).open("r+b") as file:
         file.truncate(100)
-    autoencoder.resume(out, DATA, HELD_OUT, print_line=said.append)
-    assert len(said) == 2
-    assert said[0].startswith("skipped step-000008: ")
-    assert snapshot.OPTIMIZER in said[0]
-    assert said[1] == "going on from step 6"
+    autoencoder.resume(out, DATA, HELD_OUT, print_line=printed.append)
+    assert len(printed) == 2
+    assert printed[0].startswith("skipped step-000008: ")
+    assert snapshot.OPTIMIZER in printed[0]
+    assert printed[1] == "going on from step 6"
     assert_same_run(whole, out)
 
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_never_replaces_a_good_snapshot(whole, tmp_pat
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Twenty-two pictures, two of which are held out."""
+    """Twenty-two images; two are held out."""
     folder = tmp_path_factory.mktemp("data") / "photos"
     folder.mkdir()
     for i, picture in enumerate(images(22, 2).images):
@@ -149,7 +149,7 @@ def call(photos: Path, out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_in_one_line_how_to_go_on(
+def test_a_signal_saves_and_prints_in_one_line_how_to_resume(
     number, photos, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "run"
@@ -162,19 +162,19 @@ def test_a_signal_saves_and_says_in_one_line_how_to_go_on(
     if number == signal.SIGINT:
         return
     assert main(["train-vae", "--resume", str(out)]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "going on from step 5"
-    assert said[1] == "2 held-out images"
-    assert said[-1].startswith(f"wrote {out}, see {out}/{autoencoder.PICTURE}. Next: ")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "going on from step 5"
+    assert printed[1] == "2 held-out images"
+    assert printed[-1].startswith(f"wrote {out}, see {out}/{autoencoder.PICTURE}. Next: ")
     assert len(rows(out)) == STEPS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_killed_twenty_times_ends_bit_for_bit_as_one_never_killed(seed, photos, tmp_path):
-    out, never, said = tmp_path / "run", tmp_path / "never", tmp_path / "said"
-    assert finished(call(photos, never), said) == 0
-    killed_and_resumed(20, seed, call(photos, out), out, said, STEPS)
+    out, never, printed = tmp_path / "run", tmp_path / "never", tmp_path / "printed"
+    assert finished(call(photos, never), printed) == 0
+    killed_and_resumed(20, seed, call(photos, out), out, printed, STEPS)
     assert_same_run(never, out)
     assert not list(out.glob(".*"))
 
@@ -204,14 +204,14 @@ def diffusion_run(tmp_path_factory) -> Path:
         ("train-vae --data digits --steps 1 --out NONE --save-every 0", 2, "save_every must be"),
     ],
 )
-def test_a_run_that_cannot_go_on_is_refused_in_one_line(
+def test_a_run_that_cannot_be_resumed_is_refused_in_one_line(
     arguments, code, message, whole, diffusion_run, tmp_path, capsys
 ):
     places = {"VAE": whole, "DIFFUSION": diffusion_run, "NONE": tmp_path / "none"}
     assert main([str(places.get(word, word)) for word in arguments.split()]) == code
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
     assert not (tmp_path / "none").exists()
 
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds of other people stays; two processes never work at one run."""
+"""A run never deletes files of others, and two processes never write to one run."""
 
 import os
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_a_folder_with_anything_in_it_is_refused_and_keeps_every_file(tmp_path, 
     assert contents(tmp_path) == before
 
 
-def test_going_on_with_a_run_clears_its_own_temporary_names_alone(tmp_path):
+def test_resuming_a_run_deletes_only_its_own_temporary_files(tmp_path):
     out = tmp_path / "run"
     data = load("digits")
     config = TrainConfig(steps=2, pictures=0, channels=(8, 8))
@@ -88,7 +88,7 @@ def test_a_run_in_use_is_refused_and_left_alone(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
-def test_a_folder_that_another_process_begins_at_is_refused(tmp_path):
+def test_a_folder_that_another_process_is_starting_in_is_refused(tmp_path):
     with (
         files.locked(tmp_path, wait=False),
         pytest.raises(CheckpointError, match="in use by another process"),

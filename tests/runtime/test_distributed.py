@@ -12,10 +12,10 @@ import torch
 from programs import finished, rows, started_together, tensors
 
 from minidiff.data import load
-from minidiff.data.conditioning import ClassLabels
 from minidiff.errors import InvalidArgument
 from minidiff.runs import diffusion, snapshot
 from minidiff.runtime.distributed import World, launched, local, own_device, rank
+from minidiff.text.conditioning import ClassLabels
 from minidiff.training.batches import Batches
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import DiffusionTraining

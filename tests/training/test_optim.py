@@ -1,4 +1,4 @@
-"""Muon: torch's own, the decomposition that it stands for, AdamW for what is no matrix."""
+"""Muon: torch's implementation, the exact decomposition, and AdamW for other parameters."""
 
 import pytest
 import torch
@@ -43,8 +43,8 @@ def test_every_direction_counts_about_the_same(shapes, seed, exponent):
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
-def test_matrices_walk_as_with_torchs_muon(shape):
-    """Which iterates in bfloat16, of eight bits."""
+def test_matrices_are_updated_as_by_torchs_muon(shape):
+    """torch's iterates in bfloat16, which has eight bits."""
     options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
     mine, theirs = (nn.Parameter(normal(*shape)) for _ in range(2))
     ours = Muon([{"params": [mine], "muon": True}], **options)
@@ -59,7 +59,7 @@ def test_matrices_walk_as_with_torchs_muon(shape):
     assert (mine - normal(*shape)).norm() > 2 * moved
 
 
-def test_what_is_no_matrix_walks_as_with_adamw():
+def test_other_parameters_are_updated_as_by_adamw():
     options = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1}
     mine, theirs = (nn.Parameter(normal(7)) for _ in range(2))
     matrix = nn.Parameter(normal(20, 20))
@@ -85,7 +85,7 @@ def test_a_step_is_the_same_in_any_memory_format_and_in_memory():
     assert steps[0].abs().mean() > 1e-3
 
 
-def test_a_parameter_without_a_gradient_stays():
+def test_a_parameter_without_a_gradient_does_not_change():
     still, moved = (nn.Parameter(normal(20, 20, seed=seed)) for seed in (0, 1))
     moved.grad = normal(20, 20)
     before = still.detach().clone()
@@ -94,7 +94,7 @@ def test_a_parameter_without_a_gradient_stays():
     assert not torch.equal(moved, normal(20, 20, seed=1))
 
 
-def test_weights_of_layers_are_told_from_tables_norms_and_offsets():
+def test_groups_separate_weights_of_layers_from_tables_norms_and_biases():
     net = nn.Sequential(
         nn.Conv2d(4, 32, 3), nn.GroupNorm(2, 32), nn.Linear(32, 8), nn.Linear(32, 48),
         nn.Embedding(50, 32), nn.ModuleDict({"time_emb_proj": nn.Linear(32, 32)}),
@@ -108,7 +108,7 @@ def test_weights_of_layers_are_told_from_tables_norms_and_offsets():
     assert len(muon["params"]) + len(other["params"]) == len(list(net.parameters()))
 
 
-def test_a_run_goes_on_bit_for_bit(tmp_path):
+def test_a_run_resumes_bit_for_bit(tmp_path):
     data, config = load("digits"), TrainConfig(steps=8, **TINY)
     first, second = (DiffusionTraining(config, data, torch.device("cpu")) for _ in range(2))
     assert isinstance(first.optimizer, Muon)
@@ -121,8 +121,8 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
     assert all(map(torch.equal, first.learner.parameters(), second.learner.parameters()))
 
 
-def test_it_learns_what_adamw_hardly_sees():
-    """A linear map from features whose sizes go from 1 to 1/100, mixed; each with its best rate."""
+def test_it_learns_directions_of_small_gradients_that_adamw_hardly_learns():
+    """A linear map of mixed features of size 1 to 1/100; each optimizer has its best rate."""
     basis, _ = torch.linalg.qr(normal(32, 32))
     features, goal = basis * torch.logspace(0, -2, 32), normal(32, 32, seed=1) / 6
 

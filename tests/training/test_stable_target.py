@@ -1,4 +1,4 @@
-"""The stable target: brute force, the exact mean of a Gaussian, and the run that learns it."""
+"""The stable target: brute force, the exact mean of a Gaussian, and runs that are trained on it."""
 
 import math
 
@@ -27,7 +27,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def level_of(ratios: list[float], dims: int) -> Level:
-    """Variance-preserving levels of these σ/α."""
+    """Return variance-preserving levels of these σ/α."""
     ratio = torch.tensor(ratios, dtype=torch.float64)
     alpha = (1 + ratio.square()).rsqrt()
     sigma = torch.where(ratio.isinf(), 1.0, ratio * alpha)
@@ -40,8 +40,8 @@ RATIOS = st.one_of(st.floats(1e-3, 1e3), st.just(math.inf))
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(RATIOS, min_size=1, max_size=5), st.integers(1, 20), st.integers(0, 999))
-def test_it_is_the_mean_of_what_may_explain_the_image(ratios, count, seed):
-    """Bayes' rule over x0 and the reference batch, written out in float64."""
+def test_it_is_the_mean_of_the_images_that_may_explain_the_noisy_one(ratios, count, seed):
+    """Apply Bayes' rule to x0 and the reference batch in float64."""
     level, size = level_of(ratios, 2), (len(ratios), 3, 2)
     x0, eps = normal(*size, seed=seed), normal(*size, seed=seed + 1)
     y = normal(count, 3, 2, seed=seed + 2)
@@ -70,7 +70,7 @@ def test_nearly_clean_images_explain_themselves(ratio, seed):
 
 
 def test_the_limit_is_beyond_what_images_can_share():
-    """Where the ratio is cut, the next grey level of one pixel is 39 deviations away."""
+    """At the largest ratio the next grey level of one pixel is 39 standard deviations away."""
     assert 2 / 255 * MAX_RATIO / 2 > 39
 
 
@@ -92,9 +92,9 @@ def test_it_is_the_exact_mean_of_normal_data_with_far_less_noise(ratio):
     assert spread[1] < spread[0] / 4 < 0.1
 
 
-def test_classes_explain_their_own():
-    """An image that is told its class is explained by that class, one that is told nothing by all;
-    at pure noise the mean is then that of the class, or of all."""
+def test_an_image_is_explained_by_its_own_class_alone():
+    """An image with a label is explained by its class, one with a hidden label by all images; at
+    pure noise the mean is then that of the class, or of all."""
     digits = data.load("digits")
     config = TrainConfig(steps=1, stable_target=600, label_dropout=0.5, **TINY)
     training = DiffusionTraining(config, digits, torch.device("cpu"))
@@ -111,8 +111,8 @@ def test_classes_explain_their_own():
         torch.testing.assert_close(mean[i], every.mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_every_process_has_the_same_reference_and_some_steps_share_one():
-    """Which one depends on the step alone, not on those before it."""
+def test_every_process_has_the_same_reference_and_consecutive_steps_share_one():
+    """The reference depends on the step alone, not on earlier steps."""
     digits = data.load("digits")
     config = TrainConfig(steps=1, stable_target=40, shift=1, **TINY)
     one = DiffusionTraining(config, digits, torch.device("cpu")).batches
@@ -127,7 +127,7 @@ def test_every_process_has_the_same_reference_and_some_steps_share_one():
     assert torch.equal(first, other.take(1, 12).reference.y)
 
 
-def test_parts_of_a_batch_learn_what_the_whole_does():
+def test_parts_of_a_batch_have_the_targets_of_the_whole():
     """Accumulated over three parts, the gradient step is the same."""
 
     def weights(**options):
@@ -140,7 +140,7 @@ def test_parts_of_a_batch_learn_what_the_whole_does():
 
 
 def test_the_loss_lacks_the_noise_of_the_target():
-    """Of the same batches before the first step."""
+    """The losses are of the same batches before the first step."""
     digits = data.load("digits")
 
     def loss(count):
@@ -155,7 +155,7 @@ def test_the_loss_lacks_the_noise_of_the_target():
 @pytest.mark.parametrize("options", [{"prediction_type": "edm"}, {"prediction_type": "flow"},
                                      {"prediction_type": "epsilon", "loss_weight": "min_snr"},
                                      {"dtype": "bfloat16"}])  # fmt: skip
-def test_every_objective_learns_it(options):
+def test_every_objective_is_trained_with_it(options):
     rows = []
     config = TrainConfig(steps=40, stable_target=128, optimizer="muon", **TINY | options)
     train(config, data.load("digits"), on_log_row=rows.append)
@@ -178,7 +178,7 @@ def test_latents_have_a_reference_of_latents():
     train(config, latents)
 
 
-def test_what_has_no_reference_is_refused():
+def test_data_without_a_reference_are_refused():
     with pytest.raises(InvalidArgument, match="stable_target must be 0 for learn_variance"):
         TrainConfig(steps=1, stable_target=8, learn_variance=True)
     with pytest.raises(InvalidArgument, match=r"stable_target must be in 0\.\.65536, got -1"):

@@ -66,7 +66,7 @@ def test_a_shipped_model_is_trained_on_other_data_and_stays_as_it_is(mnist, stri
     assert pipe(class_labels=[3], seed=0, num_inference_steps=2, output_type="np").images.any()
 
 
-def test_the_first_batch_sees_the_weights_of_the_start(mnist):
+def test_training_begins_at_the_weights_of_the_start(mnist):
     """With a learning rate of zero the result is the start."""
     data = ImageData("grey", torch.full((9, 1, 28, 28), 99, dtype=torch.uint8),
                      torch.zeros(9, dtype=torch.int64), mnist.class_names)  # fmt: skip
@@ -100,7 +100,7 @@ def test_frozen_weights_stay_to_the_bit_and_the_others_change(tiny, optimizer):
     assert {name for name in layers if not is_frozen(name)} <= moved
 
 
-def test_a_run_with_frozen_weights_that_was_cut_short_goes_on_to_the_same_weights(tiny, tmp_path):
+def test_an_interrupted_run_with_frozen_weights_resumes_to_the_same_weights(tiny, tmp_path):
     data, config = load("digits"), TrainConfig(steps=6, ema_half_life=0.3, **TINY)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     how = {"start": tiny, "learner": UpOnly.of}
@@ -205,7 +205,7 @@ def test_text_encoder_and_network_of_a_start_are_trained_together():
 
 
 @pytest.mark.parametrize("prediction_type", ["flow", "edm", "epsilon"])
-def test_every_prediction_type_goes_on(prediction_type):
+def test_every_prediction_type_is_trained_on(prediction_type):
     data = load("digits")
     config = TrainConfig(steps=2, prediction_type=prediction_type, **TINY)
     start = train(config, data)

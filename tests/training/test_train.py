@@ -1,4 +1,4 @@
-"""Training learns, and what it writes down is true."""
+"""Training: determinism, budget, batches, options, and refusals."""
 
 import copy
 import json
@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minidiff.data import ImageData, Stream, load
-from minidiff.data.conditioning import ClassLabels
 from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
 from minidiff.runtime.distributed import World
 from minidiff.runtime.files import read_options
+from minidiff.text.conditioning import ClassLabels
 from minidiff.training.config import TrainConfig, merged, options_of
 from minidiff.training.diffusion import Batches, DiffusionTraining, train
 from minidiff.training.learner import Learner
@@ -34,7 +34,7 @@ def test_a_run_repeats_bit_for_bit():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_pictures_and_reports_come_when_the_budget_says(tmp_path):
+def test_pictures_and_log_rows_are_evenly_spaced_over_the_budget(tmp_path):
     rows, pictures = [], []
     config = TrainConfig(steps=10, channels=(8, 8), batch_size=4, pictures=5)
     train(
@@ -67,15 +67,15 @@ def batches_of(config, data):
     return Batches(config, data, learner, objective, lambda x0: x0, part, torch.device("cpu"))
 
 
-def test_hidden_labels_have_the_share_that_was_asked_for():
+def test_the_fraction_of_hidden_labels_is_label_dropout():
     labels = torch.arange(10).repeat(10_000)
     data = ImageData("grey", torch.zeros(100_000, 1, 2, 2, dtype=torch.uint8), labels, TEN)
     config = TrainConfig(steps=1, label_dropout=0.1)
     found = batches_of(config, data).take(0, len(labels)).labels
-    shown = labels[Stream(len(data), config.seed).take(len(labels))]
+    expected = labels[Stream(len(data), config.seed).take(len(labels))]
     hidden = found == 10
     assert float(hidden.double().mean()) == pytest.approx(0.1, abs=4 * (0.09 / 1e5) ** 0.5)
-    assert torch.equal(found[~hidden], shown[~hidden])
+    assert torch.equal(found[~hidden], expected[~hidden])
 
 
 def test_the_noise_of_a_step_depends_on_the_seed_and_the_step_alone():
@@ -145,7 +145,7 @@ def test_a_bad_option_is_refused_when_the_config_is_built(options, message):
         TrainConfig(**options)
 
 
-def test_a_deep_copy_is_what_is_averaged_so_the_live_weights_stay():
+def test_the_average_is_a_deep_copy_so_the_live_weights_stay():
     from minidiff.training.optim import EMA
 
     model = nn.Linear(2, 2)
@@ -158,7 +158,7 @@ def test_a_deep_copy_is_what_is_averaged_so_the_live_weights_stay():
 
 
 def test_without_hidden_labels_there_is_no_label_for_no_class_and_no_guidance():
-    """A label that training never showed would steer guidance by random weights."""
+    """A label that never occurs in training would guide by random weights."""
     config = TrainConfig(steps=1, channels=(8, 8), batch_size=4, pictures=0, label_dropout=0)
     pipe = train(config, load("digits"))
     assert pipe.unet.config.num_class_embeds == 10
@@ -182,7 +182,7 @@ def weights(config, **options):
 
 
 def test_a_batch_in_parts_is_the_batch():
-    """To rounding, by plain gradient descent: Adam divides a small gradient by its size."""
+    """Equal to rounding by plain gradient descent; Adam divides a small gradient by its size."""
     whole, parts = (
         weights(TrainConfig(steps=3, accumulate=n, **TINY), optimizer=descent) for n in (1, 3)
     )
@@ -217,7 +217,7 @@ def descent(parameters):
     return torch.optim.SGD(parameters, lr=0.05)
 
 
-def test_another_optimizer_has_its_own_rate_and_the_configs_shape():
+def test_a_custom_optimizer_keeps_its_peak_rates_and_follows_the_schedule():
     seen = []
 
     class Watched(torch.optim.SGD):
@@ -230,10 +230,10 @@ def test_another_optimizer_has_its_own_rate_and_the_configs_shape():
         return Watched([{"params": [first], "lr": 0.3}, {"params": others}], lr=0.1)
 
     train(TrainConfig(steps=4, warmup=0, **TINY), load("digits"), optimizer=make)
-    assert seen == [pytest.approx([0.3 * share, 0.1 * share]) for share in (1, 0.75, 0.5, 0.25)]
+    assert seen == [pytest.approx([0.3 * factor, 0.1 * factor]) for factor in (1, 0.75, 0.5, 0.25)]
 
 
-def test_the_gradient_is_cut_to_the_norm_that_was_asked_for():
+def test_the_gradient_is_clipped_to_the_given_norm():
     norms = []
 
     class Watched(torch.optim.SGD):
@@ -317,7 +317,7 @@ def test_a_few_steps_that_are_not_finite_are_skipped_and_logged():
 
 
 @pytest.mark.parametrize("name", ["digits", "captions"])
-def test_a_fresh_network_says_nothing_and_soon_every_layer_learns(name):
+def test_a_fresh_network_outputs_zero_and_soon_every_layer_is_trained(name):
     config = TrainConfig(steps=4, **TINY)
     training = DiffusionTraining(config, load(name), torch.device("cpu"))
     batch = training.batches.take(0, 8)
@@ -381,7 +381,7 @@ def test_a_bad_config_file_is_refused_in_one_line(tmp_path, name, text, error, m
         merged(read_options(tmp_path / name))
 
 
-def test_every_preset_says_why_and_builds():
+def test_every_preset_gives_its_reasons_and_builds():
     for preset in PRESETS.values():
         assert len(preset.why) > 40
         config = merged(options_of(preset.train), {"sigma_data": 0.5} if

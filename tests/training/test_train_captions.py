@@ -1,4 +1,4 @@
-"""Training on captions: network and text encoder learn together, and are saved together."""
+"""Training on captions: network and text encoder are trained and saved together."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ import torch
 from minidiff import cli
 from minidiff.data import load
 from minidiff.data.captioned.captions import CaptionedDigits
-from minidiff.data.conditioning import Captions
 from minidiff.errors import InvalidArgument
 from minidiff.pipeline import Pipeline
 from minidiff.runs import diffusion
 from minidiff.runs.autosave import Saving
+from minidiff.text.conditioning import Captions
 from minidiff.training.build import build
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import train
@@ -36,7 +36,7 @@ def weights(module) -> torch.Tensor:
     return torch.cat([parameter.flatten() for parameter in module.parameters()])
 
 
-def test_the_text_encoder_learns_with_the_network_and_is_averaged_like_it():
+def test_the_text_encoder_is_trained_and_averaged_with_the_network():
     config = TrainConfig(steps=4, ema_half_life=0.3, **SMALL)
     fresh, seen = build(config, load("captions")), []
 
@@ -47,8 +47,8 @@ def test_the_text_encoder_learns_with_the_network_and_is_averaged_like_it():
     encoder = pipe.prompts.text_encoder
     assert not torch.equal(seen[-1], weights(fresh.prompts.text_encoder))
     exponent = torch.log(torch.tensor(0.5)) / torch.log1p(torch.tensor(-0.3))
-    shares = (torch.arange(1, 5) / 4) ** exponent - (torch.arange(4) / 4) ** exponent
-    average = sum(share * row for share, row in zip(shares, seen, strict=True))
+    weights_of_steps = (torch.arange(1, 5) / 4) ** exponent - (torch.arange(4) / 4) ** exponent
+    average = sum(weight * row for weight, row in zip(weights_of_steps, seen, strict=True))
     torch.testing.assert_close(weights(encoder), average, atol=1e-5, rtol=1e-4)
 
 
@@ -57,17 +57,17 @@ def test_hidden_captions_are_the_empty_prompt():
     pipe = build(TrainConfig(steps=1, **SMALL), data)
     learner = Learner.of(pipe)
     assert isinstance(learner.condition, Captions)
-    _, told = data.batch(torch.arange(3))
-    hidden = learner.hide(told, torch.tensor([True, False, True]))
+    _, tokens = data.batch(torch.arange(3))
+    hidden = learner.hide(tokens, torch.tensor([True, False, True]))
     empty = data.tokenizer.encode(["", ""])
     assert torch.equal(hidden[[0, 2]], empty)
-    assert torch.equal(hidden[1], told[1])
+    assert torch.equal(hidden[1], tokens[1])
     condition = learner.condition(hidden)["encoder_hidden_states"]
     expected = pipe.prompts.null(2, (32, 32))["encoder_hidden_states"]
     torch.testing.assert_close(condition[[0, 2]], expected)
 
 
-def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(folder, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_weights(folder, tmp_path):
     again = shutil.copytree(folder, tmp_path / "again")
     shutil.rmtree(again / "model")
     shutil.rmtree(again / "checkpoints" / "step-000006")
@@ -77,14 +77,14 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(folder, tmp_path):
         assert (again / "model" / f"{part}.safetensors").read_bytes() == whole
 
 
-def test_pictures_along_the_way_are_of_captions(folder, tmp_path):
+def test_pictures_during_training_are_drawn_from_captions(folder, tmp_path):
     pipe, data = Pipeline.from_pretrained(folder / "model"), load("captions")
     prompts = data.captions(torch.arange(10))
     images = diffusion.write_samples(pipe, tmp_path / "samples.png", 1, prompts=prompts)
     assert (images == pipe(prompts, seed=0, output_type="np").images).all()
 
 
-def test_a_run_holds_a_pipeline_that_reads(folder):
+def test_a_run_holds_a_pipeline_that_can_be_read(folder):
     about = json.loads((folder / "config.json").read_text())["data"]
     assert about["name"] == "captions"
     pipe = Pipeline.from_pretrained(folder / "model")
@@ -98,7 +98,7 @@ def test_without_hidden_captions_no_guidance_is_stored():
     assert build(config, load("captions")).guidance_scale == 1
 
 
-def test_the_command_line_draws_what_a_prompt_says(folder, tmp_path, capsys):
+def test_the_command_line_samples_from_a_prompt(folder, tmp_path, capsys):
     png = tmp_path / "seven.png"
     arguments = ["sample", str(folder), "a red 7", "--negative", "blue", "--num", "2"]
     assert cli.main([*arguments, "--png", str(png)]) == 0
@@ -120,7 +120,7 @@ def test_a_text_encoder_without_size_is_refused(options, message):
 
 
 @pytest.mark.parametrize("option", [["--data-dir", "x"], ["--image-size", "64"]])
-def test_options_that_captions_have_no_use_for_are_refused(tmp_path, capsys, option):
+def test_options_that_do_not_apply_to_captions_are_refused(tmp_path, capsys, option):
     arguments = ["train", "--data", "captions", "--steps", "1", "--out", str(tmp_path / "run")]
     assert cli.main([*arguments, *option]) == 2
     assert "captions" in capsys.readouterr().err

@@ -29,7 +29,7 @@ STEPS = 24  # the last half of them before a discriminator
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    """A tenth of them, which are measured in a tenth of the time."""
+    """A tenth of the digits, which takes a tenth of the time to measure."""
     all_ = load("digits")
     return ImageData(all_.name, all_.images[:1000], all_.labels[:1000], all_.class_names)
 
@@ -88,8 +88,8 @@ def test_the_bound_is_the_error_of_a_pixel_and_the_weighted_divergence(name, pow
     assert float(bound(x, made, posterior, config)) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_the_verdict_reaches_the_decoder_through_the_image_alone(digits):
-    """Its gradient is that of the image times what the judge says of the image, and no more."""
+def test_the_adversarial_loss_reaches_the_decoder_through_the_image_alone(digits):
+    """The gradient is that of the image times the discriminator's gradient, and nothing else."""
     vae, judge = build(VAEConfig(steps=1, **TINY), digits)
     x, _ = digits.batch(torch.arange(4))
     made = vae(x)
@@ -103,7 +103,7 @@ def test_the_verdict_reaches_the_decoder_through_the_image_alone(digits):
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(direct, through, strict=True))
 
 
-def test_what_the_judge_learns_from_does_not_reach_the_decoder(digits):
+def test_the_discriminators_loss_does_not_reach_the_decoder(digits):
     vae, judge = build(VAEConfig(steps=1, **TINY), digits)
     x, _ = digits.batch(torch.arange(4))
     hinge(judge, x, vae(x)).backward()
@@ -111,8 +111,8 @@ def test_what_the_judge_learns_from_does_not_reach_the_decoder(digits):
     assert all(p.grad is not None for p in judge.parameters())
 
 
-def test_the_hinge_counts_only_verdicts_that_are_wrong_or_weak():
-    def judge(image):  # says what it sees
+def test_the_hinge_loss_ignores_confident_right_verdicts():
+    def judge(image):
         return image
 
     real, made = torch.tensor([3.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 1.0])
@@ -121,7 +121,7 @@ def test_the_hinge_counts_only_verdicts_that_are_wrong_or_weak():
     assert float(verdict(judge, made)) == pytest.approx(1 / 3)
 
 
-def test_balanced_terms_pull_equally_hard_on_the_last_layer():
+def test_balanced_terms_have_equal_gradient_norms_at_the_last_layer():
     last = nn.Parameter(torch.tensor([1.0, 2.0]))
     error, judged = (last * torch.tensor([3.0, 4.0])).sum(), (last * torch.tensor([0, 0.1])).sum()
     scale = balance(error, judged, last)
@@ -130,8 +130,8 @@ def test_balanced_terms_pull_equally_hard_on_the_last_layer():
     assert float(balance(error, 0 * judged, last)) == 1e4  # an indifferent judge
 
 
-def test_a_patch_is_as_wide_as_it_says():
-    """What one number of the answer depends on, without the norms, which see all of a picture."""
+def test_a_patch_has_the_documented_width():
+    """Without the norms, which depend on the whole image, one output depends on a patch."""
     for levels in (1, 2, 3):
         judge = PatchDiscriminator(1, (8,) * levels)
         plain = nn.Sequential(*(m for m in judge if isinstance(m, nn.Conv2d)))
@@ -144,8 +144,8 @@ def test_a_patch_is_as_wide_as_it_says():
         assert int(seen.max() - seen.min()) + 1 == 5 * 2**levels - 2
 
 
-def test_the_discriminator_takes_part_from_its_start_on(digits, trained):
-    """Until then a run without one is the same, and from then on it is not."""
+def test_the_discriminator_is_used_from_adversarial_start_on(digits, trained):
+    """Until then a run without a discriminator is the same, and afterwards it is not."""
     rows = []
     train_vae(VAEConfig(steps=STEPS, adversarial_weight=0, **TINY), digits, on_log_row=rows.append)
     same = [one.loss == other.loss for one, other in zip(rows, trained[1], strict=True)]
@@ -194,7 +194,7 @@ def call(out: Path, data: Path | str, *others: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Three hundred pictures, thirty of which are held out."""
+    """Three hundred images; thirty are held out."""
     folder, numbers = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for i in range(300):
         pixels = np.full((8, 8), i % 200, np.uint8)
@@ -210,7 +210,7 @@ def vae_run(photos, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_run_says_everything_about_itself(photos, vae_run, tmp_path, capsys):
+def test_a_run_writes_its_config_log_and_results(photos, vae_run, tmp_path, capsys):
     config = json.loads((vae_run / "config.json").read_text())
     assert config["data"]["images"] == 270
     assert config["train"]["channels"] == [8, 8]
@@ -231,27 +231,29 @@ def test_a_run_says_everything_about_itself(photos, vae_run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_reconstructions_of_digits_are_scored_beside_the_images_themselves(tmp_path, capsys):
+def test_reconstructions_of_digits_are_scored_with_the_images_themselves(tmp_path, capsys):
     assert main(call(tmp_path / "run", "digits")) == 0
     printed = capsys.readouterr().out
     assert re.search(r"reconstructed     accuracy .*, FD \d+\.\d\d ‰", printed)
     assert re.search(r"real, held out    accuracy 100\.00%, FD 0\.18 ‰", printed)
 
 
-def test_the_folder_is_diffusers_own(vae_run):
+def test_diffusers_reads_the_folder(vae_run):
     ours = open_vae(vae_run)
     theirs = diffusers.AutoencoderKL.from_pretrained(vae_run / "vae")
     assert theirs.config.scaling_factor == ours.config.scaling_factor
     assert theirs.config.shift_factor == ours.config.shift_factor
     x = torch.rand(8, 1, 8, 8) * 2 - 1
     with torch.no_grad():
-        said = theirs.encode(x).latent_dist
-        assert torch.allclose(ours.encode(x).mean, said.mean, atol=1e-5)
-        assert torch.allclose(ours.encode(x).std, said.std, atol=1e-5)
-        assert torch.allclose(ours.decode(said.mean), theirs.decode(said.mean).sample, atol=1e-5)
+        posterior = theirs.encode(x).latent_dist
+        assert torch.allclose(ours.encode(x).mean, posterior.mean, atol=1e-5)
+        assert torch.allclose(ours.encode(x).std, posterior.std, atol=1e-5)
+        assert torch.allclose(
+            ours.decode(posterior.mean), theirs.decode(posterior.mean).sample, atol=1e-5
+        )
 
 
-def test_the_measures_are_those_of_their_definitions():
+def test_the_measures_agree_with_their_definitions():
     data = ImageData("noise", torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), None, ())
     vae, _ = build(VAEConfig(steps=1, **TINY), data)
     perfect = measure(vae, data.images, data, data)
@@ -263,7 +265,7 @@ def test_the_measures_are_those_of_their_definitions():
     assert half.psnr == pytest.approx(10 * math.log10(255**2 / 50))
 
 
-def test_below_each_row_of_images_are_its_twins():
+def test_below_each_row_of_images_are_its_reconstructions():
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 1, 2, 2)
     picture = np.asarray(side_by_side(images, images + 100))
     assert picture[::6, ::6].tolist() == [

@@ -21,11 +21,11 @@ from minidiff.data import digits
 from minidiff.data.captioned import scenes
 from minidiff.data.captioned.grammar import CHOICES, PHRASES, compose, grammar, tokenizer
 from minidiff.data.captioned.scenes import NONE, Scenes
-from minidiff.data.conditioning import Captions, ConditionConfig
 from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument, one_of, whole_number
 from minidiff.images.pixels import to_float
 from minidiff.runtime.cuda_graph import CudaGraph
+from minidiff.text.conditioning import Captions, ConditionConfig
 from minidiff.text.prompts import WordPrompts
 from minidiff.text.words import WordTokenizer
 
