@@ -429,6 +429,6 @@ def test_a_custom_objective_may_evaluate_the_network_twice():
         ("epsilon", {}, "Objective"),
     ],
 )
-def test_a_custom_objective_of_another_class_is_refused(own, options, usual):
+def test_a_custom_objective_that_does_not_fit_is_refused(own, options, usual):
     with pytest.raises(InvalidArgument, match=f"objective must be a subclass of {usual} for"):
         train(TrainConfig(steps=1, **options), load("digits"), objective=own)

@@ -76,7 +76,7 @@ def test_the_limit_is_beyond_what_images_can_share():
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0, 20.0])
 def test_it_is_the_exact_mean_of_normal_data_with_far_less_noise(ratio):
-    """Data N(0, I) in the plane: E[x0 | x] = α·x, of which one x0 has the deviation σ."""
+    """For data N(0, I) in the plane E[x0 | x] = α·x, and one x0 deviates from it by σ."""
     level = level_of([ratio] * 4000, 1)
     x0, eps = normal(4000, 2), normal(4000, 2, seed=1)
     x = level.alpha * x0 + level.sigma * eps
