@@ -1,5 +1,6 @@
 """Entry point of the command line: parses arguments, runs a command, prints errors as a line."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,11 @@ from minidiff.errors import InvalidArgument, MinidiffError, Stopped, TrainingErr
 from minidiff.runtime.device import keep_freed_memory
 from minidiff.runtime.distributed import rank
 
+PATHS = {
+    "out", "resume", "run", "data", "data_dir", "image", "mask", "png", "npz", "json", "vae",
+    "config", "classifier",
+}  # fmt: skip
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
@@ -18,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     keep_freed_memory()
     options = parser().parse_args(arguments)
+    for name in PATHS & vars(options).keys():
+        if isinstance(value := getattr(options, name), str):  # a shell leaves "~" after "="
+            setattr(options, name, os.path.expanduser(value))
     try:
         options.command(options)
     except Stopped as stopped:

@@ -60,7 +60,9 @@ def saving_of(options: argparse.Namespace) -> Saving:
 def start_line(device: torch.device, config: LoopConfig, data: Data) -> str:
     """Return the line that is printed when a run starts."""
     where = describe(device, DTYPES[config.dtype])
-    return f"device: {where}; data: {len(data)} images of {data.name}"
+    names = data.class_names
+    shown = f", {len(names)} classes: {', '.join(names[:10])}{', …' * (len(names) > 10)}"
+    return f"device: {where}; data: {len(data)} images of {data.name}{shown if names else ''}"
 
 
 def data_source(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from minidiff.data.stream import Stream, batches
 from minidiff.data.toys import PointData
 from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
 from minidiff.images.pixels import to_float, to_uint8
+from minidiff.runtime.files import user_path
 
 __all__ = [
     "DATA_VARIABLE",
@@ -70,6 +71,8 @@ def load(
         CheckpointError: a folder to download to cannot be written.
     """
     one_of("split", split, SPLITS)
+    if isinstance(name, str | Path) and str(name).startswith("~"):
+        name = user_path(name)
     true_or_false("download", download)
     if name in (*NAMES, *TOYS) and image_size is not None:
         raise InvalidArgument(f"image_size is for folders of images, {name} has its own")
@@ -115,7 +118,7 @@ def _load_published(
             f"{name} is read from its published {PUBLISHED[name]}: pass --data-dir / data_dir= "
             f"with the folder that holds them, or set {DATA_VARIABLE}"
         )
-    folder, module = Path(given), {"mnist": mnist, "cifar10": cifar10}[name]
+    folder, module = user_path(given), {"mnist": mnist, "cifar10": cifar10}[name]
     if not folder.is_dir() and not download:
         raise DataError(f"{folder}: no such folder, expected the {PUBLISHED[name]} of {name} in it")
     inside = folder / name

@@ -4,8 +4,9 @@
     folder/1.png, folder/2.png …            no sub-folders: no labels
 
 Sub-folders are searched to any depth and links are followed. A sub-folder without images is not a
-class. Names that begin with a dot, and files without the suffix of an image, are ignored. The order
-is that of the sorted relative paths.
+class, nor are folders of thumbnails (`@eaDir`, `__MACOSX`). Sub-folders that are all called train,
+val or test are refused. Names that begin with a dot, and files without the suffix of an image, are
+ignored. The order is that of the sorted relative paths.
 
 Every tenth image of that order (the 10th, 20th, …) belongs to the test split and never to the train
 split. It is needed to distinguish memorizing from generalizing.
@@ -14,29 +15,30 @@ Pixels are those of the first frame, with EXIF orientation applied and transpare
 black. They are grey (C = 1) if every file is stored as grey, else RGB (C = 3) for all.
 """
 
-import re
 import unicodedata
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from minidiff.data.images import ImageData
 from minidiff.errors import DataError, one_of, whole_number
+from minidiff.images.pixels import GREY_MODES, on_black, opened, orientation, too_deep, upright
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
                       ".pgm", ".pnm", ".jfif"})  # fmt: skip
 UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2"})  # refused, not ignored
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # for EPS Pillow runs Ghostscript
 HOLD_OUT = 10  # one image in ten is the test split
-
-_GREY = frozenset({"1", "L", "LA", "La"})
-_COLOUR = frozenset({"P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr"})
-_ORIENTATION = 0x0112  # EXIF tag; its values 5..8 swap width and height
+MAX_BYTES = 1 << 35  # images are held in memory; more than this is a forgotten image_size
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}  # thumbnails and leftovers of file systems
 
 
 class _Header(NamedTuple):
@@ -78,9 +80,16 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
             f"the test split is every {HOLD_OUT}th image"
         )
     size = (headers[0].width, headers[0].height) if image_size is None else (image_size,) * 2
+    if (needed := len(chosen) * len(mode) * size[0] * size[1]) > MAX_BYTES:
+        raise DataError(
+            f"{root}: {len(chosen)} images of {size[0]}×{size[1]} need {needed / 2**30:.0f} GiB of "
+            "memory; pass image_size to crop and resize them"
+        )
     images = torch.empty(len(chosen), len(mode), size[1], size[0], dtype=torch.uint8)
     for row, i in enumerate(chosen):
-        images[row] = _pixels(files[i], mode, size)
+        images[row] = _pixels(files[i], mode, size, resize=image_size is not None)
+    if not images.any():
+        raise DataError(f"{root}: every pixel of every image is black: there is nothing to learn")
     chosen_labels = torch.tensor([labels[i] for i in chosen]) if class_names else None
     # "folder" distinguishes a folder called "mnist" from the data set of that name.
     name = f"folder {root.resolve().name}"
@@ -90,6 +99,11 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
 def _list(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     """Return all image files in order, the label of each, and the class names."""
     files, folders = _entries(root)
+    if len(folders) > 1 and {folder.name.lower() for folder in folders} <= SPLIT_NAMES:
+        raise DataError(
+            f"{root}: {', '.join(folder.name for folder in folders)} are parts of a data set, not "
+            "classes; give the path of one of them"
+        )
     classes = {folder.name: _search(folder, (root.resolve(),)) for folder in folders}
     classes = {name: found for name, found in classes.items() if found}
     if files and classes:
@@ -112,7 +126,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder}: not a folder that can be read ({error.strerror})") from error
-    folders = [entry for entry in entries if entry.is_dir()]
+    folders = [entry for entry in entries if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
     files = []
     for entry in (entry for entry in entries if not entry.is_dir()):
         suffix = entry.suffix.lower()
@@ -135,29 +149,27 @@ def _search(folder: Path, above: tuple[Path, ...]) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
     """Open an image and read its header but not its pixels."""
     with warnings.catch_warnings():
         # Pillow warns from 89 million pixels on and refuses twice as many; here both are refused.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path, formats=FORMATS)
+        with opened(path, FORMATS) as image:
+            yield image
 
 
 def _header(path: Path) -> _Header:
     try:
         with _open(path) as image:
-            width, height = image.size
-            mode, depth = image.mode, str(image.tile)  # before getexif, which may empty the latter
-            if image.getexif().get(_ORIENTATION, 1) >= 5:
+            (width, height), mode, problem = image.size, image.mode, too_deep(image)
+            if orientation(image) >= 5:
                 width, height = height, width
     except Exception as error:  # decoders of arbitrary bytes raise nearly anything
         raise DataError(f"{path}: not a readable image ({error})") from error
-    # Pillow would clip 16-bit grey and floats, and drop half of the bits of 16-bit colours.
-    deep = re.search(r";16[BLN]", depth) is not None
-    if deep or mode not in _GREY | _COLOUR:
-        bits = ", 16 bits" if deep else ""
-        raise DataError(f"{path}: pixels of mode {mode!r}{bits}, expected 8 bits a channel")
-    return _Header(mode in _GREY, width, height)
+    if problem:
+        raise DataError(f"{path}: {problem}, expected 8 bits a channel")
+    return _Header(mode in GREY_MODES, width, height)
 
 
 def _require_one_size(files: list[Path], headers: list[_Header]) -> None:
@@ -170,20 +182,21 @@ def _require_one_size(files: list[Path], headers: list[_Header]) -> None:
             )
 
 
-def _pixels(path: Path, mode: str, size: tuple[int, int]) -> Tensor:
+def _pixels(path: Path, mode: str, size: tuple[int, int], *, resize: bool) -> Tensor:
     """Decode one image as uint8 (C, H, W)."""
     try:
         with _open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            image = image.convert(mode)
-            if image.size != size:
-                image = _central_square(image).resize(size, Image.Resampling.LANCZOS)
-            pixels = np.array(image, dtype=np.uint8)
+            image = on_black(upright(image)).convert(mode)
     except Exception as error:  # as in _header
         raise DataError(f"{path}: truncated or damaged ({error})") from error
+    if image.size != size:
+        if not resize:
+            raise DataError(
+                f"{path}: its pixels are {image.width}×{image.height}, its header says "
+                f"{size[0]}×{size[1]}; pass image_size to crop and resize all images"
+            )
+        image = _central_square(image).resize(size, Image.Resampling.LANCZOS)
+    pixels = np.array(image, dtype=np.uint8)
     return torch.from_numpy(pixels.reshape(size[1], size[0], len(mode))).permute(2, 0, 1)
 
 

@@ -6,7 +6,9 @@ round trip exactly. Nothing is resized or clipped and no mode is converted: anot
 number of channels or another range is refused.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,13 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import DataError, InvalidArgument, one_of
+from minidiff.runtime.files import user_path
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MODES = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # PIL's modes by the number of channels
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # read without running other programs
+GREY_MODES = {"1", "L", "LA", "La"}  # PIL's modes of at most 8 bits per channel
+COLOUR_MODES = {"P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr"}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # exact in float32
 
 
@@ -205,20 +210,110 @@ def _shape(given: Any) -> tuple[int, ...]:
 
 
 def read_image(path: str | Path, mode: str) -> Any:
-    """Read an image file as a PIL image of this mode.
+    """Read an image file as an upright PIL image of this mode; transparency is put on black.
 
     Raises:
-        DataError: the file is missing, damaged or not an image.
+        DataError: the file is missing, damaged, not an image, or has more than 8 bits per channel.
     """
-    from PIL import Image, ImageOps
+    image = _decoded(path)
+    return on_black(image).convert(mode) if mode != "RGBA" else image.convert(mode)
 
-    if not Path(path).is_file():
+
+def read_mask(path: str | Path) -> Any:
+    """Read an image file as a mask, white where an image is replaced.
+
+    Raises:
+        DataError: as `read_image`; or the file has transparency, or holds 0 and 1 only.
+    """
+    image = _decoded(path)
+    if image.has_transparency_data:
+        raise DataError(
+            f"{path}: has transparency; a mask is opaque, white where the image is replaced"
+        )
+    mask = image.convert("L")
+    if image.mode != "1" and mask.getextrema()[1] == 1:
+        raise DataError(f"{path}: its largest value is 1; a mask is white (255) where it replaces")
+    return mask
+
+
+def _decoded(path: str | Path) -> Any:
+    path = user_path(path)
+    if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+        with opened(path) as image:
+            problem = too_deep(image)
+            decoded = upright(image)
     except Exception as error:  # Pillow's decoders raise any exception for damaged files
         raise DataError(f"{path}: not a readable image ({error})") from error
+    if problem:
+        raise DataError(f"{path}: {problem}, expected 8 bits a channel")
+    return decoded
+
+
+@contextmanager
+def opened(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Any]:
+    """Open an image file as a PIL image, whose pixels are not decoded yet.
+
+    Pillow opens a path of its own by a memory map, which misreads turned TIFFs without
+    compression; a file object has none.
+    """
+    from PIL import Image
+
+    with path.open("rb") as file, Image.open(file, formats=formats) as image:
+        yield image
+
+
+def too_deep(image: Any) -> str:
+    """Return why 8 bits per channel cannot hold the pixels of an opened image, or "".
+
+    Pillow would clip 16-bit grey and floats, and drop half of the bits of 16-bit colours.
+    """
+    depth = str(image.tile)
+    deep = re.search(r";16[BLN]", depth) or (
+        image.format == "PPM" and re.search(r"\b\d{4,}\)", depth)
+    )
+    if deep or image.mode not in GREY_MODES | COLOUR_MODES:
+        return f"pixels of mode {image.mode!r}{', 16 bits' if deep else ''}"
+    return ""
+
+
+def orientation(image: Any) -> int:
+    """Return the EXIF orientation of an opened image, 1 to 8; 1 where it cannot be read.
+
+    Metadata must not decide whether pixels are read. Pillow reports the size of a TIFF after the
+    turn, and turns it when it is decoded. Reading EXIF behind the pixels of a PNG would decode it.
+    """
+    if image.format == "TIFF":
+        return 1
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF raises nearly anything
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def upright(image: Any) -> Any:
+    """Decode an opened image, and turn it as its EXIF orientation says, if that can be read."""
+    from PIL import ImageOps
+
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as in `orientation`
+        return image.copy()
+
+
+def on_black(image: Any) -> Any:
+    """Return an image without transparency, put on black."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
 
 
 def blend(kept: Tensor, generated: Tensor, mask: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def demo(
     Raises:
         CheckpointError: `out` cannot be written, or holds something other than an earlier demo.
     """
-    out = Path(out)
+    out = files.user_path(out)
     _refuse_foreign(out)
     data = load("digits")
     settings = Settings("demo", config, {"name": "digits"}, about(data), device.type)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
-from minidiff.runtime.files import Config, atomic_folder, read_json, write_json
+from minidiff.runtime.files import Config, atomic_folder, read_json, user_path, write_json
 from minidiff.runtime.tensors import (
     DTYPES,
     Stored,
@@ -78,7 +78,7 @@ class Model(nn.Module):
         """
         if torch_dtype not in DTYPES:
             raise InvalidArgument(f"torch_dtype must be one of {DTYPES}, got {torch_dtype!r}")
-        folder = Path(folder, subfolder or "")
+        folder = user_path(folder) / (subfolder or "")
         stored = cls.translate_names(read_headers(find_weights(folder, cls.weights_name, variant)))
         config = cls.read_config(folder)
         try:
@@ -110,7 +110,7 @@ class Model(nn.Module):
             CheckpointError: the folder cannot be written, or holds files that would be lost.
             InvalidArgument: a bad max_shard_size or variant.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         others = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         own = own_files(self.weights_name, variant)
         if foreign := sorted(n for n in others - {CONFIG} if not own.fullmatch(n)):

@@ -62,7 +62,7 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         CheckpointError: names the file that is missing, damaged or not understood.
         InvalidArgument: parts or options do not fit each other.
     """
-    folder = Path(folder)
+    folder = files.user_path(folder)
     index = files.read_json(folder / INDEX)
     _check_index(folder / INDEX, index)
     own, parts = index["_class_name"] == OWN, _parts(index)
@@ -206,7 +206,7 @@ def write(
         CheckpointError: the folder cannot be written, or holds something else.
         InvalidArgument: there is an extra network, which diffusers' pipelines do not have.
     """
-    folder = Path(folder)
+    folder = files.user_path(folder)
     check_replaceable(folder)
     parts = {name: part for name, part in parts.items() if part is not None}
     index: dict[str, Any] = {"_class_name": OWN, **options}

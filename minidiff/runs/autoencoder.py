@@ -27,6 +27,7 @@ from minidiff.runs.folder import RECONSTRUCTIONS, VAE
 from minidiff.runs.run import Run
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched
+from minidiff.runtime.files import user_path
 from minidiff.training.autoencoder import check, train_vae
 from minidiff.training.config import VAEConfig
 
@@ -153,7 +154,7 @@ def open_vae(path: str | Path) -> AutoencoderKL:
     Raises:
         CheckpointError: it is none of these, or it is damaged.
     """
-    path = Path(path)
+    path = user_path(path)
     inside = (path / VAE / CONFIG).is_file()
     if not inside and not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: neither a run (no {VAE}/{CONFIG}) nor a vae (no {CONFIG})")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -158,7 +159,7 @@ class Autosave:
             training.world.largest(0)  # no process leaves before the snapshot is there
             raise Stopped(
                 f"stopped by {signal.Signals(stop).name} and saved at step {budget.step}; go on "
-                f"with: minidiff {self.run.settings.command} --resume {self.out}",
+                f"with: minidiff {self.run.settings.command} --resume {shlex.quote(str(self.out))}",
                 stop,
             )
 

@@ -76,7 +76,7 @@ def create(out: str | Path, settings: Settings) -> Path:
     Raises:
         CheckpointError: the folder is not empty or cannot be written.
     """
-    out = Path(out)
+    out = files.user_path(out)
     _refuse_unless_empty(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def read_settings(out: str | Path, command: str) -> Settings:
     Raises:
         CheckpointError: the folder is no run, or one of another command.
     """
-    path = Path(out) / CONFIG
+    path = files.user_path(out) / CONFIG
     content = files.read_json(path)
     if (found := content.get("command", command)) != command:
         raise CheckpointError(f"{out}: is a run of minidiff {found}, not of minidiff {command}")
@@ -148,7 +148,7 @@ def open_pipeline(path: str | Path, device: Device | str = "cpu") -> Pipeline:
     Raises:
         CheckpointError: it is neither, or it is damaged.
     """
-    path = Path(path)
+    path = files.user_path(path)
     for folder in (path / MODEL, path):
         if (folder / INDEX).is_file():
             return Pipeline.from_pretrained(folder).to(device)

@@ -18,6 +18,7 @@ from minidiff.runs.autosave import Autosave, Log, OnLogRow, PrintLine, Saving, S
 from minidiff.runs.folder import LOG, Settings, about, create, read_settings
 from minidiff.runtime import files
 from minidiff.runtime.distributed import rank
+from minidiff.runtime.files import user_path
 from minidiff.training.config import LoopConfig
 from minidiff.training.progress import Progress
 
@@ -34,7 +35,7 @@ class Run:
     """
 
     def __init__(self, out: str | Path, settings: Settings, print_line: PrintLine) -> None:
-        self.out, self.settings, self.leads = Path(out), settings, rank() == 0
+        self.out, self.settings, self.leads = user_path(out), settings, rank() == 0
         self.print_line = print_line if self.leads else _ignore
 
     @classmethod

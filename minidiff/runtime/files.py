@@ -5,6 +5,7 @@ target, synced, and renamed. A reader sees the old content or the new, never hal
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -43,13 +44,40 @@ class Config(dict):
             raise AttributeError(f"the config has no option {name!r}") from None
 
 
+def user_path(path: str | Path) -> Path:
+    """Return a path with "~" expanded, which a shell leaves as it is after "="."""
+    return Path(path).expanduser()
+
+
 def _sync(path: Path) -> None:
-    """Flush a file or a directory entry to the disk, so that a rename cannot overtake it."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or a directory entry to the disk, so that a rename cannot overtake it.
+
+    Windows flushes only what is open for writing, and no directories.
+    """
+    is_folder = path.is_dir()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not is_folder:
+            raise
+
+
+def _target(path: str | Path) -> Path:
+    """Return the path to write to: behind "~" and behind links, which stay links."""
+    path = user_path(path)
+    try:
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
+    except (OSError, ValueError):  # not a name of a file: whoever writes says so
+        return path
+
+
+def _mode(path: Path, default: int) -> int:
+    """Return the permissions of a file or folder that is replaced, or those of a new one."""
+    return path.stat().st_mode & 0o7777 if path.exists() else default & ~_umask()
 
 
 @contextlib.contextmanager
@@ -59,7 +87,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder cannot be written, or `path` is not an ordinary file.
     """
-    path = Path(path)
+    path = _target(path)
     with _naming(path):
         _refuse_other_than_a_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +98,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with _naming(path):
             yield temporary
             _sync(temporary)
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+            temporary.chmod(_mode(path, 0o666))  # mkstemp makes private files
             os.replace(temporary, path)
             _sync(path.parent)
     finally:
@@ -84,7 +112,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder cannot be written, or `path` is a file.
     """
-    path = Path(path)
+    path = _target(path)
     with _naming(path):
         if path.exists() and not path.is_dir():
             raise CheckpointError(f"{path}: is a file, expected a folder to write into")
@@ -95,7 +123,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             yield temporary
             for entry in sorted(temporary.rglob("*")):
                 _sync(entry)
-            temporary.chmod(0o777 & ~_umask())
+            temporary.chmod(_mode(path, 0o777))
             _swap_in(temporary, path)
             _sync(path.parent)
     finally:
@@ -125,9 +153,15 @@ def _refuse_other_than_a_file(path: Path) -> None:
 
 
 def _swap_in(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; an old folder, which blocks renaming, is moved aside first."""
+    """Rename `temporary` to `path`, and delete the folder that was there.
+
+    Linux exchanges the two in one step. Elsewhere the old folder is moved aside first, where
+    `clear_temporaries` finds it after a kill in between.
+    """
     if not path.exists():
         os.rename(temporary, path)
+        return
+    if _exchange(temporary, path):
         return
     aside = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.old.", path.parent))
     os.rename(path, aside / path.name)
@@ -140,6 +174,16 @@ def _swap_in(temporary: Path, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, if the system and the file system can."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
 def is_temporary(path: Path) -> bool:
     """Return True for the temporary names of `atomic_file` and `atomic_folder`."""
     return path.name.startswith(".") and path.name.endswith(TEMPORARY)
@@ -148,12 +192,23 @@ def is_temporary(path: Path) -> bool:
 def clear_temporaries(folder: Path) -> None:
     """Delete the temporary entries that a killed process left in a folder.
 
+    A folder that was moved aside, and whose replacement never came, is moved back instead.
+
     Call it only for a folder that minidiff owns, and under its lock: a process that is writing has
     temporary entries as well.
     """
     for entry in folder.iterdir():
         if is_temporary(entry):
+            _move_back(entry)
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _move_back(aside: Path) -> None:
+    """Put a folder that `_swap_in` moved aside where it was, if nothing is there."""
+    if ".old." in aside.name and aside.is_dir():
+        for old in aside.iterdir():
+            if not (target := aside.parent / old.name).exists():
+                os.rename(old, target)
 
 
 @contextlib.contextmanager
@@ -194,7 +249,7 @@ def ensure_writable(path: str | Path) -> None:
     Raises:
         CheckpointError: its folder cannot be made or written, or `path` is not an ordinary file.
     """
-    path = Path(path)
+    path = _target(path)
     with _naming(path):
         _refuse_other_than_a_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +277,7 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
     Raises:
         CheckpointError: missing, unreadable, too large, not UTF-8, not JSON, or not an object.
     """
-    return _read_object(Path(path), "JSON", json.loads, max_bytes)
+    return _read_object(user_path(path), "JSON", json.loads, max_bytes)
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
@@ -232,7 +287,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, too large, or not valid JSON or TOML.
         InvalidArgument: another suffix than .json or .toml.
     """
-    path = Path(path)
+    path = user_path(path)
     parsers = {".json": json.loads, ".toml": _parse_toml}
     if path.suffix not in parsers:
         raise InvalidArgument(f"config must be a .json or .toml file, got {path}")
@@ -247,7 +302,7 @@ def _read_object(path: Path, kind: str, parse: Callable[[str], Any], max_bytes: 
     if (size := path.stat().st_size) > max_bytes:
         raise CheckpointError(f"{path}: {size} bytes, a config has at most {max_bytes}")
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # also bad UTF-8, and numbers of 5000 digits

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from shlex import quote
 from typing import Any
 
 from minidiff.cli.arguments import add_command
@@ -38,7 +39,7 @@ def demo(options: argparse.Namespace) -> None:
         pictures=0,
     )
     run_demo(options.out, config, device)
-    out = options.out
+    out = quote(options.out)
     print(
         f"\nLook at {out}/samples.png, {out}/forward.png and {out}/denoise.gif. Try next:\n"
         f"  minidiff sample {out} --class 7 --num 64 --png sevens.png\n"

@@ -2,14 +2,18 @@
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from minidiff import shipped
 from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.cli.model_options import draw, open_model
-from minidiff.errors import InvalidArgument
+from minidiff.errors import InvalidArgument, whole_number
 from minidiff.images import plot
-from minidiff.images.pixels import MODES, read_image
+from minidiff.images.pixels import MODES, read_mask, read_image
+from minidiff.pipeline import Pipeline
 from minidiff.runtime import files
 
 
@@ -28,7 +32,8 @@ def add_to(commands: Any) -> None:
     command.add_argument("text", nargs="?", help="prompt, for a model that was trained on captions")
     add = command.adder("sampling")
     add("--num", type=int, help="number of images (default: 16 of one class or text, else 100)")
-    add("--class", type=int, dest="label", help="class to draw (default: all, equally often)")
+    add("--class", dest="label", metavar="CLASS", help="name or number of the class to draw "
+        "(default: all, equally often)")  # fmt: skip
     add("--negative", metavar="TEXT", help="negative prompt")
     add_sampling(command)
     add("--guidance-rescale", type=float, default=0.0, help="weight of rescaling guided outputs to "
@@ -45,6 +50,8 @@ def add_to(commands: Any) -> None:
         "weight of the guidance by the kept pixels; 5 closes seams")  # fmt: skip
     add = command.adder("output")
     add("--png", help="file for a grid of the images (default: samples.png, with --npz none)")
+    add("--scale", type=int, metavar="N", help="side of a pixel in --png (default: 2, for one "
+        "image 1)")  # fmt: skip
     add("--npz", help="file for images (uint8, N×H×W×C) and labels")
 
 
@@ -54,22 +61,28 @@ def sample(options: argparse.Namespace) -> None:
         options.png = "samples.png"
     if options.png == options.npz:
         raise InvalidArgument(f"--png and --npz must be two files, got {options.png} twice")
-    for path in filter(None, (options.png, options.npz)):
-        files.ensure_writable(path)
+    for path, suffix in ((options.png, ".png"), (options.npz, ".npz")):
+        if path is not None:
+            if Path(path).suffix.lower() != suffix:
+                raise InvalidArgument(f"--{suffix[1:]} must be a {suffix} file, got {path}")
+            files.ensure_writable(path)
+    if options.scale is not None:
+        whole_number("scale", options.scale, 1, 64)
     if options.model is not None and options.text is None:
         options.run, options.text = None, options.run  # with --model, the only word is the text
     pipe = open_model(options, "float32" if options.dtype == "auto" else options.dtype)
     if options.num is None:
         options.num = 100 if options.text is None and options.label is None else 16
+    label = class_of(pipe, options.label)
     mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
     text = "" if options.text is None and pipe.prompts is not None else options.text
     images, labels = draw(
         pipe, options, options.num,
         prompt=text,
         negative_prompt=options.negative,
-        class_labels=options.label,
-        image=None if options.image is None else read_image(options.image, mode),
-        mask_image=None if options.mask is None else read_image(options.mask, "L"),
+        class_labels=label,
+        image=None if options.image is None else starting_image(pipe, options.image, mode),
+        mask_image=None if options.mask is None else read_mask(options.mask),
         strength=options.strength,
         reconstruction_guidance=options.reconstruction_guidance,
         guidance_rescale=options.guidance_rescale,
@@ -79,8 +92,44 @@ def sample(options: argparse.Namespace) -> None:
         square = options.label is not None or pipe.prompts is not None
         side = min(10, 1 + math.isqrt(len(images) - 1))
         columns = side if square else len(pipe.class_names) or 10
-        plot.save(plot.grid(images, min(columns, len(images))), options.png)
+        scale = options.scale or (1 if len(images) == 1 else 2)
+        plot.save(plot.grid(images, min(columns, len(images)), scale), options.png)
         print(f"wrote {options.png}")
     if options.npz:
         files.write_npz(options.npz, images=images, labels=labels)
         print(f"wrote {options.npz}")
+
+
+def class_of(pipe: Pipeline, given: str | None) -> str | int | None:
+    """Return the class that --class names, and print its name if it is given by number.
+
+    Raises:
+        InvalidArgument: neither a name nor a number of a class; or a number where names are
+            numerals.
+    """
+    if given is None or given in pipe.class_names:
+        return given
+    names = ", ".join(pipe.class_names) or "none: this model has no classes"
+    numerals = any(name.isdecimal() for name in pipe.class_names)
+    number = int(given) if given.isdecimal() and len(given) < 10 else -1
+    if numerals or not 0 <= number < len(pipe.class_names):
+        raise InvalidArgument(f"--class must be one of {names}; got {given!r}")
+    print(f"class {number}: {pipe.class_names[number]}")
+    return number
+
+
+def starting_image(pipe: Pipeline, path: str, mode: str) -> Image.Image:
+    """Read --image, of the size that the network was trained on if minidiff trained it.
+
+    Raises:
+        DataError: see `read_image`.
+        InvalidArgument: an image of another size.
+    """
+    image = read_image(path, mode)
+    _, height, width = pipe.image_shape
+    if pipe.is_guided_below_one and image.size != (width, height):
+        raise InvalidArgument(
+            f"--image must have {width}×{height} pixels, as the model was trained on, got "
+            f"{image.width}×{image.height}: resize it"
+        )
+    return image

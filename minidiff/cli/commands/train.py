@@ -3,6 +3,7 @@
 import argparse
 import textwrap
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from minidiff.cli.arguments import (
@@ -95,7 +96,7 @@ def train(options: argparse.Namespace) -> None:
     diffusion.train_into(
         options.out, config, data, device, saving=saving, load=source, shard=options.shard
     )
-    _print_once(f"wrote {options.out}. Next: minidiff sample {options.out} --png samples.png")
+    _print_next(options.out)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -105,7 +106,11 @@ def _resume(options: argparse.Namespace) -> None:
     )
     data = load_source(settings.data, device, settings.config.seed)
     diffusion.resume(options.resume, data, device)
-    _print_once(f"wrote {options.resume}. Next: minidiff sample {options.resume} --png samples.png")
+    _print_next(options.resume)
+
+
+def _print_next(run: str) -> None:
+    _print_once(f"wrote {run}. Next: minidiff sample {quote(run)} --png samples.png")
 
 
 def _print_once(text: str) -> None:

@@ -1,6 +1,7 @@
 """minidiff train-vae"""
 
 import argparse
+from shlex import quote
 from typing import Any
 
 from minidiff.cli.arguments import add_command, add_data_files, add_options, add_run_folder
@@ -74,6 +75,6 @@ def _print_quality(out: str, name: str, held_out: ImageData, quality: autoencode
     """Print the quality on held-out images, and the next command."""
     print(f"{len(held_out)} held-out images\n{quality}")
     print(
-        f"wrote {out}, see {out}/{autoencoder.PICTURE}. Next: minidiff train --vae {out} "
-        f"--data {name} --minutes 5 --out RUN"
+        f"wrote {out}, see {out}/{autoencoder.PICTURE}. Next: minidiff train "
+        f"--vae {quote(str(out))} --data {quote(name)} --minutes 5 --out RUN"
     )
