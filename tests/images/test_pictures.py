@@ -11,7 +11,7 @@ from PIL import Image
 from minidiff.cli import main
 from minidiff.data import load
 from minidiff.errors import DataError
-from minidiff.images.pixels import read_mask, read_image
+from minidiff.images.pixels import read_image, read_mask
 
 RAMP = np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6)  # 6 wide, 4 high
 

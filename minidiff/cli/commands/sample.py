@@ -12,7 +12,7 @@ from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.cli.model_options import draw, open_model
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.images import plot
-from minidiff.images.pixels import MODES, read_mask, read_image
+from minidiff.images.pixels import MODES, read_image, read_mask
 from minidiff.pipeline import Pipeline
 from minidiff.runtime import files
 
