@@ -11,11 +11,15 @@ from minidiff.data import load
 from minidiff.pipeline import Pipeline
 from minidiff.runs import diffusion
 from minidiff.runs.folder import open_pipeline
+from minidiff.runtime.device import THREADS_VARIABLE
 from minidiff.training.config import TrainConfig
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers and their processes share the cores
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The command line would time threads while other tests use the cores.
+os.environ.setdefault(THREADS_VARIABLE, str(torch.get_num_threads()))
 
 SMALL = {"channels": (24, 32), "batch_size": 64, "pictures": 1}
 

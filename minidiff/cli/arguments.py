@@ -77,6 +77,8 @@ def add_command(
     add("--seed", type=int, default=seed,
         help=f"seed of all random numbers, 0 to {MAX_SEED} (default: 0)")  # fmt: skip
     add("--device", default="auto", help=f"{', '.join(DEVICES)}; auto is a GPU where there is one")
+    add("--threads", type=int, metavar="N", help="threads of the CPU (default: the faster of one "
+        "and all)")  # fmt: skip
     add("--dtype", default=dtype, help=f"number type of the network: auto, {', '.join(DTYPES)}; "
         "auto is bfloat16 where the hardware has it, for sample float32 (default: auto)",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from minidiff import __version__
 from minidiff.cli.arguments import Parser
 from minidiff.cli.commands import check, demo, evaluate, sample, train, train_classifier, train_vae
 from minidiff.errors import InvalidArgument, MinidiffError, Stopped, TrainingError
-from minidiff.runtime.device import keep_freed_memory
+from minidiff.runtime.device import choose_threads, keep_freed_memory
 from minidiff.runtime.distributed import rank
 
 PATHS = {
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(value := getattr(options, name), str):  # a shell leaves "~" after "="
             setattr(options, name, os.path.expanduser(value))
     try:
+        choose_threads(options.threads)
         options.command(options)
     except Stopped as stopped:
         if not rank():

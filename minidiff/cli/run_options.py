@@ -105,7 +105,7 @@ def resumed_settings(
         known: fields of its config, for their flags.
         python_name: function to use for a run that was started from Python.
     """
-    allowed = ("command", "resume", "device", "debug")
+    allowed = ("command", "resume", "device", "threads", "debug")
     for name, value in vars(options).items():
         if name not in allowed and value is not None and value is not False:
             raise InvalidArgument(

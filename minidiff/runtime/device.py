@@ -1,11 +1,13 @@
-"""Defaults for the device, its precision and the C library's memory."""
+"""Defaults for the device, its precision, its threads and the C library's memory."""
 
 import ctypes
 import os
+import statistics
+import time
 
 import torch
 
-from minidiff.errors import InvalidArgument, one_of
+from minidiff.errors import InvalidArgument, one_of, whole_number
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,8 +60,62 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+        threads, cores = torch.get_num_threads(), available_cores()
+        count = f"{threads} of {cores}" if threads < cores else f"{threads}"
+        name = f"{count} threads" if device.type == "cpu" else "Apple GPU"
     return f"{device.type} ({name}), {str(dtype).removeprefix('torch.')}"
+
+
+THREADS_VARIABLE = "MINIDIFF_THREADS"
+_TRIALS, _OPERATIONS = 3, 10  # of `choose_threads`: some 20 ms on an idle machine
+
+
+def available_cores() -> int:
+    """Return how many processor cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def choose_threads(number: int | str | None = None) -> int:
+    """Set the number of threads of the CPU: as given, or one if all of them are slower.
+
+    Threads that wait for each other spin. Where another program uses a core, all threads of a
+    small network are tens of times slower than one, and no setting tells so in advance. So a few
+    convolutions are timed with one thread and with all. A number that torch has already been
+    limited to is never exceeded.
+
+    Args:
+        number: number of threads; None for the environment variable MINIDIFF_THREADS, or else the
+            faster of one and all.
+    Returns:
+        The number of threads.
+    Raises:
+        InvalidArgument: not a whole number from 1.
+    """
+    given = os.environ.get(THREADS_VARIABLE) if number is None else number
+    if given:
+        text = str(given)
+        chosen = whole_number("threads", int(text) if text.isdecimal() else given, 1)
+    else:
+        most = torch.get_num_threads()
+        chosen = 1 if most == 1 or _is_faster(1, most) else most
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def _is_faster(few: int, many: int) -> bool:
+    """Return True if few threads are faster than many, in alternating trials."""
+    x = torch.ones(32, 48, 8, 8).to(memory_format=torch.channels_last)
+    weight = torch.full((48, 48, 3, 3), 1e-3)
+    seconds: dict[int, list[float]] = {few: [], many: []}
+    for _ in range(_TRIALS + 1):  # the first trial starts the threads
+        for threads, found in seconds.items():
+            torch.set_num_threads(threads)
+            started = time.perf_counter()
+            for _ in range(_OPERATIONS):
+                torch.relu(torch.nn.functional.conv2d(x, weight, padding=1))
+            found.append(time.perf_counter() - started)
+    return statistics.median(seconds[few][1:]) < statistics.median(seconds[many][1:])
 
 
 # Options of glibc's <malloc.h> and their values in bytes.
