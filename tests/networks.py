@@ -1,6 +1,7 @@
 """Comparison of a network with that of another library: weights, outputs and gradients."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,3 +65,10 @@ def assert_same_network(
             assert parameter.grad is None or not parameter.grad.any(), name
     assert not expected
     ours.zero_grad(), theirs.zero_grad()
+
+
+def with_old_attention(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint, or its index, with the names that picture attention had in 2022."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    today = re.compile(r"(attentions\.\d+)\.(to_q|to_k|to_v|to_out\.0)\.")
+    return {today.sub(lambda m: f"{m[1]}.{old[m[2]]}.", n): v for n, v in tensors.items()}

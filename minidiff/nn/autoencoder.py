@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument
-from minidiff.nn.blocks.attention import Attention
+from minidiff.nn.blocks.attention import Attention, rename_old_attention
 from minidiff.nn.blocks.embeddings import check_floating
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.nn.blocks.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample
@@ -34,8 +34,6 @@ from minidiff.runtime.shapes import append_dims
 from minidiff.runtime.tensors import Stored
 
 EPS = 1e-6  # epsilon of every norm; not an option in diffusers
-# Names of attention in the VAEs of 2022, which published checkpoints still have.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class AutoencoderKL(Model):
@@ -65,7 +63,7 @@ class AutoencoderKL(Model):
 
     def __init__(self, **config: object):
         super().__init__()
-        c = parse_options(AutoencoderConfig, config)
+        c = parse_options(AutoencoderConfig, config, self.class_name)
         self.config, self.divisor = Config(asdict(c)), c.divisor
         self.latents_mean, self.latents_std = c.mean, c.std
 
@@ -203,27 +201,12 @@ class AutoencoderKL(Model):
 
     @classmethod
     def translate_names(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
-        """Return the tensors of a checkpoint under today's names.
-
-        In 2022 attention had other names (OLD_NAMES), and before that 1×1 convolutions
-        (C, C, 1, 1) as its linear layers. An old name beside the new one is kept, and refused as
-        unexpected when loaded.
-        """
-        result = {}
-        for name, entry in stored.items():
-            path, layer, kind = (*name.rsplit(".", 2), "", "")[:3]
-            today = f"{path}.{OLD_NAMES.get(layer)}.{kind}"
-            if layer not in OLD_NAMES or ".attentions." not in name or today in stored:
-                result[name] = entry
-            else:
-                flat = entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape
-                result[today] = entry._replace(shape=flat)
-        return result
+        return rename_old_attention(stored)
 
     @classmethod
     def min_tensors(cls, config: Mapping) -> int:
         options = {name: value for name, value in config.items() if not name.startswith("_")}
-        c = parse_options(AutoencoderConfig, options)
+        c = parse_options(AutoencoderConfig, options, cls.class_name)
         return 8 * len(c.block_out_channels) * (2 * c.layers_per_block + 1)
 
 

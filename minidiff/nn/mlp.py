@@ -69,7 +69,7 @@ class MLP(Model):
 
     def __init__(self, **config: object):
         super().__init__()
-        c = parse_options(MLPConfig, config)
+        c = parse_options(MLPConfig, config, self.class_name)
         self.config = Config(asdict(c))
         width = c.hidden_channels
         self.time_proj = SinusoidalTime(width, flip_sin_to_cos=True, freq_shift=0)

@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
-from minidiff.runtime.files import Config, atomic_folder, read_json, user_path, write_json
+from minidiff.runtime.files import (
+    Config,
+    atomic_folder,
+    existing_folder,
+    read_json,
+    user_path,
+    write_json,
+)
 from minidiff.runtime.tensors import (
     DTYPES,
     Stored,
@@ -27,6 +34,11 @@ from minidiff.runtime.tensors import (
 )
 
 CONFIG = "config.json"
+# What diffusers' EMAModel writes into the config.json of an averaged network, about the average.
+EMA_NOTES = (
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step",
+    "use_ema_warmup",
+)  # fmt: skip
 
 
 class Model(nn.Module):
@@ -78,7 +90,7 @@ class Model(nn.Module):
         """
         if torch_dtype not in DTYPES:
             raise InvalidArgument(f"torch_dtype must be one of {DTYPES}, got {torch_dtype!r}")
-        folder = user_path(folder) / (subfolder or "")
+        folder = existing_folder(folder) / (subfolder or "")
         stored = cls.translate_names(read_headers(find_weights(folder, cls.weights_name, variant)))
         config = cls.read_config(folder)
         try:
@@ -128,7 +140,8 @@ class Model(nn.Module):
     @classmethod
     def read_config(cls, folder: Path) -> dict:
         """Return the content of config.json as `from_config` takes it. Raises CheckpointError."""
-        return read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG)
+        return {name: value for name, value in config.items() if name not in EMA_NOTES}
 
     def written_config(self) -> dict:
         """Return the content of config.json."""
@@ -145,13 +158,17 @@ class Model(nn.Module):
         return 0
 
 
-def parse_options(cls: type, given: Mapping) -> Any:
+def parse_options(cls: type, given: Mapping, network: str) -> Any:
     """Return the options of a network, a dataclass, from names and values.
+
+    `network` is the class of the network, for messages.
 
     Raises:
         InvalidArgument: a name that is not a field of the class, or a value that it refuses.
     """
     known = [field.name for field in fields(cls)]
     if unknown := sorted(given.keys() - set(known)):
-        raise InvalidArgument(f"{unknown[0]} must be one of {', '.join(known)}")
+        raise InvalidArgument(
+            f"{unknown[0]!r} is not an option of {network}, which has {', '.join(known)}"
+        )
     return cls(**given)

@@ -69,7 +69,7 @@ class TextEncoder(Model):
 
     def __init__(self, **config: object):
         super().__init__()
-        c = parse_options(TextConfig, config)
+        c = parse_options(TextConfig, config, type(self).class_names[0])
         self.config, self.class_name = Config(asdict(c)), c.architectures[0]
         self.text_model = Transformer(c)
         self.text_projection = nn.Identity()
@@ -168,7 +168,8 @@ class TextEncoder(Model):
 
     @classmethod
     def min_tensors(cls, config: Mapping) -> int:
-        return 16 * parse_options(TextConfig, read_arguments(config)).num_hidden_layers
+        c = parse_options(TextConfig, read_arguments(config), cls.class_names[0])
+        return 16 * c.num_hidden_layers
 
 
 # --------------------------------------------------------------------------- the transformer

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument
-from minidiff.nn.blocks.attention import Attention, Context, NoAttention
+from minidiff.nn.blocks.attention import Attention, Context, NoAttention, rename_old_attention
 from minidiff.nn.blocks.embeddings import (
     Add,
     Concatenate,
@@ -64,6 +64,7 @@ from minidiff.nn.configs.unet import VOCABULARIES, unet_config
 from minidiff.nn.configs.unet_plan import AttentionPlan, SelfAttentionPlan, Stage, UNetConfig
 from minidiff.nn.model import Model
 from minidiff.runtime.files import Config
+from minidiff.runtime.tensors import Stored
 
 
 class UNet(Model):
@@ -175,6 +176,10 @@ class UNet(Model):
     def from_config(cls, config: Mapping) -> "UNet":
         """Build with fresh weights; `_class_name` selects the class. Raises InvalidArgument."""
         return cls(**config)
+
+    @classmethod
+    def translate_names(cls, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+        return rename_old_attention(stored)
 
     @classmethod
     def min_tensors(cls, config: Mapping) -> int:

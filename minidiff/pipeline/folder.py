@@ -62,7 +62,7 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         CheckpointError: names the file that is missing, damaged or not understood.
         InvalidArgument: parts or options do not fit each other.
     """
-    folder = files.user_path(folder)
+    folder = files.existing_folder(folder)
     index = files.read_json(folder / INDEX)
     _check_index(folder / INDEX, index)
     own, parts = index["_class_name"] == OWN, _parts(index)

@@ -148,7 +148,7 @@ def open_pipeline(path: str | Path, device: Device | str = "cpu") -> Pipeline:
     Raises:
         CheckpointError: it is neither, or it is damaged.
     """
-    path = files.user_path(path)
+    path = files.existing_folder(path)
     for folder in (path / MODEL, path):
         if (folder / INDEX).is_file():
             return Pipeline.from_pretrained(folder).to(device)

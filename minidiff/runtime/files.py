@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -44,8 +45,17 @@ class Config(dict):
             raise AttributeError(f"the config has no option {name!r}") from None
 
 
-def user_path(path: str | Path) -> Path:
-    """Return a path with "~" expanded, which a shell leaves as it is after "="."""
+def user_path(path: str | Path, name: str = "path") -> Path:
+    """Return a path with "~" expanded, which a shell leaves as it is after "=".
+
+    Args:
+        path: path of a user.
+        name: argument that has it, for the message.
+    Raises:
+        InvalidArgument: neither a text nor a path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidArgument(f"{name} must be the path of a file or folder, got {path!r}")
     return Path(path).expanduser()
 
 
@@ -306,10 +316,36 @@ def _read_object(path: Path, kind: str, parse: Callable[[str], Any], max_bytes: 
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # also bad UTF-8, and numbers of 5000 digits
-        raise CheckpointError(f"{path}: not valid {kind} ({error})") from error
+        raise CheckpointError(
+            f"{path}: not valid {kind} ({wrong_content(path) or error})"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def wrong_content(path: Path) -> str:
+    """Return the usual reason why a file is not of its type; "" if it is none of these."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(100).strip().lower()
+        if not start:
+            return "the file is empty"
+        if start.startswith(b"version https://git-lfs"):
+            return "a Git LFS pointer, not the content: run git lfs pull"
+        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+            return "a web page saved under this name: download the file again"
+    return ""
+
+
+def existing_folder(path: str | Path) -> Path:
+    """Return the path of a folder to read, "~" expanded. Raises CheckpointError."""
+    folder = user_path(path)
+    if folder.exists() or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path), re.ASCII):
+        return folder
+    raise CheckpointError(
+        f"{folder}: no such folder; names on the Hub are not looked up, download the files first: "
+        f"hf download {folder} --local-dir FOLDER"
+    )
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minidiff.errors import CheckpointError, InvalidArgument, whole_number
-from minidiff.runtime.files import atomic_file, read_json, write_json
+from minidiff.runtime.files import atomic_file, read_json, write_json, wrong_content
 
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -122,7 +122,8 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        reason = wrong_content(path) or error
+        raise CheckpointError(f"{path}: not a readable safetensors file ({reason})") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from minidiff.errors import CheckpointError, InvalidArgument, MinidiffError, whole_number
-from minidiff.runtime.files import read_json
+from minidiff.runtime.files import existing_folder, read_json, wrong_content
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -35,7 +35,7 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
         raise MinidiffError(
             f"prompts need the tokenizer of transformers: pip install minidiff[text] ({error})"
         ) from error
-    folder = Path(folder)
+    folder = existing_folder(folder)
     # Checked here because transformers accepts the files of other classes with a mere warning.
     options = read_json(folder / "tokenizer_config.json")
     if (written_by := options.get("tokenizer_class", CLASSES[0])) not in CLASSES:
@@ -53,7 +53,8 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
         whole_number("model_max_length", tokenizer.model_max_length, 2, 1 << 16)
         tokenize(tokenizer, [""])  # raises if the tokenizer cannot pad or encode
     except Exception as error:  # tokenizers raises plain Exception for damaged files
-        reason = " ".join(str(error).split())
+        wrong = (f"{file.name}: {why}" for file in folder.iterdir() if (why := wrong_content(file)))
+        reason = next(wrong, " ".join(str(error).split()))
         raise CheckpointError(f"{folder}: not a readable CLIP tokenizer ({reason})") from error
     return tokenizer
 

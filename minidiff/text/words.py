@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import CheckpointError, InvalidArgument, whole_number
-from minidiff.runtime.files import read_json, write_json
+from minidiff.runtime.files import existing_folder, read_json, write_json
 from minidiff.text.clip import check_texts
 
 FILE = "tokenizer_config.json"
@@ -127,7 +127,7 @@ class WordTokenizer:
         Raises:
             CheckpointError: the file is missing, damaged or of another kind of tokenizer.
         """
-        path = Path(folder) / FILE
+        path = existing_folder(folder) / FILE
         content = read_json(path)
         keys = {"tokenizer_class", "words", "model_max_length"}
         if content.keys() != keys or content["tokenizer_class"] != CLASS:

@@ -246,7 +246,7 @@ def test_a_network_of_points_is_saved_and_read_like_others(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MLP(width=3), "width must be one of in_channels"),
+        (lambda: MLP(width=3), "'width' is not an option of MLP, which has in_channels"),
         (lambda: MLP(num_layers=0), "num_layers must be in"),
         (lambda: MLP(hidden_channels=2.5), "hidden_channels must be a whole number"),
         (lambda: MLP()(torch.zeros(2, 3), 0), r"sample must have shape \(B, 2\), got \(2, 3\)"),

@@ -421,7 +421,7 @@ X, TEXT = torch.zeros(2, 4, 4, 4), torch.zeros(2, 5, 12)
         ({"class_embeddings_concat": True}, "class_embeddings_concat must be False"),
         ({"norm_num_groups": None}, "norm_num_groups must be"),
         ({"use_linear_projection": None}, "use_linear_projection must be True or False"),
-        ({"add_attention": True}, "add_attention must be one of"),
+        ({"add_attention": True}, "'add_attention' is not an option of UNet2DConditionModel"),
     ],
 )
 def test_a_bad_argument_is_refused_by_name(change, message):

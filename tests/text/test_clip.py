@@ -12,6 +12,8 @@ from minidiff.errors import CheckpointError, InvalidArgument, MinidiffError
 from minidiff.nn import TextEncoder
 from minidiff.text.clip import load_tokenizer, tokenize
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 
@@ -110,7 +112,7 @@ def test_missing_files_are_named(tmp_path, missing, message):
 def test_a_missing_folder_is_not_looked_up_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "none", "openai/clip-vit-base-patch32"):
-        with pytest.raises(CheckpointError, match="no such file"):
+        with pytest.raises(CheckpointError, match=r"no such (file|folder; names on the Hub)"):
             load_tokenizer(folder)
 
 
@@ -119,6 +121,8 @@ def test_a_missing_folder_is_not_looked_up_elsewhere(tmp_path, monkeypatch):
     [
         ("vocab.json", b'{"a"', "not a readable CLIP tokenizer"),
         ("vocab.json", b"\xff\xfe", "not a readable CLIP tokenizer"),
+        ("vocab.json", POINTER, r"CLIP tokenizer \(vocab\.json: a Git LFS pointer"),
+        ("merges.txt", POINTER, r"CLIP tokenizer \(merges\.txt: a Git LFS pointer"),
         ("merges.txt", b"zzz yyy\n", "not a readable CLIP tokenizer"),
         ("tokenizer_config.json", b"[1]", r"tokenizer_config\.json: expected a JSON object"),
         ("tokenizer_config.json", b"{}", "model_max_length must be in"),

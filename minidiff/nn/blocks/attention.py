@@ -10,6 +10,8 @@ images Ho et al. 2020, "Denoising Diffusion Probabilistic Models",
 https://arxiv.org/abs/2006.11239, appendix B.
 """
 
+import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -18,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minidiff.errors import CheckpointError
 from minidiff.nn.blocks.layers import Divide, GroupNorm, widened
+from minidiff.runtime.tensors import Stored
+
+# Names of picture attention in 2022, which published checkpoints still have.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD = re.compile(rf"(.*\battentions\.\d+)\.({'|'.join(OLD_NAMES)})\.(weight|bias)")
+_NEW = re.compile(rf".*\battentions\.\d+\.({'|'.join(OLD_NAMES.values())})\.(weight|bias)")
 
 _KERNELS = {
     SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
@@ -140,3 +149,27 @@ class Attention(nn.Module):
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         out = self.to_out[0](attend(q, k, v, self.heads))
         return self.rescale(x + out.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def rename_old_attention(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return the tensors of a checkpoint with the attention of 2022 under today's names.
+
+    In the oldest files its linear layers are 1×1 convolutions, of shape (C, C, 1, 1).
+
+    Raises:
+        CheckpointError: old names and today's in one checkpoint.
+    """
+    result = dict(stored)
+    if not (old := {name: match for name in stored if (match := _OLD.fullmatch(name))}):
+        return result
+    if new := [name for name in stored if _NEW.fullmatch(name)]:
+        name = next(iter(old))
+        raise CheckpointError(
+            f"{stored[name].file}: {name} is a name of 2022, but {new[0]} is today's; all "
+            "attention must have names of one kind"
+        )
+    for name, match in old.items():
+        entry = result.pop(name)
+        flat = entry.shape[:2] if entry.shape[2:] == (1, 1) else entry.shape
+        result[f"{match[1]}.{OLD_NAMES[match[2]]}.{match[3]}"] = entry._replace(shape=flat)
+    return result

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.errors import CheckpointError, InvalidArgument, whole_number
-from minidiff.runtime.files import read_json, write_json
+from minidiff.runtime.files import existing_folder, read_json, write_json
 
 
 class SpaceToDepth(nn.Module):
@@ -71,7 +71,7 @@ class SpaceToDepth(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "SpaceToDepth":
         """Read a folder that `save_pretrained` wrote. Raises CheckpointError."""
-        config = read_json(Path(folder) / "config.json")
+        config = read_json(existing_folder(folder) / "config.json")
         if config.keys() != {"_class_name", "block"} or config["_class_name"] != "SpaceToDepth":
             raise CheckpointError(f"{folder}: not the config of a SpaceToDepth: {config}")
         try:

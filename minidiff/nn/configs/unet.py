@@ -364,7 +364,7 @@ def unet_config(given: Mapping[str, object]) -> UNetConfig:
     name = given.get("_class_name", guess.class_name)
     one_of("_class_name", name, [cls.class_name for cls in VOCABULARIES])
     cls = plain if name == plain.class_name else conditional
-    return parse_options(cls, options)
+    return parse_options(cls, options, cls.class_name)
 
 
 def _as_list(value: object) -> list:

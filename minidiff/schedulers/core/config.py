@@ -120,7 +120,7 @@ class Configured:
         Args:
             folder, subfolder: folder that holds the file; a pipeline has it in "scheduler".
         """
-        content = files.read_json(Path(folder, subfolder or "") / CONFIG_NAME)
+        content = files.read_json(files.existing_folder(folder) / (subfolder or "") / CONFIG_NAME)
         return {"compat": "diffusers"} | content  # a config without it is diffusers' own
 
     @classmethod
