@@ -61,8 +61,8 @@ def start_line(device: torch.device, config: LoopConfig, data: Data) -> str:
     """Return the line that is printed when a run starts."""
     where = describe(device, DTYPES[config.dtype])
     names = data.class_names
-    shown = f", {len(names)} classes: {', '.join(names[:10])}{', …' * (len(names) > 10)}"
-    return f"device: {where}; data: {len(data)} images of {data.name}{shown if names else ''}"
+    classes = f", {len(names)} classes: {', '.join(names[:10])}{', …' * (len(names) > 10)}"
+    return f"device: {where}; data: {len(data)} images of {data.name}{classes if names else ''}"
 
 
 def data_source(name: str, options: argparse.Namespace) -> dict[str, Any]:

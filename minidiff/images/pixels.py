@@ -255,8 +255,8 @@ def _decoded(path: str | Path) -> Any:
 def opened(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Any]:
     """Open an image file as a PIL image, whose pixels are not decoded yet.
 
-    Pillow opens a path of its own by a memory map, which misreads turned TIFFs without
-    compression; a file object has none.
+    Pillow maps a path into memory, which misreads turned TIFFs without compression; a file object
+    is read instead.
     """
     from PIL import Image
 
