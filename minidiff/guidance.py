@@ -1,15 +1,15 @@
 """Guidance: denoiser in, denoiser out.
 
 A denoiser is a function (x_t, t) → output. Guidance combines the outputs of a network under two
-conditions, or the outputs of two networks, into another denoiser, so the sampling loop does not
-know it. A condition is a mapping of the network's further arguments by name:
+conditions, or the outputs of two networks, into another denoiser, so the sampling loop
+needs no knowledge of guidance. A condition is a mapping of the network's further arguments by name:
 `{"class_labels": labels}`, or `{"encoder_hidden_states": tokens}`.
 
 Most methods extrapolate from an unwanted output u through a wanted one, c:
 
     pair = both(network, condition, null)      (x_t, t) → (c, u), from one batch of twice the size
     pair = pair_of(good, bad)                  the same from any two denoisers
-    pair = autoguided(pair, bad, w)            … with a c that is autoguided
+    pair = autoguided(pair, bad, w)            … with an autoguided c
 
     extrapolated(pair, w)                      u + w·(c − u)
     rescaled(pair, w, φ)                       … with the std of c (Lin et al. 2023)
@@ -160,7 +160,7 @@ def classifier_free(
         network, condition, null: see `both`.
         scale: w in diffusers' convention. 1 is the conditional network itself, with one evaluation
             per image instead of two; 0 is the unconditional one. Ho & Salimans 2022,
-            arXiv:2207.12598, eq. 6, call w − 1 what is w here.
+            arXiv:2207.12598, eq. 6, use w − 1 for this w.
     Raises:
         InvalidArgument: a scale that is not finite, or conditions of different names or shapes.
     """
@@ -190,8 +190,8 @@ def autoguidance(good: Denoiser, bad: Denoiser, scale: float) -> Denoiser:
 def autoguided(pair: Pair, bad: Denoiser, scale: float) -> Pair:
     """Return a pair whose wanted output c is autoguided, for two kinds of guidance at once.
 
-    Any method that extrapolates from u then does so through a better c. Where the guidance network
-    agrees with c, the pair is unchanged.
+    Methods that extrapolate from u through c then use a better c. Where the guidance network agrees
+    with c, the pair is unchanged.
 
     Args:
         pair: wanted and unwanted output of the network.
@@ -290,7 +290,7 @@ def projected(
 
 
 def _length(x: Tensor) -> Tensor:
-    """Return the norm of each image, (B, 1, …), at least the smallest positive number."""
+    """Return the norm of each image, (B, 1, …), bounded away from zero."""
     norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
     return norm.clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
 
@@ -300,7 +300,7 @@ class _Average:
 
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
-        self._before: Tensor | None = None  # up to the previous t
+        self._before: Tensor | None = None  # average up to the previous t
         self._latest: tuple[float, Tensor | None] = (math.inf, None)
 
     def __call__(self, delta: Tensor, t: float) -> Tensor:
@@ -321,7 +321,7 @@ class _Average:
 def within(guided: Denoiser, plain: Denoiser, meaning: Reader, low: float, high: float) -> Denoiser:
     """Apply guidance only in an interval of noise levels.
 
-    At high noise guidance reduces the variety of samples, at low noise it has no effect.
+    At high noise, guidance reduces the variety of samples; at low noise it has no effect.
 
     Source: Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample
     and Distribution Quality in Diffusion Models", arXiv:2404.07724, eq. 6.
@@ -376,7 +376,7 @@ def thresholded(
 def classifier_guided(
     denoise: Denoiser, log_prob: Denoiser, meaning: Reader, scale: float
 ) -> Denoiser:
-    """Guide by the gradient of a classifier: ε̂ − w·σ·∇ ln p(y|x_t).
+    """Guide with the gradient of a classifier: ε̂ − w·σ·∇ ln p(y|x_t).
 
     With an exact classifier and an unconditional denoiser this equals classifier-free guidance of
     the same w.
@@ -468,11 +468,11 @@ def in_dtype(network: Network, dtype: torch.dtype) -> Network:
 
 
 def concat_channels(network: Network, extra: Tensor) -> Network:
-    """Return a network whose input has further channels behind those of x.
+    """Return a network whose input has extra channels appended to those of x.
 
     Args:
-        network: network with these channels in its input.
-        extra: (B, C', *space); repeated where x holds a multiple of B images, as `both` makes.
+        network: network whose input has room for these channels.
+        extra: (B, C', *space); repeated if x holds a multiple of B images, as under `both`.
     """
 
     def concatenated(x: Tensor, t: float, **condition: Any) -> Tensor:
@@ -483,7 +483,7 @@ def concat_channels(network: Network, extra: Tensor) -> Network:
 
 
 def interval_of(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    """Return two rising σ/α, the second possibly infinite, or None.
+    """Return two increasing σ/α, the second possibly infinite, or None.
 
     Raises:
         InvalidArgument: not two numbers with 0 <= low < high.

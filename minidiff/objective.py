@@ -4,21 +4,21 @@ For an image x0 and noise ε at a level (α, σ) the noisy image is x = α·x0 +
 to predict the row p·x0 + q·ε of `minidiff.prediction`:
 
     prediction type          level                time t          input         row (p, q)
-    epsilon, sample, v       of a β schedule      the step        x             theirs
+    epsilon, sample, v       of a β schedule      the step        x             of each type
     flow                     (1 − σ, σ)           T·σ             x             (−1, 1)
     edm                      (1, σ)               ¼·ln σ          c_in·x        F of EDM
 
     L = E_level [ w · ‖ network − (p·x0 + q·ε) ‖² ]          (mean over the elements of an image)
 
-Each comes with the scheduler that samples it. That scheduler computes target and input, so training
+Each objective has a scheduler that samples it and also computes its target and input, so training
 and sampling agree. The levels are distributed in one of three ways:
 
     uniform        in the time t
     log_normal     ln(σ/α) ~ N(mean, std²)     (Karras et al. 2022, arXiv:2206.00364, table 1)
     logit_normal   logit σ ~ N(mean, std²)     (Esser et al. 2024, arXiv:2403.03206, eq. 19)
 
-In a flow σ/(1 − σ) is σ/α, so the last two are one formula under two names. Weights are given for
-the error of x̂0, as their papers do, and turned into weights of the network's own error, which is
+In a flow σ/(1 − σ) is σ/α, so the last two are one formula under two names. Weights apply to the
+error of x̂0, as in their papers, and are converted to weights of the network's error, which is
 (p − q·α/σ) times as large:
 
     none           1 for the network's error
@@ -59,7 +59,7 @@ MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 4.3
 VLB_WEIGHT = 0.001  # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16, λ
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # Karras et al. 2022, table 1: range of sampling
 
-Network = Callable[[Tensor, Tensor], Tensor]  # (x, t) → output, the condition being bound
+Network = Callable[[Tensor, Tensor], Tensor]  # (x, t) → output, with the condition bound
 
 Values = Any  # an array on the host or a tensor on the device: equations hold for both
 
@@ -81,7 +81,7 @@ class Levels(NamedTuple):
     weight: Values
 
     def part(self, images: slice) -> "Levels":
-        """Return the levels of a part of the batch."""
+        """Return the levels of these images of the batch."""
         return Levels(*(values[images] for values in self))
 
     def on(self, like: Tensor) -> "Levels":
@@ -127,7 +127,7 @@ class Objective:
     """A prediction on the levels of a β schedule: "epsilon", "sample" or "v_prediction".
 
     Args:
-        scheduler: scheduler that samples what is learnt.
+        scheduler: scheduler that samples the trained network.
         spread: distribution of the levels; None for uniform.
         weight: function from level and row to the weight of the network's error.
     Attributes:

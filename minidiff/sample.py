@@ -1,4 +1,4 @@
-"""The sampling loop, as a generator: every step can be inspected.
+"""The sampling loop, as a generator that yields every step for inspection.
 
     for step in trajectory(denoise, scheduler, x):
         print(step.t, step.x0.mean())
@@ -33,7 +33,7 @@ class Step(NamedTuple):
         next_x: the sample after this step; after the last one, the result.
     """
 
-    index: int  # type: ignore[assignment]  # a tuple's method of this name is not needed
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not needed
     t: float
     x: Tensor
     x0: Tensor
@@ -58,7 +58,7 @@ def trajectory(
         denoise: function (x_t, t) → network output of the scheduler's prediction type.
         scheduler: scheduler, after `set_timesteps`.
         x: standard normal noise times `scheduler.init_noise_sigma`, (B, C, *space).
-        generator: source of the noise, see `minidiff.noise.randn`; methods without noise ignore it.
+        generator: noise source, see `minidiff.noise.randn`; deterministic samplers ignore it.
         after_step: function called with every step; its result replaces the step's `next_x`.
         step_options: options of `scheduler.step`, such as DDIM's `eta`.
     Yields:
@@ -79,7 +79,7 @@ def trajectory(
 
 
 def meaning_of(scheduler: Scheduler) -> Reader:
-    """Return the meaning of a network under this scheduler at t, for guidance that works on x̂0.
+    """Return the meaning of the network's output at each t, for guidance that works on x̂0.
 
     Args:
         scheduler: scheduler after `set_timesteps`; t is one of its timesteps.

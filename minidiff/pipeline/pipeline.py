@@ -1,7 +1,7 @@
-"""One pipeline: a network, a scheduler, and the whole way from a seed to images.
+"""The pipeline: a network, a scheduler, and everything between a seed and images.
 
-`Pipeline.__call__` reads like the method: request, start, loop, decode. Text-to-image,
-image-to-image and inpainting are its arguments.
+`Pipeline.__call__` follows the method: request, start, loop, decode. Arguments select
+text-to-image, image-to-image or inpainting.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ class Pipeline:
         prompts: tokenizer and text encoder of a network that is conditioned on text.
         weaker: guidance network of autoguidance: a smaller or less trained network with the same
             inputs and outputs.
-        autoguidance_scale: default of a call; other than 1 only with `weaker`.
+        autoguidance_scale: default of a call; must be 1 without `weaker`.
     Attributes:
         wraps: functions from a denoiser to a denoiser, applied in order to the guided denoiser
             of every call. Sliding windows and inference engines are such functions.
@@ -137,63 +137,63 @@ class Pipeline:
         callback_on_step_end: StepEnd | None = None,
         progress: bool = False,
     ) -> PipelineOutput:
-        """Generate images, or change given ones.
+        """Generate images, or edit given ones.
 
         Args:
             prompt: one text, or one per image, for a network that is conditioned on text; "" is
-                the unconditional text. For a network with classes the same as class_labels.
+                the unconditional text. For a network with classes, an alias of class_labels.
             class_labels: one class, or one per image, by number or by name; None for all classes
                 in turn (image i gets class i modulo their number).
-            num_images: N; by default as many as there are prompts, labels or given images, or 1.
-            negative_prompt: text that guidance moves away from, one or one per image; None for
-                the empty text. Without guidance it has no effect, and a warning says so.
-            image: image-to-image: one image to start from, or one each, in any form that
-                `images.pixels.as_pixels` takes.
+            num_images: N; by default the number of prompts, labels or given images, else 1.
+            negative_prompt: text that guidance moves away from, one for all or one per image; None
+                for the empty text. Without guidance it has no effect, and a warning says so.
+            image: image-to-image: one image to start from, or one per image, in any form that
+                `images.pixels.as_pixels` accepts.
             strength: fraction of the way to noise and back, in [0, 1]: the last
                 ⌊strength · steps⌋ steps are taken, and 0 returns the image unchanged. The default
                 is 0.8, or 1 with a mask, where sampling then starts from pure noise.
-            mask_image: inpainting: white (1) where the image is replaced, black where every bit
-                of it is kept, grey where the two are blended; see `images.pixels.as_mask`.
+            mask_image: inpainting: white (1) where the image is replaced, black where it is kept
+                bit for bit, grey where the two are blended; see `images.pixels.as_mask`.
             resamples: how many times RePaint takes every step; 1 for plain inpainting.
             jump_length: steps that RePaint goes back at a time (the paper: 10 of 250 steps, each
                 taken 10 times).
             reconstruction_guidance: w of `inpaint.reconstructing`, at least 0: how strongly the
                 kept part guides the rest. 5 closes seams, in two to three times the time.
-            num_images_per_prompt: images per prompt, label or given image, one after another.
-            height, width: image size in pixels; by default that of the given image, or that the
-                network was trained on.
+            num_images_per_prompt: consecutive images per prompt, label or given image.
+            height, width: image size in pixels; by default the size of the given image, or the one
+                that the network was trained on.
             num_inference_steps: steps of the scheduler.
             guidance_scale: w of classifier-free guidance; 1 disables it. Below 1 it interpolates
-                towards the unconditional network, but folders of Stable Diffusion are not guided
-                at all then, as in diffusers.
+                towards the unconditional network; Stable Diffusion checkpoints are then not guided
+                at all, as in diffusers.
             guidance_rescale: φ of `guidance.rescaled`, in [0, 1].
             guidance_interval: two σ/α between which guidance applies, see `guidance.within`.
-                (0, inf) is everywhere, also for a model that stores an interval.
-            autoguidance_scale: w of `guidance.autoguidance`; 1 disables it. It applies in the
-                same interval, before all other guidance, and needs a guidance network.
+                (0, inf) is everywhere, even for a model that stores an interval.
+            autoguidance_scale: w of `guidance.autoguidance`; 1 disables it. It applies in
+                guidance_interval, before all other guidance, and needs a guidance network.
             guide: another method of guidance, (pair, w) → denoiser, such as
                 `lambda pair, w: projected(pair, w, meaning_of(pipe.scheduler))`.
             eta: η of DDIM; only for schedulers whose step has it.
-            seed: image i draws its noise from (seed, first_index + i) alone, whatever the batch
-                size or the device. By default a seed from torch's global random state.
+            seed: image i draws its noise from (seed, first_index + i) alone, for every batch size
+                and device. By default drawn from torch's global random state.
             generator: instead of a seed, one torch.Generator for all or a list of one per image.
             latents: the initial standard normal noise (N, C, h, w), in the network's space;
                 stochastic samplers still draw from seed or generator.
-            first_index: number of the first image, to make a part of a larger run.
-            batch_size: images in the network at once; memory depends on it, images do not.
-            output_type: "pil", "np" or "pt"; "latent" for the samples of the network, undecoded.
+            first_index: number of the first image, to generate part of a larger set.
+            batch_size: images in the network at once; it affects memory, not images.
+            output_type: "pil", "np" or "pt"; "latent" for the network's samples, not decoded.
             callback: called with every `Step` of every batch.
-            callback_on_step_end: function of diffusers' form, called as (pipe, step, timestep,
+            callback_on_step_end: function as in diffusers, called as (pipe, step, timestep,
                 {"latents": x}) after every step; a tensor "latents" that it returns replaces x.
                 Setting `pipe._interrupt = True` ends sampling after this step.
             progress: whether to show a progress bar.
         Raises:
-            InvalidArgument: names the argument, before a network runs.
+            InvalidArgument: an argument is not allowed; raised before a network runs.
         """
         arguments = dict(locals())
         del arguments["self"]
         request = Request.of(self, **arguments)
-        if request.first_step == len(self.scheduler.grid):  # strength 0: nothing is to be done
+        if request.first_step == len(self.scheduler.grid):  # strength 0: nothing to do
             return self._unchanged(request)
         images, self._interrupt = [], False  # diffusers' name: a callback may set it
         with self._progress_bar(request) as bar:
@@ -295,7 +295,7 @@ class Pipeline:
 
     @property
     def takes_guidance_scale(self) -> bool:
-        """Whether the network was distilled from a guided one, and takes w as an input."""
+        """Whether the network was distilled with guidance and takes w as an input."""
         return self.unet.config.get("time_cond_proj_dim") is not None
 
     @property
@@ -358,7 +358,7 @@ class Pipeline:
     def is_guided_below_one(self) -> bool:
         """Whether guidance_scale < 1 interpolates towards the unconditional network.
 
-        Folders of Stable Diffusion follow diffusers, which guides only above 1.
+        Stable Diffusion checkpoints follow diffusers, which guides only above 1.
         """
         is_diffusers = self.prompts is not None and not isinstance(self.prompts, WordPrompts)
         return self.takes_guidance_scale or not is_diffusers
@@ -370,7 +370,7 @@ class Pipeline:
 
         A pipeline with CLIP's tokenizer is written as diffusers' StableDiffusionPipeline or
         StableDiffusionXLPipeline. An existing pipeline folder is replaced as a whole, unless it
-        holds files that are not those of a pipeline.
+        holds files that do not belong to a pipeline.
 
         Raises:
             CheckpointError: the folder cannot be written, or holds files that would be lost.
@@ -404,16 +404,16 @@ class Pipeline:
     ) -> "Pipeline":
         """Read a folder that minidiff or diffusers wrote.
 
-        Kinds of diffusers that are read: Stable Diffusion 1.x, 2.x and XL, and unconditional
-        pipelines (DDPMPipeline, DDIMPipeline).
+        Of diffusers' pipelines it reads Stable Diffusion 1.x, 2.x and XL, and unconditional ones
+        (DDPMPipeline, DDIMPipeline).
 
         Args:
             folder: folder with `model_index.json`.
             torch_dtype: number type of the weights: float32, float64, float16 or bfloat16.
             variant: "fp16" for the files `….fp16.safetensors`.
         Raises:
-            CheckpointError: names the file that is missing, damaged or not understood.
-            InvalidArgument: another dtype.
+            CheckpointError: a file is missing, damaged or not understood; the error names it.
+            InvalidArgument: another torch_dtype.
         """
         try:
             return cls(**pipeline_folder.read(folder, torch_dtype, variant))

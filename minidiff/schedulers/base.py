@@ -1,10 +1,10 @@
 """The step that every scheduler shares: conversion, clipping, history, noise, forward noising.
 
-A scheduler goes through a grid of levels from noise to data. `step` takes the network's output at
-one level, turns it into (x0, ε) with `prediction.split`, and calls `update`, the one method that a
-paper fills in, for the sample at the next level. Options and grid are the two layers below:
+A scheduler steps through a grid of levels from noise to data. `step` takes the network's output at
+one level, turns it into (x0, ε) with `prediction.split`, and calls `update`, the one method that
+implements a paper, for the sample at the next level. Options and grid are the two layers below:
 `core/config.py` and `core/grid.py`. Class names, options and attributes are those of diffusers
-(https://huggingface.co/docs/diffusers/api/schedulers/overview), so a scheduler drops into its
+(https://huggingface.co/docs/diffusers/api/schedulers/overview), so a scheduler works in its
 pipelines and reads and writes its `scheduler_config.json`.
 """
 
@@ -64,21 +64,21 @@ class Evaluation(NamedTuple):
 
 
 class Scheduler(Grid):
-    """Base of all schedulers. A new sampler writes `update`, and `__init__` if it has options.
+    """Base of all schedulers. A new sampler implements `update`, and `__init__` if it has options.
 
     Attributes:
         init_noise_sigma: standard deviation of the noise that sampling starts from.
         past: the last `history` evaluations, the oldest first.
-        noise_source: function of a tensor that returns the noise of the next step in its shape,
-            instead of a generator's; None for a generator. The table of a sampler sets it.
+        noise_source: function from a tensor to the noise of the next step, in its shape; None to
+            draw from a generator. `coefficients` sets it.
     See `Grid` and `Configured` for the others.
     """
 
-    order = 1  # network evaluations a step, in diffusers' pipelines
+    order = 1  # network evaluations per step, in diffusers' pipelines
     init_noise_sigma = 1.0
     history = 0  # number of earlier evaluations that `update` uses
     noise_source: Callable[[Tensor], Tensor] | None = None
-    compatibles: Sequence[type["Scheduler"]] = ()  # classes that take its config, as in diffusers
+    compatibles: Sequence[type["Scheduler"]] = ()  # classes that accept its config, as in diffusers
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Scheduler(Grid):
                 once.
         `self.past[-1]` is the evaluation before this one, where `history` is at least 1.
         """
-        raise NotImplementedError  # a subclass is the paper
+        raise NotImplementedError  # every paper is a subclass
 
     def _use_reading(self, reading: Exact) -> None:
         self.past: deque[Evaluation] = deque(maxlen=self.history)
@@ -122,7 +122,7 @@ class Scheduler(Grid):
         return other
 
     def restart(self, begin_index: int = 0) -> None:
-        """Forget any sampling under way and begin again on the same grid, see `Grid.restart`."""
+        """Discard any sampling in progress and start again on the same grid, see `Grid.restart`."""
         self.past.clear()
         super().restart(begin_index)
 
@@ -186,13 +186,13 @@ class Scheduler(Grid):
         if self._step_index is not None:
             self._step_index += 1
             if self.history and self._step_index == len(self.grid):
-                self.past.clear()  # no step is left to look back
+                self.past.clear()  # no later step needs the history
         if prev.dtype != model_output.dtype:
             prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _host_timestep(self, timestep: float | Tensor) -> float:
-        """Return the timestep as a number, with no sync where the steps are counted anyway."""
+        """Return the timestep as a number, without a sync where steps are counted."""
         i = self._step_index
         counted = i is not None and i < len(self.grid)
         if counted and isinstance(timestep, Tensor) and not timestep.is_cpu:
@@ -256,7 +256,7 @@ class Scheduler(Grid):
             num_inference_steps: number of steps, as for `set_timesteps`.
             step_options: options of `step`, such as DDIM's `eta`.
         Raises:
-            InvalidArgument: an option makes a step nonlinear, or as `set_timesteps`.
+            InvalidArgument: an option makes a step nonlinear, or see `set_timesteps`.
         """
         return table.coefficients(self, num_inference_steps, **step_options)
 
@@ -282,7 +282,7 @@ class Scheduler(Grid):
 
 
 class IndexedScheduler(Scheduler):
-    """A scheduler that counts its steps, as multistep methods must, and looks up only the first."""
+    """A scheduler that looks up the first timestep, then counts, as multistep methods must."""
 
     has_default_grid = False  # may step before `set_timesteps`, on the grid of all training steps
 
@@ -327,7 +327,7 @@ def host_number(timestep: int | float | Tensor) -> int | float:
     """Return a timestep as a Python number; this syncs for a tensor on another device.
 
     Raises:
-        InvalidArgument: it is neither a number nor a tensor of one.
+        InvalidArgument: it is neither a number nor a tensor with one element.
     """
     if isinstance(timestep, Tensor) and timestep.numel() == 1:
         return timestep.item()
@@ -362,7 +362,7 @@ def _check_tensors(
                 f"variance_noise must have the shape of sample, {tuple(sample.shape)}, "
                 f"got {tuple(variance_noise.shape)}"
             )
-    # On a GPU this would wait for the network in every step, so there the pictures are checked.
+    # On a GPU this would sync at every step, so there only the finished images are checked.
     if output.is_cpu and not torch.compiler.is_compiling():
         _check_finite(output)
 

@@ -50,12 +50,12 @@ MakeLearner = Callable[[Pipeline], Learner]
 
 
 class DiffusionTraining(TrainingState):
-    """A diffusion training under way, and its step.
+    """A diffusion training in progress, and its step.
 
     Args:
-        config: the run, after `resolve`.
-        data: images or latents, moved to `device` whole.
-        device: device of the training.
+        config: options of the run, after `resolve`.
+        data: images or latents, all moved to `device`.
+        device: device to train on.
         make_optimizer: the argument `optimizer` of `train`.
         world: processes that train together.
         objective, start, learner: the arguments of `train`.
@@ -118,7 +118,7 @@ class DiffusionTraining(TrainingState):
         self.update(total, norm, total)
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Compute the parameters' gradients; return the mean loss and their norm before the cut."""
+        """Compute the gradients; return the mean loss and the gradients' norm before clipping."""
         total = torch.zeros((), device=self.device)
         for last, part in _marking_the_last(batch.parts(self.config.accumulate)):
             with nullcontext() if last else self.world.without_sync(self.synced):
@@ -128,7 +128,7 @@ class DiffusionTraining(TrainingState):
         return self.world.total(total), self._clip()
 
     def _replay(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Do the same by a CUDA graph, in whose memory the gradients lie."""
+        """Do the same by replaying a CUDA graph, whose memory holds the gradients."""
         total, norm, *gradients = self.graph(*batch.loss_inputs().flat())
         for parameter, gradient in zip(self.learner.trained(), gradients, strict=True):
             parameter.grad = gradient
@@ -152,7 +152,7 @@ class DiffusionTraining(TrainingState):
         return self.objective.loss(self._network(labels), x0, eps, levels).sum() / size
 
     def _network(self, labels: Tensor | None) -> Network:
-        """Return the network under a condition, its matrix work in the config's dtype."""
+        """Return the conditioned network, with matrix products in the config's dtype."""
         dtype = DTYPES[self.config.dtype]
 
         def network(x: Tensor, t: Tensor) -> Tensor:
@@ -201,26 +201,26 @@ def train(
 
     Args:
         config: all options of the run.
-        data: images or latents, moved to `device` whole.
-        device: device of the training.
-        on_log_row: called with every row for the log: every second of a budget in minutes, every
-            hundredth of one in steps.
+        data: images or latents, all moved to `device`.
+        device: device to train on.
+        on_log_row: called with every row of the log: once per second for a budget in minutes, a
+            hundred times in all for a budget in steps.
         picture: called `config.pictures` times, evenly spaced, with a pipeline of the averaged
             weights so far and the number of the step.
         optimizer: function from the parameters to an optimizer, instead of AdamW or Muon; the
-            learning rates of its groups rise and fall as the config's would.
+            learning rates of its groups follow the config's schedule.
         resume: called before the first step; may restore the state of an earlier training.
         after_step: called after every step; what it raises ends the run.
         world: processes that train together. Each of them calls this function, and the callbacks
             are called on all of them.
-        objective: custom class instead of the config's; a subclass of that, see
+        objective: custom class instead of the config's, a subclass of it, see
             `minidiff.training.objectives.class_of`.
-        start: pipeline to go on from, which stays as it is; None for a fresh network. Its network
-            and noise schedule are kept, see `minidiff.training.start`.
-        learner: function from the pipeline to what of it is trained and saved.
+        start: pipeline to continue from, which is not changed; None for a fresh network. Its
+            network and noise schedule are kept, see `minidiff.training.start`.
+        learner: function from the pipeline to the part of it that is trained and saved.
     Raises:
-        InvalidArgument: config, data, objective and start do not fit together, or the device is
-            not there.
+        InvalidArgument: config, data, objective and start do not fit together, or the device does
+            not exist.
         TrainingError: the loss or the gradient is not finite, or a process is lost.
     """
     device = pick_device(device)
@@ -237,7 +237,7 @@ def train(
 
 
 def check_machine(config: TrainConfig, device: torch.device, size: int, splits: bool) -> None:
-    """Refuse what this device or this number of processes cannot do. Raises InvalidArgument.
+    """Raise InvalidArgument for what this device or this number of processes cannot do.
 
     Args:
         config: the run.
@@ -261,16 +261,16 @@ def check_machine(config: TrainConfig, device: torch.device, size: int, splits: 
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Refuse a machine that cannot compile before a run begins. Raises InvalidArgument."""
+    """Raise InvalidArgument before the run begins if this machine cannot compile."""
     try:
         torch.compile(torch.exp)(torch.zeros(2, device=device))
-    except Exception as error:  # of torch, Triton or the compiler
+    except Exception as error:  # from torch, Triton or the compiler
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise InvalidArgument(f"compile must be False on this machine: {why}") from error
 
 
 def _marking_the_last(parts: Iterator[Batch]) -> Iterator[tuple[bool, Batch]]:
-    """Yield each part, and before it whether it is the last."""
+    """Yield (is_last, part) for each part."""
     *others, last = parts
     yield from ((False, part) for part in others)
     yield True, last
