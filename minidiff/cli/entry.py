@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from minidiff import __version__
 from minidiff.cli.arguments import Parser
 from minidiff.cli.commands import check, demo, evaluate, sample, train, train_classifier, train_vae
-from minidiff.errors import InvalidArgument, MinidiffError, Stopped, TrainingError
+from minidiff.errors import InvalidArgument, MinidiffError, Stopped
 from minidiff.runtime.device import choose_threads, keep_freed_memory
 from minidiff.runtime.distributed import rank
 
@@ -27,11 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in PATHS & vars(options).keys():
         if isinstance(value := getattr(options, name), str):  # a shell leaves "~" after "="
             setattr(options, name, os.path.expanduser(value))
+    number = 0
     try:
+        number = rank()
         choose_threads(options.threads)
         options.command(options)
     except Stopped as stopped:
-        if not rank():
+        if not number:
             print(f"minidiff: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
@@ -40,9 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MinidiffError, OSError) as error:
         if options.debug:
             raise
-        if rank() and not isinstance(error, TrainingError):
-            return 1  # the process of rank 0 prints it
-        print(f"minidiff: {' '.join(str(error).split())}", file=sys.stderr)
+        who = f"minidiff (rank {number})" if number else "minidiff"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgument) else 1
     except (MemoryError, RuntimeError) as error:
         if options.debug or not _is_out_of_memory(error):

@@ -244,6 +244,10 @@ class DatasetImages(Data):
         other.device, other._ahead = torch.device(device), None
         return other
 
+    def digests(self) -> dict[str, str]:
+        """Return the parameters that the items depend on; their content is not read for this."""
+        return {"value_range": repr(self.items.value_range), "seed": str(self.items.seed)}
+
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return the images at `index`; see `Data.batch`.
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from minidiff.data.protocol import Data, check_labels
+from minidiff.data.protocol import Data, check_labels, digest
 from minidiff.errors import InvalidArgument
 from minidiff.images.pixels import to_float
 
@@ -59,6 +59,11 @@ class ImageData(Data):
         """Return the data with its tensors on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return ImageData(self.name, self.images.to(device), labels, self.class_names)
+
+    def digests(self) -> dict[str, str]:
+        """Return digests of the pixels and of the labels."""
+        labels = [] if self.labels is None else [self.labels]
+        return {"pixels": digest(self.images), "labels": digest(*labels)}
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return the images at `index` as inputs of a network.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minidiff.data import ImageData
-from minidiff.data.protocol import Data, Purpose, random_words
+from minidiff.data.protocol import Data, Purpose, digest, random_words
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument, TrainingError, whole_number
 from minidiff.nn import AutoencoderKL
@@ -79,6 +79,16 @@ class LatentData(Data):
         encoded = self if "moments" in vars(self) else moved  # nothing is encoded twice
         moved.moments = encoded.moments.to(device)
         return moved
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of the images, and of the autoencoder's weights and scale."""
+        weights, config = self.vae.state_dict(), self.vae.config
+        known = {
+            "autoencoder's weights": digest(*(weights[name] for name in sorted(weights))),
+            "autoencoder's scale": repr((config.shift_factor, config.scaling_factor)),
+            "seed": str(self.seed),
+        }
+        return self.images.digests() | known
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return latents of the images at `index`, of about zero mean and unit variance.

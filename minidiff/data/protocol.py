@@ -6,6 +6,7 @@ on a seed and its position alone. So a resumed run gets the same items as an uni
 do several processes that share a batch, each with the position of its part.
 """
 
+import hashlib
 from enum import IntEnum
 from typing import ClassVar, Protocol
 
@@ -74,6 +75,18 @@ class Data(Protocol):
     def captured(self) -> "Data":
         """Return data whose batches are drawn by a CUDA graph, if that is possible."""
         return self
+
+    def digests(self) -> dict[str, str]:
+        """Return a digest, or the value, of each part that a resumed run must find unchanged."""
+        return {}
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return the SHA-256 of the bytes of tensors, in hexadecimal."""
+    hashed = hashlib.sha256()
+    for tensor in tensors:
+        hashed.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def check_labels(labels: Tensor | None, count: int, class_names: tuple[str, ...]) -> None:

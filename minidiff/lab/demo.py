@@ -13,6 +13,7 @@ from minidiff.images import plot
 from minidiff.images.pixels import to_float
 from minidiff.metrics import Evaluator, Scores
 from minidiff.pipeline import Pipeline
+from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs import diffusion
 from minidiff.runs.folder import Settings, about
 from minidiff.runtime import files
@@ -73,6 +74,7 @@ def _refuse_foreign(out: Path) -> None:
         command = files.read_json(out / diffusion.CONFIG).get("command")
     except CheckpointError:
         command = None
+    check_replaceable(out / diffusion.MODEL)
     if command != "demo":
         raise CheckpointError(
             f"{out}: not empty and not of an earlier demo, which would be replaced; choose "

@@ -4,7 +4,6 @@
 SHA-256, since figures measured with other weights cannot be compared.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from minidiff import data
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.nn.classifier import Classifier, build_classifier
-from minidiff.runtime.files import sha256
+from minidiff.runtime.files import parse_json, sha256
 from minidiff.runtime.tensors import load_weights, read_headers, read_metadata
 
 WEIGHTS = Path(__file__).parent.with_name("weights")
@@ -59,7 +58,7 @@ def read_classifier(path: str | Path) -> Classifier:
     """
     path = Path(path)
     try:
-        architecture = json.loads(read_metadata(path)["architecture"])
+        architecture = parse_json(read_metadata(path)["architecture"])
         with torch.device("meta"):  # no memory for tensors that the file may lack
             net = build_classifier(architecture)
     except (KeyError, ValueError) as error:  # an InvalidArgument is a ValueError

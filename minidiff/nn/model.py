@@ -105,6 +105,22 @@ class Model(nn.Module):
         load_weights(model, stored)
         return model.eval()
 
+    @classmethod
+    def check_replaceable(cls, folder: Path, variant: str | None = None) -> None:
+        """Refuse a folder whose replacement by a network would delete files of other people.
+
+        Raises:
+            CheckpointError: names files that are not those of such a network.
+            InvalidArgument: a bad variant.
+        """
+        others = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        own = own_files(cls.weights_name, variant)
+        if foreign := sorted(n for n in others - {CONFIG} if not own.fullmatch(n)):
+            raise CheckpointError(
+                f"{folder}: holds {', '.join(foreign[:3])}, and saving replaces the whole folder; "
+                f"choose a new or empty one"
+            )
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -123,13 +139,7 @@ class Model(nn.Module):
             InvalidArgument: a bad max_shard_size or variant.
         """
         folder = user_path(folder)
-        others = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        own = own_files(self.weights_name, variant)
-        if foreign := sorted(n for n in others - {CONFIG} if not own.fullmatch(n)):
-            raise CheckpointError(
-                f"{folder}: holds {', '.join(foreign[:3])}, and saving replaces the whole folder; "
-                f"choose a new or empty one"
-            )
+        self.check_replaceable(folder, variant)
         with atomic_folder(folder) as temporary:
             state = self.state_dict()
             write_weights(temporary, self.weights_name, state, max_shard_size, variant)

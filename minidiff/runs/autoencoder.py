@@ -34,6 +34,7 @@ from minidiff.training.config import VAEConfig
 COMMAND = "train-vae"
 PICTURE = f"{RECONSTRUCTIONS}.png"
 PICTURE_IMAGES = 40
+POOR_PSNR = 15.0  # in dB: an error of 18 % of the range
 
 
 class Quality(NamedTuple):
@@ -55,6 +56,16 @@ class Quality(NamedTuple):
     made: Scores | None
     real: Scores | None
 
+    @property
+    def is_poor(self) -> bool:
+        """True where the classifier misses a tenth of what it recognises of real images.
+
+        Without a classifier, True below POOR_PSNR.
+        """
+        if self.made is None or self.made.accuracy is None:
+            return self.psnr < POOR_PSNR
+        return self.made.accuracy < 0.9 * self.real.accuracy
+
     def __str__(self) -> str:
         lines = [
             f"error of a pixel  {self.l1:.2f} of 255, PSNR {self.psnr:.1f} dB",
@@ -62,6 +73,8 @@ class Quality(NamedTuple):
         ]
         if self.made is not None:
             lines += [f"reconstructed     {self.made}", f"real, held out    {self.real}"]
+        if self.is_poor:
+            lines.append("warning: poor reconstructions limit every model of latents; train longer")
         return "\n".join(lines)
 
 
@@ -119,6 +132,7 @@ def resume(
             data are not those of the run; otherwise as `train_vae_into`.
     """
     run = Run.reopen(out, COMMAND, data, print_line)
+    AutoencoderKL.check_replaceable(run.out / VAE)  # which the end of the run replaces
     device = pick_device(run.settings.device if device is None else device)
     _check(run.settings.config, data, held_out)
     return _train(run, data, held_out, device)

@@ -67,12 +67,13 @@ class Log:
             os.fsync(self._file.fileno())
             return self._file.tell()
 
-    def cut(self, length: int) -> None:
-        """Keep the first `length` bytes."""
+    def cut(self, length: int) -> int:
+        """Keep the first `length` bytes and return the number of those that are missing."""
         with self._naming():
-            if self._file.seek(0, os.SEEK_END) > length:
+            if (size := self._file.seek(0, os.SEEK_END)) > length:
                 self._file.truncate(length)
                 self._file.seek(0, os.SEEK_END)
+        return max(0, length - size)
 
     def close(self) -> None:
         """Close the file."""
@@ -144,7 +145,8 @@ class Autosave:
             raise CheckpointError(f"{self.out}: the processes find different snapshots in it")
         if self.log is not None:
             snapshot.clear_leftovers(self.out)
-            self.log.cut(length)
+            if missing := self.log.cut(length):
+                self.run.print_line(f"{self.log.path}: {missing} of {length} bytes are lost")
         if folder is not None:
             self.run.print_line(f"going on from step {step}")
 

@@ -17,6 +17,7 @@ from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.images import plot
 from minidiff.pipeline import Pipeline
+from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs.autosave import OnLogRow, PrintLine, Saving
 from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES
 from minidiff.runs.run import Run, progress_bar
@@ -104,6 +105,7 @@ def resume(
             not those of the run; otherwise as `train_into`.
     """
     run = Run.reopen(out, COMMAND, data, print_line, started=start is not None)
+    check_replaceable(run.out / MODEL)  # which the end of the run replaces
     device = own_device(pick_device(run.settings.device if device is None else device))
     if run.settings.config.cuda_graph and (device.type != "cuda" or launched()):
         print_line("going on without --cuda-graph, which is for one process on a GPU")

@@ -12,20 +12,31 @@ from typing import Any, NamedTuple
 
 from torch import device as Device
 
+from minidiff.data import SPLITS
 from minidiff.data.protocol import Data
-from minidiff.errors import CheckpointError, one_of, true_or_false
+from minidiff.errors import CheckpointError, InvalidArgument, one_of, true_or_false
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import INDEX
 from minidiff.runs.autosave import Saving
 from minidiff.runtime import files
+from minidiff.runtime.checks import check_all, choice, flag, optional, text, whole
 from minidiff.training.config import LoopConfig, TrainConfig, VAEConfig, merged
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
 MODEL, SAMPLES = "model", "samples"  # further results of train
 VAE, RECONSTRUCTIONS = "vae", "reconstructions"  # of train-vae
-LOADING = ("name", "split", "data_dir", "image_size", "download", "vae")
+LOADING = {
+    "name": text,
+    "split": choice(*SPLITS),
+    "data_dir": optional(text),
+    "image_size": optional(whole(1)),
+    "download": flag,
+    "vae": optional(text),
+}
 KINDS = {"train": TrainConfig, "train-vae": VAEConfig}  # the config of each command
+LATER = ("class_names", "digests")  # entries of `about` that older runs lack
+_TYPES = {"train": dict, "load": dict, "data": dict, "device": str, "saving": dict}
 
 
 class Settings(NamedTuple):
@@ -35,7 +46,7 @@ class Settings(NamedTuple):
         command: a key of `KINDS`, or "demo", whose folder cannot be resumed.
         config: options of the training.
         data: arguments of `minidiff.data.load` and the path of a vae; empty where not known.
-        about: name, number and shape of the images, see `about`.
+        about: name, number, shape, classes and digests of the images, see `about`.
         device: type of the device.
         saving: how often the run is saved.
         shard: the processes shard the weights.
@@ -67,7 +78,27 @@ def about(data: Data, *, started: bool = False) -> dict[str, Any]:
     """Return what is kept of the data to know them again, and that a run began from a pipeline."""
     # Points on a plane have no height and width; they are refused elsewhere.
     shape = dict(zip(("channels", "height", "width"), data.shape, strict=False))
-    return {"name": data.name, "images": len(data), **shape} | ({"start": True} if started else {})
+    known = {"class_names": list(data.class_names), "digests": data.digests()}
+    start = {"start": True} if started else {}
+    return {"name": data.name, "images": len(data), **shape, **known, **start}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Describe what of the data differs from those of the run; "" for nothing.
+
+    Args:
+        before, now: results of `about`. An older run knows neither class names nor digests.
+    """
+    old, new = ({name: x[name] for name in x if name != "digests"} for x in (before, now))
+    names = [n for n in old | new if old.get(n) != new.get(n) and (n in old or n not in LATER)]
+    found = []
+    if names:
+        was, are = ({name: x.get(name) for name in names} for x in (old, new))
+        found.append(f"was trained on {was}, the data are {are}")
+    sums = before.get("digests", {}).items()
+    if parts := [name for name, value in sums if now["digests"].get(name) != value]:
+        found.append(f"the {' and '.join(parts)} of its data have changed since it began")
+    return "; ".join(found)
 
 
 def create(out: str | Path, settings: Settings) -> Path:
@@ -109,21 +140,31 @@ def read_settings(out: str | Path, command: str) -> Settings:
     if (found := content.get("command", command)) != command:
         raise CheckpointError(f"{out}: is a run of minidiff {found}, not of minidiff {command}")
     try:
-        train, load = dict(content["train"]), _loading(content["load"])
+        for name, kind in _TYPES.items():
+            if not isinstance(content[name], kind):
+                raise InvalidArgument(f"{name} must be a {kind.__name__}, got {content[name]!r}")
+        if not isinstance(content["data"].get("digests", {}), dict):
+            raise InvalidArgument("digests must be a dict")
+        train, load = content["train"], _loading(content["load"], command)
         saving = Saving(**content["saving"])
         return Settings(
             command, merged(train, kind=KINDS[command]), load, content["data"],
-            str(content["device"]), saving, true_or_false("shard", content["shard"]),
+            content["device"], saving, true_or_false("shard", content["shard"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:  # InvalidArgument among them
         raise CheckpointError(f"{path}: not the config of a run ({error})") from error
 
 
-def _loading(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the arguments of `load`. Raises KeyError, TypeError and ValueError."""
-    arguments = dict(arguments)
+def _loading(arguments: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Check the arguments of `load`. Raises KeyError and ValueError.
+
+    A file never orders a download: whoever began the run has the files.
+    """
+    known = [name for name in LOADING if command == "train" or name != "vae"]
     for name in arguments:
-        one_of("load", name, LOADING)
+        one_of("load", name, known)
+    check_all(arguments, LOADING)
+    arguments = {name: value for name, value in arguments.items() if name != "download"}
     return arguments and {"name": arguments["name"], **arguments}
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from minidiff.data.protocol import Data
 from minidiff.errors import CheckpointError
 from minidiff.runs.autosave import Autosave, Log, OnLogRow, PrintLine, Saving, Signals
-from minidiff.runs.folder import LOG, Settings, about, create, read_settings
+from minidiff.runs.folder import LOG, Settings, about, changes, create, read_settings
 from minidiff.runtime import files
 from minidiff.runtime.distributed import rank
 from minidiff.runtime.files import user_path
@@ -94,8 +94,8 @@ class Run:
         if settings.about.get("start", False) != started:
             how = "fresh weights, not a start" if started else "a start, which must be given again"
             raise CheckpointError(f"{out}: was trained from {how}")
-        if (now := about(data, started=started)) != settings.about:
-            raise CheckpointError(f"{out}: was trained on {settings.about}, the data are {now}")
+        if changed := changes(settings.about, about(data, started=started)):
+            raise CheckpointError(f"{out}: {changed}")
         return cls(out, settings, print_line)
 
     @contextmanager

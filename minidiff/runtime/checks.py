@@ -56,6 +56,13 @@ def choice(*allowed: str | None) -> Check:
     return check
 
 
+def text(name: str, value: Any) -> str:
+    """Allow texts."""
+    if not isinstance(value, str):
+        raise InvalidArgument(f"{name} must be a text, got {value!r}")
+    return value
+
+
 def flag(name: str, value: Any) -> bool:
     """Allow True and False."""
     return true_or_false(name, value)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument, TrainingError
 
+VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of torchrun, and WORLD_SIZE
 TIMEOUT = datetime.timedelta(minutes=10)  # for a process that writes a snapshot, or is lost
 
 
@@ -170,9 +171,17 @@ def _is_of_the_network(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
+def _number(variable: str, default: int) -> int:
+    """Return a whole number of the environment, where empty is not set. Raises InvalidArgument."""
+    value = os.environ.get(variable, "").strip() or str(default)
+    if not value.isdecimal():
+        raise InvalidArgument(f"{variable} must be a whole number, as torchrun sets it: {value!r}")
+    return int(value)
+
+
 def processes() -> int:
     """Return the number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def launched() -> bool:
@@ -182,20 +191,28 @@ def launched() -> bool:
 
 def rank() -> int:
     """Return the number of this process before it joins the others; 0 if it is alone."""
-    return int(os.environ.get("RANK", "0")) if launched() else 0
+    return _number("RANK", 0) if launched() else 0
 
 
 def own_device(device: torch.device) -> torch.device:
     """Return the GPU of this process, where there are several.
 
     Raises:
-        InvalidArgument: there are more processes than GPUs, or a GPU is given by number.
+        InvalidArgument: a variable of torchrun is missing, there are more processes than GPUs, or
+            a GPU is given by number.
     """
-    if not launched() or device.type != "cuda":
+    if not launched():
+        return device
+    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+        raise InvalidArgument(
+            f"WORLD_SIZE is {processes()} but {', '.join(missing)} not set: start several "
+            "processes by torchrun, or unset WORLD_SIZE"
+        )
+    if device.type != "cuda":
         return device
     if device.index is not None:
         raise InvalidArgument(f"device must be cuda for several processes, got {device}")
-    local = int(os.environ["LOCAL_RANK"])
+    local = _number("LOCAL_RANK", 0)
     if local >= torch.cuda.device_count():
         raise InvalidArgument(
             f"nproc_per_node must be at most the number of GPUs, {torch.cuda.device_count()}"

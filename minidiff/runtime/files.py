@@ -287,7 +287,7 @@ def read_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
     Raises:
         CheckpointError: missing, unreadable, too large, not UTF-8, not JSON, or not an object.
     """
-    return _read_object(user_path(path), "JSON", json.loads, max_bytes)
+    return _read_object(user_path(path), "JSON", parse_json, max_bytes)
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def read_options(path: str | Path) -> dict[str, Any]:
         InvalidArgument: another suffix than .json or .toml.
     """
     path = user_path(path)
-    parsers = {".json": json.loads, ".toml": _parse_toml}
+    parsers = {".json": parse_json, ".toml": _parse_toml}
     if path.suffix not in parsers:
         raise InvalidArgument(f"config must be a .json or .toml file, got {path}")
     content = _read_object(path, path.suffix[1:].upper(), parsers[path.suffix], MAX_JSON_BYTES)
@@ -346,6 +346,18 @@ def existing_folder(path: str | Path) -> Path:
         f"{folder}: no such folder; names on the Hub are not looked up, download the files first: "
         f"hf download {folder} --local-dir FOLDER"
     )
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError, also for a key that comes twice in one object."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises ValueError for a key that comes twice."""
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key comes twice among {', '.join(content)}"[:200])
+    return content
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

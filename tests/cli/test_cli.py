@@ -81,8 +81,11 @@ def test_sample_changes_an_image_and_keeps_it_outside_the_mask(run_folder, tmp_p
 
 def test_train_writes_a_run_with_its_data_options_log_and_samples(run_folder, tmp_path):
     config = json.loads((run_folder / "config.json").read_text())
-    assert config["data"] == {
+    about = config["data"]
+    assert about.pop("digests").keys() == {"pixels", "labels"}
+    assert about == {
         "name": "digits", "images": 10000, "channels": 1, "height": 16, "width": 16,
+        "class_names": list("0123456789"),
     }  # fmt: skip
     assert config["train"]["steps"] == 120
     rows = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]

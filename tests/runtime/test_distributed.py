@@ -114,6 +114,8 @@ def test_rank_and_device_come_from_the_variables_of_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert launched()
     assert rank() == 3
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "3")
     assert own_device(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(InvalidArgument, match="device must be cuda for several processes"):
         own_device(torch.device("cuda:1"))

@@ -94,6 +94,10 @@ class CaptionedDigits(Data):
         """Return the captions of the first n images."""
         return self.captions(torch.arange(n))
 
+    def digests(self) -> dict[str, str]:
+        """Return the parameters that the images depend on."""
+        return {"split": self.split, "pairs": self.pairs, "seed": str(self.seed)}
+
     def captured(self) -> "CaptionedDigits":
         """Return data on a GPU whose batches are drawn by replaying a CUDA graph."""
         other = copy.copy(self)

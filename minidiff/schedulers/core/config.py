@@ -96,9 +96,11 @@ class Configured:
         Raises:
             InvalidArgument: an unknown option, or a value that this class does not support.
         """
-        implied = config.get("_use_default_values", ())
+        implied, carried = config.get("_use_default_values", ()), config.get("_carried", {})
+        if not isinstance(implied, list | tuple) or not isinstance(carried, Mapping):
+            raise InvalidArgument("_use_default_values must be a list and _carried a dict")
         given = {k: v for k, v in config.items() if not k.startswith("_") and k not in implied}
-        options = {**config.get("_carried", {}), **given, **overrides}
+        options = {**carried, **given, **overrides}
         own = cls._defaults()
         for name in sorted(options.keys() - own.keys() - option_rules.FAMILY):
             raise InvalidArgument(
