@@ -52,7 +52,7 @@ class Stream:
 
 def evenly_spaced(n: int, max_count: int) -> Tensor:
     """Return the numbers of at most `max_count` images, spread evenly over all n."""
-    return torch.linspace(0, n - 1, min(n, max_count)).round().long()
+    return torch.linspace(0, n - 1, min(n, max_count), dtype=torch.float32).round().long()
 
 
 def batches(n: int, batch_size: int, seed: int, start: int = 0) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument
 from minidiff.images.pixels import to_uint8
+from minidiff.noise import randn
 from minidiff.runtime.files import atomic_file
 from minidiff.schedule import NoiseSchedule, add_noise
 
@@ -83,8 +84,8 @@ def forward_figure(
     """
     from matplotlib.figure import Figure
 
-    steps = torch.linspace(0, len(schedule) - 1, columns).round().long()
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+    steps = torch.linspace(0, len(schedule) - 1, columns, dtype=torch.float32).round().long()
+    eps = randn(x0.shape, torch.Generator().manual_seed(seed))
     figure = Figure(figsize=(1.1 * (columns + 1), 1.15 * len(x0) + 0.7), layout="constrained")
     axes = figure.subplots(len(x0), columns + 1, squeeze=False)
     for column in range(columns + 1):

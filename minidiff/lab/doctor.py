@@ -24,6 +24,7 @@ from minidiff.pipeline import Pipeline
 from minidiff.prediction import edm_row, row
 from minidiff.runs import diffusion, snapshot
 from minidiff.runs.folder import open_pipeline, read_settings
+from minidiff.runtime.device import float32_by_default
 from minidiff.sample import trajectory
 from minidiff.schedule import Level, add_noise
 from minidiff.schedulers import FlowMatchEulerDiscreteScheduler, Scheduler
@@ -105,7 +106,7 @@ def examine(path: str | Path, data: Data, device: torch.device | str = "cpu") ->
     run = _open(Path(path), data, torch.device(device))
     cause = None
     for check_run in CHECKS:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), float32_by_default():
             finding = check_run(run)
         failed = finding.good is False
         if failed and cause and finding.name in FOLLOWING:
@@ -119,6 +120,7 @@ def examine(path: str | Path, data: Data, device: torch.device | str = "cpu") ->
             cause = cause or finding.name
 
 
+@float32_by_default()
 def _open(path: Path, data: Data, device: torch.device) -> OpenedRun:
     """Return a run with its networks and some of its data."""
     config = read_settings(path, diffusion.COMMAND).config

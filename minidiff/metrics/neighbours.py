@@ -132,7 +132,7 @@ def nearest_distance(samples: Tensor, images: Tensor) -> Tensor:
     found = []
     for rows in samples.split(_MAX_DISTANCES // _IMAGES):
         queries = _centred(rows)
-        best = torch.full((len(rows),), math.inf, device=rows.device)
+        best = torch.full((len(rows),), math.inf, dtype=queries.dtype, device=rows.device)
         nearest = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         for start in range(0, len(images), _IMAGES):
             others = _centred(images[start : start + _IMAGES].to(rows.device))

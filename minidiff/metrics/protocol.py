@@ -403,7 +403,8 @@ class _Evaluation:
             index = chosen[part : part + self.plan.batch_size]
             sources = image_generators(seed, range(part, part + len(index)))
             x0, labels = data.batch(index)
-            noise = torch.stack([torch.rand(x0.shape[1:], generator=g) - 0.5 for g in sources])
+            draws = [torch.rand(x0.shape[1:], generator=g, dtype=torch.float32) for g in sources]
+            noise = torch.stack(draws) - 0.5
             points = x0 + likelihood.PIXEL * noise  # dequantised: uniform in the bin of each byte
             x0, points = (self.latents(x) for x in (x0, points))
             signs = [likelihood.rademacher(x0.shape[1:], g, x0) for g in sources]

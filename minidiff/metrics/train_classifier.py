@@ -32,6 +32,7 @@ from minidiff.errors import InvalidArgument
 from minidiff.nn.classifier import NETWORKS, Classifier, build_classifier
 from minidiff.noise import MAX_SEED
 from minidiff.runtime.checks import check_fields, choice, option, real, whole
+from minidiff.runtime.device import float32_by_default
 from minidiff.runtime.distributed import World
 from minidiff.runtime.files import atomic_file, ensure_writable
 from minidiff.runtime.tensors import write_tensors
@@ -257,6 +258,7 @@ class ClassifierTraining(TrainingState):
             self.schedule.step()
 
 
+@float32_by_default()
 def train(
     images: ImageData | Questions,
     recipe: Recipe,

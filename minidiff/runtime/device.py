@@ -3,6 +3,8 @@
 import ctypes
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,6 +12,20 @@ from minidiff.errors import InvalidArgument, one_of, whole_number
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make float32 the dtype of new tensors and networks; also a decorator of functions.
+
+    Programs set another one for models of their own (`torch.set_default_dtype`).
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:

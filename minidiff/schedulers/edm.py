@@ -62,7 +62,9 @@ class EDMSigmas(SigmaScheduler):
 
     def precondition_noise(self, sigma: float | Tensor) -> Tensor:
         """Return c_noise, a tensor of the shape of σ; a number counts as (1,)."""
-        return 0.25 * torch.log(sigma if isinstance(sigma, Tensor) else torch.tensor([sigma]))
+        if not isinstance(sigma, Tensor):
+            sigma = torch.tensor([sigma], dtype=self.reading.dtype)
+        return 0.25 * torch.log(sigma)
 
     def precondition_outputs(
         self, sample: Tensor, model_output: Tensor, sigma: float | Tensor

@@ -37,7 +37,7 @@ from minidiff.nn import AutoencoderKL
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.nn.discriminator import PatchDiscriminator
 from minidiff.noise import stream_seed
-from minidiff.runtime.device import DTYPES, pick_device
+from minidiff.runtime.device import DTYPES, float32_by_default, pick_device
 from minidiff.runtime.distributed import World
 from minidiff.training.build import groups_of
 from minidiff.training.config import VAEConfig
@@ -226,6 +226,7 @@ class AutoencoderTraining(TrainingState):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
 
+@float32_by_default()
 def train_vae(
     config: VAEConfig,
     data: ImageData,

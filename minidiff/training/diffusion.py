@@ -21,7 +21,7 @@ from minidiff.noise import stream_seed
 from minidiff.objective import Network, Objective
 from minidiff.pipeline import Pipeline
 from minidiff.runtime.cuda_graph import CudaGraph
-from minidiff.runtime.device import DTYPES, pick_device
+from minidiff.runtime.device import DTYPES, float32_by_default, pick_device
 from minidiff.runtime.distributed import World
 from minidiff.training.autoguidance import GuidanceNetwork
 from minidiff.training.batches import DROPOUT, Batch, Batches, LossInputs
@@ -182,6 +182,7 @@ class DiffusionTraining(TrainingState):
         return int(min(self.budget.fraction_done, 1) * self.config.pictures)
 
 
+@float32_by_default()
 def train(
     config: TrainConfig,
     data: Data,

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -361,6 +362,9 @@ X, LABELS = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
         (([0.0], 1), {}, "sample must be a tensor"),
         ((X, "1"), {}, "timestep must be a number or a tensor"),
         ((X, torch.zeros(3)), {}, r"timestep must have shape \(\) or \(2,\), got \(3,\)"),
+        ((X, np.complex64(1)), {}, "timestep must be a number or a tensor"),
+        ((X, torch.tensor(1 + 0j)), {}, "timestep must hold real numbers, got torch.complex64"),
+        ((X, torch.tensor(True)), {}, "timestep must hold real numbers, got torch.bool"),
         ((X, 1, None, LABELS), {}, "class_labels must be None"),
         ((X, 1), {"num_class_embeds": 3}, r"class_labels must be a tensor of shape \(2,\)"),
         ((X, 1, None, LABELS.float()), {"num_class_embeds": 3}, "class_labels must be int64"),

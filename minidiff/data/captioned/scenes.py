@@ -117,7 +117,7 @@ def rules(seen: bool, held_out: bool) -> Rules:
     for pair in HELD_OUT:
         pairs[pair] = held_out
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
-    heights = torch.tensor([[10.0, 11.0], [15.5, 19.5], [12.5, 14.0]])
+    heights = torch.tensor([[10.0, 11.0], [15.5, 19.5], [12.5, 14.0]], dtype=torch.float32)
     return Rules(pairs, torch.cdist(palette, palette) >= _CONTRAST, palette, heights)
 
 
@@ -206,7 +206,7 @@ def place(u: Tensor, scenes: Scenes, extent: Tensor, rules: Rules) -> Places:
 def _alone(u: Tensor, position: Tensor, extent: Tensor) -> Tensor:
     """Return centres of single digits, in the ninths of the image that are their positions."""
     free = SIDE / 2 - _MARGIN - extent / 2
-    corner = torch.stack([position // 3 - 1, position % 3 - 1], dim=1)
+    corner = torch.stack([position // 3 - 1, position % 3 - 1], dim=1).to(u.dtype)
     return SIDE / 2 + free * (0.8 * corner + 0.2 * (2 * u - 1))[:, None]
 
 
@@ -257,8 +257,8 @@ def _resampling(scale: Tensor, centre: Tensor, ink_centre: Tensor) -> Tensor:
     The kernel is a triangle, twice as wide as a pixel of the coarser grid.
     """
     scale = scale[..., None, None]
-    pixel = torch.arange(SIDE, device=scale.device)[:, None] + 0.5
+    pixel = torch.arange(SIDE, dtype=scale.dtype, device=scale.device)[:, None] + 0.5
     source = (pixel - centre[..., None, None]) / scale + ink_centre[..., None, None]
-    distance = torch.arange(digits.SIDE, device=scale.device) + 0.5 - source
+    distance = torch.arange(digits.SIDE, dtype=scale.dtype, device=scale.device) + 0.5 - source
     narrow = scale.clamp(max=1)
     return (1 - distance.abs_().mul_(narrow)).clamp_(min=0).mul_(narrow)

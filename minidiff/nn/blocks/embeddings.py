@@ -8,6 +8,7 @@ without one of these inputs has a module in its place that adds nothing and refu
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -174,13 +175,17 @@ def expand_times(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
         InvalidArgument: neither a number nor a tensor () or (B,).
     """
     if not isinstance(timestep, Tensor):
-        if isinstance(timestep, bool) or not hasattr(timestep, "__float__"):
+        if isinstance(timestep, bool) or not isinstance(timestep, Real):
             raise InvalidArgument(f"timestep must be a number or a tensor, got {timestep!r}")
-        return torch.full((len(sample),), float(timestep), device=sample.device)
+        return torch.full(
+            (len(sample),), float(timestep), dtype=torch.float32, device=sample.device
+        )
     if timestep.shape not in ((), (len(sample),)):
         raise InvalidArgument(
             f"timestep must have shape () or ({len(sample)},), got {tuple(timestep.shape)}"
         )
+    if timestep.is_complex() or timestep.dtype == torch.bool:
+        raise InvalidArgument(f"timestep must hold real numbers, got {timestep.dtype}")
     return timestep.to(sample.device).expand(len(sample))
 
 

@@ -50,7 +50,7 @@ def hypot(a: float, x: Number) -> Number:
 @functools.lru_cache(maxsize=4096)
 def _torch_float32(function, x: np.float32) -> np.float32:
     """Apply torch's function, whose last bit is neither NumPy's nor the nearest float32's."""
-    return np.float32(function(torch.tensor(x)).item())
+    return np.float32(function(torch.tensor(x, dtype=torch.float32)).item())
 
 
 class RoundedLevel(Level):
@@ -78,7 +78,7 @@ def rounded_levels(alpha: Tensor, sigma: Tensor) -> list[Any]:
     return levels
 
 
-ROUNDED_CLEAN = rounded_levels(torch.ones(1), torch.zeros(1))[0]
+ROUNDED_CLEAN = rounded_levels(*torch.tensor([[1.0], [0.0]], dtype=torch.float32))[0]
 ROUNDED_CLEAN.alpha_bar = 1.0
 
 
@@ -90,7 +90,8 @@ def posterior(now: float, nxt: float, alpha: float) -> tuple[float, float]:
     """Return the weights of x0 and x in DDPM's posterior from ᾱ_t, ᾱ_s and α_s."""
     one, a, b = np.float32(1), np.float32(now), np.float32(nxt)
     ratio = a / b
-    root = (torch.tensor(ratio) ** 0.5).item()  # torch's root is not always the nearest float32
+    # torch's root is not always the nearest float32
+    root = (torch.tensor(ratio, dtype=torch.float32) ** 0.5).item()
     weight_x0 = np.float32(alpha) * (one - ratio) / (one - a)
     return float(weight_x0), float(np.float32(root) * (one - b) / (one - a))
 
@@ -98,7 +99,7 @@ def posterior(now: float, nxt: float, alpha: float) -> tuple[float, float]:
 @functools.lru_cache(maxsize=4096)
 def direction(now: float, nxt: float, eta: float) -> float:
     """Return √(1 − ᾱ_s − s̃²), the weight of ε̂ in DDIM, from ᾱ_t, ᾱ_s and η."""
-    a, b = torch.tensor([now, nxt])
+    a, b = torch.tensor([now, nxt], dtype=torch.float32)
     rounded = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
     return (1 - b - rounded**2).clamp(min=0).sqrt().item()
 
@@ -114,7 +115,8 @@ def ancestral(sigma: float, to: float) -> tuple[float, float]:
 @functools.lru_cache(maxsize=4096)
 def transfer(now: float, nxt: float) -> tuple[float, float]:
     """Return the weights of x and ε̂ in PNDM's step from ᾱ_t to ᾱ_s."""
-    a, b = torch.tensor([now, nxt])  # not NumPy: the last bit of its float32 root is another
+    # not NumPy: the last bit of its float32 root is another
+    a, b = torch.tensor([now, nxt], dtype=torch.float32)
     denominator = a * (1 - b).sqrt() + (a * (1 - a) * b).sqrt()
     return (b / a).sqrt().item(), -(b - a).item() / denominator.item()
 
