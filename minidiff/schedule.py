@@ -238,7 +238,7 @@ def _betas(
 ) -> Tensor:
     steps = whole_number("num_train_timesteps", steps, 1, MAX_TRAIN_TIMESTEPS)
     if trained is not None:
-        return _checked_betas(trained, dtype)
+        return _checked_betas(trained, steps, dtype)
     one_of("beta_schedule", name, BETA_SCHEDULES)
     start, end = real_number("beta_start", start, 0, 1), real_number("beta_end", end, 0, 1)
     if not 0 < start <= end < 1:
@@ -274,14 +274,19 @@ _ALPHA_BARS: dict[str, Callable[[float], float]] = {  # up to a factor, at s = t
 }
 
 
-def _checked_betas(trained: Sequence[float], dtype: torch.dtype) -> Tensor:
+def _checked_betas(trained: Sequence[float], steps: int, dtype: torch.dtype) -> Tensor:
     try:
         betas = torch.as_tensor(np.asarray(trained, dtype=np.float64), dtype=dtype)
     except (TypeError, ValueError, OverflowError):
-        betas = torch.empty(0)
+        betas = torch.empty(0, dtype=dtype)
     if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
         raise InvalidArgument(
             f"trained_betas must be a sequence of numbers in (0, 1), got {str(trained)[:80]}"
+        )
+    if len(betas) != steps:
+        raise InvalidArgument(
+            f"trained_betas must be one number for each of num_train_timesteps={steps}, "
+            f"got {len(betas)}"
         )
     return betas
 

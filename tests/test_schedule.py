@@ -163,7 +163,7 @@ def test_a_batch_of_levels_is_each_level_by_itself(steps: list[int], axes: int) 
 
 def test_a_schedule_of_trained_betas_is_those_betas() -> None:
     betas = [0.1, 0.3, 0.2]
-    schedule = NoiseSchedule.named(trained_betas=betas)
+    schedule = NoiseSchedule.named(num_train_timesteps=3, trained_betas=betas)
     assert len(schedule) == 3
     assert schedule[2].alpha ** 2 == pytest.approx(0.9 * 0.7 * 0.8, rel=1e-15)
     assert schedule.ending_at(0.25)[2] == Level(0.5, math.sqrt(0.75))
@@ -190,7 +190,8 @@ def test_log_snr_is_infinite_at_both_ends() -> None:
         ({"trained_betas": [0.1, 1.0]}, "trained_betas"),
         ({"trained_betas": [0.1, math.nan]}, "trained_betas"),
         ({"trained_betas": [0.9] * 1000}, "alpha_bar must fall"),  # 0.1^1000 is 0 in float64
-        ({"trained_betas": [1e-9, 1e-9], "dtype": torch.float32}, "alpha_bar must fall"),
+        ({"trained_betas": [1e-9] * 1000, "dtype": torch.float32}, "alpha_bar must fall"),
+        ({"trained_betas": [0.1] * 999}, "num_train_timesteps=1000, got 999"),
     ],
 )
 def test_an_impossible_schedule_is_refused_by_name(arguments: dict, message: str) -> None:

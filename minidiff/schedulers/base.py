@@ -10,8 +10,10 @@ pipelines and reads and writes its `scheduler_config.json`.
 
 import copy
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -181,6 +183,11 @@ class Scheduler(Grid):
         here = self._evaluate(model_output, sample, now, noise, **options)
         now, x, x0, eps = here
         prev = self.update(x, x0, eps, now, nxt, noise, **options)
+        if self.num_inference_steps is None:
+            warnings.warn(
+                f"step before set_timesteps visits all {len(self.grid)} training steps",
+                stacklevel=3,
+            )
         if self.history:
             self.past.append(here)
         if self._step_index is not None:
@@ -273,7 +280,12 @@ class Scheduler(Grid):
         return target(sample, noise, self._batch_level(timesteps, sample), "v_prediction")
 
     def _batch_level(self, timesteps: Tensor, like: Tensor) -> Level:
-        t = torch.as_tensor(timesteps, device=like.device).flatten()
+        t = self._flat(timesteps).to(like.device)
+        if t.dtype not in (torch.int64, torch.int32) or len(t) not in (1, like.shape[0]):
+            raise InvalidArgument(
+                f"timesteps must be 1 or {like.shape[0]} integers, "
+                f"got {t.dtype} of shape {tuple(t.shape)}"
+            )
         if t.is_cpu and len(t) and not 0 <= int(t.min()) <= int(t.max()) < len(self.schedule):
             raise InvalidArgument(
                 f"timesteps must be in 0..{len(self.schedule) - 1}, got {t.min():g} to {t.max():g}"
@@ -292,6 +304,23 @@ class IndexedScheduler(Scheduler):
         return self.levels[i], self.levels[i + 1]
 
     _levels_at = due_levels
+
+    def index_for_timestep(
+        self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None
+    ) -> int:
+        """Return the grid entry at this timestep, the second one where it is repeated.
+
+        Args:
+            timestep: entry of the grid.
+            schedule_timesteps: grid to search instead of `timesteps`.
+        Raises:
+            InvalidArgument: the grid does not have this timestep.
+        """
+        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        found = (grid == host_number(timestep)).nonzero().flatten().tolist()
+        if not found:
+            raise InvalidArgument(f"timestep {timestep} is not among scheduler.timesteps")
+        return found[min(1, len(found) - 1)]
 
     def _advance_to(self, t: float) -> int:
         """Return the grid entry of this step, by counting; the first step looks it up."""
@@ -330,8 +359,8 @@ def host_number(timestep: int | float | Tensor) -> int | float:
         InvalidArgument: it is neither a number nor a tensor with one element.
     """
     if isinstance(timestep, Tensor) and timestep.numel() == 1:
-        return timestep.item()
-    if isinstance(timestep, bool | str | Tensor) or not hasattr(timestep, "__float__"):
+        timestep = timestep.item()
+    if isinstance(timestep, bool) or not isinstance(timestep, Real):
         raise InvalidArgument(f"timestep must be one number, got {timestep!r}")
     return timestep
 

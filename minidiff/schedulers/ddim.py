@@ -93,6 +93,12 @@ class DDIMScheduler(Scheduler):
         return self.reading.ddim_levels(self, t)
 
     @property
+    def final_alpha_cumprod(self) -> Tensor:
+        """ᾱ of the result, a tensor (): 1, or ᾱ_0 without `set_alpha_to_one`."""
+        first = self.alphas_cumprod[0]
+        return torch.ones_like(first) if self.config.set_alpha_to_one else first
+
+    @property
     def final_level(self) -> Level:
         """The level of the result: that of the data, or of training step 0."""
         if self.config.set_alpha_to_one:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minidiff.noise import Generators
 from minidiff.prediction import combine
-from minidiff.schedulers.base import Scheduler, SchedulerOutput, split_variance
+from minidiff.schedulers.base import Scheduler, SchedulerOutput, host_number, split_variance
 
 
 class DDPMScheduler(Scheduler):
@@ -71,6 +71,15 @@ class DDPMScheduler(Scheduler):
             model_output, timestep, sample, generator, None,
             return_dict=return_dict, interpolation=interpolation,
         )  # fmt: skip
+
+    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
+        """Return the grid entry after this one, a tensor (); −1 after the last one.
+
+        Raises:
+            InvalidArgument: the timestep is not on the grid.
+        """
+        following = self._position(host_number(timestep)) + 1
+        return self.timesteps[following] if following < len(self.grid) else torch.tensor(-1)
 
     def update(self, x, x0, eps, now, nxt, noise, *, interpolation: Tensor | None) -> Tensor:
         beta = now.variance_since(nxt)

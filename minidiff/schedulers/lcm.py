@@ -24,6 +24,8 @@ from minidiff.errors import InvalidArgument, real_number, whole_number
 from minidiff.noise import Generators
 from minidiff.prediction import combine
 from minidiff.schedulers.base import Evaluation, IndexedScheduler, SchedulerOutput
+from minidiff.schedulers.ddim import DDIMScheduler
+from minidiff.schedulers.ddpm import DDPMScheduler
 
 SIGMA_DATA = 0.5  # of the data, as in EDM; diffusers has it fixed
 
@@ -77,6 +79,9 @@ class LCMScheduler(IndexedScheduler):
         compat: str = "diffusers",
     ) -> None:
         self._configure(locals())
+
+    final_alpha_cumprod = DDIMScheduler.final_alpha_cumprod
+    previous_timestep = DDPMScheduler.previous_timestep
 
     def set_timesteps(
         self,

@@ -26,6 +26,7 @@ from minidiff.errors import InvalidArgument
 from minidiff.prediction import combine
 from minidiff.schedule import Level
 from minidiff.schedulers.base import IndexedScheduler, SchedulerOutput
+from minidiff.schedulers.ddim import DDIMScheduler
 
 # Weights of the newest evaluation, the one before it, … (Adams–Bashforth of order 1 to 4).
 ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -245,6 +246,8 @@ class PNDMScheduler(IndexedScheduler):
         if self.num_inference_steps is None:
             raise InvalidArgument("call set_timesteps before step")
         return self.reading.pndm_levels(self, t)
+
+    final_alpha_cumprod = DDIMScheduler.final_alpha_cumprod
 
     @property
     def final_level(self) -> Level:

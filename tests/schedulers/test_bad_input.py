@@ -4,10 +4,13 @@ One table for the options, whichever class has them, and one for the calls, for 
 """
 
 import inspect
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -26,7 +29,17 @@ BAD_OPTIONS: dict[str, tuple] = {
     "beta_start": (0, -0.1, 1.0, NAN, "low"),
     "beta_end": (0, 1.5, NAN, INF, "high"),
     "beta_schedule": ("quadratic", "", None, 3),
-    "trained_betas": ([], [0.1, -0.1], [0.1, 1.0], [NAN], "0.1", [[0.1]], 0.1),
+    "trained_betas": (
+        [],
+        [0.1, -0.1],
+        [0.1, 1.0],
+        [NAN],
+        "0.1",
+        [[0.1]],
+        0.1,
+        [0.1, 0.2],
+        [0.01] * 999,
+    ),
     "rescale_betas_zero_snr": FLAG,
     "prediction_type": ("noise", "x0", None, 1),
     "compat": ("paper", None, True),
@@ -89,6 +102,17 @@ def test_every_option_refuses_values_outside_its_range(name: str) -> None:
             with pytest.raises(InvalidArgument, match=option):
                 SCHEDULERS[name](**{option: value})
                 pytest.fail(f"{name}({option}={value!r}) was accepted")
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULERS if "trained_betas" in options_of(n)])
+def test_a_file_with_another_number_of_betas_than_timesteps_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": name, "num_train_timesteps": 3, "trained_betas": [0.1, 0.2]})
+    )
+    with pytest.raises(InvalidArgument, match=r"trained_betas must be .*=3, got 2"):
+        SCHEDULERS[name].from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -317,7 +341,8 @@ def test_a_refused_step_can_be_taken_again(name: str) -> None:
     assert torch.equal(again, other.step(out, t, x_of(), **options).prev_sample)
 
 
-NO_TIMESTEP = [-1, 1234.5, NAN, "999", None, True, torch.tensor([999, 999])]
+NO_TIMESTEP = [-1, 1234.5, NAN, "999", None, True, torch.tensor([999, 999]),
+               999 + 0j, np.complex64(999), torch.tensor(999 + 0j), torch.tensor(True)]  # fmt: skip
 
 
 @pytest.mark.parametrize("t", NO_TIMESTEP, ids=str)
@@ -389,5 +414,13 @@ def test_noising_refuses_tensors_and_timesteps_that_do_not_fit(name: str) -> Non
     t = scheduler.timesteps[:1]
     with pytest.raises(InvalidArgument, match="shape"):
         scheduler.add_noise(x_of(), x_of()[:1], t)
-    with pytest.raises(InvalidArgument, match=r"integers|numbers"):
-        scheduler.add_noise(x_of(), x_of(), torch.cat([t, t, t]))
+    for bad in (torch.cat([t, t, t]), [], "first", torch.tensor([3 + 0j]), torch.tensor([True])):
+        with pytest.raises(InvalidArgument, match="timestep"):
+            scheduler.add_noise(x_of(), x_of(), bad)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler"])
+def test_noising_at_anything_but_training_steps_names_timesteps(name: str) -> None:
+    for bad in (torch.tensor([1, 2, 3]), torch.tensor([1.0]), [1.5], torch.tensor([True])):
+        with pytest.raises(InvalidArgument, match=r"^timesteps must be 1 or 2 integers"):
+            ready(name).add_noise(x_of(), x_of(), bad)

@@ -249,7 +249,8 @@ def test_sigma_of_is_the_table_and_the_level() -> None:
     np.testing.assert_allclose(schedule.sigma_of(np.arange(T)), ratios, rtol=1e-13)
     assert schedule.sigma_of(10.25) == pytest.approx(0.75 * ratios[10] + 0.25 * ratios[11])
     assert schedule.timestep_of(ratios[10] ** 0.75 * ratios[11] ** 0.25) == pytest.approx(10.25)
-    nearly_clean = NoiseSchedule.named(trained_betas=[1e-12, 0.5])  # σ/α from 1e-6 to 1
+    betas = [1e-12, 0.5]  # σ/α from 1e-6 to 1
+    nearly_clean = NoiseSchedule.named(num_train_timesteps=2, trained_betas=betas)
     assert nearly_clean.timestep_of(1e-5) == pytest.approx(1 / 6, rel=1e-4)
 
 
@@ -268,7 +269,7 @@ def test_pure_noise_at_the_end_has_a_timestep_and_no_nan(dtype: torch.dtype) -> 
 
 @pytest.mark.filterwarnings("error")
 def test_a_schedule_of_one_step_has_one_timestep() -> None:
-    schedule = NoiseSchedule.named(trained_betas=[0.5])  # σ/α = 1
+    schedule = NoiseSchedule.named(num_train_timesteps=1, trained_betas=[0.5])  # σ/α = 1
     assert schedule.timestep_of([0, 0.5, 1, 2, math.inf]).tolist() == [0] * 5
     assert schedule.sigma_of([-1, 0, 0.5, 3]) == pytest.approx([1] * 4)
 

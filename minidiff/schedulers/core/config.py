@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument
+from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.runtime import files
 from minidiff.runtime.files import Config
 from minidiff.schedulers.core import options as option_rules
@@ -100,7 +100,7 @@ class Configured:
         if not isinstance(implied, list | tuple) or not isinstance(carried, Mapping):
             raise InvalidArgument("_use_default_values must be a list and _carried a dict")
         given = {k: v for k, v in config.items() if not k.startswith("_") and k not in implied}
-        options = {**carried, **given, **overrides}
+        options = option_rules.modern({**carried, **given}) | overrides
         own = cls._defaults()
         for name in sorted(options.keys() - own.keys() - option_rules.FAMILY):
             raise InvalidArgument(
@@ -135,10 +135,19 @@ class Configured:
             folder, subfolder: folder that holds the file; a pipeline has it in "scheduler".
             overrides: options that replace the file's.
         Raises:
-            CheckpointError: the file is missing or not a config.
+            CheckpointError: the file is missing, not a config, or that of a class whose noise
+                levels this one does not have.
             InvalidArgument: an option that this class does not support.
         """
-        return cls.from_config(cls.load_config(folder, subfolder), **overrides)
+        config = cls.load_config(folder, subfolder)
+        writer = str(config.get("_class_name", cls.__name__))
+        there, here = _levels_of(writer), _levels_of(*(base.__name__ for base in cls.__mro__))
+        if there != here and not (there == "FlowMatch" and overrides.get("use_flow_sigmas")):
+            raise CheckpointError(
+                f"{Path(folder, subfolder or '') / CONFIG_NAME}: written by {writer}, whose noise "
+                f"levels {cls.__name__} does not have"
+            )
+        return cls.from_config(config, **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `scheduler_config.json`, which diffusers reads as well. Raises CheckpointError."""
@@ -157,3 +166,8 @@ class Configured:
             if not k.startswith("_") and not option_rules.same(v, self._defaults().get(k))
         )
         return f"{type(self).__name__}({changed})"
+
+
+def _levels_of(*names: str) -> str:
+    """Return the family of noise levels of a class with these bases; "" for that of β."""
+    return next((kind for kind in ("EDM", "FlowMatch") for n in names if n.startswith(kind)), "")

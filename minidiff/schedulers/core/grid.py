@@ -190,6 +190,15 @@ class Grid(Configured):
             raise InvalidArgument(f"timestep {t:g} is not among scheduler.timesteps")
         return self._index[t]
 
+    def _flat(self, timesteps: Tensor | Sequence[float]) -> Tensor:
+        """Return timesteps () or (B,) as a tensor (B,), unchecked. Raises InvalidArgument."""
+        t = timesteps if isinstance(timesteps, Tensor) else np.asarray(timesteps)
+        if not isinstance(t, Tensor) and t.dtype.kind in "iuf":
+            t = torch.as_tensor(t)
+        if not isinstance(t, Tensor) or t.is_complex() or t.dtype == torch.bool:
+            raise InvalidArgument(f"timesteps must be numbers, got {timesteps!r}")
+        return t.flatten()
+
     # --- position --------------------------------------------------------------------------
 
     def set_begin_index(self, begin_index: int = 0) -> None:

@@ -160,6 +160,37 @@ def check(
         _CHECKS[name](name, value)
 
 
+def modern(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the names of diffusers 0.1 to 0.10 replaced by today's.
+
+    An option that is there under today's name counts.
+
+    Args:
+        options: content of a config.
+    Raises:
+        InvalidArgument: an option of that time has a value that nothing today stands for.
+    """
+    result = {name: value for name, value in options.items() if name not in _OF_2022}
+    for name in _OF_2022.keys() & options.keys():
+        allowed, today = _OF_2022[name]
+        value = allowed(name, options[name])
+        if name == "predict_epsilon" and value is not None:
+            value = "epsilon" if value else "sample"
+        if today is not None and value is not None:
+            result.setdefault(today, value)
+    return result
+
+
+# Name in 2022 → its values, and today's name; None for what has no effect.
+_OF_2022: dict[str, tuple[Check, str | None]] = {
+    "predict_epsilon": (optional(flag), "prediction_type"),
+    "timesteps": (optional(whole(1, MAX_TRAIN_TIMESTEPS)), "num_train_timesteps"),
+    "clip_alpha_at_one": (optional(flag), "set_alpha_to_one"),
+    "tensor_format": (choice(None, "pt", "np"), None),
+    "timestep_values": (choice(None), None),
+}
+
+
 def check_flow(config: Mapping[str, Any]) -> None:
     """Refuse options of a flow without use_flow_sigmas. Raises InvalidArgument."""
     if config.get("use_flow_sigmas"):

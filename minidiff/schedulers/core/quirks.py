@@ -384,7 +384,7 @@ class Diffusers(Exact):
         if interpolation_type == "linear":
             return schedule.sigma_of(t)
         low, high = np.log(schedule.sigma_of(np.array([0, len(schedule) - 1])).astype(np.float32))
-        return torch.linspace(high, low, len(t) + 1).exp().numpy()
+        return torch.linspace(high, low, len(t) + 1, dtype=torch.float32).exp().numpy()
 
     def table(self, schedule: NoiseSchedule) -> list[Level]:
         """Keep ᾱ as a float32 table, and compute 1 − ᾱ_t/ᾱ_s in float32."""
@@ -472,7 +472,8 @@ class Diffusers(Exact):
         of one level is σ_min instead of σ_max. Karras' is float32 in DPM-Solver, float64 in Euler.
         """
         if sigma_schedule == "exponential":
-            return torch.linspace(math.log(low), math.log(high), n).exp().flip(0).numpy()
+            ends = math.log(low), math.log(high)
+            return torch.linspace(*ends, n, dtype=torch.float32).exp().flip(0).numpy()
         low, high = low ** (1 / rho), high ** (1 / rho)
         sigmas = (high + torch.linspace(0, 1, n, dtype=dtype) * (low - high)) ** rho
         return sigmas.to(torch.float32).numpy()
@@ -511,7 +512,7 @@ class Diffusers(Exact):
         """Take a timestep's index in the grid for the training step: before `set_timesteps` the
         first, which is pure noise, gets the level of the data, and the last that of noise.
         """
-        t = torch.as_tensor(timesteps).flatten().tolist()
+        t = scheduler._host_timesteps(timesteps)
         at = torch.tensor([scheduler._position(each) for each in t], device=like.device)
         return scheduler.schedule.at(at.expand(like.shape[0]) if len(at) == 1 else at, like)
 

@@ -78,6 +78,11 @@ class SigmaScheduler(IndexedScheduler):
         self._place(numbers, self.sigma_levels(every), device, dtype, steps)
         self.sigmas = torch.tensor(every, dtype=self.reading.dtype)
 
+    def _host_timesteps(self, timesteps: Tensor | Sequence[float]) -> list[float]:
+        """Return timesteps as host numbers, rounded as the grid is."""
+        t = self._flat(timesteps)
+        return (t if isinstance(timesteps, Tensor) else t.to(self.reading.dtype)).tolist()
+
     # --- forward noising on the grid ----------------------------------------------------------
 
     def _batch_level(self, timesteps: Tensor, like: Tensor) -> Level:
@@ -86,7 +91,7 @@ class SigmaScheduler(IndexedScheduler):
         After `set_begin_index` it is the level of the present entry, whatever `timesteps` is:
         pipelines for image-to-image and inpainting rely on that.
         """
-        t = torch.as_tensor(timesteps).flatten().tolist()
+        t = self._host_timesteps(timesteps)
         if len(t) not in (1, like.shape[0]):
             raise InvalidArgument(f"timesteps must be 1 or {like.shape[0]} numbers, got {len(t)}")
         if self._begin_index is None:
