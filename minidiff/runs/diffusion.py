@@ -5,7 +5,7 @@ RUN/samples.png     pictures at the end
 RUN/model/          the pipeline with the averaged weights, replaced as a whole
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched, own_device, processes, world
 from minidiff.training.build import check, resolve
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import MakeLearner, check_machine, train
+from minidiff.training.diffusion import DiffusionTraining, MakeLearner, check_machine, train
 from minidiff.training.learner import Learner
 
 __all__ = [
@@ -143,10 +143,11 @@ def train_with_bar(
     data: Data,
     device: Device | str = "cpu",
     on_log_row: OnLogRow = lambda row: None,
+    after_step: Callable[[DiffusionTraining], None] = lambda training: None,
 ) -> Pipeline:
     """Train with a progress bar and keep nothing, see `minidiff.training.diffusion.train`."""
     with progress_bar(config, on_log_row) as log_and_show:
-        return train(config, data, device, log_and_show)
+        return train(config, data, device, log_and_show, after_step=after_step)
 
 
 def write_samples(

@@ -4,11 +4,14 @@ import pytest
 import torch
 from PIL import Image
 
+from minidiff.cli import main
+from minidiff.data import load
 from minidiff.errors import CheckpointError
-from minidiff.lab.demo import STEPS, demo
+from minidiff.lab.demo import CAP, STEPS, TRAINING_STEPS, cut_short, demo
 from minidiff.runs.folder import open_pipeline
 from minidiff.runtime.device import pick_dtype
 from minidiff.training.config import TrainConfig
+from minidiff.training.diffusion import DiffusionTraining
 
 
 def check_pictures(out):
@@ -49,3 +52,47 @@ def test_the_demo_with_its_own_budget_draws_legible_digits(tmp_path):
     rows = demo(tmp_path, config, torch.device("cpu"), samples=500)
     assert all(row.scores.accuracy >= 0.95 for row in rows)
     check_pictures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "minutes"), [([], TRAINING_STEPS, None), (["--minutes", "2"], None, 2.0)]
+)
+def test_the_demo_has_a_budget_in_steps_unless_minutes_are_given(
+    flags, steps, minutes, tmp_path, monkeypatch
+):
+    given = []
+    monkeypatch.setattr("minidiff.lab.demo.demo", lambda out, config, device: given.append(config))
+    assert main(["demo", "--out", str(tmp_path), *flags]) == 0
+    assert [(config.steps, config.minutes) for config in given] == [(steps, minutes)]
+
+
+def training_after(step: int, seconds: float, **budget) -> DiffusionTraining:
+    config = TrainConfig(channels=(4, 4), pictures=0, **budget)
+    training = DiffusionTraining(config, load("digits"), torch.device("cpu"))
+    training.budget.step, training.budget.elapsed = step, seconds
+    cut_short(training)
+    return training
+
+
+def test_a_demo_on_a_fast_machine_takes_all_its_steps(capsys):
+    assert training_after(1300, 70.0, steps=1400).budget.steps == 1400
+    assert training_after(1400, 75.0, steps=1400).budget.fraction_done == 1
+    assert not capsys.readouterr().out
+
+
+def test_a_demo_on_a_slow_machine_ends_at_its_cap_and_prints_what_is_missing(capsys):
+    training = training_after(70, 61.0, steps=1400)
+    assert training.budget.steps == int(CAP * 70 / 61)  # the learning rate falls to zero there
+    assert not capsys.readouterr().out
+    training.budget.step, training.budget.elapsed = 690, CAP
+    cut_short(training)
+    assert training.budget.fraction_done == 1
+    assert "trained 690 of 1400 steps" in capsys.readouterr().out
+
+
+def test_the_speed_of_the_first_seconds_does_not_shorten_a_demo():
+    assert training_after(1, 20.0, steps=1400).budget.steps == 1400
+
+
+def test_a_demo_in_minutes_has_no_cap():
+    assert training_after(1, CAP + 1, minutes=30).budget.steps is None

@@ -23,17 +23,19 @@ def add_to(commands: Any) -> None:
     )
     add = command.adder("run")
     add("--out", default="minidiff-demo", help="folder for the pictures and the model")
-    add("--minutes", type=float, default=1.25, help="training time in minutes")
+    add("--minutes", type=float, help="training time in minutes, instead of a number of steps")
 
 
 def demo(options: argparse.Namespace) -> None:
     """Run minidiff demo."""
+    from minidiff.lab.demo import TRAINING_STEPS
     from minidiff.lab.demo import demo as run_demo
 
     device = pick_device(options.device)
     config = replace(
         PRESETS["digits"].train,
         minutes=options.minutes,
+        steps=TRAINING_STEPS if options.minutes is None else None,
         seed=options.seed,
         dtype=dtype_name(options.dtype, device),
         pictures=0,
