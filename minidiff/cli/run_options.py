@@ -31,10 +31,7 @@ def require_out(options: argparse.Namespace) -> None:
 
 
 def config_of(
-    kind: type[Kind],
-    options: argparse.Namespace,
-    device: torch.device,
-    *layers: Mapping[str, Any],
+    kind: type[Kind], options: argparse.Namespace, device: torch.device, *layers: Mapping[str, Any]
 ) -> Kind:
     """Return the config made of layers of options, of --config, and of flags; later ones win.
 

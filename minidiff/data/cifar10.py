@@ -23,10 +23,7 @@ from minidiff.runtime import archive
 
 FOLDER = "cifar-10-batches-bin"  # the archive's only folder
 ARCHIVE = "cifar-10-binary.tar.gz"
-FILES = {
-    "train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
-    "test": ("test_batch.bin",),
-}
+FILES = {"train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)), "test": ("test_batch.bin",)}
 NAMES_FILE = "batches.meta.txt"
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer",
                "dog", "frog", "horse", "ship", "truck")  # fmt: skip

@@ -83,12 +83,10 @@ class LatentData(Data):
     def digests(self) -> dict[str, str]:
         """Return the digests of the images, and of the autoencoder's weights and scale."""
         weights, config = self.vae.state_dict(), self.vae.config
-        known = {
-            "autoencoder's weights": digest(*(weights[name] for name in sorted(weights))),
-            "autoencoder's scale": repr((config.shift_factor, config.scaling_factor)),
-            "seed": str(self.seed),
-        }
-        return self.images.digests() | known
+        known = self.images.digests() | {"seed": str(self.seed)}
+        known["autoencoder's weights"] = digest(*(weights[name] for name in sorted(weights)))
+        known["autoencoder's scale"] = repr((config.shift_factor, config.scaling_factor))
+        return known
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return latents of the images at `index`, of about zero mean and unit variance.

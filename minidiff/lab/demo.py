@@ -77,8 +77,7 @@ def cut_short(training: DiffusionTraining) -> None:
     """
     budget, wanted = training.budget, training.config.steps
     if wanted and budget.elapsed > TRIAL:
-        possible = int(CAP * budget.step / budget.elapsed)
-        budget.steps = min(wanted, max(budget.step, possible))
+        budget.steps = min(wanted, max(budget.step, int(CAP * budget.step / budget.elapsed)))
     if wanted and budget.fraction_done >= 1 and budget.step < wanted:
         print(
             f"\ntrained {budget.step} of {wanted} steps, because this machine is slow or busy and "

@@ -76,10 +76,7 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        name: str,
-        data_dir: str | Path | None = None,
-        device: torch.device | str = "cpu",
+        self, name: str, data_dir: str | Path | None = None, device: torch.device | str = "cpu"
     ) -> None:
         if name == "captions":
             raise InvalidArgument(

@@ -56,10 +56,7 @@ class FeatureNet(Classifier):
     """
 
     def __init__(
-        self,
-        channels: int = 1,
-        num_classes: int = 10,
-        widths: tuple[int, int, int] = (32, 64, 96),
+        self, channels: int = 1, num_classes: int = 10, widths: tuple[int, int, int] = (32, 64, 96)
     ) -> None:
         super().__init__()
         channels, num_classes, (first, second, third) = _sizes(channels, num_classes, widths)

@@ -122,11 +122,7 @@ class Model(nn.Module):
             )
 
     def save_pretrained(
-        self,
-        folder: str | Path,
-        *,
-        max_shard_size: int | str = "10GB",
-        variant: str | None = None,
+        self, folder: str | Path, *, max_shard_size: int | str = "10GB", variant: str | None = None
     ) -> None:
         """Write the folder as a whole, or leave its old content.
 

@@ -176,12 +176,7 @@ def number_of_images(num_images: int | None, copies: int, original: Original | N
 
 
 def resolve_conditioning(
-    pipe: "Pipeline",
-    prompt: Any,
-    class_labels: Any,
-    number: int | None,
-    copies: int,
-    first: int,
+    pipe: "Pipeline", prompt: Any, class_labels: Any, number: int | None, copies: int, first: int
 ) -> tuple[Tensor | list[str] | None, int]:
     """Return the conditioning of every image, labels (N,), N prompts or None; and N.
 

@@ -28,15 +28,7 @@ from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import DiffusionTraining, MakeLearner, check_machine, train
 from minidiff.training.learner import Learner
 
-__all__ = [
-    "CONFIG",
-    "LOG",
-    "MODEL",
-    "resume",
-    "train_into",
-    "train_with_bar",
-    "write_samples",
-]
+__all__ = ["CONFIG", "LOG", "MODEL", "resume", "train_into", "train_with_bar", "write_samples"]
 
 COMMAND = "train"
 
@@ -151,11 +143,7 @@ def train_with_bar(
 
 
 def write_samples(
-    pipe: Pipeline,
-    path: Path,
-    rows: int = 10,
-    seed: int = 0,
-    prompts: Sequence[str] | None = None,
+    pipe: Pipeline, path: Path, rows: int = 10, seed: int = 0, prompts: Sequence[str] | None = None
 ) -> np.ndarray:
     """Write a grid of samples, one column per class (ten without classes); return the images.
 

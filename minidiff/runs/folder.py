@@ -27,13 +27,9 @@ LOG = "log.jsonl"
 MODEL, SAMPLES = "model", "samples"  # further results of train
 VAE, RECONSTRUCTIONS = "vae", "reconstructions"  # of train-vae
 LOADING = {
-    "name": text,
-    "split": choice(*SPLITS),
-    "data_dir": optional(text),
-    "image_size": optional(whole(1)),
-    "download": flag,
-    "vae": optional(text),
-}
+    "name": text, "split": choice(*SPLITS), "data_dir": optional(text),
+    "image_size": optional(whole(1)), "download": flag, "vae": optional(text),
+}  # fmt: skip
 KINDS = {"train": TrainConfig, "train-vae": VAEConfig}  # the config of each command
 LATER = ("class_names", "digests")  # entries of `about` that older runs lack
 _TYPES = {"train": dict, "load": dict, "data": dict, "device": str, "saving": dict}

@@ -204,10 +204,7 @@ def own_device(device: torch.device) -> torch.device:
     if not launched():
         return device
     if missing := [name for name in VARIABLES if not os.environ.get(name)]:
-        raise InvalidArgument(
-            f"WORLD_SIZE is {processes()} but {', '.join(missing)} not set: start several "
-            "processes by torchrun, or unset WORLD_SIZE"
-        )
+        raise InvalidArgument(f"WORLD_SIZE is set without {', '.join(missing)}: use torchrun")
     if device.type != "cuda":
         return device
     if device.index is not None:

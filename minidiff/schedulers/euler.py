@@ -366,12 +366,7 @@ def churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Churn
 
 
 def evaluate_churned(
-    scheduler: SigmaScheduler,
-    out: Tensor,
-    x: Tensor,
-    now: Level,
-    noise: Noise,
-    churn: Churn | None,
+    scheduler: SigmaScheduler, out: Tensor, x: Tensor, now: Level, noise: Noise, churn: Churn | None
 ) -> Evaluation:
     """Return the sample, raised to σ̂ by churn if there is any, and its x̂0 and ε̂.
 

@@ -86,8 +86,7 @@ class WordTokenizer:
             row[: len(numbers)] = torch.tensor(numbers)
         if unknown:
             warnings.warn(
-                f"words outside the vocabulary are left out: {', '.join(unknown)}",
-                stacklevel=2,
+                f"words outside the vocabulary are left out: {', '.join(unknown)}", stacklevel=2
             )
         if cut:
             warnings.warn(

@@ -86,13 +86,7 @@ def sampler(name: str, like: Scheduler) -> Scheduler:
     return _of(SAMPLERS, name, config, _SCHEDULE, **learned, timestep_spacing="trailing")
 
 
-_SCHEDULE = (
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
+_SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
 def _of(

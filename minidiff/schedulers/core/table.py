@@ -72,10 +72,7 @@ class Coefficients(NamedTuple):
         return [x.square().sum().item() for x in xs]
 
     def run(
-        self,
-        denoise: Callable[[Tensor, float], Tensor],
-        x: Tensor,
-        noise: Sequence[Tensor] = (),
+        self, denoise: Callable[[Tensor, float], Tensor], x: Tensor, noise: Sequence[Tensor] = ()
     ) -> list[Tensor]:
         """Return the trajectory: x after every step, (n,) tensors of the shape of x.
 
