@@ -103,9 +103,10 @@ def _refuse_foreign(out: Path) -> None:
 
 def measure(pipe: Pipeline, name: str, steps: int, evaluator: Evaluator, n: int) -> Row:
     """Return a row for n samples of a sampler, every class equally often."""
+    print(f"drawing and scoring {n} samples: {SAMPLERS[name].title}, {steps} steps", flush=True)
     pipe.scheduler = sampler(name, pipe.scheduler)
     started = time.monotonic()
-    result = pipe(num_images=n, num_inference_steps=steps, seed=1, output_type="np")
+    result = pipe(num_images=n, num_inference_steps=steps, seed=1, output_type="np", progress=True)
     seconds = time.monotonic() - started
     images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
     return Row(name, steps, seconds, evaluator.score(images, result.labels))
