@@ -189,4 +189,8 @@ def open_pipeline(path: str | Path, device: Device | str = "cpu") -> Pipeline:
     for folder in (path / MODEL, path):
         if (folder / INDEX).is_file():
             return Pipeline.from_pretrained(folder).to(device)
+    if (path / LOG).is_file():  # the model is written at the end
+        raise CheckpointError(
+            f"{path}: the run has no {MODEL}/{INDEX}; if it was interrupted, continue it: --resume"
+        )
     raise CheckpointError(f"{path}: neither a run (no {MODEL}/{INDEX}) nor a model (no {INDEX})")

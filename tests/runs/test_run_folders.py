@@ -10,7 +10,7 @@ from minidiff.data import load
 from minidiff.errors import CheckpointError
 from minidiff.lab.demo import demo
 from minidiff.runs import autoencoder, diffusion
-from minidiff.runs.folder import read_settings
+from minidiff.runs.folder import open_pipeline, read_settings
 from minidiff.runs.run import Run
 from minidiff.runtime import files
 from minidiff.training.config import TrainConfig, VAEConfig
@@ -95,3 +95,12 @@ def test_a_folder_that_another_process_is_starting_in_is_refused(tmp_path):
     ):
         begin_training(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_model_is_reported_as_interrupted(tmp_path):
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(CheckpointError, match="if it was interrupted, continue it"):
+        open_pipeline(tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    with pytest.raises(CheckpointError, match="neither a run"):
+        open_pipeline(tmp_path)
