@@ -441,7 +441,8 @@ def samples(run: OpenedRun) -> Finding:
         advice = "Not finite: see the checks above; try dtype float32."
     elif outside > 0.05:
         advice = (
-            "Guidance is too strong, or the network is evaluated at levels outside the training."
+            "Training was too short, guidance is too strong, or the network is evaluated at noise "
+            "levels that it was not trained on."
         )
     elif not 0.6 < std / wanted < 1.5:
         advice = "Too much or too little contrast: see prediction type, scheduler and start."
