@@ -1,1 +1,1 @@
-"""Folders of trainings: written while they run, and gone on with."""
+"""Run folders: written during training, and resumed from."""

@@ -126,7 +126,7 @@ def resume(
         out: folder of the run.
         data, held_out: the arguments of `train_vae_into`.
         device: device of the training; by default that of the run.
-        print_line: called with the snapshots that are skipped and where the run goes on.
+        print_line: called with the snapshots that are skipped and where the run continues.
     Raises:
         CheckpointError: the folder is no run of train-vae, none of its snapshots verifies, or the
             data are not those of the run; otherwise as `train_vae_into`.

@@ -160,7 +160,7 @@ class Autosave:
         if stop and not done:
             training.world.largest(0)  # no process leaves before the snapshot is there
             raise Stopped(
-                f"stopped by {signal.Signals(stop).name} and saved at step {budget.step}; go on "
+                f"stopped by {signal.Signals(stop).name} and saved at step {budget.step}; continue "
                 f"with: minidiff {self.run.settings.command} --resume {shlex.quote(str(self.out))}",
                 stop,
             )

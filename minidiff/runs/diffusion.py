@@ -56,7 +56,7 @@ def train_into(
         load: arguments of `minidiff.data.load` that gave the data, so that `minidiff train
             --resume` finds them.
         shard: the processes that torchrun started shard the weights (FSDP2).
-        start: pipeline to go on from; None for a fresh network.
+        start: pipeline to continue from; None for a fresh network.
         learner: function from the pipeline to what of it is trained and saved.
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
@@ -91,7 +91,7 @@ def resume(
         out: folder of the run.
         data, start, learner: the arguments of `train_into`.
         device: device of the training; by default that of the run.
-        print_line: called with the snapshots that are skipped and where the run goes on.
+        print_line: called with the snapshots that are skipped and where the run continues.
     Raises:
         CheckpointError: the folder is no run, none of its snapshots verifies, or data or start are
             not those of the run; otherwise as `train_into`.

@@ -29,7 +29,7 @@ class Run:
     Args:
         out: folder of the run, which holds its `config.json`.
         settings: content of that file.
-        print_line: called with the snapshots that are skipped and where the run goes on.
+        print_line: called with the snapshots that are skipped and where the run continues.
     Attributes:
         leads: this process is the only one or has rank 0; only that one writes and prints.
     """
@@ -134,7 +134,7 @@ def progress_bar(config: LoopConfig, on_log_row: OnLogRow) -> Iterator[OnLogRow]
         total=config.steps if in_steps else max(1, round(60 * config.minutes)),
         desc="training",
         disable=rank() != 0,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}",
     )
 
     def log_and_show(row: Progress) -> None:

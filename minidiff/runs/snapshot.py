@@ -189,7 +189,7 @@ def newest(run: Path, print_line: Callable[[str], None]) -> Path | None:
             return folder
     if found:
         raise CheckpointError(
-            f"{run / FOLDER}: none of {len(found)} snapshots is whole; the run cannot go on, "
+            f"{run / FOLDER}: none of {len(found)} snapshots is intact; the run cannot continue, "
             "begin it again with another --out"
         )
     return None

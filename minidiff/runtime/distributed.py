@@ -240,7 +240,7 @@ def world(device: torch.device, shard: bool = False) -> Iterator[World]:
             raise
         reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip()).partition(". ")[0][:200]
         raise TrainingError(
-            f"a process of the run was lost ({reason}); go on from the newest snapshot, with any "
+            f"a process of the run was lost ({reason}); resume from the newest snapshot, with any "
             "number of processes: minidiff train --resume RUN"
         ) from error
     finally:

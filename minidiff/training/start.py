@@ -1,4 +1,4 @@
-"""Training that goes on from a pipeline: what must fit, and the copy that is trained.
+"""Training that continues from a pipeline: what must fit, and the copy that is trained.
 
 Network, noise schedule and prediction type are the start's. The config decides budget, optimizer,
 objective and what is stored for sampling; of its options about the network those that depart from

@@ -213,7 +213,7 @@ def test_a_snapshot_without_an_average_is_an_error(crash):
     config, data = TrainConfig(steps=10, **TINY), load("digits")
     with pytest.raises(CheckpointError, match=rf"{snapshot.AVERAGE}: no such file"):
         snapshot.restore(folder, DiffusionTraining(config, data, torch.device("cpu")))
-    with pytest.raises(CheckpointError, match="none of 3 snapshots is whole"):
+    with pytest.raises(CheckpointError, match="none of 3 snapshots is intact"):
         diffusion.resume(crash, data, print_line=lambda text: None)
 
 

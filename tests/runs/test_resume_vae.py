@@ -72,7 +72,7 @@ def test_a_run_stopped_at_random_steps_ends_bit_for_bit_as_one_never_stopped(
     signalled(monkeypatch, steps)
     out, printed = tmp_path / "run", []
     for again in range(len(steps)):
-        with pytest.raises(Stopped, match=rf"saved at step {steps[again] + 1}; go on with: "):
+        with pytest.raises(Stopped, match=rf"saved at step {steps[again] + 1}; continue with: "):
             if again:
                 autoencoder.resume(out, DATA, HELD_OUT, print_line=printed.append)
             else:
@@ -156,7 +156,7 @@ def test_a_signal_saves_and_prints_in_one_line_how_to_resume(
     signalled(monkeypatch, [4], number)
     assert main(call(photos, out)) == 128 + number
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"minidiff: stopped by {number.name} and saved at step 5; go on with: "
+        f"minidiff: stopped by {number.name} and saved at step 5; continue with: "
         f"minidiff train-vae --resume {out}"
     )
     if number == signal.SIGINT:

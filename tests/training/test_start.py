@@ -1,4 +1,4 @@
-"""Training goes on from a pipeline, and a learner decides what of it is trained."""
+"""Training continues from a pipeline, and a learner decides which part is trained."""
 
 import copy
 
