@@ -266,7 +266,7 @@ def score(
                 append(table, known[_key(wanted)])
                 print(
                     f"{run.name}, {row['seconds'] / 60:.2f} min: FD {found['fd']:.2f} ‰, coverage "
-                    f"{found['coverage']:.3f}, {found['evaluations']:.0f} evaluations an image "
+                    f"{found['coverage']:.3f}, {found['evaluations']:.0f} evaluations per image "
                     f"({time.monotonic() - start:.0f} s)",
                     flush=True,
                 )

@@ -22,7 +22,7 @@ from minidiff.schedule import CLEAN, Level
 class GaussianMixture:
     """Σ_k w_k · N(μ_k, s_k²·I) in D dimensions, seen through any noise level.
 
-    All arithmetic is float64. Methods take x of shape (B, *shape) with D elements an image and
+    All arithmetic is float64. Methods take x of shape (B, *shape) with D elements per image and
     return its shape and dtype; densities are (B,).
 
     Args:
@@ -163,7 +163,7 @@ class GaussianMixture:
         flat = x.to(torch.float64).flatten(1)
         if flat.shape[1] != self.means.shape[1]:
             raise InvalidArgument(
-                f"x must have {self.means.shape[1]} elements an image, got {tuple(x.shape)}"
+                f"x must have {self.means.shape[1]} elements per image, got {tuple(x.shape)}"
             )
         return flat
 

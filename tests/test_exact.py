@@ -170,7 +170,7 @@ def test_an_impossible_mixture_is_refused(arguments: tuple, message: str) -> Non
 def test_a_flow_without_closed_form_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="D = 1 or a single component"):
         SPACE.flow(points(2, 3), SCHEDULE[9], CLEAN)
-    with pytest.raises(InvalidArgument, match="3 elements an image"):
+    with pytest.raises(InvalidArgument, match="3 elements per image"):
         SPACE.denoise(points(2, 4), SCHEDULE[9])
     with pytest.raises(InvalidArgument, match="D = 1"):
         SPACE.cdf(points(2, 3))

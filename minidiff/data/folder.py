@@ -168,7 +168,7 @@ def _header(path: Path) -> _Header:
     except Exception as error:  # decoders of arbitrary bytes raise nearly anything
         raise DataError(f"{path}: not a readable image ({error})") from error
     if problem:
-        raise DataError(f"{path}: {problem}, expected 8 bits a channel")
+        raise DataError(f"{path}: {problem}, expected 8 bits per channel")
     return _Header(mode in GREY_MODES, width, height)
 
 

@@ -247,7 +247,7 @@ def _decoded(path: str | Path) -> Any:
     except Exception as error:  # Pillow's decoders raise any exception for damaged files
         raise DataError(f"{path}: not a readable image ({error})") from error
     if problem:
-        raise DataError(f"{path}: {problem}, expected 8 bits a channel")
+        raise DataError(f"{path}: {problem}, expected 8 bits per channel")
     return decoded
 
 

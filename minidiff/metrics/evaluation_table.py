@@ -31,7 +31,7 @@ FIGURES = {
     "copying": Figure("nearest training image", 1, 3),
     "bound": Figure("bits/dimension, bound", 1, 3),
     "flow": Figure("bits/dimension, flow", 1, 3),
-    "evaluations": Figure("evaluations an image", 1, 1),
+    "evaluations": Figure("evaluations per image", 1, 1),
 }
 
 

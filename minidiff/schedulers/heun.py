@@ -1,4 +1,4 @@
-"""Heun's method in noise level: two evaluations a step, second order.
+"""Heun's method in noise level: two evaluations per step, second order.
 
     d  = (x − x̂0)/σ            at σ
     y  = x + (σ' − σ)·d          Euler's step, where the network is evaluated again

@@ -71,7 +71,7 @@ def test_deep_pixels_are_refused_by_name_and_not_clipped(tmp_path, mode):
     numbers = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     Image.fromarray(RAMP.astype(numbers) * 257).save(tmp_path / f"x.{kind}")
     for read in (lambda path: read_image(path, "L"), read_mask):
-        with pytest.raises(DataError, match="expected 8 bits a channel"):
+        with pytest.raises(DataError, match="expected 8 bits per channel"):
             read(tmp_path / f"x.{kind}")
 
 
