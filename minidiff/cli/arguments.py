@@ -82,7 +82,7 @@ def add_command(
     add("--dtype", default=dtype, help=f"number type of the network: auto, {', '.join(DTYPES)}; "
         "auto is bfloat16 where the hardware has it, for sample float32 (default: auto)",
     )  # fmt: skip
-    add("--debug", action="store_true", help="traceback of an error instead of one line")
+    add("--debug", action="store_true", help="print the traceback of an error")
     return command
 
 
@@ -90,7 +90,7 @@ def add_data_files(command: Parser) -> None:
     """Add the flags for files of published data sets, and for the size of images of a folder."""
     add = command.adder("data")
     add("--data-dir", help="folder with the files of MNIST or CIFAR-10 (or set MINIDIFF_DATA)")
-    add("--download", action="store_true", help="download of missing files of MNIST or CIFAR-10 "
+    add("--download", action="store_true", help="download missing files of MNIST or CIFAR-10 "
         "into --data-dir, checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="side that the images of a folder are cropped and resized "
         "to, in pixels")  # fmt: skip

@@ -98,7 +98,7 @@ class LoopConfig:
         "optimisation", 0.01, real(0), "decoupled weight decay of the optimizer"
     )
     clip: float = _option(
-        "optimisation", 1.0, real(0), "norm that the gradient is clipped to; 0 for no clipping"
+        "optimisation", 1.0, real(0), "norm above which the gradient is clipped; 0 for no clipping"
     )
     ema_half_life: float = _option(
         "optimisation", 0.05, FRACTION, "fraction of the run, counted back from its end, that has "
@@ -136,10 +136,10 @@ class TrainConfig(LoopConfig):
         "more in a step that takes longer; muon does not work with --shard",
     )  # fmt: skip
     accumulate: int = _option(
-        "optimisation", 1, COUNT, "number of parts of a batch that are in memory one after another"
+        "optimisation", 1, COUNT, "number of parts that a batch is processed in, to save memory"
     )
     compile: bool = _option(
-        "optimisation", False, flag, "compilation of the network, which takes minutes and needs a "
+        "optimisation", False, flag, "compile the network, which takes minutes and needs a "
         "C++ compiler, on a GPU also Triton",
     )  # fmt: skip
     cuda_graph: bool = _option(
@@ -178,10 +178,10 @@ class TrainConfig(LoopConfig):
     )  # fmt: skip
     stable_target: int = _option(
         "objective", 0, whole(0, MAX_BATCH), "training images per step whose mean, weighted by how "
-        "well each explains a noisy image, replaces the one behind it as target; 0 for none",
+        "well each explains a noisy image, replaces its own clean image as target; 0 for none",
     )  # fmt: skip
     learn_variance: bool = _option(
-        "objective", False, CHECKS["learn_variance"], "learning of the variance of DDPM's steps"
+        "objective", False, CHECKS["learn_variance"], "learn the variance of DDPM's steps"
     )
     beta_schedule: str | None = _option(
         "objective", None, CHECKS["beta_schedule"], "noise schedule of epsilon, sample and "
@@ -194,7 +194,7 @@ class TrainConfig(LoopConfig):
         "data", 0, NUMBER, "largest random shift of every image along each axis, in pixels"
     )
     flip: bool = _option(
-        "data", False, flag, "random mirror images, left to right; for photographs, not for digits"
+        "data", False, flag, "flip images left to right at random; for photographs, not for digits"
     )
     label_dropout: float = _option(
         "objective", 0.1, FRACTION, "fraction of images whose class or caption is hidden, which "

@@ -23,8 +23,8 @@ def add_to(commands: Any) -> None:
         commands,
         "sample",
         sample,
-        "draw images with a trained model",
-        "Draws images with the model of a run or of a folder, or changes an image with --image and "
+        "generate images with a trained model",
+        "Generates images with the model of a run or folder, or edits an image with --image and "
         "--mask. Sampler, steps and guidance are by default those stored with the model. Image i "
         "of a seed is the same for every batch size.",
     )

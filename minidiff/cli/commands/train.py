@@ -57,7 +57,7 @@ def add_to(commands: Any) -> None:
     add("--preset", choices=list(PRESETS), help="set of options, listed below")
     add("--config", metavar="FILE", help=".json or .toml file of options by the names of "
         "TrainConfig, or a run's config.json")  # fmt: skip
-    add("--shard", action="store_true", help="weights sharded over the processes of torchrun "
+    add("--shard", action="store_true", help="shard the weights over the processes of torchrun "
         "(FSDP2), for a model larger than one GPU")  # fmt: skip
     add_options(command, OPTIONS)
 
