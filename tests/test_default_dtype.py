@@ -1,6 +1,6 @@
 """Numbers do not depend on torch.set_default_dtype, which programs set for other models.
 
-Every dtype has a process of its own, because a cache could keep a wrong number for the rest of it.
+Every dtype has a separate process, because a cache could keep a wrong number for the rest of it.
 The dtype is set before minidiff is imported, everything is computed, and computed again under
 float32 in the same process. Both must be the same bits, and within rounding of diffusers.
 """

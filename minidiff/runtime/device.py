@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def float32_by_default() -> Iterator[None]:
     """Make float32 the dtype of new tensors and networks; also a decorator of functions.
 
-    Programs set another one for models of their own (`torch.set_default_dtype`).
+    Programs may set another one for other models (`torch.set_default_dtype`).
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
