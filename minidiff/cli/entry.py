@@ -1,11 +1,12 @@
 """Entry point of the command line: parses arguments, runs a command, prints errors as a line."""
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from minidiff import __version__
-from minidiff.cli.arguments import Parser
+from minidiff.cli.arguments import Parser, flag_of
 from minidiff.cli.commands import check, demo, evaluate, sample, train, train_classifier, train_vae
 from minidiff.errors import InvalidArgument, MinidiffError, Stopped
 from minidiff.runtime.device import choose_threads, keep_freed_memory
@@ -24,12 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     keep_freed_memory()
     options = parser().parse_args(arguments)
-    for name in PATHS & vars(options).keys():
-        if isinstance(value := getattr(options, name), str):  # a shell leaves "~" after "="
-            setattr(options, name, os.path.expanduser(value))
     number = 0
     try:
         number = rank()
+        _expand_paths(options)
         choose_threads(options.threads)
         options.command(options)
     except Stopped as stopped:
@@ -51,6 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("minidiff: out of memory; use a smaller --batch-size or model", file=sys.stderr)
         return 1
     return 0
+
+
+def _expand_paths(options: argparse.Namespace) -> None:
+    """Expand "~", which a shell leaves after "=". Raises InvalidArgument for an empty path."""
+    for name in PATHS & vars(options).keys():
+        if isinstance(value := getattr(options, name), str):
+            is_text = name == "run" and getattr(options, "model", None)
+            if not value and not is_text:
+                flag = name if name == "run" else flag_of(name)
+                raise InvalidArgument(f"{flag} must be the path of a file or folder, got ''")
+            setattr(options, name, os.path.expanduser(value))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -71,7 +71,11 @@ def load(
         CheckpointError: a folder to download to cannot be written.
     """
     one_of("split", split, SPLITS)
-    if isinstance(name, str | Path) and str(name).startswith("~"):
+    if data_dir is not None:
+        user_path(data_dir, "data_dir")
+    if not isinstance(name, str | Path):
+        raise InvalidArgument(f"data must be a name or the path of a folder, got {name!r}")
+    if str(name).startswith("~"):
         name = user_path(name)
     true_or_false("download", download)
     if name in (*NAMES, *TOYS) and image_size is not None:
@@ -95,7 +99,7 @@ def load(
         return captions.CaptionedDigits(split)
     if name in PUBLISHED:
         return _load_published(name, split, data_dir, download)
-    if not (isinstance(name, str | Path) and name and Path(name).is_dir()):  # Path("") is "."
+    if not (name and Path(name).is_dir()):  # Path("") is "."
         raise InvalidArgument(
             f"data must be one of {', '.join(NAMES)}, or the path of an existing folder of "
             f"images (or a toy: {', '.join(TOYS)}); got {str(name)!r}"

@@ -89,6 +89,17 @@ def digest(*tensors: Tensor) -> str:
     return hashed.hexdigest()
 
 
+def check_data(data: object) -> None:
+    """Refuse what is not a data set, such as the name of one. Raises InvalidArgument."""
+    if callable(getattr(data, "batch", None)) and hasattr(data, "shape"):
+        return
+    got = repr(data) if isinstance(data, str) else type(data).__name__
+    raise InvalidArgument(
+        "data must be a data set, such as minidiff.data.load(name) or "
+        f"minidiff.data.dataset.from_dataset(items) returns, got {got}"
+    )
+
+
 def check_labels(labels: Tensor | None, count: int, class_names: tuple[str, ...]) -> None:
     """Refuse labels other than int64 (count,) in 0..len(class_names) − 1, or None without names.
 

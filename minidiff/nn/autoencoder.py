@@ -15,6 +15,7 @@ https://arxiv.org/abs/2112.10752, section 3.1 and appendix G; Kingma & Welling 2
 mean are those of diffusers' `AutoencoderKL`.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -30,9 +31,10 @@ from minidiff.nn.blocks.tiling import ImageMap, sliced, tiled
 from minidiff.nn.configs.autoencoder import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
 from minidiff.nn.model import Model, parse_options
 from minidiff.runtime.files import Config
-from minidiff.runtime.shapes import append_dims
+from minidiff.runtime.shapes import append_dims, readable, warn_unless_finite
 from minidiff.runtime.tensors import Stored
 
+MAX_PIXEL = 16  # values of pixels beyond it are bytes, not in [−1, 1] and not noise
 EPS = 1e-6  # epsilon of every norm; not an option in diffusers
 
 
@@ -46,7 +48,7 @@ class AutoencoderKL(Model):
             each other.
 
     `vae.config` holds all arguments. An image side not divisible by `divisor` is rounded
-    down, as in diffusers.
+    down as in diffusers, with a warning.
 
     Large batches and images: `enable_slicing()` processes one image at a time. `enable_tiling()`
     processes images larger than `tile_sample_min_size` (latents larger than `tile_latent_min_size`)
@@ -108,6 +110,14 @@ class AutoencoderKL(Model):
             InvalidArgument: another shape or type, or a side below `divisor`.
         """
         _check_images("x", x, self.config.in_channels, self.divisor)
+        if any(side % self.divisor for side in x.shape[2:]):
+            warnings.warn(
+                f"x has sides {tuple(x.shape[2:])}, not divisible by {self.divisor}: its last rows "
+                "or columns are lost",
+                stacklevel=2,
+            )
+        if readable(x) and x.abs().max() > MAX_PIXEL:
+            warnings.warn(f"x reaches {x.abs().max():g}, pixels must be in [−1, 1]", stacklevel=2)
         sides = self.tile_sample_min_size, self.tile_latent_min_size
         return DiagonalGaussian(self._in_parts(self._moments, *sides)(x))
 
@@ -342,6 +352,7 @@ def _check_images(name: str, x: Tensor, channels: int, smallest: int) -> None:
         )
     if min(x.shape[2:]) < smallest:
         raise InvalidArgument(f"{name} must have sides >= {smallest}, got {tuple(x.shape[2:])}")
+    warn_unless_finite(name, x)
 
 
 def _per_channel(value: float | Sequence[float], z: Tensor) -> float | Tensor:

@@ -64,6 +64,7 @@ from minidiff.nn.configs.unet import VOCABULARIES, unet_config
 from minidiff.nn.configs.unet_plan import AttentionPlan, SelfAttentionPlan, Stage, UNetConfig
 from minidiff.nn.model import Model
 from minidiff.runtime.files import Config
+from minidiff.runtime.shapes import warn_unless_finite
 from minidiff.runtime.tensors import Stored
 
 
@@ -144,8 +145,8 @@ class UNet(Model):
             timestep: time of the batch (a number or a tensor ()), or one per image, (B,).
             encoder_hidden_states: tokens of a text, (B, L, cross_attention_dim), or
                 (B, L, encoder_hid_dim) where the network projects them.
-            class_labels: for num_class_embeds int64 (B,) below it, unchecked (reading them would
-                wait for the device); numbers (B,) for class_embed_type "timestep";
+            class_labels: for num_class_embeds int64 (B,) below it, checked on the CPU (elsewhere
+                it would wait for the device); numbers (B,) for class_embed_type "timestep";
                 (B, time_channels) for "identity"; (B, projection_class_embeddings_input_dim) for
                 the projections.
             timestep_cond: second input of the time embedding, (B, time_cond_proj_dim), or None.
@@ -155,9 +156,13 @@ class UNet(Model):
         Returns:
             (B, out_channels, *space), in the memory format of `sample`.
         Raises:
-            InvalidArgument: a wrong shape or type, or conditioning that is missing or unused.
+            InvalidArgument: a wrong shape or type, conditioning that is missing or unused, or on
+                the CPU a timestep that is not finite. Of such a sample it warns there.
         """
         t, batch = self._checked_times(sample, timestep), len(sample)
+        self._check_dtypes(
+            sample=sample, encoder_hidden_states=encoder_hidden_states, timestep_cond=timestep_cond
+        )
         text = self.encoder_hid_proj(encoder_hidden_states, encoder_attention_mask, batch)
         emb = self.time_embedding(self.time_proj(t), timestep_cond)
         emb = self.join(emb, self.class_embedding(class_labels, batch))
@@ -196,7 +201,19 @@ class UNet(Model):
             )
         if min(sides) < self.smallest_side:
             raise InvalidArgument(f"sample must have sides >= {self.smallest_side}, got {sides}")
+        warn_unless_finite("sample", sample)
         return expand_times(sample, timestep)
+
+    def _check_dtypes(self, **inputs: Tensor | None) -> None:
+        """Refuse inputs of another dtype than the weights', unless autocast converts them."""
+        dtype = self.conv_in.weight.dtype
+        for name, x in inputs.items():
+            if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == dtype:
+                continue
+            if not torch.is_autocast_enabled(x.device.type):
+                raise InvalidArgument(
+                    f"{name} must have the dtype of the network, {dtype}, got {x.dtype}"
+                )
 
 
 class DownBlock(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument
 from minidiff.noise import Generators, randn
 from minidiff.prediction import clip, dynamic_threshold, split, target
+from minidiff.runtime.shapes import check_finite
 from minidiff.schedule import Level, add_noise
 from minidiff.schedulers.core import table
 from minidiff.schedulers.core.grid import Grid
@@ -391,9 +392,7 @@ def _check_tensors(
                 f"variance_noise must have the shape of sample, {tuple(sample.shape)}, "
                 f"got {tuple(variance_noise.shape)}"
             )
-    # On a GPU this would sync at every step, so there only the finished images are checked.
-    if output.is_cpu and not torch.compiler.is_compiling():
-        _check_finite(output)
+    check_finite("model_output", output)  # on a GPU only the finished images are checked
 
 
 def _check_pair(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -408,13 +407,3 @@ def _check_pair(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None
             f"{name} and {like_name} must be floating point of one dtype, "
             f"got {tensor.dtype} and {like.dtype}"
         )
-
-
-def _check_finite(output: Tensor) -> None:
-    if math.isfinite(output.sum().item()) or bool(output.isfinite().all()):
-        return  # a sum is quick, but can overflow where no entry is infinite
-    kind = "NaN" if bool(output.isnan().any()) else "infinite"
-    fraction = 1 - output.isfinite().double().mean().item()
-    raise InvalidArgument(
-        f"model_output must be finite, got {kind} in {fraction:.1%} of its entries"
-    )

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from minidiff.data import ImageData, Stream
 from minidiff.data.latents import check_stored, with_unit_latents
+from minidiff.data.protocol import check_data
 from minidiff.errors import InvalidArgument
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
@@ -247,6 +248,7 @@ def train_vae(
         InvalidArgument: config and data do not fit together, or the device is not there.
         TrainingError: a loss or a gradient is not finite.
     """
+    check_data(data)
     training = AutoencoderTraining(config, data, pick_device(device))
     resume(training)
     for _ in steps(training, on_log_row, after_step):

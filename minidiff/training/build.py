@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minidiff.data.augment import augmented
-from minidiff.data.protocol import Data
+from minidiff.data.protocol import Data, check_data
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument
 from minidiff.nn import SpaceToDepth, UNet
@@ -64,8 +64,12 @@ def resolve(config: TrainConfig, data: Data, start: Pipeline | None = None) -> T
     Of the data σ_data is measured, where the objective needs it.
 
     Raises:
-        InvalidArgument: all images are of one grey, or the config disagrees with the start.
+        InvalidArgument: no data set, no TrainConfig, all images are of one grey, or the config
+            disagrees with the start.
     """
+    check_data(data)
+    if not isinstance(config, TrainConfig):
+        raise InvalidArgument(f"config must be a TrainConfig, got {type(config).__name__}")
     if start is not None:
         config = adopted(config, start)
     if not config.measures_data:

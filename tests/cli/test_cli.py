@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidiff import __version__
+from minidiff import __version__, cli
 from minidiff.cli import main, parser
 from minidiff.pipeline import Pipeline
 from minidiff.training.config import OPTIONS
@@ -133,7 +133,14 @@ def bad_mnist(folder, damage):
     ("call", "code", "message"),
     [
         ("", 2, "COMMAND"),
-        ("paint", 2, "paint"),
+        ("paint", 2, "'paint' is not a command; begin with one of demo, train, "),
+        ("--nonsense", 2, "'--nonsense' is not a command; begin with one of demo, train, "),
+        ("--seed 3 train", 2, "'--seed' is not a command; begin with one of demo, train, "),
+        ("sample EMPTY", 2, "run must be the path of a file or folder, got ''"),
+        ("evaluate EMPTY", 2, "run must be the path of a file or folder, got ''"),
+        ("sample RUN --png EMPTY", 2, "--png must be the path of a file or folder, got ''"),
+        ("train --data EMPTY --out OUT --steps 1", 2, "--data must be the path of a file or"),
+        ("train --data digits --out EMPTY --steps 1", 2, "--out must be the path of a file or"),
         ("train --data digits", 2, "--out"),
         ("train --data digits --out OUT", 2, "either minutes or steps"),
         ("train --data digits --out OUT --minutes 1 --steps 5", 2, "either minutes or steps"),
@@ -233,7 +240,7 @@ def test_bad_input_ends_in_one_line(run_folder, tmp_path, capsys, monkeypatch, c
         "RUN": run_folder, "OUT": tmp_path / "out", "NONE": tmp_path / "none",
         "FILE": tmp_path / "file", "FULL": tmp_path / "full",
         "missing": tmp_path / "missing", "truncated": tmp_path / "truncated",
-        "wrong": tmp_path / "wrong",
+        "wrong": tmp_path / "wrong", "EMPTY": "",
         "PICTURE": tmp_path / "picture.png", "WIDE": tmp_path / "wide.png",
     }  # fmt: skip
     Image.new("RGB", (16, 16)).save(places["PICTURE"])
@@ -252,6 +259,21 @@ def test_bad_input_ends_in_one_line(run_folder, tmp_path, capsys, monkeypatch, c
     assert error.count("\n") == 1
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_word_that_is_not_a_command_is_refused_without_importing_torch():
+    code = (
+        "import sys\nfrom minidiff.cli import main\ntry:\n    main(['--nonsense'])\n"
+        "except SystemExit as exit_:\n    print(exit_.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_commands_are_those_of_the_grammar():
+    (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert tuple(action.choices) == cli.COMMANDS
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -322,6 +322,12 @@ def test_folders_without_a_data_set_are_refused(tmp_path):
         ({"name": "digits", "split": "valid"}, "split must be one of train, test"),
         ({"name": "digits", "image_size": 32}, "image_size"),
         ({"name": "digits", "data_dir": "x"}, "data_dir"),
+        ({"name": "mnist", "data_dir": 5}, "data_dir must be the path of a file or folder, got 5"),
+        ({"name": "mnist", "data_dir": 0}, "data_dir must be the path of a file or folder, got 0"),
+        ({"name": "cifar10", "data_dir": ["x"]}, "data_dir must be the path of a file or folder"),
+        ({"name": 5}, "data must be a name or the path of a folder, got 5"),
+        ({"name": ["digits"]}, "data must be a name or the path of a folder, got"),
+        ({"name": np.zeros(2)}, "data must be a name or the path of a folder, got"),
     ],
 )
 def test_arguments_that_a_data_set_does_not_take_are_refused(arguments, message):

@@ -19,6 +19,8 @@ from minidiff.nn.blocks.tiling import sliced, tiled
 diffusers = pytest.importorskip("diffusers")
 diffusers.logging.set_verbosity_error()  # it warns at every `.to(float64)`
 
+pytestmark = pytest.mark.filterwarnings("ignore:x (reaches|has sides)")
+
 SMALL = {
     "block_out_channels": (4, 8),
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),

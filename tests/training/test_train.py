@@ -16,7 +16,8 @@ from minidiff.errors import CheckpointError, InvalidArgument, TrainingError
 from minidiff.runtime.distributed import World
 from minidiff.runtime.files import read_options
 from minidiff.text.conditioning import ClassLabels
-from minidiff.training.config import TrainConfig, merged, options_of
+from minidiff.training.autoencoder import train_vae
+from minidiff.training.config import TrainConfig, VAEConfig, merged, options_of
 from minidiff.training.diffusion import Batches, DiffusionTraining, train
 from minidiff.training.learner import Learner
 from minidiff.training.presets import PRESETS
@@ -95,6 +96,30 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         TrainingError, match=r"the loss is .* is not finite at step \d+\. Likely: a learning rate"
     ):
         train(config, load("digits"))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("digits", "'digits'"),
+        ([1], "list"),
+        ({"a": 1}, "dict"),
+        (torch.zeros(4, 1, 8), "Tensor"),
+    ],
+)
+def test_training_on_anything_but_a_data_set_is_refused(given, named):
+    message = f"data must be a data set, such as .*load.* returns, got {named}"
+    with pytest.raises(InvalidArgument, match=message):
+        train(TrainConfig(steps=1), given)
+    with pytest.raises(InvalidArgument, match=message):
+        train_vae(VAEConfig(steps=1), given)
+
+
+def test_a_config_and_data_in_the_wrong_order_are_refused():
+    with pytest.raises(InvalidArgument, match=r"data must be a data set, .* got TrainConfig"):
+        train(load("digits"), TrainConfig(steps=1))
+    with pytest.raises(InvalidArgument, match="config must be a TrainConfig, got dict"):
+        train({"steps": 1}, load("digits"))
 
 
 def test_training_does_not_touch_the_callers_random_state():
@@ -268,7 +293,8 @@ class Readings(TorchDispatchMode):
      {"prediction_type": "flow", "dtype": "bfloat16"}, {"learn_variance": True},
      {"stable_target": 32}],
 )  # fmt: skip
-def test_a_step_reads_no_number_back_from_the_device(options):
+def test_a_step_reads_no_number_back_from_the_device(monkeypatch, options):
+    monkeypatch.setattr("minidiff.runtime.shapes.readable", lambda x: False)  # as on a GPU
     config = TrainConfig(steps=10, **TINY | options)
     training = DiffusionTraining(config, load("digits"), torch.device("cpu"))
     training.guard.checks_every_step = (
@@ -292,6 +318,7 @@ def test_the_batch_grows_with_the_run():
     assert rows[-1].images == 48
 
 
+@pytest.mark.filterwarnings("ignore:sample must be finite")
 def test_a_few_steps_that_are_not_finite_are_skipped_and_logged():
     data = load("digits")
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.errors import InvalidArgument
+from minidiff.errors import InvalidArgument, real_number
 from minidiff.nn.blocks.attention import Context
 from minidiff.nn.blocks.layers import ACTIVATIONS
-from minidiff.runtime.shapes import append_dims
+from minidiff.runtime.shapes import append_dims, check_finite
 
 # ------------------------------------------------------------------------------------ time
 
@@ -172,11 +172,12 @@ def expand_times(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
     """Return the times of a batch, (B,) on the sample's device, from one or B times.
 
     Raises:
-        InvalidArgument: neither a number nor a tensor () or (B,).
+        InvalidArgument: neither a number nor a tensor () or (B,), or times that are not finite.
     """
     if not isinstance(timestep, Tensor):
         if isinstance(timestep, bool) or not isinstance(timestep, Real):
             raise InvalidArgument(f"timestep must be a number or a tensor, got {timestep!r}")
+        real_number("timestep", timestep, -math.inf)
         return torch.full(
             (len(sample),), float(timestep), dtype=torch.float32, device=sample.device
         )
@@ -186,6 +187,7 @@ def expand_times(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
         )
     if timestep.is_complex() or timestep.dtype == torch.bool:
         raise InvalidArgument(f"timestep must hold real numbers, got {timestep.dtype}")
+    check_finite("timestep", timestep)
     return timestep.to(sample.device).expand(len(sample))
 
 
@@ -207,7 +209,7 @@ class NoLabels(nn.Module):
 class LabelTable(nn.Embedding):
     """One trained vector per class, for integer labels (B,).
 
-    Their range is not checked: reading a value would make the host wait for the device.
+    Their range is checked on the CPU only: elsewhere the host would wait for the device.
     """
 
     def reset_parameters(self) -> None:
@@ -218,7 +220,13 @@ class LabelTable(nn.Embedding):
         check_tensor("class_labels", labels, (batch,))
         if labels.dtype not in (torch.int64, torch.int32):
             raise InvalidArgument(f"class_labels must be int64 or int32, got {labels.dtype}")
-        return super().forward(labels)
+        try:
+            return super().forward(labels)
+        except IndexError as error:
+            low, high = (bound.item() for bound in labels.aminmax())
+            raise InvalidArgument(
+                f"class_labels must be in 0..{self.num_embeddings - 1}, got {low} to {high}"
+            ) from error
 
 
 class LabelTimes(TimestepEmbedding):
@@ -353,6 +361,8 @@ class TextContext(nn.Module):
                 f"({batch}, tokens, {self.width}), got {_shape(states)}"
             )
         check_tensor("encoder_hidden_states", states, (batch, states.shape[1], self.width))
+        if not states.shape[1]:
+            raise InvalidArgument(f"encoder_hidden_states must have tokens, got {_shape(states)}")
         if mask is None:
             return Context(states, None)
         check_tensor("encoder_attention_mask", mask, tuple(states.shape[:2]))
