@@ -17,7 +17,7 @@ def add_to(commands: Any) -> None:
         commands,
         "demo",
         demo,
-        "train a small model of digits and draw samples, in three minutes",
+        "train a small model of digits and draw samples, in a few minutes",
         "Trains a class-conditional diffusion model on the embedded digits, samples it with DDPM, "
         "DDIM and DPM-Solver++, prints a table, and writes pictures and the model.",
     )
