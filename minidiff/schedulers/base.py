@@ -185,10 +185,8 @@ class Scheduler(Grid):
         now, x, x0, eps = here
         prev = self.update(x, x0, eps, now, nxt, noise, **options)
         if self.num_inference_steps is None:
-            warnings.warn(
-                f"step before set_timesteps visits all {len(self.grid)} training steps",
-                stacklevel=3,
-            )
+            every = f"all {len(self.grid)} entries of its default grid"
+            warnings.warn(f"step before set_timesteps visits {every}", stacklevel=3)
         if self.history:
             self.past.append(here)
         if self._step_index is not None:

@@ -143,10 +143,9 @@ class Configured:
         writer = str(config.get("_class_name", cls.__name__))
         there, here = _levels_of(writer), _levels_of(*(base.__name__ for base in cls.__mro__))
         if there != here and not (there == "FlowMatch" and overrides.get("use_flow_sigmas")):
-            raise CheckpointError(
-                f"{Path(folder, subfolder or '') / CONFIG_NAME}: written by {writer}, whose noise "
-                f"levels {cls.__name__} does not have"
-            )
+            file = Path(folder, subfolder or "") / CONFIG_NAME
+            lacks = f"whose noise levels {cls.__name__} does not have"
+            raise CheckpointError(f"{file}: written by {writer}, {lacks}")
         return cls.from_config(config, **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:

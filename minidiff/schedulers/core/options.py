@@ -173,11 +173,9 @@ def modern(options: Mapping[str, Any]) -> dict[str, Any]:
     result = {name: value for name, value in options.items() if name not in _OF_2022}
     for name in _OF_2022.keys() & options.keys():
         allowed, today = _OF_2022[name]
-        value = allowed(name, options[name])
-        if name == "predict_epsilon" and value is not None:
-            value = "epsilon" if value else "sample"
-        if today is not None and value is not None:
-            result.setdefault(today, value)
+        if allowed(name, value := options[name]) is not None and today:
+            meaning = {True: "epsilon", False: "sample"}[value] if "epsilon" in name else value
+            result.setdefault(today, meaning)
     return result
 
 
