@@ -153,6 +153,9 @@ class Scheduler(Grid):
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """Take one step towards the data.
 
+        Before `set_timesteps` it warns, or is refused where diffusers has no grid then. DDPM and
+        DDIM look their levels up, so that a step may be repeated; the others refuse one too many.
+
         Args:
             model_output, sample: network output and its unscaled input x_t, (B, C, *space).
             timestep: entry of `timesteps` at which the network was evaluated. A tensor on another
