@@ -1,5 +1,6 @@
 """A run goes on only with its own data and with a config.json that orders nothing else."""
 
+import contextlib
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from minidiff.data import ImageData, load
 from minidiff.data.captioned.captions import CaptionedDigits
 from minidiff.data.dataset import from_dataset
 from minidiff.data.latents import LatentData
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, MinidiffError
 from minidiff.lab.demo import demo
 from minidiff.nn import AutoencoderKL
 from minidiff.runs import autoencoder, diffusion
@@ -166,6 +167,16 @@ def test_a_scheduler_config_with_bad_notes_is_refused(options, run):
     files.write_json(path, files.read_json(path) | options)
     with pytest.raises(CheckpointError, match="must be a list and _carried a dict"):
         diffusion.Pipeline.from_pretrained(run / "model")
+
+
+def test_a_scheduler_option_of_a_wrong_type_is_refused_or_harmless(run):
+    path = run / "model" / "scheduler" / "scheduler_config.json"
+    content = files.read_json(path)
+    for name in (*content, "algorithm_type", "solver_type"):
+        for value in WRONG:
+            files.write_json(path, content | {name: value})
+            with contextlib.suppress(MinidiffError):
+                diffusion.Pipeline.from_pretrained(run / "model")
 
 
 # --- folders and logs ------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class Configured:
                 f"{name!r} is not an option of {cls.__name__}; it has {', '.join(own)}"
             )
         for name, values in cls.translated.items():
-            if name in options and name not in overrides:
+            if isinstance(options.get(name), str) and name not in overrides:
                 options[name] = values.get(options[name], options[name])
         scheduler = cls(**{name: value for name, value in options.items() if name in own})
         carried = {name: value for name, value in options.items() if name not in own}
