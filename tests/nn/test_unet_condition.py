@@ -405,6 +405,7 @@ X, TEXT = torch.zeros(2, 4, 4, 4), torch.zeros(2, 5, 12)
         ({"transformer_layers_per_block": 0}, "transformer_layers_per_block must be"),
         ({"transformer_layers_per_block": 10**9}, "transformer_layers_per_block must be"),
         ({"transformer_layers_per_block": ((1,), (1,))}, "reverse_transformer_layers_per_block"),
+        ({"reverse_transformer_layers_per_block": 5}, "reverse_transformer_layers_per_block"),
         (
             {
                 "transformer_layers_per_block": ((1, 1), (1,)),

@@ -284,6 +284,8 @@ class UNet2DConditionModelConfig(UNetConfig):
     def _check_depths(self) -> None:
         levels = len(listed("block_out_channels", self.block_out_channels))
         down, up = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+        if self.reverse_transformer_layers_per_block is not None:
+            listed(up, self.reverse_transformer_layers_per_block)
         extra = {down: 0, up: 1}
         for name in (down, up):
             for level, depth in enumerate(self._listed(name)):
