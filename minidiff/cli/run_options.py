@@ -18,7 +18,7 @@ from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.runs.autoencoder import open_vae
 from minidiff.runs.autosave import Saving
 from minidiff.runs.folder import CONFIG, Settings, read_settings
-from minidiff.runtime.device import DTYPES, describe, pick_device, pick_dtype
+from minidiff.runtime.device import DTYPES, available_cores, describe, pick_device, pick_dtype
 from minidiff.runtime.distributed import own_device
 from minidiff.runtime.files import read_options
 from minidiff.training.config import Kind, LoopConfig, merged
@@ -110,7 +110,19 @@ def resumed_settings(
                 f"{flag_of(name, known.get(name))}"
             )
     settings = settings_with_data(options.resume, command, python_name)
-    return settings, pick_device(settings.device if options.device == "auto" else options.device)
+    device = pick_device(settings.device if options.device == "auto" else options.device)
+    if device.type == "cpu" and options.threads is None and settings.threads is not None:
+        _set_threads(settings.threads)
+    return settings, device
+
+
+def _set_threads(number: int) -> None:
+    """Set the number of threads that a run started with, if the machine has as many cores."""
+    if number > available_cores():
+        print(f"the run started with {number} threads, here are {available_cores()} cores: the "
+              "last bits may differ")  # fmt: skip
+    else:
+        torch.set_num_threads(number)
 
 
 def settings_with_data(folder: str, command: str, python_name: str) -> Settings:

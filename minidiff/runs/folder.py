@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import device as Device
 
 from minidiff.data import SPLITS
@@ -46,6 +47,8 @@ class Settings(NamedTuple):
         device: type of the device.
         saving: how often the run is saved.
         shard: the processes shard the weights.
+        threads: threads of the CPU that the run started with, on which its last bits depend; None
+            for a run of an older version.
     """
 
     command: str
@@ -55,6 +58,7 @@ class Settings(NamedTuple):
     device: str
     saving: Saving = Saving()
     shard: bool = False
+    threads: int | None = None
 
     def write(self, out: Path) -> None:
         """Write `config.json`. Raises CheckpointError where that cannot be done."""
@@ -66,6 +70,7 @@ class Settings(NamedTuple):
             "device": self.device,
             "saving": asdict(self.saving),
             "shard": self.shard,
+            "threads": torch.get_num_threads(),
         }
         files.write_json(out / CONFIG, content)
 
@@ -142,10 +147,12 @@ def read_settings(out: str | Path, command: str) -> Settings:
         if not isinstance(content["data"].get("digests", {}), dict):
             raise InvalidArgument("digests must be a dict")
         train, load = content["train"], _loading(content["load"], command)
-        saving = Saving(**content["saving"])
+        saving, threads = Saving(**content["saving"]), content.get("threads")
+        optional(whole(1))("threads", threads)
         return Settings(
             command, merged(train, kind=KINDS[command]), load, content["data"],
             content["device"], saving, true_or_false("shard", content["shard"]),
+            threads,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:  # InvalidArgument among them
         raise CheckpointError(f"{path}: not the config of a run ({error})") from error

@@ -1,11 +1,12 @@
 """The number of threads: as given, or the faster of one and all, and never more than allowed."""
 
+import json
 import os
 
 import pytest
 import torch
 
-from minidiff.cli import main
+from minidiff.cli import main, run_options
 from minidiff.errors import InvalidArgument
 from minidiff.runtime import device
 from minidiff.runtime.device import THREADS_VARIABLE, choose_threads, describe
@@ -67,3 +68,21 @@ def test_fewer_threads_than_cores_are_printed_as_such(monkeypatch):
     monkeypatch.setattr(device, "available_cores", lambda: 2)
     assert describe(cpu, torch.float32) == "cpu (2 threads), float32"
     assert 1 <= device.available_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_run_continues_with_the_threads_that_it_started_with(tmp_path, monkeypatch, capsys):
+    out, command = tmp_path / "run", ["train", "--data", "digits", "--channels", "8,8"]
+    assert (
+        main([*command, "--steps", "1", "--device", "cpu", "--threads", "2", "--out", str(out)])
+        == 0
+    )
+    assert json.loads((out / "config.json").read_text())["threads"] == 2
+    monkeypatch.setenv(THREADS_VARIABLE, "1")
+    monkeypatch.setattr(run_options, "available_cores", lambda: 2)
+    assert main(["train", "--resume", str(out)]) == 0
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(run_options, "available_cores", lambda: 1)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(out)]) == 0
+    assert torch.get_num_threads() == 1
+    assert "started with 2 threads, here are 1 cores" in capsys.readouterr().out
