@@ -1,7 +1,7 @@
 """The embedded digits: 16×16 grey images of 0..9, rendered from fonts and frozen as a file.
 
-They allow a first run without a download. `lab/render_digits.py` made `digits.npz`. Train and test
-split are independent draws from one distribution, so the test split is a fair ceiling for a model.
+They allow a first run without a download. `tests/data/render_digits.py` made `digits.npz`. Train
+and test split are independent draws from one distribution, so the test split is a fair ceiling.
 Pixels have 16 grey levels in the file; level k means byte 17·k.
 """
 

@@ -1,1 +1,1 @@
-"""Tools for learning and finding out: order of solvers, the ledger, the doctor, the demo."""
+"""Tools for learning and finding out: order of solvers, the doctor, the demo."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import render_digits
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,6 @@ from minidiff import data
 from minidiff.data import ImageData, batches, digits
 from minidiff.errors import DataError, InvalidArgument
 from minidiff.images.pixels import to_float, to_uint8
-from minidiff.lab import render_digits
 
 
 def test_every_byte_survives_the_round_trip_through_floats():

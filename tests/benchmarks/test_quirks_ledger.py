@@ -1,15 +1,18 @@
 """The ledger of departures is complete, and its printed form matches the code and its costs."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import minidiff
 from minidiff.errors import InvalidArgument
-from minidiff.lab.ledger import HEAD, PROBES, Probe, table
 from minidiff.schedulers import DDIMScheduler
 from minidiff.schedulers.core.quirks import Diffusers, Exact, departing, departures
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from quirks_ledger import HEAD, PROBES, Probe, table
 
 PRINTED = Path(minidiff.__file__).parent / "schedulers" / "QUIRKS.md"
 
@@ -38,7 +41,7 @@ def test_the_printed_ledger_matches_the_code_and_its_measured_costs() -> None:
     now, then = rows(table()), rows(printed)
     assert list(now) == list(then) == departures()
     for name, cells in now.items():
-        assert cells[:3] == then[name][:3], f"{name}: run python -m minidiff.lab.ledger"
+        assert cells[:3] == then[name][:3], f"{name}: run python benchmarks/quirks_ledger.py"
         for a, b in zip(cells[3:], then[name][3:], strict=True):
             # what is but rounding differs between processors
             assert a == b or float(a) == pytest.approx(float(b), rel=0.02, abs=1e-5), name

@@ -1,6 +1,6 @@
 """The ledger of diffusers' departures: the effect of each, measured where the truth is known.
 
-    python -m minidiff.lab.ledger > minidiff/schedulers/QUIRKS.md
+    python benchmarks/quirks_ledger.py > minidiff/schedulers/QUIRKS.md
 
 A row is a method that `quirks.Diffusers` overrides. Its texts are the docstrings of the two
 readings. Its cost is measured by sampling once with the exact reading and once with this one
@@ -169,9 +169,9 @@ def table() -> str:
 HEAD = """\
 # Where diffusers departs from the papers
 
-Written by `python -m minidiff.lab.ledger` from `schedulers/core/quirks.py`, which has both readings
-of each departure: do not edit. `compat="exact"` has none of the departures, `compat="diffusers"`
-all of them together; one alone is switched on by
+Written by `python benchmarks/quirks_ledger.py` from `schedulers/core/quirks.py`, which has both
+readings of each departure: do not edit. `compat="exact"` has none of the departures,
+`compat="diffusers"` all of them together; one alone is switched on by
 
 ```python
 from minidiff.schedulers import DDIMScheduler

@@ -1,6 +1,6 @@
 """Render the embedded digits from the fonts that matplotlib ships.
 
-    python -m minidiff.lab.render_digits --out FILE --seed S
+    python tests/data/render_digits.py --out FILE --seed S
 
 Each image draws a font and a stroke weight, then warps the glyph: pixel p of the output is the
 glyph at
