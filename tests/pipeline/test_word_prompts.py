@@ -58,7 +58,7 @@ def test_pictures_are_guided_away_from_the_empty_or_the_negative_prompt(pipe):
 
 
 def test_unknown_words_are_left_out_with_a_warning_that_names_them(pipe):
-    with pytest.warns(UserWarning, match="does not know are left out: crimson"):
+    with pytest.warns(UserWarning, match="outside the vocabulary are left out: crimson"):
         images = draw(pipe, ["a crimson seven", "blue"])
     assert torch.equal(images, draw(pipe, ["a seven", "blue"]))
     with pytest.raises(InvalidArgument, match="prompt must be given"):

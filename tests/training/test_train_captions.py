@@ -104,7 +104,7 @@ def test_the_command_line_samples_from_a_prompt(folder, tmp_path, capsys):
     assert cli.main([*arguments, "--png", str(png)]) == 0
     assert png.is_file()
     assert cli.main(["sample", str(folder), "a red 7", "--class", "3", "--png", str(png)]) == 2
-    assert "class_labels must be None" in capsys.readouterr().err
+    assert "--class is for models with classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,11 @@ def class_of(pipe: Pipeline, given: str | None) -> str | int | None:
     """
     if given is None or given in pipe.class_names:
         return given
-    names = ", ".join(pipe.class_names) or "none: this model has no classes"
+    if not pipe.class_names:
+        raise InvalidArgument(
+            f"--class is for models with classes, this one has none; got {given!r}"
+        )
+    names = ", ".join(pipe.class_names)
     numerals = any(name.isdecimal() for name in pipe.class_names)
     number = int(given) if given.isdecimal() and len(given) < 10 else -1
     if numerals or not 0 <= number < len(pipe.class_names):
