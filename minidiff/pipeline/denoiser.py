@@ -88,9 +88,14 @@ def prepared(pipe: "Pipeline", unet: UNet, extra_channels: Tensor | None) -> Net
         network = in_dtype(unet, weights)
     elif pipe.dtype != torch.float32:
         network = autocast(unet, pipe.dtype)
-    else:  # the caller's own autocast would return 16 bits
-        network = lambda x, t, **condition: unet(x, t, **condition).to(x.dtype)  # noqa: E731
+    else:
+        network = _in_input_dtype(unet)
     return network if extra_channels is None else concat_channels(network, extra_channels)
+
+
+def _in_input_dtype(network: Network) -> Network:
+    """Return the network with output in the dtype of x, also within a caller's autocast."""
+    return lambda x, t, **condition: network(x, t, **condition).to(x.dtype)
 
 
 def network_inputs(
