@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("minidiff", "benchmarks", "tests", ".ci")
-DOCUMENTS = ("*.md", "minidiff/**/*.md", "benchmarks/*.md", "notebooks/*.ipynb")
+DOCUMENTS = ("*.md", "minidiff/**/*.md", "benchmarks/*.md", "docs/*.md", "notebooks/*.ipynb")
 MAX_WORDS = 35  # in a sentence of a document
 
 # A phrasing as a regular expression, and what to write instead.
