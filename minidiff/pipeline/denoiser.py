@@ -60,12 +60,13 @@ def build_denoiser(
     negative: Sequence[str] | None,
     size: tuple[int, int],
     extra_channels: Tensor | None,
+    watch: Callable[[Network], Network],
 ) -> Denoiser:
     """Build the denoiser of a batch; see `Pipeline.denoiser`, which adds the pipeline's wraps."""
     condition = network_inputs(pipe, conditioning, size)
     if pipe.takes_guidance_scale:
         condition["timestep_cond"] = guidance_embedding(pipe, guidance.scale, len(conditioning))
-    network = prepared(pipe, pipe.unet, extra_channels)
+    network = watch(prepared(pipe, pipe.unet, extra_channels))
     plain = denoise = conditional(network, condition)
     if guidance.autoguidance != 1:
         worse = conditional(prepared(pipe, pipe.guidance_network, extra_channels), condition)
@@ -132,7 +133,7 @@ def guidance_embedding(pipe: "Pipeline", scale: float, n: int) -> Tensor:
     Source: Luo et al. 2023, "Latent Consistency Models", arXiv:2310.04378.
     """
     sinusoids = SinusoidalTime(pipe.unet.config.time_cond_proj_dim, False, freq_shift=1)
-    embedded = sinusoids(torch.full((n,), 1000 * (scale - 1), dtype=torch.float32))
+    embedded = sinusoids(1000 * torch.full((n,), scale - 1, dtype=torch.float32))
     return on_network(pipe, {"timestep_cond": embedded})["timestep_cond"]
 
 

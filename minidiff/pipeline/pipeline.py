@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minidiff.errors import CheckpointError, InvalidArgument, whole_number
-from minidiff.guidance import Denoiser, interval_of
+from minidiff.guidance import Denoiser, Network, interval_of
 from minidiff.images.pixels import as_output
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.noise import Generators
 from minidiff.pipeline import folder as pipeline_folder
+from minidiff.pipeline.callbacks import StepEnd, StepFunction
 from minidiff.pipeline.denoiser import Guidance, Method, build_denoiser
 from minidiff.pipeline.parts import (
     check_autoguidance_scale,
@@ -26,9 +27,9 @@ from minidiff.pipeline.parts import (
     check_guidance_scale,
     check_parts,
 )
-from minidiff.pipeline.request import Request, StepEnd, with_callback
+from minidiff.pipeline.request import Request
 from minidiff.pipeline.space import LatentSpace
-from minidiff.pipeline.start import initial_state
+from minidiff.pipeline.start import InitialState, initial_state
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.tensors import DTYPES
 from minidiff.sample import Step
@@ -121,6 +122,8 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
@@ -134,7 +137,8 @@ class Pipeline:
         batch_size: int = 256,
         output_type: str = "pil",
         callback: Callable[[Step], None] | None = None,
-        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end: StepFunction | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: bool = False,
     ) -> PipelineOutput:
         """Generate images, or edit given ones.
@@ -163,6 +167,8 @@ class Pipeline:
             height, width: image size in pixels; by default the size of the given image, or the one
                 that the network was trained on.
             num_inference_steps: steps of the scheduler.
+            timesteps: the steps themselves, strictly falling, instead of their number.
+            sigmas: noise levels instead of either, as the scheduler's `set_timesteps` takes them.
             guidance_scale: w of classifier-free guidance; 1 disables it. Below 1 it interpolates
                 towards the unconditional network; Stable Diffusion checkpoints are then not guided
                 at all, as in diffusers.
@@ -184,8 +190,11 @@ class Pipeline:
             output_type: "pil", "np" or "pt"; "latent" for the network's samples, not decoded.
             callback: called with every `Step` of every batch.
             callback_on_step_end: function as in diffusers, called as (pipe, step, timestep,
-                {"latents": x}) after every step; a tensor "latents" that it returns replaces x.
+                tensors) after every step; tensors that it returns by name replace those given.
                 Setting `pipe._interrupt = True` ends sampling after this step.
+            callback_on_step_end_tensor_inputs: names of these tensors: "latents" is x and
+                "denoised" x̂0. A network conditioned on text also has "prompt_embeds", the negative
+                ones first where it is guided; see `callbacks.NETWORK_INPUTS`.
             progress: whether to show a progress bar.
         Raises:
             InvalidArgument: an argument is not allowed; raised before a network runs.
@@ -204,8 +213,9 @@ class Pipeline:
                 start = initial_state(
                     request, batch, self.space, self.scheduler, source, self.device
                 )
-                denoise = start.wrap(self._denoiser_of(request, batch, start.extra_channels))
-                after_step = with_callback(start.after_step, request.on_step_end, self)
+                step_end = request.on_step_end()
+                denoise = self._denoiser_of(request, batch, start, step_end)
+                after_step = step_end.following(start.after_step)
                 for step in start.walk(
                     denoise, self.scheduler, start.x, source, after_step, **request.step_options
                 ):
@@ -222,17 +232,19 @@ class Pipeline:
         return self._output(request, images)
 
     def _denoiser_of(
-        self, request: Request, batch: slice, extra_channels: Tensor | None
+        self, request: Request, batch: slice, start: InitialState, step_end: StepEnd
     ) -> Denoiser:
         """Return the denoiser of one batch of a request."""
         conditioning, negative = request.conditioning, request.negative
-        return self.denoiser(
+        denoise = self.denoiser(
             None if conditioning is None else conditioning[batch],
             request.guidance,
             negative=None if negative is None else negative[batch],
             size=self.space.image_size(request.shape),
-            extra_channels=extra_channels,
+            extra_channels=start.extra_channels,
+            watch=step_end.watch,
         )
+        return start.wrap(denoise)
 
     def _unchanged(self, request: Request) -> PipelineOutput:
         """Return the given images of a request of strength 0."""
@@ -265,6 +277,7 @@ class Pipeline:
         negative: Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
         extra_channels: Tensor | None = None,
+        watch: Callable[[Network], Network] = lambda network: network,
     ) -> Denoiser:
         """Return the network under conditioning and guidance, as a function (x_t, t) → output.
 
@@ -274,11 +287,14 @@ class Pipeline:
             negative: B prompts to guide away from; None for the empty text.
             size: (height, width) of the images, an input of SDXL; by default the network's own.
             extra_channels: further input channels of an inpainting network, (B, C', h, w).
+            watch: function from the network to the one that is evaluated.
         """
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance)
         size = size or self.space.image_size(self.space.shape())
-        denoise = build_denoiser(self, conditioning, guidance, negative, size, extra_channels)
+        denoise = build_denoiser(
+            self, conditioning, guidance, negative, size, extra_channels, watch
+        )
         for wrap in self.wraps:
             denoise = wrap(denoise)
         return denoise

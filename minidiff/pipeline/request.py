@@ -4,8 +4,9 @@
 the timesteps are known, and nothing else of the pipeline changes.
 """
 
+import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from minidiff.errors import InvalidArgument, one_of, real_number, true_or_false,
 from minidiff.guidance import extrapolated, interval_of, rescaled
 from minidiff.images.pixels import Original, as_original, check_output
 from minidiff.noise import MAX_SEED, Generators
+from minidiff.pipeline.callbacks import StepEnd, StepFunction, check_function, step_ends
 from minidiff.pipeline.denoiser import Guidance, Method
 from minidiff.pipeline.inpaint import Stretch, stretches
 from minidiff.pipeline.parts import check_autoguidance_scale, check_guidance_scale
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 1_000_000  # they are held in memory; more than this is a typing error
 STRENGTH = 0.8  # default of image-to-image, as in diffusers
-
-StepEnd = Callable[[Any, int, Any, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Request:
         source_of: from a batch to the generators of its noise.
         noise_of: from a batch and its generators to standard normal noise (B, C, h, w).
         step_options: further arguments of `scheduler.step`.
-        output_type, callback, on_step_end, progress: as given to the pipeline.
+        output_type, callback, progress: as given to the pipeline.
+        on_step_end: function that returns diffusers' callback for one batch.
         evaluations: steps taken for every batch.
     """
 
@@ -69,7 +70,7 @@ class Request:
     step_options: dict[str, Any]
     output_type: str
     callback: Callable[[Step], None] | None
-    on_step_end: StepEnd | None
+    on_step_end: Callable[[], StepEnd]
     progress: bool
     evaluations: int
 
@@ -92,6 +93,8 @@ class Request:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
@@ -105,7 +108,8 @@ class Request:
         batch_size: int = 256,
         output_type: str = "pil",
         callback: Callable[[Step], None] | None = None,
-        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end: StepFunction | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: bool = False,
     ) -> "Request":
         """Check and resolve the arguments of `Pipeline.__call__`, and set the scheduler's grid.
@@ -116,8 +120,7 @@ class Request:
         space, scheduler = pipe.space, pipe.scheduler
         check_output(output_type, space.image_channels)
         true_or_false("progress", progress)
-        _check_function("callback", callback)
-        _check_function("callback_on_step_end", callback_on_step_end)
+        check_function("callback", callback)
         original = as_original(image, mask_image, space.image_channels, needs_mask=space.takes_mask)
         number = number_of_images(num_images, num_images_per_prompt, original)
         conditioning, n = resolve_conditioning(
@@ -129,8 +132,7 @@ class Request:
         negative = negative_prompts(pipe, negative_prompt, n, num_images_per_prompt, guidance.scale)
         options = step_options(scheduler, eta)
         shape = space.shape(*image_size(height, width, original))
-        steps = pipe.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scheduler.set_timesteps(steps, device=pipe.device)
+        set_grid(pipe, num_inference_steps, timesteps, sigmas)
         first = first_step(scheduler, strength, original)
         passes = timestep_schedule(scheduler, first, resamples, jump_length, original)
         return cls(
@@ -150,7 +152,9 @@ class Request:
             step_options=options,
             output_type=output_type,
             callback=callback,
-            on_step_end=callback_on_step_end,
+            on_step_end=step_ends(
+                pipe, callback_on_step_end, callback_on_step_end_tensor_inputs, guidance
+            ),
             progress=progress,
             evaluations=sum(end - begin for begin, end in passes) or len(scheduler.grid) - first,
         )
@@ -330,7 +334,7 @@ def resolve_guidance(
         if given and (not pipe.is_guidable or pipe.takes_guidance_scale):
             raise InvalidArgument(f"{name} needs guidance, which this model cannot have")
     interval = interval_of(interval)
-    _check_function("guide", method)
+    check_function("guide", method)
     if method is None:
         method = partial(rescaled, share=rescale) if rescale else extrapolated
     elif rescale:
@@ -369,6 +373,30 @@ def step_options(scheduler: Scheduler, eta: float | None) -> dict[str, float]:
     if not isinstance(scheduler, DDIMScheduler):
         raise InvalidArgument(f"eta is DDIM's; {type(scheduler).__name__} has none")
     return {"eta": real_number("eta", eta, 0, 1)}
+
+
+def set_grid(
+    pipe: "Pipeline",
+    steps: int | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+) -> None:
+    """Set the scheduler's grid by a number of steps, the pipeline's own if there is none, or by
+    the steps themselves.
+
+    Raises:
+        InvalidArgument: several are given, one is out of range, or the scheduler does not take it.
+    """
+    given = {"num_inference_steps": steps, "timesteps": timesteps, "sigmas": sigmas}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise InvalidArgument(f"give one of {', '.join(given)}, not several")
+    scheduler = pipe.scheduler
+    takes = inspect.signature(scheduler.set_timesteps).parameters
+    for name in given.keys() - takes - {"num_inference_steps"}:
+        raise InvalidArgument(f"{name} must be None: {type(scheduler).__name__} takes none")
+    given = given or {"num_inference_steps": pipe.num_inference_steps}
+    scheduler.set_timesteps(device=pipe.device, **given)
 
 
 def first_step(scheduler: Scheduler, strength: float | None, original: Original | None) -> int:
@@ -440,52 +468,3 @@ def slices(n: int, batch_size: int) -> list[slice]:
     """Return n images in batches. Raises InvalidArgument for a batch size below 1."""
     size = whole_number("batch_size", batch_size, 1)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
-def _check_function(name: str, given: Any) -> None:
-    if given is not None and not callable(given):
-        raise InvalidArgument(f"{name} must be a function, or None; got {given!r}")
-
-
-def with_callback(
-    after_step: Callable[[Step], Tensor], on_step_end: StepEnd | None, pipe: "Pipeline"
-) -> Callable[[Step], Tensor]:
-    """Return `after_step` followed by diffusers' callback, which may return another sample.
-
-    Raises:
-        InvalidArgument: when called, if the callback returns anything but latents of the same
-            shape.
-    """
-    if on_step_end is None:
-        return after_step
-
-    known = set(vars(pipe))
-
-    def both(step: Step) -> Tensor:
-        x = after_step(step)
-        answer = on_step_end(pipe, step.index, step.t, {"latents": x})
-        if unknown := sorted(set(vars(pipe)) - known):
-            for name in unknown:
-                delattr(pipe, name)
-            raise InvalidArgument(
-                f"callback_on_step_end set pipe.{unknown[0]}, which has no effect here; of "
-                "diffusers' attributes pipe._interrupt alone has one"
-            )
-        return x if answer is None else _returned_latents(answer, x)
-
-    return both
-
-
-def _returned_latents(answer: Any, x: Tensor) -> Tensor:
-    """Return the sample that diffusers' callback replaces x by. Raises InvalidArgument."""
-    latents = answer.get("latents", x) if isinstance(answer, Mapping) else None
-    fits = isinstance(latents, Tensor) and (latents.shape, latents.dtype) == (x.shape, x.dtype)
-    if not fits or answer.keys() - {"latents"}:
-        got = f"{sorted(answer)}" if isinstance(answer, Mapping) else type(answer).__name__
-        if isinstance(latents, Tensor):
-            got += f" with latents {tuple(latents.shape)}, {latents.dtype}"
-        raise InvalidArgument(
-            "callback_on_step_end may return None, or {'latents': …} of shape "
-            f"{tuple(x.shape)} and {x.dtype}; got {got}"
-        )
-    return latents.to(x.device)

@@ -13,7 +13,6 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,10 +21,10 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument
 from minidiff.noise import Generators, randn
 from minidiff.prediction import clip, dynamic_threshold, split, target
-from minidiff.runtime.shapes import check_finite
 from minidiff.schedule import Level, add_noise
 from minidiff.schedulers.core import table
 from minidiff.schedulers.core.grid import Grid
+from minidiff.schedulers.core.inputs import check_pair, check_step, host_number
 from minidiff.schedulers.core.quirks import Exact
 
 Noise = Callable[[], Tensor]
@@ -181,7 +180,7 @@ class Scheduler(Grid):
         return_dict: bool,
         **options: Any,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        _check_tensors(model_output, sample, variance_noise, generator)
+        check_step(model_output, sample, variance_noise, generator)
         now, nxt = self._levels_at(self._host_timestep(timestep))
         noise = self._noise(model_output, generator, variance_noise)
         here = self._evaluate(model_output, sample, now, noise, **options)
@@ -273,12 +272,12 @@ class Scheduler(Grid):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return x_t = α_t·x0 + σ_t·ε for training steps (B,), or (1,) for all images."""
-        _check_pair("noise", noise, "original_samples", original_samples)
+        check_pair("noise", noise, "original_samples", original_samples)
         return add_noise(original_samples, noise, self._batch_level(timesteps, original_samples))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return v = α·ε − σ·x0 for a batch of training steps, the target of "v_prediction"."""
-        _check_pair("noise", noise, "sample", sample)
+        check_pair("noise", noise, "sample", sample)
         return target(sample, noise, self._batch_level(timesteps, sample), "v_prediction")
 
     def _batch_level(self, timesteps: Tensor, like: Tensor) -> Level:
@@ -352,59 +351,3 @@ def split_variance(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor
         )
     prediction, variance = model_output.chunk(2, dim=1)
     return prediction, variance
-
-
-def host_number(timestep: int | float | Tensor) -> int | float:
-    """Return a timestep as a Python number; this syncs for a tensor on another device.
-
-    Raises:
-        InvalidArgument: it is neither a number nor a tensor with one element.
-    """
-    if isinstance(timestep, Tensor) and timestep.numel() == 1:
-        timestep = timestep.item()
-    if isinstance(timestep, bool) or not isinstance(timestep, Real):
-        raise InvalidArgument(f"timestep must be one number, got {timestep!r}")
-    return timestep
-
-
-def _check_tensors(
-    output: Tensor, sample: Tensor, variance_noise: Tensor | None, generator: Generators
-) -> None:
-    if not (isinstance(output, Tensor) and isinstance(sample, Tensor)):
-        raise InvalidArgument(
-            "model_output and sample must be tensors, "
-            f"got {type(output).__name__} and {type(sample).__name__}"
-        )
-    if output.shape != sample.shape:
-        raise InvalidArgument(
-            f"model_output must have the shape of sample, {tuple(sample.shape)}, "
-            f"got {tuple(output.shape)}"
-        )
-    if not (output.is_floating_point() and output.dtype == sample.dtype):
-        raise InvalidArgument(
-            "model_output and sample must be floating point of one dtype, "
-            f"got {output.dtype} and {sample.dtype}"
-        )
-    if variance_noise is not None:
-        if generator is not None:
-            raise InvalidArgument("give either variance_noise or generator, not both")
-        if variance_noise.shape != sample.shape:
-            raise InvalidArgument(
-                f"variance_noise must have the shape of sample, {tuple(sample.shape)}, "
-                f"got {tuple(variance_noise.shape)}"
-            )
-    check_finite("model_output", output)  # on a GPU only the finished images are checked
-
-
-def _check_pair(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Refuse tensors that would silently be broadcast or promoted."""
-    if tensor.shape != like.shape:
-        raise InvalidArgument(
-            f"{name} must have the shape of {like_name}, {tuple(like.shape)}, "
-            f"got {tuple(tensor.shape)}"
-        )
-    if not (tensor.is_floating_point() and tensor.dtype == like.dtype):
-        raise InvalidArgument(
-            f"{name} and {like_name} must be floating point of one dtype, "
-            f"got {tensor.dtype} and {like.dtype}"
-        )

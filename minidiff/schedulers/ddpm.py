@@ -15,7 +15,8 @@ from torch import Tensor
 
 from minidiff.noise import Generators
 from minidiff.prediction import combine
-from minidiff.schedulers.base import Scheduler, SchedulerOutput, host_number, split_variance
+from minidiff.schedulers.base import Scheduler, SchedulerOutput, split_variance
+from minidiff.schedulers.core.inputs import host_number
 
 
 class DDPMScheduler(Scheduler):

@@ -29,7 +29,7 @@ from minidiff.prediction import target
 from minidiff.runtime.checks import real
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
 from minidiff.schedulers.base import Evaluation, Noise, SchedulerOutput
-from minidiff.schedulers.core.options import falling
+from minidiff.schedulers.core.options import falling, host_numbers, is_falling
 from minidiff.schedulers.core.rounding import hypot, sqrt
 from minidiff.schedulers.core.sigmas import FORMULAS, SigmaScheduler, TrainedSigmas
 
@@ -196,14 +196,13 @@ class EulerDiscreteScheduler(ExplodingSigmas):
             return
         if num_inference_steps is not None or timesteps is not None:
             raise InvalidArgument("give one of num_inference_steps, timesteps and sigmas")
-        if len(sigmas) < 2:
+        every = host_numbers("sigmas", sigmas, real(0))
+        if len(every) < 2:
             raise InvalidArgument(f"sigmas must hold a first and a last σ, got {sigmas}")
-        visited, (end,) = (
-            torch.tensor(falling("sigmas", part, real(0)), dtype=self.reading.dtype).numpy()
-            for part in (sigmas[:-1], sigmas[-1:])
-        )
-        if end > visited[-1]:  # equal is where final_sigmas_type "sigma_min" ends
+        *_, last, end = every  # equal is where final_sigmas_type "sigma_min" ends
+        if not is_falling(every[:-1]) or end > last:
             raise InvalidArgument(f"sigmas must be strictly falling, got {sigmas}")
+        visited = torch.tensor(every[:-1], dtype=self.reading.dtype).numpy()
         t = self.schedule.timestep_of(visited)
         self._place_sigmas(self._network_timesteps(t, visited), visited, end, device)
 

@@ -70,7 +70,7 @@ def test_a_callback_receives_and_changes_the_latents_as_in_diffusers(latent_fold
 @pytest.mark.parametrize("answer", [{"prompt_embeds": torch.zeros(1)}, {"latents": torch.zeros(3)}])
 def test_a_callback_that_returns_anything_but_latents_is_refused(latent_pipe, answer):
     with pytest.raises(
-        InvalidArgument, match=r"callback_on_step_end may return None, or \{'latents'"
+        InvalidArgument, match=r"callback_on_step_end may return None, or any of \{'latents'"
     ):
         latent_pipe("a cat", callback_on_step_end=lambda *args: answer, num_inference_steps=2)
 

@@ -42,13 +42,18 @@ def falling(name: str, values: Iterable, check: Check, dtype: type | None = None
     Raises:
         InvalidArgument: a number fails the check, or the numbers do not fall strictly.
     """
-    values = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
-        raise InvalidArgument(f"{name} must be a list of numbers, got {values!r}")
-    numbers = [check(name, value) for value in values]
+    numbers = host_numbers(name, values, check)
     if not numbers or not is_falling(numbers if dtype is None else [*map(dtype, numbers)]):
         raise InvalidArgument(f"{name} must be strictly falling, got {str(values)[:80]}")
     return numbers
+
+
+def host_numbers(name: str, values: Iterable, check: Check) -> list:
+    """Return a list, an array or a tensor as a list of numbers. Raises InvalidArgument."""
+    values = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise InvalidArgument(f"{name} must be a list of numbers, got {values!r}")
+    return [check(name, value) for value in values]
 
 
 def is_falling(numbers: Sequence[float]) -> bool:
