@@ -24,14 +24,15 @@ w is diffusers' scale: 1 is c itself. A method on x̂0 needs to know what the ou
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, listed, real_number
+from minidiff.errors import InvalidArgument, real_number
 from minidiff.prediction import dynamic_threshold, row, solve
+from minidiff.runtime.checks import interval_of
 from minidiff.runtime.shapes import append_dims
 from minidiff.schedule import Level
 
@@ -480,19 +481,3 @@ def concat_channels(network: Network, extra: Tensor) -> Network:
         return network(torch.cat([x, copies], dim=1), t, **condition)
 
     return concatenated
-
-
-def interval_of(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    """Return two increasing σ/α, the second possibly infinite, or None.
-
-    Raises:
-        InvalidArgument: not two numbers with 0 <= low < high.
-    """
-    if interval is None:
-        return None
-    low, high = listed("guidance_interval", interval, 2)
-    low = real_number("guidance_interval", low, 0)
-    high = high if high == math.inf else real_number("guidance_interval", high, 0)
-    if low >= high:
-        raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
-    return low, high

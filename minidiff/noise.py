@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, whole_number
+from minidiff.names import MAX_SEED
 
-MAX_SEED = 2**32 - 1
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 

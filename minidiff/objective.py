@@ -45,16 +45,7 @@ from minidiff.schedulers import Scheduler
 from minidiff.schedulers.base import split_variance
 from minidiff.schedulers.edm import EDMSigmas
 
-PRESERVING = ("epsilon", "sample", "v_prediction")
-PREDICTION_TYPES = (*PRESERVING, "flow", "edm")
-SPREADS = {  # distributions of the levels by prediction type; the first is the default
-    **dict.fromkeys(PRESERVING, ("uniform", "log_normal")),
-    "flow": ("logit_normal", "uniform"),
-    "edm": ("log_normal", "uniform"),
-}
-NOISE_LEVELS = ("uniform", "log_normal", "logit_normal")
 MOMENTS = {"log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}  # the papers' mean and std
-LOSS_WEIGHTS = ("none", "min_snr", "edm")
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 4.3
 VLB_WEIGHT = 0.001  # Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16, λ
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # Karras et al. 2022, table 1: range of sampling

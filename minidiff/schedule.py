@@ -25,9 +25,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
-
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")
-MAX_TRAIN_TIMESTEPS = 1_000_000  # tables are kept in memory; more is probably a typing error
+from minidiff.names import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
 
 # A float of a sampler or a tensor of a training batch: equations hold for both, no type does.
 Scale: TypeAlias = Any

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import minidiff
+from minidiff.cli import COMMANDS
 
 ROOT = Path(minidiff.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -16,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Floors are folders, and the files beside them. A file imports from lower floors, or within its
 # folder. Metrics lie above training, because a classifier is trained by the loop of all trainings.
 FLOORS = [
-    {"errors"},
+    {"errors", "names"},
     {"schedule", "noise", "shipped", "runtime"},
     {"prediction", "exact", "nn"},
     {"guidance", "schedulers", "images"},
@@ -77,7 +78,7 @@ def reached(name: str) -> set[str]:
 
 
 def test_networks_know_no_diffusion_and_diffusion_no_networks() -> None:
-    assert reached("nn") <= {"errors", "runtime"}
+    assert reached("nn") <= {"errors", "names", "runtime"}
     assert "nn" not in reached("schedulers") | reached("sample") | reached("guidance")
 
 
@@ -132,6 +133,42 @@ print(*sorted(name for name in sys.modules if name.split(".")[0] in ("minidiff",
 def test_importing_minidiff_alone_imports_neither_torch_nor_any_of_its_modules() -> None:
     out = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["minidiff"]
+
+
+HELP = """
+import sys
+from minidiff.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as exit_:
+    print(exit_.code)
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+HEAVY = {"torch", "numpy", "PIL", "matplotlib", "safetensors", "diffusers", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        *(([command, "--help"], 0) for command in COMMANDS),
+        *(([command, "--no-such-flag"], 2) for command in COMMANDS),
+        ([], 2),
+        (["evaluat"], 2),
+        (["check"], 2),
+        (["train", "--preset", "nosuch"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_help_and_wrong_calls_need_neither_torch_nor_numpy(words: list[str], code: int) -> None:
+    out = subprocess.run([sys.executable, "-c", HELP, *words], capture_output=True, text=True)
+    *_, exit_code, modules = out.stdout.splitlines()
+    assert int(exit_code) == code, out.stderr
+    assert not HEAVY & set(modules.split())
+
+
+def test_names_imports_nothing_of_the_package() -> None:
+    assert not imported(ROOT / "names.py")
 
 
 def test_public_names_are_imported_from_the_modules_that_type_checkers_see() -> None:

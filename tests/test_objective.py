@@ -10,11 +10,8 @@ from scipy import stats
 from minidiff import Pipeline
 from minidiff.data import ImageData, load
 from minidiff.errors import InvalidArgument
+from minidiff.names import NOISE_LEVELS, PREDICTION_TYPES, PRESERVING, SPREADS
 from minidiff.objective import (
-    NOISE_LEVELS,
-    PREDICTION_TYPES,
-    PRESERVING,
-    SPREADS,
     FlowObjective,
     LearnedVariance,
     Objective,

@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field
 from typing import Any, NoReturn
 
-from minidiff.noise import MAX_SEED
-from minidiff.runtime.device import DEVICES, DTYPES
-from minidiff.schedulers.core.names import SAMPLERS
+from minidiff.names import DEVICES, DTYPE_NAMES, MAX_SEED, SAMPLERS
 
 GROUPS = (
     "model", "data", "run", "budget", "optimisation", "objective", "network", "measurement",
@@ -79,8 +77,9 @@ def add_command(
     add("--device", default="auto", help=f"{', '.join(DEVICES)}; auto is a GPU where there is one")
     add("--threads", type=int, metavar="N", help="threads of the CPU (default: the faster of one "
         "and all)")  # fmt: skip
-    add("--dtype", default=dtype, help=f"number type of the network: auto, {', '.join(DTYPES)}; "
-        "auto is bfloat16 where the hardware has it, for sample float32 (default: auto)",
+    add("--dtype", default=dtype, help="number type of the network: auto, "
+        f"{', '.join(DTYPE_NAMES)}; auto is bfloat16 where the hardware has it, "
+        "for sample float32 (default: auto)",
     )  # fmt: skip
     add("--debug", action="store_true", help="print the traceback of an error")
     return command

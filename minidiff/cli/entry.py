@@ -9,8 +9,6 @@ from minidiff import __version__
 from minidiff.cli.arguments import Parser, flag_of
 from minidiff.cli.commands import check, demo, evaluate, sample, train, train_classifier, train_vae
 from minidiff.errors import InvalidArgument, MinidiffError, Stopped
-from minidiff.runtime.device import choose_threads, keep_freed_memory
-from minidiff.runtime.distributed import rank
 
 PATHS = {
     "out", "resume", "run", "data", "data_dir", "image", "mask", "png", "npz", "json", "vae",
@@ -23,8 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without "‰" prints "?", not a traceback
             stream.reconfigure(errors="replace")
-    keep_freed_memory()
     options = parser().parse_args(arguments)
+    from minidiff.runtime.device import choose_threads, keep_freed_memory  # they import torch
+    from minidiff.runtime.distributed import rank
+
+    keep_freed_memory()
     number = 0
     try:
         number = rank()

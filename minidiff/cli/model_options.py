@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from minidiff import shipped
 from minidiff.errors import InvalidArgument
+from minidiff.images.pixels import read_image
 from minidiff.pipeline import Pipeline
 from minidiff.runs.folder import open_pipeline
 from minidiff.runtime.device import pick_device, pick_dtype
@@ -71,3 +73,42 @@ def setting(pipe: Pipeline, options: argparse.Namespace) -> str:
     name = options.sampler or f"{type(pipe.scheduler).__name__} (the model's)"
     suffix = "" if auto == 1 else f", autoguidance {auto:g}"
     return f"{name}, {steps} steps, guidance {scale:g}{suffix}"
+
+
+def class_of(pipe: Pipeline, given: str | None) -> str | int | None:
+    """Return the class that --class names, and print its name if it is given by number.
+
+    Raises:
+        InvalidArgument: neither a name nor a number of a class; or a number where names are
+            numerals.
+    """
+    if given is None or given in pipe.class_names:
+        return given
+    if not pipe.class_names:
+        raise InvalidArgument(
+            f"--class is for models with classes, this one has none; got {given!r}"
+        )
+    names = ", ".join(pipe.class_names)
+    numerals = any(name.isdecimal() for name in pipe.class_names)
+    number = int(given) if given.isdecimal() and len(given) < 10 else -1
+    if numerals or not 0 <= number < len(pipe.class_names):
+        raise InvalidArgument(f"--class must be one of {names}; got {given!r}")
+    print(f"class {number}: {pipe.class_names[number]}")
+    return number
+
+
+def starting_image(pipe: Pipeline, path: str, mode: str) -> Image.Image:
+    """Read --image, of the size that the network was trained on if minidiff trained it.
+
+    Raises:
+        DataError: see `read_image`.
+        InvalidArgument: an image of another size.
+    """
+    image = read_image(path, mode)
+    _, height, width = pipe.image_shape
+    if pipe.is_guided_below_one and image.size != (width, height):
+        raise InvalidArgument(
+            f"--image must have {width}×{height} pixels, as the model was trained on, got "
+            f"{image.width}×{image.height}: resize it"
+        )
+    return image

@@ -18,6 +18,7 @@ from minidiff.data.stream import Stream, batches
 from minidiff.data.toys import PointData
 from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
 from minidiff.images.pixels import to_float, to_uint8
+from minidiff.names import DATA_NAMES, DATA_VARIABLE, PUBLISHED, SPLITS
 from minidiff.runtime.files import user_path
 
 __all__ = [
@@ -36,11 +37,8 @@ __all__ = [
     "to_uint8",
 ]
 
-PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
-NAMES = ("digits", *PUBLISHED, "captions")
+NAMES = DATA_NAMES
 TOYS = toys.NAMES
-SPLITS = ("train", "test")
-DATA_VARIABLE = "MINIDIFF_DATA"
 
 
 def load(

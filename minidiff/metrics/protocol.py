@@ -31,15 +31,16 @@ from minidiff.metrics.evaluation_table import (
     UNGUIDED,
     EvaluationTable,
 )
-from minidiff.metrics.train_classifier import Recipe, train
+from minidiff.metrics.train_classifier import train
+from minidiff.names import MAX_SEED, PARTS
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.classifier import Classifier
-from minidiff.noise import MAX_SEED, image_generators
+from minidiff.noise import image_generators
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.request import MAX_IMAGES
+from minidiff.training.presets import Recipe
 
 PROTOCOL = 1  # version of EVALUATION.md; figures of different versions cannot be compared
-PARTS = ("samples", "classifier", "copying", "likelihood")
 SAMPLES, QUICK_SAMPLES = 50_000, 10_000
 MIN_IMAGES = 10  # of a split or of samples, without a classifier, which needs more
 NO_GUIDANCE = (1.0, 1.0)  # scales of guidance and of autoguidance

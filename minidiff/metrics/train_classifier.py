@@ -17,7 +17,7 @@ measure their spread.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,16 +29,15 @@ from minidiff.data import ImageData, Stream
 from minidiff.data.captioned.captions import Questions
 from minidiff.data.captioned.scenes import NONE, QUESTIONS
 from minidiff.errors import InvalidArgument
-from minidiff.nn.classifier import NETWORKS, Classifier, build_classifier
-from minidiff.noise import MAX_SEED
-from minidiff.runtime.checks import check_fields, choice, option, real, whole
+from minidiff.nn.classifier import Classifier, build_classifier
 from minidiff.runtime.device import float32_by_default
 from minidiff.runtime.distributed import World
 from minidiff.runtime.files import atomic_file, ensure_writable
 from minidiff.runtime.tensors import write_tensors
-from minidiff.training.config import MAX_BATCH, LoopConfig
+from minidiff.training.config import LoopConfig
 from minidiff.training.loop import TrainingState, steps
 from minidiff.training.optim import EMA
+from minidiff.training.presets import Recipe
 from minidiff.training.progress import Progress
 
 _ROTATION = math.radians(12)
@@ -49,39 +48,6 @@ _SHIFT_DIVISOR = 8  # a photograph moves by at most an eighth of its side
 _EMA_DECAY = 0.998
 _MOMENTUM = 0.9
 _STORED = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The options of a training besides its images. Raises InvalidArgument naming the field.
-
-    The learning rate rises to its peak in the first 30 % of the steps and then falls to 0. Weights
-    are rounded to the type of the file before they are measured.
-    """
-
-    epochs: int = option(16, "passes over the images", whole(1))
-    # batch norm cannot learn from one image
-    batch_size: int = option(128, "images per step", whole(2, MAX_BATCH))
-    learning_rate: float = option(4e-3, "peak learning rate", real(1e-8, 1.0))
-    weight_decay: float = option(
-        0.02, "weight decay, decoupled for adamw but not for sgd", real(0, 1.0)
-    )
-    optimizer: str = option(
-        "adamw", "optimizer: adamw, or sgd with Nesterov momentum", choice("adamw", "sgd")
-    )
-    augment: str = option(
-        "warp",
-        "augmentation: warp for digits, photo for photographs, or none",
-        lambda name, value: choice(*AUGMENTATIONS)(name, value),
-    )
-    network: str = option("plain", f"network: {', '.join(NETWORKS)}", choice(*NETWORKS))
-    precision: str = option("fp32", "number type of the matrix work", choice("fp32", "bf16"))
-    stored: str = option("fp32", "number type of the weights in the file", choice(*_STORED))
-    seed: int = option(0, "seed of weights, order of the images and augmentation",
-                       whole(0, MAX_SEED))  # fmt: skip
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def warp(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,26 +93,10 @@ def flip_and_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     return padded[image, :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
 
 
-AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+_AUGMENT: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "warp": warp,
     "photo": flip_and_shift,
     "none": lambda x, generator: x,
-}
-RECIPES = {
-    "digits": Recipe(),
-    "mnist": Recipe(),
-    "cifar10": Recipe(
-        epochs=200,
-        batch_size=512,
-        learning_rate=0.4,
-        weight_decay=5e-4,
-        optimizer="sgd",
-        augment="photo",
-        network="residual",
-        precision="bf16",
-        stored="fp16",
-    ),
-    "captions": Recipe(batch_size=256, augment="none", network="scene"),
 }
 _SCENES_PER_EPOCH = {"train": 1 << 17, "test": 20_000}  # every epoch has others
 
@@ -243,7 +193,7 @@ class ClassifierTraining(TrainingState):
         """Batch → augmentation → loss → step → average. Raises TrainingError."""
         position = self.stream.position
         x, labels = self.images.batch(self.stream.take(self.recipe.batch_size), position)
-        x = AUGMENTATIONS[self.recipe.augment](x, self.generator)
+        x = _AUGMENT[self.recipe.augment](x, self.generator)
         x = x.contiguous(memory_format=torch.channels_last)
         bfloat16 = self.recipe.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):

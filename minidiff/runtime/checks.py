@@ -14,7 +14,7 @@ naming both and what is allowed. Tables of checks serve options that are not fie
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minidiff.errors import (
@@ -96,6 +96,22 @@ def one_or_each(check: Check, *, length: int | None = None) -> Check:
     """Allow one value, or a list or tuple of `length` values."""
     several = each(check, length=length)
     return lambda name, value: (several if isinstance(value, list | tuple) else check)(name, value)
+
+
+def interval_of(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """Return two increasing σ/α, the second possibly infinite, or None.
+
+    Raises:
+        InvalidArgument: not two numbers with 0 <= low < high.
+    """
+    if interval is None:
+        return None
+    low, high = listed("guidance_interval", interval, 2)
+    low = real_number("guidance_interval", low, 0)
+    high = high if high == math.inf else real_number("guidance_interval", high, 0)
+    if low >= high:
+        raise InvalidArgument(f"guidance_interval must rise, got {low:g} and {high:g}")
+    return low, high
 
 
 def option(default: Any, help: str, check: Check, **metadata: Any) -> Any:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from minidiff.errors import InvalidArgument, one_of, whole_number
+from minidiff.names import DEVICES, DTYPE_NAMES
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @contextmanager

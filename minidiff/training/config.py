@@ -7,30 +7,39 @@ adds what makes a diffusion model, `VAEConfig` what makes an autoencoder.
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from minidiff.errors import InvalidArgument, one_of, whole_number
-from minidiff.guidance import interval_of
-from minidiff.noise import MAX_SEED
-from minidiff.objective import LOSS_WEIGHTS, NOISE_LEVELS, PREDICTION_TYPES, Objective
+from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
+from minidiff.names import (
+    BETA_SCHEDULES,
+    DTYPE_NAMES,
+    LOSS_WEIGHTS,
+    MAX_SEED,
+    MAX_TRAIN_TIMESTEPS,
+    NOISE_LEVELS,
+    PREDICTION_TYPES,
+    PRESERVING,
+    SAMPLERS,
+    SPREADS,
+)
 from minidiff.runtime.checks import (
     Check,
+    check_all,
     check_fields,
     choice,
     each,
     flag,
+    interval_of,
     option,
     optional,
     positive,
     real,
     whole,
 )
-from minidiff.runtime.device import DTYPES
-from minidiff.schedule import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS
-from minidiff.schedulers import Scheduler
-from minidiff.schedulers.core.names import SAMPLERS
-from minidiff.training import objectives
-from minidiff.training.objectives import CHECKS
+
+if TYPE_CHECKING:
+    from minidiff.objective import Objective
+    from minidiff.schedulers import Scheduler
 
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
 OPTIMIZERS = ("adamw", "muon")
@@ -39,6 +48,70 @@ FRACTION = real(0, 0.99)  # of a run, or of images
 WIDTHS = each(whole(1), least=1)
 COUNT = whole(1)  # from 1
 NUMBER = whole(0)  # from 0
+
+
+def _scale(name: str, value: float) -> float:
+    """Allow numbers in (0, 10000]."""
+    return positive(name, real_number(name, value, 0, 1e4))
+
+
+CHECKS: dict[str, Check] = {
+    "prediction_type": choice(*PREDICTION_TYPES),
+    "noise_levels": optional(choice(*NOISE_LEVELS)),
+    "level_mean": optional(real(-10, 10)),
+    "level_std": optional(_scale),
+    "loss_weight": choice(*LOSS_WEIGHTS),
+    "min_snr_gamma": optional(_scale),
+    "sigma_data": optional(_scale),
+    "beta_schedule": optional(choice(*BETA_SCHEDULES)),
+    "learn_variance": flag,
+}
+
+
+def check_objective(
+    prediction_type: str,
+    noise_levels: str | None,
+    level_mean: float | None,
+    level_std: float | None,
+    loss_weight: str,
+    min_snr_gamma: float | None,
+    sigma_data: float | None,
+    beta_schedule: str | None,
+    learn_variance: bool,
+) -> None:
+    """Refuse options that are not allowed, alone or together. Raises InvalidArgument.
+
+    Args:
+        prediction_type, noise_levels, level_mean, level_std, loss_weight: see `objectives.make`.
+        min_snr_gamma, sigma_data, beta_schedule, learn_variance: see `objectives.make`.
+    """
+    options = locals()
+    check_all(options, CHECKS)
+    if noise_levels is not None and noise_levels not in (allowed := SPREADS[prediction_type]):
+        raise InvalidArgument(
+            f"noise_levels of prediction_type {prediction_type!r} must be one of "
+            f"{', '.join(allowed)}; got {noise_levels!r}"
+        )
+    spread = noise_levels or SPREADS[prediction_type][0]
+    measured = prediction_type == "edm" or loss_weight == "edm"
+    for name, value, used, where in (
+        ("level_mean", level_mean, spread != "uniform", "noise_levels other than 'uniform'"),
+        ("level_std", level_std, spread != "uniform", "noise_levels other than 'uniform'"),
+        ("min_snr_gamma", min_snr_gamma, loss_weight == "min_snr", "loss_weight 'min_snr'"),
+        ("sigma_data", sigma_data, measured, "prediction_type or loss_weight 'edm'"),
+        ("beta_schedule", beta_schedule, prediction_type in PRESERVING, "epsilon, sample and v"),
+    ):
+        if value is not None and not used:
+            raise InvalidArgument(f"{name} is for {where}; leave it out, got {value!r}")
+    if learn_variance and (prediction_type not in PRESERVING or spread != "uniform"):
+        raise InvalidArgument(
+            "learn_variance is for epsilon, sample and v_prediction with noise_levels 'uniform': "
+            f"got prediction_type {prediction_type!r} and noise_levels {spread!r}"
+        )
+    if learn_variance and loss_weight != "none":
+        raise InvalidArgument(
+            f"learn_variance has its own weights: loss_weight must be 'none', got {loss_weight!r}"
+        )
 
 
 def _option(
@@ -105,7 +178,7 @@ class LoopConfig:
         "half the weight in the averaged weights; 0 for the raw weights",
     )  # fmt: skip
     dtype: str = _option(
-        "run", "float32", choice(*DTYPES), "number type of the network's matrix work", flag=""
+        "run", "float32", choice(*DTYPE_NAMES), "number type of the network's matrix work", flag=""
     )
     skip_nonfinite: int = _option(
         "optimisation", 0, NUMBER, "steps of the run that may be skipped and logged because loss "
@@ -263,7 +336,7 @@ class TrainConfig(LoopConfig):
                 "stable_target must be 0 for learn_variance, whose bound needs the image itself; "
                 f"got {self.stable_target}"
             )
-        objectives.check(**{name: getattr(self, name) for name in CHECKS})
+        check_objective(**{name: getattr(self, name) for name in CHECKS})
         whole_number("num_inference_steps", self.num_inference_steps, 1, self.num_train_timesteps)
 
     @property
@@ -272,8 +345,8 @@ class TrainConfig(LoopConfig):
         return self.sigma_data is None and "edm" in (self.prediction_type, self.loss_weight)
 
     def objective(
-        self, kind: type[Objective] | None = None, scheduler: Scheduler | None = None
-    ) -> Objective:
+        self, kind: "type[Objective] | None" = None, scheduler: "Scheduler | None" = None
+    ) -> "Objective":
         """Return the objective, with its scheduler.
 
         Args:
@@ -282,6 +355,8 @@ class TrainConfig(LoopConfig):
         Raises:
             InvalidArgument: for an unmeasured σ_data, or a class that does not fit.
         """
+        from minidiff.training import objectives  # here, because it imports torch
+
         options = {name: getattr(self, name) for name in CHECKS}
         steps = self.num_train_timesteps
         return objectives.make(**options, num_train_timesteps=steps, kind=kind, scheduler=scheduler)

@@ -2,17 +2,13 @@
 
 import numpy as np
 
-from minidiff.errors import InvalidArgument, real_number
+from minidiff.errors import InvalidArgument
+from minidiff.names import SPREADS
 from minidiff.objective import (
-    LOSS_WEIGHTS,
     MIN_SNR_GAMMA,
     MOMENTS,
-    NOISE_LEVELS,
-    PREDICTION_TYPES,
-    PRESERVING,
     SIGMA_MAX,
     SIGMA_MIN,
-    SPREADS,
     EDMObjective,
     FlowObjective,
     LearnedVariance,
@@ -20,78 +16,14 @@ from minidiff.objective import (
     Spread,
     Weight,
 )
-from minidiff.runtime.checks import Check, check_all, choice, flag, optional, positive, real
-from minidiff.schedule import BETA_SCHEDULES, Level
+from minidiff.schedule import Level
 from minidiff.schedulers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     Scheduler,
 )
-
-
-def _scale(name: str, value: float) -> float:
-    """Allow numbers in (0, 10000]."""
-    return positive(name, real_number(name, value, 0, 1e4))
-
-
-CHECKS: dict[str, Check] = {
-    "prediction_type": choice(*PREDICTION_TYPES),
-    "noise_levels": optional(choice(*NOISE_LEVELS)),
-    "level_mean": optional(real(-10, 10)),
-    "level_std": optional(_scale),
-    "loss_weight": choice(*LOSS_WEIGHTS),
-    "min_snr_gamma": optional(_scale),
-    "sigma_data": optional(_scale),
-    "beta_schedule": optional(choice(*BETA_SCHEDULES)),
-    "learn_variance": flag,
-}
-
-
-def check(
-    prediction_type: str,
-    noise_levels: str | None,
-    level_mean: float | None,
-    level_std: float | None,
-    loss_weight: str,
-    min_snr_gamma: float | None,
-    sigma_data: float | None,
-    beta_schedule: str | None,
-    learn_variance: bool,
-) -> None:
-    """Refuse options that are not allowed, alone or together. Raises InvalidArgument.
-
-    Args:
-        prediction_type, noise_levels, level_mean, level_std, loss_weight: arguments of `make`.
-        min_snr_gamma, sigma_data, beta_schedule, learn_variance: arguments of `make`.
-    """
-    options = locals()
-    check_all(options, CHECKS)
-    if noise_levels is not None and noise_levels not in (allowed := SPREADS[prediction_type]):
-        raise InvalidArgument(
-            f"noise_levels of prediction_type {prediction_type!r} must be one of "
-            f"{', '.join(allowed)}; got {noise_levels!r}"
-        )
-    spread = noise_levels or SPREADS[prediction_type][0]
-    measured = prediction_type == "edm" or loss_weight == "edm"
-    for name, value, used, where in (
-        ("level_mean", level_mean, spread != "uniform", "noise_levels other than 'uniform'"),
-        ("level_std", level_std, spread != "uniform", "noise_levels other than 'uniform'"),
-        ("min_snr_gamma", min_snr_gamma, loss_weight == "min_snr", "loss_weight 'min_snr'"),
-        ("sigma_data", sigma_data, measured, "prediction_type or loss_weight 'edm'"),
-        ("beta_schedule", beta_schedule, prediction_type in PRESERVING, "epsilon, sample and v"),
-    ):
-        if value is not None and not used:
-            raise InvalidArgument(f"{name} is for {where}; leave it out, got {value!r}")
-    if learn_variance and (prediction_type not in PRESERVING or spread != "uniform"):
-        raise InvalidArgument(
-            "learn_variance is for epsilon, sample and v_prediction with noise_levels 'uniform': "
-            f"got prediction_type {prediction_type!r} and noise_levels {spread!r}"
-        )
-    if learn_variance and loss_weight != "none":
-        raise InvalidArgument(
-            f"learn_variance has its own weights: loss_weight must be 'none', got {loss_weight!r}"
-        )
+from minidiff.training.config import check_objective
 
 
 def make(
@@ -124,7 +56,7 @@ def make(
     Raises:
         InvalidArgument: names the option.
     """
-    check(
+    check_objective(
         prediction_type, noise_levels, level_mean, level_std, loss_weight, min_snr_gamma,
         sigma_data, beta_schedule, learn_variance,
     )  # fmt: skip

@@ -8,7 +8,9 @@ A file given with --config overrides the preset, flags override both.
 
 from dataclasses import dataclass
 
-from minidiff.training.config import TrainConfig
+from minidiff.names import AUGMENTATIONS, CLASSIFIERS, MAX_SEED
+from minidiff.runtime.checks import check_fields, choice, option, real, whole
+from minidiff.training.config import MAX_BATCH, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -119,4 +121,55 @@ PRESETS = {
             num_inference_steps=50,
         ),
     ),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of a classifier's training. Raises InvalidArgument naming the field.
+
+    The learning rate rises to its peak in the first 30 % of the steps and then falls to 0. Weights
+    are rounded to the type of the file before they are measured.
+    """
+
+    epochs: int = option(16, "passes over the images", whole(1))
+    # batch norm cannot learn from one image
+    batch_size: int = option(128, "images per step", whole(2, MAX_BATCH))
+    learning_rate: float = option(4e-3, "peak learning rate", real(1e-8, 1.0))
+    weight_decay: float = option(
+        0.02, "weight decay, decoupled for adamw but not for sgd", real(0, 1.0)
+    )
+    optimizer: str = option(
+        "adamw", "optimizer: adamw, or sgd with Nesterov momentum", choice("adamw", "sgd")
+    )
+    augment: str = option(
+        "warp",
+        "augmentation: warp for digits, photo for photographs, or none",
+        choice(*AUGMENTATIONS),
+    )
+    network: str = option("plain", f"network: {', '.join(CLASSIFIERS)}", choice(*CLASSIFIERS))
+    precision: str = option("fp32", "number type of the matrix work", choice("fp32", "bf16"))
+    stored: str = option("fp32", "number type of the weights in the file", choice("fp32", "fp16"))
+    seed: int = option(0, "seed of weights, order of the images and augmentation",
+                       whole(0, MAX_SEED))  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+RECIPES = {
+    "digits": Recipe(),
+    "mnist": Recipe(),
+    "cifar10": Recipe(
+        epochs=200,
+        batch_size=512,
+        learning_rate=0.4,
+        weight_decay=5e-4,
+        optimizer="sgd",
+        augment="photo",
+        network="residual",
+        precision="bf16",
+        stored="fp16",
+    ),
+    "captions": Recipe(batch_size=256, augment="none", network="scene"),
 }

@@ -27,6 +27,7 @@ from minidiff.metrics import (
 )
 from minidiff.nn.classifier import FeatureNet
 from minidiff.runtime.tensors import write_tensors
+from minidiff.training.presets import RECIPES
 
 
 def _normal(*shape, seed=0):
@@ -377,9 +378,7 @@ def test_the_classifier_of_photographs_learns_and_is_stored_in_less_than_a_megab
     noise = torch.randint(-30, 31, (80, 3, 16, 16), generator=generator)
     images = (colours[labels][:, :, None, None] + noise).to(torch.uint8)
     photos = data.ImageData("photos", images, labels, tuple("abcd"))
-    recipe = dataclasses.replace(
-        train_classifier.RECIPES["cifar10"], epochs=6, batch_size=20, learning_rate=0.05
-    )
+    recipe = dataclasses.replace(RECIPES["cifar10"], epochs=6, batch_size=20, learning_rate=0.05)
     losses = []
     net = train_classifier.train(photos, recipe, lambda epoch, loss, _: losses.append(loss))
     assert losses[-1] < 0.5 * losses[0]

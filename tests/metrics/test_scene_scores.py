@@ -12,6 +12,7 @@ from minidiff.errors import InvalidArgument
 from minidiff.metrics import train_classifier
 from minidiff.metrics.scenes import SIMPLE, SceneEvaluator, compare, task
 from minidiff.nn.classifier import SceneNet
+from minidiff.training.presets import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_labels_are_the_answers_and_every_epoch_has_other_images():
 
 
 def test_a_classifier_of_scenes_learns_from_its_labels():
-    recipe = dataclasses.replace(train_classifier.RECIPES["captions"], epochs=1, batch_size=32)
+    recipe = dataclasses.replace(RECIPES["captions"], epochs=1, batch_size=32)
     losses = []
     net = train_classifier.train(
         Questions(length=32 * 20), recipe, lambda epoch, loss, seconds: losses.append(loss)

@@ -4,10 +4,7 @@ import argparse
 from typing import Any
 
 from minidiff.cli.arguments import add_command
-from minidiff.cli.run_options import load_source, settings_with_data
 from minidiff.errors import TrainingError
-from minidiff.runs import diffusion
-from minidiff.runtime.device import pick_device
 
 
 def add_to(commands: Any) -> None:
@@ -27,7 +24,10 @@ def add_to(commands: Any) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Run minidiff check."""
+    from minidiff.cli.run_options import load_source, settings_with_data
     from minidiff.lab.doctor import examine
+    from minidiff.runs import diffusion
+    from minidiff.runtime.device import pick_device
 
     settings = settings_with_data(options.run, diffusion.COMMAND, "minidiff.lab.doctor.examine")
     device, failed = pick_device(options.device), []

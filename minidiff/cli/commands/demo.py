@@ -6,9 +6,6 @@ from shlex import quote
 from typing import Any
 
 from minidiff.cli.arguments import add_command
-from minidiff.cli.run_options import dtype_name
-from minidiff.runtime.device import pick_device
-from minidiff.training.presets import PRESETS
 
 
 def add_to(commands: Any) -> None:
@@ -28,8 +25,11 @@ def add_to(commands: Any) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Run minidiff demo."""
+    from minidiff.cli.run_options import dtype_name
     from minidiff.lab.demo import TRAINING_STEPS
     from minidiff.lab.demo import demo as run_demo
+    from minidiff.runtime.device import pick_device
+    from minidiff.training.presets import PRESETS
 
     device = pick_device(options.device)
     config = replace(

@@ -3,22 +3,19 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from minidiff import metrics, shipped
+from minidiff import shipped
 from minidiff.cli.arguments import add_command, add_model, add_sampling
-from minidiff.cli.model_options import draw, open_model, setting
-from minidiff.data import DATA_VARIABLE, NAMES, SPLITS, TOYS, ImageData, load
 from minidiff.errors import InvalidArgument, whole_number
-from minidiff.images import plot
-from minidiff.metrics import protocol
-from minidiff.nn.classifier import Classifier
-from minidiff.pipeline import Pipeline
-from minidiff.runs.folder import data_of
-from minidiff.runtime import files
-from minidiff.runtime.device import pick_device
+from minidiff.names import DATA_VARIABLE, PARTS, SPLITS
+
+if TYPE_CHECKING:
+    import torch
+
+    from minidiff.data import ImageData
+    from minidiff.nn.classifier import Classifier
+    from minidiff.pipeline import Pipeline
 
 
 def add_to(commands: Any) -> None:
@@ -43,7 +40,7 @@ def add_to(commands: Any) -> None:
     add("--num", type=int, help="samples a seed (default: as many as training images, at most "
         "50,000; 1,000 for captions)")  # fmt: skip
     add("--seeds", type=int, help="number of seeds, from --seed upwards (default: 3; captions: 1)")
-    add("--parts", type=_names, help=f"some of {','.join(protocol.PARTS)} (default: all)")
+    add("--parts", type=_names, help=f"some of {','.join(PARTS)} (default: all)")
     add(
         "--classifier",
         help="file of minidiff train-classifier, for data without a classifier that ships with "
@@ -62,6 +59,12 @@ def _names(text: str) -> tuple[str, ...]:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Run minidiff evaluate."""
+    from minidiff.cli.model_options import open_model, setting
+    from minidiff.images import plot
+    from minidiff.metrics import protocol
+    from minidiff.runs.folder import data_of
+    from minidiff.runtime import files
+
     if options.png is not None and options.png == options.json:
         raise InvalidArgument(f"--png and --json must be two files, got {options.png} twice")
     for path in filter(None, (options.png, options.json)):
@@ -77,7 +80,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )  # fmt: skip
     plan = replace(
         plan,
-        parts=options.parts or protocol.PARTS,
+        parts=options.parts or PARTS,
         **{
             name: getattr(options, name)
             for name in ("steps", "guidance", "autoguidance", "eta", "batch_size")
@@ -97,9 +100,14 @@ def evaluate(options: argparse.Namespace) -> None:
     print(table)
 
 
-def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
+def _evaluate_captions(pipe: "Pipeline", options: argparse.Namespace) -> None:
     """Run minidiff evaluate for a model of captions."""
+    import torch
+
+    from minidiff.cli.model_options import draw, setting
+    from minidiff.images import plot
     from minidiff.metrics import SceneEvaluator
+    from minidiff.runtime.device import pick_device
 
     for name in ("quick", "parts", "classifier", "json", "seeds"):
         if getattr(options, name) not in (None, False):
@@ -123,8 +131,12 @@ def _evaluate_captions(pipe: Pipeline, options: argparse.Namespace) -> None:
         plot.save(plot.grid(batches[0][:100], 10), options.png)
 
 
-def _splits(name: str, options: argparse.Namespace, pipe: Pipeline) -> tuple[ImageData, ImageData]:
+def _splits(
+    name: str, options: argparse.Namespace, pipe: "Pipeline"
+) -> "tuple[ImageData, ImageData]":
     """Return training and held-out images of the data, in the size of the model's images."""
+    from minidiff.data import NAMES, TOYS, load
+
     if options.data is None and name not in (*NAMES, *TOYS) and not Path(name).is_dir():
         raise InvalidArgument(f"the model was trained on {name}: give its folder, --data FOLDER")
     _, height, width = pipe.image_shape
@@ -136,9 +148,11 @@ def _splits(name: str, options: argparse.Namespace, pipe: Pipeline) -> tuple[Ima
 
 
 def _classifier(
-    options: argparse.Namespace, data: ImageData, device: torch.device
-) -> Classifier | None:
+    options: argparse.Namespace, data: "ImageData", device: "torch.device"
+) -> "Classifier | None":
     """Return the classifier of --classifier, or the shipped one; None where there is none."""
+    from minidiff import metrics
+
     if options.classifier:
         return metrics.read_classifier(options.classifier).to(device)
     if data.name in metrics.shipped():

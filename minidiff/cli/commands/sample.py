@@ -5,16 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from minidiff import shipped
 from minidiff.cli.arguments import add_command, add_model, add_sampling
-from minidiff.cli.model_options import draw, open_model
 from minidiff.errors import InvalidArgument, whole_number
-from minidiff.images import plot
-from minidiff.images.pixels import MODES, read_image, read_mask
-from minidiff.pipeline import Pipeline
-from minidiff.runtime import files
 
 
 def add_to(commands: Any) -> None:
@@ -57,6 +50,11 @@ def add_to(commands: Any) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Run minidiff sample."""
+    from minidiff.cli.model_options import class_of, draw, open_model, starting_image
+    from minidiff.images import plot
+    from minidiff.images.pixels import MODES, read_mask
+    from minidiff.runtime import files
+
     if options.png is None and options.npz is None:
         options.png = "samples.png"
     if options.png == options.npz:
@@ -98,42 +96,3 @@ def sample(options: argparse.Namespace) -> None:
     if options.npz:
         files.write_npz(options.npz, images=images, labels=labels)
         print(f"wrote {options.npz}")
-
-
-def class_of(pipe: Pipeline, given: str | None) -> str | int | None:
-    """Return the class that --class names, and print its name if it is given by number.
-
-    Raises:
-        InvalidArgument: neither a name nor a number of a class; or a number where names are
-            numerals.
-    """
-    if given is None or given in pipe.class_names:
-        return given
-    if not pipe.class_names:
-        raise InvalidArgument(
-            f"--class is for models with classes, this one has none; got {given!r}"
-        )
-    names = ", ".join(pipe.class_names)
-    numerals = any(name.isdecimal() for name in pipe.class_names)
-    number = int(given) if given.isdecimal() and len(given) < 10 else -1
-    if numerals or not 0 <= number < len(pipe.class_names):
-        raise InvalidArgument(f"--class must be one of {names}; got {given!r}")
-    print(f"class {number}: {pipe.class_names[number]}")
-    return number
-
-
-def starting_image(pipe: Pipeline, path: str, mode: str) -> Image.Image:
-    """Read --image, of the size that the network was trained on if minidiff trained it.
-
-    Raises:
-        DataError: see `read_image`.
-        InvalidArgument: an image of another size.
-    """
-    image = read_image(path, mode)
-    _, height, width = pipe.image_shape
-    if pipe.is_guided_below_one and image.size != (width, height):
-        raise InvalidArgument(
-            f"--image must have {width}×{height} pixels, as the model was trained on, got "
-            f"{image.width}×{image.height}: resize it"
-        )
-    return image

@@ -13,19 +13,7 @@ from minidiff.cli.arguments import (
     add_options,
     add_run_folder,
 )
-from minidiff.cli.run_options import (
-    config_of,
-    data_source,
-    load_source,
-    require_out,
-    resumed_settings,
-    saving_of,
-    start_line,
-)
 from minidiff.errors import InvalidArgument
-from minidiff.runs import diffusion
-from minidiff.runtime.device import pick_device
-from minidiff.runtime.distributed import rank
 from minidiff.training.config import OPTIONS, TrainConfig, options_of
 from minidiff.training.presets import PRESETS, Preset
 
@@ -72,27 +60,31 @@ def _described(preset: tuple[str, Preset]) -> str:
 
 def train(options: argparse.Namespace) -> None:
     """Run minidiff train."""
+    from minidiff.cli import run_options
+    from minidiff.runs import diffusion
+    from minidiff.runtime.device import pick_device
+
     if options.resume is not None:
         return _resume(options)
-    require_out(options)
+    run_options.require_out(options)
     device = pick_device(options.device)
     preset = PRESETS.get(options.preset)
-    config = config_of(
+    config = run_options.config_of(
         TrainConfig,
         options,
         device,
         {} if options.vae is None else {"block": 1},
         {} if preset is None else options_of(preset.train),
     )
-    saving = saving_of(options)
+    saving = run_options.saving_of(options)
     name = options.data or (preset and preset.data)
     if name is None:
         raise InvalidArgument("give --data or --preset")
-    source = data_source(name, options)
+    source = run_options.data_source(name, options)
     if options.vae is not None:
         source["vae"] = str(Path(options.vae).absolute())
-    data = load_source(source, device, config.seed, options.download)
-    _print_once(start_line(device, config, data))
+    data = run_options.load_source(source, device, config.seed, options.download)
+    _print_once(run_options.start_line(device, config, data))
     diffusion.train_into(
         options.out, config, data, device, saving=saving, load=source, shard=options.shard
     )
@@ -101,10 +93,13 @@ def train(options: argparse.Namespace) -> None:
 
 def _resume(options: argparse.Namespace) -> None:
     """Run minidiff train --resume."""
-    settings, device = resumed_settings(
+    from minidiff.cli import run_options
+    from minidiff.runs import diffusion
+
+    settings, device = run_options.resumed_settings(
         options, diffusion.COMMAND, OPTIONS, "minidiff.runs.diffusion.resume"
     )
-    data = load_source(settings.data, device, settings.config.seed)
+    data = run_options.load_source(settings.data, device, settings.config.seed)
     diffusion.resume(options.resume, data, device)
     _print_next(options.resume)
 
@@ -115,5 +110,7 @@ def _print_next(run: str) -> None:
 
 def _print_once(text: str) -> None:
     """Print a text in the process of rank 0 only."""
+    from minidiff.runtime.distributed import rank
+
     if not rank():
         print(text)

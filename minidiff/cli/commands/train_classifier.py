@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.cli.arguments import add_command
-from minidiff.data import NAMES
 from minidiff.errors import one_of
-from minidiff.metrics.train_classifier import RECIPES, Recipe, train_into
-from minidiff.runtime.device import pick_device
+from minidiff.names import DATA_NAMES
+from minidiff.training.presets import RECIPES, Recipe
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # of --dtype
 FLAGS = [field for field in fields(Recipe) if field.name not in ("seed", "precision")]
@@ -27,7 +26,7 @@ def add_to(commands: Any) -> None:
         seed=None,
     )
     add = command.adder("data")
-    add("--data", required=True, help=f"{', '.join(NAMES)}, or a folder of images")
+    add("--data", required=True, help=f"{', '.join(DATA_NAMES)}, or a folder of images")
     add("--data-dir", help="folder with the files of MNIST or CIFAR-10")
     add = command.adder("run")
     add("--out", required=True, type=Path, metavar="FILE", help="safetensors file to write")
@@ -41,6 +40,9 @@ def add_to(commands: Any) -> None:
 
 def train_classifier(options: argparse.Namespace) -> None:
     """Train a classifier and write it."""
+    from minidiff.metrics.train_classifier import train_into
+    from minidiff.runtime.device import pick_device
+
     chosen = {name: getattr(options, name) for name in ("seed", *(field.name for field in FLAGS))}
     if options.dtype != "auto":  # the recipe's own
         one_of("dtype", options.dtype, PRECISIONS)

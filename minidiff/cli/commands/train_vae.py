@@ -2,22 +2,16 @@
 
 import argparse
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minidiff.cli.arguments import add_command, add_data_files, add_options, add_run_folder
-from minidiff.cli.run_options import (
-    config_of,
-    data_source,
-    require_out,
-    resumed_settings,
-    saving_of,
-    start_line,
-)
-from minidiff.data import SPLITS, ImageData, load
 from minidiff.errors import InvalidArgument
-from minidiff.runs import autoencoder
-from minidiff.runtime.device import pick_device
+from minidiff.names import SPLITS
 from minidiff.training.config import VAE_OPTIONS, VAEConfig
+
+if TYPE_CHECKING:
+    from minidiff.data import ImageData
+    from minidiff.runs.autoencoder import Quality
 
 
 def add_to(commands: Any) -> None:
@@ -45,16 +39,24 @@ def add_to(commands: Any) -> None:
 
 def train_vae(options: argparse.Namespace) -> None:
     """Run minidiff train-vae."""
+    from minidiff.cli import run_options
+    from minidiff.data import load
+    from minidiff.runs import autoencoder
+    from minidiff.runtime.device import pick_device
+
     if options.resume is not None:
         return _resume_vae(options)
-    require_out(options)
+    run_options.require_out(options)
     if options.data is None:
         raise InvalidArgument("give --data")
     device = pick_device(options.device)
-    config, saving = config_of(VAEConfig, options, device), saving_of(options)
-    source = data_source(options.data, options)
+    config, saving = (
+        run_options.config_of(VAEConfig, options, device),
+        run_options.saving_of(options),
+    )
+    source = run_options.data_source(options.data, options)
     data, held_out = (load(**source, split=split, download=options.download) for split in SPLITS)
-    print(start_line(device, config, data))
+    print(run_options.start_line(device, config, data))
     _, quality = autoencoder.train_vae_into(
         options.out, config, data, held_out, device, saving=saving, load=source
     )
@@ -63,7 +65,11 @@ def train_vae(options: argparse.Namespace) -> None:
 
 def _resume_vae(options: argparse.Namespace) -> None:
     """Run minidiff train-vae --resume."""
-    settings, device = resumed_settings(
+    from minidiff.cli import run_options
+    from minidiff.data import load
+    from minidiff.runs import autoencoder
+
+    settings, device = run_options.resumed_settings(
         options, autoencoder.COMMAND, VAE_OPTIONS, "minidiff.runs.autoencoder.resume"
     )
     data, held_out = (load(**settings.data | {"split": split}) for split in SPLITS)
@@ -71,10 +77,12 @@ def _resume_vae(options: argparse.Namespace) -> None:
     _print_quality(options.resume, settings.data["name"], held_out, quality)
 
 
-def _print_quality(out: str, name: str, held_out: ImageData, quality: autoencoder.Quality) -> None:
+def _print_quality(out: str, name: str, held_out: "ImageData", quality: "Quality") -> None:
     """Print the quality on held-out images, and the next command."""
+    from minidiff.runs.autoencoder import PICTURE
+
     print(f"{len(held_out)} held-out images\n{quality}")
     print(
-        f"wrote {out}, see {out}/{autoencoder.PICTURE}. Next: minidiff train "
+        f"wrote {out}, see {out}/{PICTURE}. Next: minidiff train "
         f"--vae {quote(str(out))} --data {quote(name)} --minutes 5 --out RUN"
     )

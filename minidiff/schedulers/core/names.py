@@ -1,39 +1,12 @@
 """Samplers by the short names of the command line."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from minidiff.errors import InvalidArgument, one_of
+from minidiff.names import SAMPLERS, Sampler
 from minidiff.schedulers import SCHEDULERS, FlowMatchEulerDiscreteScheduler, Scheduler
 from minidiff.schedulers.edm import EDMSigmas
-
-
-class Sampler(NamedTuple):
-    """The scheduler and its options behind a short name."""
-
-    title: str
-    scheduler: str
-    options: dict[str, Any]
-
-
-_MULTISTEP = "DPMSolverMultistepScheduler"
-
-SAMPLERS = {
-    "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False}),
-    "ddim": Sampler("DDIM", "DDIMScheduler", {"clip_sample": False}),
-    "euler": Sampler("Euler", "EulerDiscreteScheduler", {}),
-    "euler-a": Sampler("Euler ancestral", "EulerAncestralDiscreteScheduler", {}),
-    # Heun's trapezoid cannot span the first even step of a cosine schedule, from σ of 20,000 to 6.
-    "heun": Sampler("Heun", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
-    "dpm++": Sampler("DPM-Solver++ (2M)", _MULTISTEP, {}),
-    "dpm++3": Sampler("DPM-Solver++ (3M)", _MULTISTEP, {"solver_order": 3}),
-    "dpm++2s": Sampler("DPM-Solver++ (2S)", "DPMSolverSinglestepScheduler", {}),
-    "sde-dpm++": Sampler(
-        "SDE-DPM-Solver++ (2M)", _MULTISTEP, {"algorithm_type": "sde-dpmsolver++"}
-    ),
-    "unipc": Sampler("UniPC (2)", "UniPCMultistepScheduler", {}),
-}
-
 
 # The same methods on levels other than those of a β schedule.
 _FLOW = {
