@@ -1,14 +1,16 @@
 """Agreement of samples with their captions, for a model of captioned digits.
 
     python benchmarks/text_to_image.py minidiff/models/digits-text [--num 1000] [--seed 0]
-        [--device cuda] [--parts captions,guidance,negative,strength] [--png FILE]
+        [--device cuda] [--parts captions,guidance,guides,negative,strength] [--png FILE]
 
-Four tables, scored by the classifier of real images (`minidiff.metrics.SceneEvaluator`), with the
+Five tables, scored by the classifier of real images (`minidiff.metrics.SceneEvaluator`), with the
 model's stored sampler and number of steps. Real images of the same captions are scored as well.
 
     captions    digit, colour and background of one digit; the same for pairs of digit and colour
                 that are not in the training data; and all attributes of any caption
     guidance    scales from 1 to 10: fraction with all attributes right, and coverage of real images
+    guides      ways of guidance at 12 and 20 steps: fraction with the right digit where the prompt
+                names no colour, and distance of a painted background from the colour of the data
     negative    a colour as negative prompt: its frequency, and the other attributes
     strength    image-to-image from real images to another digit: distance from the image, and
                 fractions with the right digit and with the position kept
@@ -32,8 +34,10 @@ from minidiff.runs.folder import open_pipeline
 
 GUIDANCE = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 STRENGTHS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+WAYS = (("cfg", 1.0), ("cfg", 2.0), ("cfg", 3.0), ("rescale", 3.0), ("apg", 2.0), ("apg", 3.0),
+        ("apg", 4.0))  # fmt: skip
 UNWANTED = "blue"
-PARTS = ("captions", "guidance", "negative", "strength")  # methods of Bench
+PARTS = ("captions", "guidance", "guides", "negative", "strength")  # methods of Bench
 
 
 class Bench:
@@ -79,6 +83,28 @@ class Bench:
             print(f"{scale:8g}{together:14.1%}{coverage(reference, features):10.3f}", flush=True)
             rows.append(images[:12])
         self.sweep = torch.cat(rows).permute(0, 2, 3, 1).numpy()
+
+    def guides(self) -> None:
+        """Print what each way of guidance does to digits without a colour, and to colours."""
+        names = list(COLOURS)
+        digits = torch.arange(self.n) % DIGITS
+        grounds = torch.arange(self.n) // DIGITS % len(names)
+        plain = [f"a big {d} on a white background" for d in digits.tolist()]
+        pairs = zip(digits.tolist(), grounds.tolist(), strict=True)
+        grounded = [f"a big {d} on a {names[g]} background" for d, g in pairs]
+        wanted = torch.tensor(list(COLOURS.values()))[grounds].float()
+        print("\nguide      scale  steps  digit, no colour named  colour error  worst colour")
+        for way, scale in WAYS:
+            for steps in (12, 20):
+                options = {"guide": way, "guidance_scale": scale, "num_inference_steps": steps}
+                answers, _ = self.evaluator.read(self.draw(plain, **options))
+                right = (answers[:, QUESTIONS.index("digit")] == digits).double().mean()
+                images = self.draw(grounded, **options)
+                border = torch.cat([images[:, :, 0], images[:, :, -1]], 2).float()
+                error = (border.median(2).values - wanted).abs().mean(1)
+                worst = torch.stack([error[grounds == g].mean() for g in grounds.unique()]).max()
+                print(f"{way:10}{scale:6g}{steps:7}{right:18.1%}{error.mean():19.1f}{worst:14.1f}",
+                      flush=True)  # fmt: skip
 
     def negative(self) -> None:
         """Print the frequency of a colour without and with it as negative prompt."""

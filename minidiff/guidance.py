@@ -296,6 +296,14 @@ def _length(x: Tensor) -> Tensor:
     return norm.clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
 
 
+# Ways of guidance by name: (pair, w, meaning) → denoiser. At w = 1 each of them is c.
+METHODS: dict[str, Callable[[Pair, float, Reader], Denoiser]] = {
+    "cfg": lambda pair, scale, meaning: extrapolated(pair, scale),
+    "rescale": lambda pair, scale, meaning: rescaled(pair, scale, 0.7),
+    "apg": projected,
+}
+
+
 class _Average:
     """Running average Δ + β·(previous average) over the timesteps of one trajectory."""
 

@@ -47,7 +47,7 @@ _OWN_CLASSES = {"tokenizer": (WordTokenizer.__name__,)}
 # Parts that images do not depend on, and options of the index.
 UNUSED = ("feature_extractor", "image_encoder")
 OPTIONS = ("class_names", "guidance_scale", "num_inference_steps")
-LATER_OPTIONS = ("guidance_interval", "autoguidance_scale")  # older folders lack them
+LATER_OPTIONS = ("guidance_interval", "autoguidance_scale", "guide")  # older folders lack them
 XL_OPTIONS = ("force_zeros_for_empty_prompt",)
 NOTES = ("requires_safety_checker", "add_watermarker")
 

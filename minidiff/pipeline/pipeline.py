@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minidiff.errors import CheckpointError, InvalidArgument, whole_number
+from minidiff.errors import CheckpointError, InvalidArgument, one_of, whole_number
 from minidiff.guidance import Denoiser, Network, interval_of
 from minidiff.images.pixels import as_output
+from minidiff.names import GUIDES
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.noise import Generators
 from minidiff.pipeline import folder as pipeline_folder
@@ -60,7 +61,8 @@ class Pipeline:
         vae: maps images to the network's space and back; None for pixels.
         class_names: one name per class. A network with one more class embedding uses the last as
             "no class", which classifier-free guidance needs.
-        guidance_scale, num_inference_steps, guidance_interval: defaults of a call.
+        guidance_scale, num_inference_steps, guidance_interval, guide: defaults of a call; `guide`
+            is a name of `guidance.METHODS`.
         prompts: tokenizer and text encoder of a network that is conditioned on text.
         weaker: guidance network of autoguidance: a smaller or less trained network with the same
             inputs and outputs.
@@ -89,6 +91,7 @@ class Pipeline:
         guidance_interval: Sequence[float] | None = None,
         weaker: UNet | None = None,
         autoguidance_scale: float = 1.0,
+        guide: str = "cfg",
     ) -> None:
         self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
         self.class_names, self.weaker = check_class_names(class_names, unet), weaker
@@ -100,6 +103,8 @@ class Pipeline:
         self.guidance_scale = check_guidance_scale(guidance_scale, self.is_guidable)
         self.num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
         self.guidance_interval = interval_of(guidance_interval)
+        one_of("guide", guide, GUIDES)
+        self.guide = guide
         self.wraps: list[Callable[[Denoiser], Denoiser]] = []
         self.finishers: list[Callable[[Tensor], Tensor]] = []
         self.dtype = torch.float32
@@ -128,7 +133,7 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         autoguidance_scale: float | None = None,
-        guide: Method | None = None,
+        guide: Method | str | None = None,
         eta: float | None = None,
         seed: int | None = None,
         generator: Generators = None,
@@ -177,8 +182,8 @@ class Pipeline:
                 (0, inf) is everywhere, even for a model that stores an interval.
             autoguidance_scale: w of `guidance.autoguidance`; 1 disables it. It applies in
                 guidance_interval, before all other guidance, and needs a guidance network.
-            guide: another method of guidance, (pair, w) → denoiser, such as
-                `lambda pair, w: projected(pair, w, meaning_of(pipe.scheduler))`.
+            guide: way of guidance: "cfg", "rescale" or "apg" (`guidance.METHODS`), or a function
+                (pair, w) → denoiser.
             eta: η of DDIM; only for schedulers whose step has it.
             seed: image i draws its noise from (seed, first_index + i) alone, for every batch size
                 and device. By default drawn from torch's global random state.
@@ -407,6 +412,7 @@ class Pipeline:
                 "num_inference_steps": self.num_inference_steps,
                 "guidance_interval": self.guidance_interval,
                 "autoguidance_scale": self.autoguidance_scale,
+                "guide": self.guide,
             },
         )
 

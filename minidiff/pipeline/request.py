@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, one_of, real_number, true_or_false, whole_number
-from minidiff.guidance import extrapolated, interval_of, rescaled
+from minidiff.guidance import METHODS, extrapolated, interval_of, rescaled
 from minidiff.images.pixels import Original, as_original, check_output
 from minidiff.noise import MAX_SEED, Generators
 from minidiff.pipeline.callbacks import StepEnd, StepFunction, check_function, step_ends
@@ -24,7 +24,7 @@ from minidiff.pipeline.denoiser import Guidance, Method
 from minidiff.pipeline.inpaint import Stretch, stretches
 from minidiff.pipeline.parts import check_autoguidance_scale, check_guidance_scale
 from minidiff.pipeline.start import initial_noise, noise_sources
-from minidiff.sample import Step
+from minidiff.sample import Step, meaning_of
 from minidiff.schedulers import DDIMScheduler, Scheduler
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Request:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         autoguidance_scale: float | None = None,
-        guide: Method | None = None,
+        guide: Method | str | None = None,
         eta: float | None = None,
         seed: int | None = None,
         generator: Generators = None,
@@ -305,7 +305,7 @@ def resolve_guidance(
     rescale: float,
     interval: Sequence[float] | None,
     autoguidance: float | None,
-    method: Method | None,
+    guide: Method | str | None,
 ) -> Guidance:
     """Return scale and method of guidance, the pipeline's own where the call gives none.
 
@@ -319,26 +319,33 @@ def resolve_guidance(
     )
     interval = pipe.guidance_interval if interval is None else interval
     rescale = real_number("guidance_rescale", rescale, 0, 1)
-    if method is None and scale <= 1 and not pipe.is_guided_below_one:
+    if guide is None and scale <= 1 and not pipe.is_guided_below_one:
         scale, rescale = 1.0, 0.0  # as in diffusers, where models of text are not guided then
-    elif method is None and scale == 0 and pipe.is_guidable and not pipe.takes_guidance_scale:
+    elif guide is None and scale == 0 and pipe.is_guidable and not pipe.takes_guidance_scale:
         warnings.warn(
             "guidance_scale 0 samples the unconditional network: prompt and class have no effect",
             stacklevel=5,
         )
     for name, given in (
         ("guidance_rescale", rescale != 0),
-        ("guide", method is not None),
+        ("guide", guide is not None),
         ("guidance_interval", interval is not None and pipe.guidance_network is None),
     ):
         if given and (not pipe.is_guidable or pipe.takes_guidance_scale):
             raise InvalidArgument(f"{name} needs guidance, which this model cannot have")
     interval = interval_of(interval)
-    check_function("guide", method)
-    if method is None:
-        method = partial(rescaled, share=rescale) if rescale else extrapolated
-    elif rescale:
+    if guide is not None and rescale:
         raise InvalidArgument("give either guide or guidance_rescale, not both")
+    guide = pipe.guide if guide is None else guide
+    if callable(guide):
+        return Guidance(scale, guide, interval, autoguidance)
+    one_of("guide", guide, METHODS)
+    if rescale:
+        method = partial(rescaled, share=rescale)
+    elif scale == 1:
+        method = extrapolated
+    else:
+        method = partial(METHODS[guide], meaning=meaning_of(pipe.scheduler))
     return Guidance(scale, method, interval, autoguidance)
 
 

@@ -49,6 +49,7 @@ def build(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Pip
         config.num_inference_steps,
         condition.prompts,
         config.guidance_interval if guidable else None,
+        guide=config.guide,
     )
 
 

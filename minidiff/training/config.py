@@ -13,6 +13,7 @@ from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 from minidiff.names import (
     BETA_SCHEDULES,
     DTYPE_NAMES,
+    GUIDES,
     LOSS_WEIGHTS,
     MAX_SEED,
     MAX_TRAIN_TIMESTEPS,
@@ -295,6 +296,9 @@ class TrainConfig(LoopConfig):
     # Settings of sampling that are stored with the model, and pictures along the way
     guidance_scale: float = _option(
         "sampling", 1.5, real(), "guidance scale stored with the model", flag="guidance"
+    )
+    guide: str = _option(
+        "sampling", "cfg", choice(*GUIDES), "way of guidance stored with the model"
     )
     guidance_interval: tuple[float, float] | None = _option(
         "sampling", None, lambda _, value: interval_of(value), "range of σ/α with guidance, stored "

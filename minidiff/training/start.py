@@ -20,6 +20,8 @@ from minidiff.schedulers.core.names import sampler
 from minidiff.schedulers.edm import EDMSigmas
 from minidiff.training.config import TrainConfig, options_of
 
+STORED = ("guidance_scale", "guidance_interval", "guide", "num_inference_steps")
+
 
 def prediction_type_of(scheduler: Scheduler) -> str:
     """Return the `TrainConfig.prediction_type` of the networks that a scheduler samples."""
@@ -50,11 +52,7 @@ def adopted(config: TrainConfig, start: Pipeline) -> TrainConfig:
             raise InvalidArgument(
                 f"{name} must be {value!r}, as in the start, or be left out; got {given[name]!r}"
             )
-    stored = {
-        name: getattr(start, name)
-        for name in ("guidance_scale", "guidance_interval", "num_inference_steps")
-        if name not in given
-    }
+    stored = {name: getattr(start, name) for name in STORED if name not in given}
     return replace(config, **fixed, **stored)
 
 
@@ -171,7 +169,7 @@ def continued(start: Pipeline, config: TrainConfig, data: Data) -> Pipeline:
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.scheduler = scheduler_from(start, config)
     pipe.class_names = data.class_names
-    for name in ("guidance_scale", "guidance_interval", "num_inference_steps"):
+    for name in STORED:
         setattr(pipe, name, getattr(config, name))
     return pipe
 

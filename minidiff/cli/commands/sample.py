@@ -8,6 +8,7 @@ from typing import Any
 from minidiff import shipped
 from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.errors import InvalidArgument, whole_number
+from minidiff.names import GUIDES
 
 
 def add_to(commands: Any) -> None:
@@ -29,6 +30,8 @@ def add_to(commands: Any) -> None:
         "(default: all, equally often)")  # fmt: skip
     add("--negative", metavar="TEXT", help="negative prompt")
     add_sampling(command)
+    add("--guide", choices=GUIDES, help="way of guidance: plain extrapolation, rescaled, or "
+        "adaptive projected (default: that of the model)")  # fmt: skip
     add("--guidance-rescale", type=float, default=0.0, help="weight of rescaling guided outputs to "
         "the standard deviation of unguided ones, 0 to 1")  # fmt: skip
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels "
@@ -83,6 +86,7 @@ def sample(options: argparse.Namespace) -> None:
         mask_image=None if options.mask is None else read_mask(options.mask),
         strength=options.strength,
         reconstruction_guidance=options.reconstruction_guidance,
+        guide=options.guide,
         guidance_rescale=options.guidance_rescale,
         guidance_interval=options.guidance_interval,
     )  # fmt: skip
