@@ -14,14 +14,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from minidiff.lab.order import Method
-from minidiff.schedulers.core.quirks import Diffusers, Exact, departing, departures
+from minidiff.schedulers.core.quirks import NEEDS, Diffusers, Exact, departing, departures
 
 _SPACED = {"timestep_spacing": "linspace"}
 _DDIM = {"clip_sample": False}
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
-_ROUNDED = ("dtype", "table", "clean")  # of departures that need diffusers' float32 tables
 
 _MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
 _EULER, _FLOWS = "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
@@ -35,7 +34,6 @@ class Probe(NamedTuple):
         n: number of steps.
         weak: the error is that of the variance on Gaussian data, not of the end of a path.
         step: options of `step`.
-        beside: further departures without which this one's arithmetic has no meaning.
         part: fraction of the steps after which the error is measured.
     """
 
@@ -44,18 +42,18 @@ class Probe(NamedTuple):
     n: int = 20
     weak: bool = False
     step: Mapping[str, Any] = MappingProxyType({})
-    beside: tuple[str, ...] = ()
     part: float = 1.0
 
     def costs(self, name: str) -> tuple[float, float, float]:
         """Return the error without this departure and with it, and the distance between the
         results.
         """
+        needs = NEEDS.get(name, ())
         method = Method(
             self.scheduler, self.options, 0, self.weak, {"part": self.part, **self.step}
         )
-        exact, truth = method.result_of(method.build().reread(departing(*self.beside)), self.n)
-        departed = method.build().reread(departing(name, *self.beside))
+        exact, truth = method.result_of(method.build().reread(departing(*needs)), self.n)
+        departed = method.build().reread(departing(name, *needs))
         departed, departed_truth = method.result_of(departed, self.n)
         errors = (exact - truth, departed - departed_truth, departed - exact)
         return tuple(e.abs().max().item() for e in errors)
@@ -80,7 +78,7 @@ PROBES: dict[str, Probe | str] = {
     ),
     "real_timesteps": "for one step, and where “trailing” is refused",
     "spaced_sigmas": Probe(_EULER, {"interpolation_type": "log_linear"}),
-    "table": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True, beside=("dtype", "clean")),
+    "table": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True),
     "solver_schedule": Probe(_MULTI, _ZERO_SNR),
     "formula_timesteps": Probe(_MULTI, {"use_exponential_sigmas": True}),
     "lu_sigmas": Probe(_MULTI, {"use_lu_lambdas": True}),
@@ -106,10 +104,9 @@ PROBES: dict[str, Probe | str] = {
     "clean": "the same level, in the type of a float32 table",
     "ddim_levels": Probe("DDIMScheduler", _DDIM | _SPACED, 300),
     "ddim_direction": Probe(
-        "DDIMScheduler", _DDIM | _SPACED | _ZERO_SNR, weak=True, step={"eta": 1.0},
-        beside=_ROUNDED,
+        "DDIMScheduler", _DDIM | _SPACED | _ZERO_SNR, weak=True, step={"eta": 1.0}
     ),
-    "posterior": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True, beside=_ROUNDED),
+    "posterior": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True),
     "adds_noise_at_the_end": Probe(
         "DDPMScheduler",
         _DDIM | {"timestep_spacing": "trailing", "variance_type": "fixed_large"},
@@ -133,7 +130,7 @@ PROBES: dict[str, Probe | str] = {
     "runge_kutta_middle": Probe("PNDMScheduler", {"timestep_spacing": "trailing"}, 30),
     "average_noise": Probe("PNDMScheduler", {"skip_prk_steps": True,
                                              "prediction_type": "v_prediction"}),
-    "transfer": Probe("PNDMScheduler", {"skip_prk_steps": True}, 500, beside=_ROUNDED),
+    "transfer": Probe("PNDMScheduler", {"skip_prk_steps": True}, 500),
     "flow_line": Probe(_FLOWS, {"shift": 3.0}),
     "flow_sigmas_of": "for custom timesteps: the network is given a lower noise level than x has",
     "flow_path": "scale_noise and stochastic_sampling with invert_sigmas: noise for data",

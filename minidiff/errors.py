@@ -4,6 +4,8 @@ Every message names the argument or the file, the value given and the values all
 line prints it as one line, and a program can catch all of them as MinidiffError.
 """
 
+from difflib import get_close_matches
+
 
 class MinidiffError(Exception):
     """Base of all exceptions of minidiff."""
@@ -40,8 +42,11 @@ class Stopped(MinidiffError):
 def one_of(name: str, value: object, allowed: object) -> None:
     """Refuse `value` unless it is one of `allowed`, which the message lists."""
     if not isinstance(value, str | int | None) or value not in tuple(allowed):
-        known = ", ".join(str(choice) for choice in allowed)
-        raise InvalidArgument(f"{name} must be one of {known}; got {value!r}")
+        known = {str(choice).lower(): str(choice) for choice in allowed}
+        near = get_close_matches(value.lower(), known, 1) if isinstance(value, str) else ()
+        hint = "".join(f"; did you mean {known[choice]}?" for choice in near)
+        listed = ", ".join(str(choice) for choice in allowed)
+        raise InvalidArgument(f"{name} must be one of {listed}; got {value!r}{hint}")
 
 
 def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:

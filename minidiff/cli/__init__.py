@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "check")
+COMMANDS = (
+    "demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "check", "diff",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

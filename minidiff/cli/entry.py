@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from minidiff import __version__
 from minidiff.cli.arguments import Parser, flag_of
-from minidiff.cli.commands import check, demo, evaluate, sample, train, train_classifier, train_vae
+from minidiff.cli.commands import (
+    check,
+    demo,
+    diff,
+    evaluate,
+    sample,
+    train,
+    train_classifier,
+    train_vae,
+)
 from minidiff.errors import InvalidArgument, MinidiffError, Stopped
 
 PATHS = {
@@ -78,6 +87,6 @@ def parser() -> Parser:
     )
     root.add_argument("--version", action="version", version=f"minidiff {__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, train, train_vae, train_classifier, sample, evaluate, check):
+    for command in (demo, train, train_vae, train_classifier, sample, evaluate, check, diff):
         command.add_to(commands)
     return root

@@ -347,7 +347,7 @@ class Diffusers(Exact):
             return np.linspace(0, last - 1, n).round()[::-1]
         if spacing == "trailing":
             return _trailing(n, last, last)
-        return super().timesteps(spacing, n, last, offset)
+        return Exact.timesteps(self, spacing, n, last, offset)  # not super(): see `departing`
 
     def solver_timesteps(
         self, spacing: str, n: int, last: int, offset: int, steps: int
@@ -736,3 +736,12 @@ def departures() -> list[str]:
 
 
 READINGS: dict[str, Exact] = {"exact": Exact(), "diffusers": Diffusers()}
+
+_ROUNDED = ("dtype", "table", "clean")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "table": ("dtype", "clean"),
+    "posterior": _ROUNDED,
+    "ddim_direction": _ROUNDED,
+    "transfer": _ROUNDED,
+}
+"""Departures without which another one's arithmetic has no meaning: those on float32 tables."""
