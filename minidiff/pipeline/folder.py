@@ -1,9 +1,10 @@
 """A pipeline on disk: `model_index.json`, and one folder per part.
 
-The index names the kind of pipeline, and library and class of every part. The kinds are minidiff's
-own "Pipeline", which may have a text encoder with a word tokenizer, and from diffusers Stable
-Diffusion 1.x, 2.x and XL and the unconditional pipelines. diffusers reads every part that minidiff
-writes, and whole pipelines that have CLIP's tokenizer.
+The index names the kind of pipeline, and library and class of every part. Where a pipeline of
+diffusers draws the same pictures, minidiff writes its name: Stable Diffusion 1.x, 2.x and XL,
+latent consistency models, and unconditional models in pixels. diffusers then reads the whole
+folder, and passes over minidiff's own options, which stand under "_minidiff". Any other model is a
+"MinidiffPipeline". diffusers refuses that name, but reads the parts.
 """
 
 import warnings
@@ -25,14 +26,24 @@ from minidiff.text.prompts import Prompts, PromptsXL, WordPrompts
 from minidiff.text.words import WordTokenizer
 
 INDEX = "model_index.json"
-OWN = "Pipeline"
+OWN = ("MinidiffPipeline", "Pipeline")  # the second in folders of earlier versions
 TEXT, SECOND = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
 # Parts of every kind of pipeline that is read.
-KINDS = {OWN: ("unet", "scheduler")}
-KINDS |= dict.fromkeys(("DDPMPipeline", "DDIMPipeline"), ("unet", "scheduler"))
+KINDS = dict.fromkeys((*OWN, "DDPMPipeline", "DDIMPipeline"), ("unet", "scheduler"))
 for _suffix in ("", "Img2Img", "Inpaint"):  # the same parts, used in another way
     KINDS[f"StableDiffusion{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT)
     KINDS[f"StableDiffusionXL{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT, *SECOND)
+LCM = "LatentConsistencyModelPipeline"
+KINDS[LCM] = KINDS["StableDiffusionPipeline"]
+LCM_OPTIONS = {"guidance_scale": 8.5, "num_inference_steps": 4}  # diffusers' defaults of a call
+# diffusers' pipeline of an unconditional model in pixels; the first runs every scheduler whose
+# sample needs no scaling and whose step takes a generator, the second DDIM alone.
+UNCONDITIONAL = {
+    "DDPMScheduler": "DDPMPipeline",
+    "DPMSolverMultistepScheduler": "DDPMPipeline",
+    "DPMSolverSinglestepScheduler": "DDPMPipeline",
+    "DDIMScheduler": "DDIMPipeline",
+}
 NETWORKS = ("unet", "vae", "weaker", "text_encoder")
 EXTRA_NETWORKS = ("weaker",)  # optional in minidiff's own kind: the guidance network
 CLASSES = {
@@ -50,6 +61,7 @@ OPTIONS = ("class_names", "guidance_scale", "num_inference_steps")
 LATER_OPTIONS = ("guidance_interval", "autoguidance_scale", "guide")  # older folders lack them
 XL_OPTIONS = ("force_zeros_for_empty_prompt",)
 NOTES = ("requires_safety_checker", "add_watermarker")
+EXTRAS = "_minidiff"  # minidiff's options in an index of diffusers
 
 
 def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> dict[str, Any]:
@@ -64,8 +76,12 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
     """
     folder = files.existing_folder(folder)
     index = files.read_json(folder / INDEX)
+    extras = index.get(EXTRAS, {})
+    if not isinstance(extras, dict) or extras.keys() - {*OPTIONS, *LATER_OPTIONS}:
+        raise CheckpointError(f"{folder / INDEX}: {EXTRAS} must hold options, got {extras!r}")
+    index |= extras
     _check_index(folder / INDEX, index)
-    own, parts = index["_class_name"] == OWN, _parts(index)
+    own, parts = index["_class_name"] in OWN, _parts(index)
     if own and (missing := sorted(set(OPTIONS) - index.keys())):
         raise CheckpointError(f"{folder / INDEX}: has no {missing[0]}")
     if index.get("safety_checker", [None])[0] is not None:
@@ -98,6 +114,8 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         chosen = {name: index[name] for name in XL_OPTIONS if name in index}
         cls = PromptsXL if SECOND[0] in texts else WordPrompts if own else Prompts
         arguments["prompts"] = cls(**loaded, **(chosen if cls is PromptsXL else {}))
+    if index["_class_name"] == LCM:
+        arguments |= LCM_OPTIONS
     return arguments | {name: index[name] for name in (*OPTIONS, *LATER_OPTIONS) if name in index}
 
 
@@ -139,11 +157,11 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
     except InvalidArgument as error:
         raise CheckpointError(f"{path}: {error}") from error
     parts = _parts(index)
-    classes = CLASSES | (_OWN_CLASSES if index["_class_name"] == OWN else {})
+    classes = CLASSES | (_OWN_CLASSES if index["_class_name"] in OWN else {})
     allowed = {
         *parts,
         "vae",
-        *(EXTRA_NETWORKS if index["_class_name"] == OWN else ()),
+        *(EXTRA_NETWORKS if index["_class_name"] in OWN else ()),
         "safety_checker",
         *UNUSED,
         *OPTIONS,
@@ -172,7 +190,7 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
 def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the parts that a pipeline must have; tokenizer and text encoder go together."""
     parts, kind = KINDS[index["_class_name"]], index["_class_name"]
-    return (*parts, *TEXT) if kind == OWN and not index.keys().isdisjoint(TEXT) else parts
+    return (*parts, *TEXT) if kind in OWN and not index.keys().isdisjoint(TEXT) else parts
 
 
 def _names_a_class(entry: object) -> bool:
@@ -200,8 +218,7 @@ def write(
         folder: folder of the pipeline, new, empty or with an earlier pipeline.
         parts: unet, scheduler, vae and extra networks; None for an absent one.
         prompts: tokenizers and text encoders, or None.
-        options: options of minidiff's own index. diffusers' kinds have no place for them, so they
-            are not written beside CLIP's tokenizer.
+        options: minidiff's own options.
     Raises:
         CheckpointError: the folder cannot be written, or holds something else.
         InvalidArgument: there is an extra network, which diffusers' pipelines do not have.
@@ -209,17 +226,9 @@ def write(
     folder = files.user_path(folder)
     check_replaceable(folder)
     parts = {name: part for name, part in parts.items() if part is not None}
-    index: dict[str, Any] = {"_class_name": OWN, **options}
-    if prompts is not None:
-        second = isinstance(prompts, PromptsXL)
-        parts |= {name: getattr(prompts, name) for name in (*TEXT, *(SECOND if second else ()))}
-        if not isinstance(prompts, WordPrompts):
-            index = _XL_INDEX if second else _INDEX
-            index = index | {name: getattr(prompts, name) for name in XL_OPTIONS if second}
-            for name in parts.keys() & set(EXTRA_NETWORKS):
-                raise InvalidArgument(
-                    f"{name} must be None: {index['_class_name']} has no place for it"
-                )
+    index = _index(parts, prompts, options)
+    second = SECOND if isinstance(prompts, PromptsXL) else ()
+    parts |= {name: getattr(prompts, name) for name in (*TEXT, *second) if prompts is not None}
     with files.atomic_folder(folder) as temporary:
         for name, part in parts.items():
             part.save_pretrained(temporary / name)
@@ -260,18 +269,30 @@ def _is_written(name: str) -> bool:
     return name == INDEX
 
 
-_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "safety_checker": [None, None],
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-}
-_XL_INDEX = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-}
+def _index(parts: Mapping[str, Any], prompts: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an index without its parts: of diffusers' pipeline for them, or minidiff's own."""
+    unet, scheduler = parts["unet"], parts["scheduler"]
+    clip = prompts is not None and not isinstance(prompts, WordPrompts)
+    absent = {name: [None, None] for name in UNUSED}
+    if isinstance(prompts, PromptsXL):
+        chosen = {name: getattr(prompts, name) for name in XL_OPTIONS}
+        index = {"_class_name": "StableDiffusionXLPipeline", **absent, **chosen}
+    elif clip:
+        distilled = unet.config.get("time_cond_proj_dim") and _class(scheduler) == "LCMScheduler"
+        kind = LCM if distilled else "StableDiffusionPipeline"
+        unfiltered = {"safety_checker": [None, None], "requires_safety_checker": False}
+        index = {"_class_name": kind, **absent, **unfiltered}
+    else:
+        plain = parts.keys() == {"unet", "scheduler"} and prompts is None
+        plain = plain and _class(unet) == "UNet2DModel" and not unet.config.num_class_embeds
+        known = plain and scheduler.config.prediction_type != "flow"  # which only minidiff has
+        kind = UNCONDITIONAL.get(_class(scheduler)) if known else None
+        if kind is None:
+            return {"_class_name": OWN[0], **options}
+        index = {"_class_name": kind}
+    for name in parts.keys() & set(EXTRA_NETWORKS):
+        raise InvalidArgument(f"{name} must be None: {index['_class_name']} has no place for it")
+    return {**index, EXTRAS: options}
 
 
 def _library(name: str, part: Any) -> str:

@@ -389,9 +389,9 @@ class Pipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model_index.json` and one folder per part, in diffusers' format.
 
-        A pipeline with CLIP's tokenizer is written as diffusers' StableDiffusionPipeline or
-        StableDiffusionXLPipeline. An existing pipeline folder is replaced as a whole, unless it
-        holds files that do not belong to a pipeline.
+        diffusers reads the whole folder of a pipeline with CLIP's tokenizer, and of an
+        unconditional one in pixels with a scheduler of `folder.UNCONDITIONAL`. An existing pipeline
+        folder is replaced as a whole, unless it holds files that do not belong to a pipeline.
 
         Raises:
             CheckpointError: the folder cannot be written, or holds files that would be lost.
@@ -426,8 +426,8 @@ class Pipeline:
     ) -> "Pipeline":
         """Read a folder that minidiff or diffusers wrote.
 
-        Of diffusers' pipelines it reads Stable Diffusion 1.x, 2.x and XL, and unconditional ones
-        (DDPMPipeline, DDIMPipeline).
+        Of diffusers' pipelines it reads Stable Diffusion 1.x, 2.x and XL, latent consistency
+        models, and unconditional ones (DDPMPipeline, DDIMPipeline).
 
         Args:
             folder: folder with `model_index.json`.

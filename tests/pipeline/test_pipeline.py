@@ -139,7 +139,7 @@ def test_diffusers_reads_the_parts_that_the_pipeline_wrote(pipe, tmp_path):
         (lambda m: (m / "model_index.json").write_text("{"), "not valid JSON"),
         (
             lambda m: (m / "model_index.json").write_text('{"_class_name": "X"}'),
-            "_class_name must be one of Pipeline",
+            "_class_name must be one of MinidiffPipeline, Pipeline",
         ),
         (lambda m: _edit(m / "model_index.json", scheduler=["x", "Nope"]), "DDIMScheduler"),
         (lambda m: _edit(m / "model_index.json", class_names=["a"]), "class_names"),

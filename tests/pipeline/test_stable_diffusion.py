@@ -200,7 +200,10 @@ def test_unconditional_pipelines_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "FluxPipeline"}, "_class_name must be one of Pipeline, DDPMPipeline"),
+        (
+            {"_class_name": "FluxPipeline"},
+            "_class_name must be one of MinidiffPipeline, Pipeline, DDPMPipeline",
+        ),
         ({"controlnet": ["diffusers", "ControlNetModel"]}, "'controlnet' is not a part or option"),
         ({"unet": ["diffusers", "UNet3DConditionModel"]}, "unet must be one of"),
         ({"unet": "UNet2DConditionModel"}, "unet must be a library and a class"),

@@ -68,7 +68,7 @@ def test_unknown_words_are_left_out_with_a_warning_that_names_them(pipe):
 def test_a_saved_pipeline_draws_the_same_pictures(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
-    assert index["_class_name"] == "Pipeline"
+    assert index["_class_name"] == "MinidiffPipeline"
     assert index["tokenizer"] == ["minidiff", "WordTokenizer"]
     assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
     again = Pipeline.from_pretrained(tmp_path / "model")
