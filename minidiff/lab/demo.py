@@ -21,7 +21,7 @@ from minidiff.runtime.device import DTYPES, describe
 from minidiff.sample import Step
 from minidiff.schedulers.core.names import SAMPLERS, sampler
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import DiffusionTraining
+from minidiff.training.diffusion import DiffusionTraining, train
 
 TRAINING_STEPS = 1400  # 75 seconds on two quiet cores, with the preset of digits
 CAP, TRIAL = 600.0, 60.0  # seconds of a budget in steps, and before its speed is judged
@@ -61,7 +61,7 @@ def demo(
     settings.write(out)  # fails now if `out` cannot be written
     print(f"device: {describe(device, DTYPES[config.dtype])}")
     evaluator = Evaluator("digits", device=device)
-    pipe = diffusion.train_with_bar(config, data, device, after_step=cut_short)
+    pipe = train(config, data, device, after_step=cut_short, progress=True)
     pipe.save_pretrained(out / diffusion.MODEL)
 
     rows = [measure(pipe, name, steps, evaluator, samples) for name, steps in STEPS.items()]

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, whole_number
 from minidiff.guidance import Denoiser, Network, interval_of
@@ -32,6 +31,7 @@ from minidiff.pipeline.request import Request
 from minidiff.pipeline.space import LatentSpace
 from minidiff.pipeline.start import InitialState, initial_state
 from minidiff.runtime.device import pick_device
+from minidiff.runtime.progress import progress_bar
 from minidiff.runtime.tensors import DTYPES
 from minidiff.sample import Step
 from minidiff.schedulers import Scheduler
@@ -144,7 +144,7 @@ class Pipeline:
         callback: Callable[[Step], None] | None = None,
         callback_on_step_end: StepFunction | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> PipelineOutput:
         """Generate images, or edit given ones.
 
@@ -200,7 +200,8 @@ class Pipeline:
             callback_on_step_end_tensor_inputs: names of these tensors: "latents" is x and
                 "denoised" x̂0. A network conditioned on text also has "prompt_embeds", the negative
                 ones first where it is guided; see `callbacks.NETWORK_INPUTS`.
-            progress: whether to show a progress bar.
+            progress: True for a progress bar, False for none; None for one where someone watches,
+                see `minidiff.runtime.progress`.
         Raises:
             InvalidArgument: an argument is not allowed; raised before a network runs.
         """
@@ -210,7 +211,8 @@ class Pipeline:
         if request.first_step == len(self.scheduler.grid):  # strength 0: nothing to do
             return self._unchanged(request)
         images, self._interrupt = [], False  # diffusers' name: a callback may set it
-        with self._progress_bar(request) as bar:
+        steps = len(request.batches) * request.evaluations
+        with progress_bar(steps, request.progress, unit="step") as bar:
             for batch in request.batches:
                 if self._interrupt:
                     break
@@ -258,11 +260,6 @@ class Pipeline:
         return self._output(
             request, [self.space.mode(pixels.to(self.device)) if latent else pixels]
         )
-
-    @staticmethod
-    def _progress_bar(request: Request) -> tqdm:
-        steps = len(request.batches) * request.evaluations
-        return tqdm(total=steps, unit="step", disable=not request.progress)
 
     def _output(self, request: Request, batches: list[Tensor]) -> PipelineOutput:
         images = torch.cat(batches)

@@ -71,7 +71,7 @@ class Request:
     output_type: str
     callback: Callable[[Step], None] | None
     on_step_end: Callable[[], StepEnd]
-    progress: bool
+    progress: bool | None
     evaluations: int
 
     @classmethod
@@ -110,7 +110,7 @@ class Request:
         callback: Callable[[Step], None] | None = None,
         callback_on_step_end: StepFunction | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> "Request":
         """Check and resolve the arguments of `Pipeline.__call__`, and set the scheduler's grid.
 
@@ -119,7 +119,8 @@ class Request:
         """
         space, scheduler = pipe.space, pipe.scheduler
         check_output(output_type, space.image_channels)
-        true_or_false("progress", progress)
+        if progress is not None:
+            true_or_false("progress", progress)
         check_function("callback", callback)
         original = as_original(image, mask_image, space.image_channels, needs_mask=space.takes_mask)
         number = number_of_images(num_images, num_images_per_prompt, original)

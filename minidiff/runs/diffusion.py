@@ -5,7 +5,7 @@ RUN/samples.png     pictures at the end
 RUN/model/          the pipeline with the averaged weights, replaced as a whole
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.images import plot
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
-from minidiff.runs.autosave import OnLogRow, PrintLine, Saving
+from minidiff.runs.autosave import PrintLine, Saving
 from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES
-from minidiff.runs.run import Run, progress_bar
+from minidiff.runs.run import Run
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched, own_device, processes, world
 from minidiff.training.build import check, resolve
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import DiffusionTraining, MakeLearner, check_machine, train
+from minidiff.training.diffusion import MakeLearner, check_machine, train
 from minidiff.training.learner import Learner
 
-__all__ = ["CONFIG", "LOG", "MODEL", "resume", "train_into", "train_with_bar", "write_samples"]
+__all__ = ["CONFIG", "LOG", "MODEL", "resume", "train_into", "write_samples"]
 
 COMMAND = "train"
 
@@ -121,25 +121,13 @@ def _train(
             pipe = train(
                 config, data, device, autosave.on_log_row, picture,
                 resume=autosave.resume, after_step=autosave.after_step, world=all_of_us,
-                start=start, learner=learner,
+                start=start, learner=learner, progress=False,
             )  # fmt: skip
         if run.leads:
             pipe.save_pretrained(run.out / MODEL)
             if config.pictures:
                 write_samples(pipe, run.out / f"{SAMPLES}.png", prompts=prompts)
     return pipe
-
-
-def train_with_bar(
-    config: TrainConfig,
-    data: Data,
-    device: Device | str = "cpu",
-    on_log_row: OnLogRow = lambda row: None,
-    after_step: Callable[[DiffusionTraining], None] = lambda training: None,
-) -> Pipeline:
-    """Train with a progress bar and keep nothing, see `minidiff.training.diffusion.train`."""
-    with progress_bar(config, on_log_row) as log_and_show:
-        return train(config, data, device, log_and_show, after_step=after_step)
 
 
 def write_samples(
@@ -155,6 +143,8 @@ def write_samples(
         prompts: one prompt per image, for a pipeline with prompts.
     """
     columns = len(pipe.class_names) or 10
-    images = pipe(prompts, num_images=rows * columns, seed=seed, output_type="np").images
+    images = pipe(
+        prompts, num_images=rows * columns, seed=seed, output_type="np", progress=False
+    ).images
     plot.save(plot.grid(images, columns), path)
     return images

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from minidiff.data.protocol import Data
 from minidiff.errors import CheckpointError
-from minidiff.runs.autosave import Autosave, Log, OnLogRow, PrintLine, Saving, Signals
+from minidiff.runs.autosave import Autosave, Log, PrintLine, Saving, Signals
 from minidiff.runs.folder import LOG, Settings, about, changes, create, read_settings
 from minidiff.runtime import files
 from minidiff.runtime.distributed import rank
 from minidiff.runtime.files import user_path
 from minidiff.training.config import LoopConfig
-from minidiff.training.progress import Progress
+from minidiff.training.progress import training_bar
 
 
 class Run:
@@ -104,11 +103,11 @@ class Run:
 
         Of several processes only that of rank 0 writes.
         """
-        signals = Signals()
+        signals, config = Signals(), self.settings.config
         with (
             files.locked(self.out, wait=False) if self.leads else nullcontext(),
             closing(self._open_log()) if self.leads else nullcontext() as log,
-            progress_bar(self.settings.config, log.append if log else _ignore) as on_log_row,
+            training_bar(config, log.append if log else _ignore, self.leads) as on_log_row,
             signals.watch(),
         ):
             yield Autosave(self, log, on_log_row, signals)
@@ -121,26 +120,3 @@ class Run:
 
 def _ignore(_: object) -> None:
     """Do nothing, where a process neither writes nor prints."""
-
-
-@contextmanager
-def progress_bar(config: LoopConfig, on_log_row: OnLogRow) -> Iterator[OnLogRow]:
-    """Show a bar of the budget, the loss and the time left.
-
-    Yields a function that passes a row on to `on_log_row` and moves the bar.
-    """
-    in_steps = config.steps is not None
-    bar = tqdm(
-        total=config.steps if in_steps else max(1, round(60 * config.minutes)),
-        desc="training",
-        disable=rank() != 0,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}",
-    )
-
-    def log_and_show(row: Progress) -> None:
-        on_log_row(row)
-        bar.n = min(row.step if in_steps else int(row.seconds), bar.total)
-        bar.set_postfix_str(f"step {row.step}, loss {row.loss:.4f}")
-
-    with bar:
-        yield log_and_show

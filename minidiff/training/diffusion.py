@@ -30,7 +30,7 @@ from minidiff.training.config import TrainConfig
 from minidiff.training.learner import Learner
 from minidiff.training.loop import TrainingState, steps
 from minidiff.training.optim import EMA, Muon, orthogonalized, split_groups
-from minidiff.training.progress import Progress, batch_size, learning_rate
+from minidiff.training.progress import Progress, batch_size, learning_rate, training_bar
 
 __all__ = [
     "EMA",
@@ -197,6 +197,7 @@ def train(
     *,
     start: Pipeline | None = None,
     learner: MakeLearner = Learner.of,
+    progress: bool | None = None,
 ) -> Pipeline:
     """Train a pipeline until the budget is spent and return it with the averaged weights.
 
@@ -219,6 +220,8 @@ def train(
         start: pipeline to continue from, which is not changed; None for a fresh network. Its
             network and noise schedule are kept, see `minidiff.training.start`.
         learner: function from the pipeline to the part of it that is trained and saved.
+        progress: True for a progress bar, False for none; None for one where someone watches, see
+            `minidiff.runtime.progress`.
     Raises:
         InvalidArgument: config, data, objective and start do not fit together, or the device does
             not exist.
@@ -229,7 +232,8 @@ def train(
     training = DiffusionTraining(config, data, device, optimizer, world, objective, start, learner)
     resume(training)
     pictures = training.pictures()
-    with _own_random_state(device):
+    shown = progress if training.world.rank == 0 else False
+    with _own_random_state(device), training_bar(config, on_log_row, shown) as on_log_row:
         for last in steps(training, on_log_row, after_step):
             if training.pictures() > pictures and not last:
                 pictures = training.pictures()

@@ -6,13 +6,15 @@ wall-clock time, including those before an interruption.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.errors import TrainingError
+from minidiff.runtime.progress import progress_bar
 from minidiff.training.config import LoopConfig
 
 
@@ -67,6 +69,27 @@ class Progress(NamedTuple):
     loss: float
     learning_rate: float
     skipped: list[int]
+
+
+@contextmanager
+def training_bar(
+    config: LoopConfig, on_log_row: Callable[[Progress], None], progress: bool | None = None
+) -> Iterator[Callable[[Progress], None]]:
+    """Show a bar of the budget, the loss and the time left.
+
+    Yields a function that passes a row on to `on_log_row` and moves the bar.
+    """
+    total = config.steps or max(1, round(60 * config.minutes))
+    style = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}"
+    with progress_bar(total, progress, desc="training", bar_format=style) as bar:
+
+        def log_and_show(row: Progress) -> None:
+            on_log_row(row)
+            bar.set_postfix_str(f"step {row.step}, loss {row.loss:.4f}", refresh=False)
+            done = row.step if config.steps else int(row.seconds)
+            bar.update(min(done, total) - bar.n)
+
+        yield log_and_show
 
 
 def learning_rate(config: LoopConfig, fraction_done: float) -> float:
