@@ -16,7 +16,7 @@ _open: list[tqdm] = []
 
 
 class _Lines:
-    """A file that takes every state of a bar as a line of its own."""
+    """A file that takes every state of a bar as one line."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
@@ -33,7 +33,7 @@ def is_watched() -> bool:
 
 @contextmanager
 def progress_bar(total: int, progress: bool | None = None, **options: Any) -> Iterator[tqdm]:
-    """Show a bar inside the block; a call inside it shows none unless it is told to.
+    """Show a bar inside the block; a call inside it shows none unless it is given True.
 
     Args:
         total: what `update` of the bar adds up to.

@@ -108,7 +108,7 @@ def test_without_a_terminal_there_is_a_line_a_minute(monkeypatch, clock):
     assert "600/600" in lines[-1]
 
 
-def test_training_and_sampling_show_no_bar_in_a_pipe_and_one_when_told(capsys):
+def test_training_and_sampling_show_no_bar_in_a_pipe_and_one_when_given_true(capsys):
     config = TrainConfig(steps=2, batch_size=4, channels=(8, 8), pictures=0)
     pipe = train(config, load("digits"))
     pipe(num_images=1, num_inference_steps=2)
