@@ -99,8 +99,9 @@ def add_run_folder(command: Parser) -> None:
     """Add the flags for a run's folder, its snapshots, and its resumption."""
     add = command.adder("run")
     add("--out", help="folder of the run, new or empty")
-    add("--resume", metavar="RUN", help="run to continue from its newest intact snapshot; all "
-        "other options come from its config.json")  # fmt: skip
+    add("--resume", metavar="RUN", help="run to continue from its newest intact snapshot; its "
+        "config.json has the options. --minutes or --steps lengthen it (+10 is added to its "
+        "budget); --data, --data-dir and the like say where its files lie now")  # fmt: skip
     add("--save-every", type=int, metavar="N", help="steps between snapshots (default: every five "
         "minutes); the end, and a stop by a signal, are always saved")  # fmt: skip
     add("--keep-last", type=int, metavar="N", help="number of latest snapshots to keep, besides "
@@ -121,6 +122,8 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
     if default is not None and kind is not bool:
         value = ",".join(map(str, default)) if kind is tuple else default
         help += f" (default: {value})"
+    if name in ("minutes", "steps"):
+        kind = _budget(kind)
     options: dict[str, Any] = (
         {"action": "store_true"} if kind is bool else {"type": _widths if kind is tuple else kind}
     )
@@ -158,6 +161,16 @@ def add_sampling(command: Parser) -> None:
         "for none (default: the model's)")  # fmt: skip
     add("--eta", type=float, help="randomness of the sampler ddim, 0 to 1")
     add("--batch-size", type=int, default=250, help="images in memory at once")
+
+
+def _budget(kind: type) -> Callable[[str], Any]:
+    """Return a reader of numbers that leaves what is added to a run's budget, +10, a text."""
+
+    def read(text: str) -> Any:
+        return text if text.startswith("+") else kind(text)
+
+    read.__name__ = kind.__name__  # which argparse's errors show
+    return read
 
 
 def _widths(text: str) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from minidiff.errors import InvalidArgument, MinidiffError, Stopped
 
 PATHS = {
     "out", "resume", "run", "data", "data_dir", "image", "mask", "png", "npz", "json", "vae",
-    "config", "classifier",
+    "config", "classifier", "init",
 }  # fmt: skip
 
 

@@ -10,18 +10,26 @@ from typing import Any
 
 import torch
 
+from minidiff import shipped
 from minidiff.cli.arguments import flag_of
 from minidiff.data import DATA_VARIABLE, PUBLISHED, load
 from minidiff.data.latents import LatentData
 from minidiff.data.protocol import Data
 from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.nn import AutoencoderKL
+from minidiff.pipeline import Pipeline
 from minidiff.runs.autoencoder import open_vae
 from minidiff.runs.autosave import Saving
-from minidiff.runs.folder import CONFIG, Settings, read_settings
+from minidiff.runs.folder import CONFIG, Settings, open_pipeline, read_settings
 from minidiff.runtime.device import DTYPES, available_cores, describe, pick_device, pick_dtype
 from minidiff.runtime.distributed import own_device
 from minidiff.runtime.files import read_options
 from minidiff.training.config import Kind, LoopConfig, merged
+from minidiff.training.start import fixed_options
+
+BUDGET = ("minutes", "steps")
+# Flags of files that may have been moved since a run began, and their names in its config.json.
+MOVED = {"data": "name", "data_dir": "data_dir", "vae": "vae", "init": "init"}
 
 
 def require_out(options: argparse.Namespace) -> None:
@@ -78,7 +86,7 @@ def load_source(
 ) -> Data:
     """Return the data of a source, encoded on the device where the source names an autoencoder."""
     others = {"download": download, **source}
-    vae = others.pop("vae", None)
+    vae, _ = others.pop("vae", None), others.pop("init", None)
     data = load(**others)
     if vae is None:
         return data
@@ -93,8 +101,11 @@ def dtype_name(name: str, device: torch.device) -> str:
 
 def resumed_settings(
     options: argparse.Namespace, command: str, known: Mapping[str, Field], python_name: str
-) -> tuple[Settings, torch.device]:
-    """Return the settings of the run of --resume, and its device; refuse all other options.
+) -> tuple[Settings, torch.device, dict[str, Any]]:
+    """Return the settings of the run of --resume, its device, and arguments of the Python function.
+
+    These are a longer budget, and `load` where flags say that files lie elsewhere now. All other
+    options are refused.
 
     Args:
         options: parsed flags.
@@ -102,7 +113,7 @@ def resumed_settings(
         known: fields of its config, for their flags.
         python_name: function to use for a run that was started from Python.
     """
-    allowed = ("command", "resume", "device", "threads", "debug")
+    allowed = ("command", "resume", "device", "threads", "debug", *BUDGET, *MOVED)
     for name, value in vars(options).items():
         if name not in allowed and value is not None and value is not False:
             raise InvalidArgument(
@@ -110,10 +121,49 @@ def resumed_settings(
                 f"{flag_of(name, known.get(name))}"
             )
     settings = settings_with_data(options.resume, command, python_name)
+    changes = {name: getattr(options, name, None) for name in BUDGET}
+    for name, key in MOVED.items():
+        if (place := getattr(options, name, None)) is not None:
+            settings.data[key] = _moved(settings.data, key, place, flag_of(name))
+            changes["load"] = settings.data
     device = pick_device(settings.device if options.device == "auto" else options.device)
     if device.type == "cpu" and options.threads is None and settings.threads is not None:
         _set_threads(settings.threads)
-    return settings, device
+    return settings, device, changes
+
+
+def _moved(source: Mapping[str, Any], key: str, place: str, flag: str) -> str:
+    """Return where files of a run lie now. Raises InvalidArgument for a run that reads none."""
+    if not Path(began := source.get(key) or "").is_absolute():
+        how = f"with {began}, which is no folder" if began else "without it"
+        raise InvalidArgument(f"leave out {flag}: the run began {how}")
+    return placed(place)
+
+
+def placed(name: str) -> str:
+    """Return the absolute path of a folder; the name of a shipped model stays."""
+    return name if name in shipped.MODELS else str(Path(name).absolute())
+
+
+def start_of(
+    options: argparse.Namespace,
+) -> tuple[dict[str, str], Pipeline | None, dict[str, Any]]:
+    """Return the places of --vae and --init, the pipeline of --init, and the options it decides."""
+    given = {"vae": options.vae, "init": options.init}
+    places = {name: placed(place) for name, place in given.items() if place is not None}
+    start = open_start(places.get("init"))
+    if start is None:
+        return places, None, {}
+    if isinstance(start.vae, AutoencoderKL):
+        places.setdefault("vae", places["init"])
+    return places, start, fixed_options(start)
+
+
+def open_start(place: str | None) -> Pipeline | None:
+    """Return the pipeline of --init, if there is one. Raises CheckpointError."""
+    if place is None:
+        return None
+    return open_pipeline(shipped.folder(place) if place in shipped.MODELS else place)
 
 
 def _set_threads(number: int) -> None:

@@ -23,8 +23,8 @@ from minidiff.metrics import Evaluator, Scores, load_classifier, shipped
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.model import CONFIG
 from minidiff.runs.autosave import PrintLine, Saving
-from minidiff.runs.folder import RECONSTRUCTIONS, VAE
-from minidiff.runs.run import Run
+from minidiff.runs.folder import MODEL, RECONSTRUCTIONS, VAE
+from minidiff.runs.run import Amount, Run
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched
 from minidiff.runtime.files import user_path
@@ -119,6 +119,9 @@ def resume(
     device: Device | str | None = None,
     *,
     print_line: PrintLine = print,
+    load: Mapping[str, Any] | None = None,
+    minutes: Amount | None = None,
+    steps: Amount | None = None,
 ) -> tuple[AutoencoderKL, Quality]:
     """Resume a run from its newest snapshot that verifies, or from its beginning.
 
@@ -127,11 +130,13 @@ def resume(
         data, held_out: the arguments of `train_vae_into`.
         device: device of the training; by default that of the run.
         print_line: called with the snapshots that are skipped and where the run continues.
+        load, minutes, steps: the arguments of `minidiff.runs.diffusion.resume`.
     Raises:
         CheckpointError: the folder is no run of train-vae, none of its snapshots verifies, or the
             data are not those of the run; otherwise as `train_vae_into`.
+        InvalidArgument: a budget in the other unit, or one that is spent.
     """
-    run = Run.reopen(out, COMMAND, data, print_line)
+    run = Run.reopen(out, COMMAND, data, print_line, load=load, minutes=minutes, steps=steps)
     AutoencoderKL.check_replaceable(run.out / VAE)  # which the end of the run replaces
     device = pick_device(run.settings.device if device is None else device)
     _check(run.settings.config, data, held_out)
@@ -169,10 +174,10 @@ def open_vae(path: str | Path) -> AutoencoderKL:
         CheckpointError: it is none of these, or it is damaged.
     """
     path = user_path(path)
-    inside = (path / VAE / CONFIG).is_file()
-    if not inside and not (path / CONFIG).is_file():
-        raise CheckpointError(f"{path}: neither a run (no {VAE}/{CONFIG}) nor a vae (no {CONFIG})")
-    return AutoencoderKL.from_pretrained(path / VAE if inside else path)
+    for folder in (path / VAE, path / MODEL / VAE, path):
+        if (folder / CONFIG).is_file():
+            return AutoencoderKL.from_pretrained(folder)
+    raise CheckpointError(f"{path}: neither a run (no {VAE}/{CONFIG}) nor a vae (no {CONFIG})")
 
 
 @torch.no_grad()

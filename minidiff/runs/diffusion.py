@@ -20,7 +20,7 @@ from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs.autosave import PrintLine, Saving
 from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES
-from minidiff.runs.run import Run
+from minidiff.runs.run import Amount, Run
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched, own_device, processes, world
 from minidiff.training.build import check, resolve
@@ -71,7 +71,7 @@ def train_into(
     check_machine(config, device, processes(), shard)
     run = Run.begin(
         out, COMMAND, resolve(config, data, start), data, device,
-        saving=saving, load=load, shard=shard, started=start is not None,
+        saving=saving, load=load, shard=shard, start=start,
     )  # fmt: skip
     return _train(run, data, device, start, learner)
 
@@ -84,19 +84,29 @@ def resume(
     print_line: PrintLine = print,
     start: Pipeline | None = None,
     learner: MakeLearner = Learner.of,
+    load: Mapping[str, Any] | None = None,
+    minutes: Amount | None = None,
+    steps: Amount | None = None,
 ) -> Pipeline:
     """Resume a run from its newest snapshot that verifies, or from its beginning.
+
+    With another budget than it began with, the run follows the learning rate of the new one.
 
     Args:
         out: folder of the run.
         data, start, learner: the arguments of `train_into`.
         device: device of the training; by default that of the run.
         print_line: called with the snapshots that are skipped and where the run continues.
+        load: arguments of `minidiff.data.load`, where the data lie elsewhere now.
+        minutes, steps: longer budget, or a text such as "+10" for what is added to it.
     Raises:
         CheckpointError: the folder is no run, none of its snapshots verifies, or data or start are
             not those of the run; otherwise as `train_into`.
+        InvalidArgument: a budget in the other unit, or one that is spent.
     """
-    run = Run.reopen(out, COMMAND, data, print_line, started=start is not None)
+    run = Run.reopen(
+        out, COMMAND, data, print_line, start=start, load=load, minutes=minutes, steps=steps
+    )
     check_replaceable(run.out / MODEL)  # which the end of the run replaces
     device = own_device(pick_device(run.settings.device if device is None else device))
     if run.settings.config.cuda_graph and (device.type != "cuda" or launched()):

@@ -14,8 +14,8 @@ import torch
 from torch import device as Device
 
 from minidiff.data import SPLITS
-from minidiff.data.protocol import Data
-from minidiff.errors import CheckpointError, InvalidArgument, one_of, true_or_false
+from minidiff.data.protocol import Data, digest
+from minidiff.errors import CheckpointError, InvalidArgument, listed, one_of, true_or_false
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import INDEX
 from minidiff.runs.autosave import Saving
@@ -30,6 +30,7 @@ VAE, RECONSTRUCTIONS = "vae", "reconstructions"  # of train-vae
 LOADING = {
     "name": text, "split": choice(*SPLITS), "data_dir": optional(text),
     "image_size": optional(whole(1)), "download": flag, "vae": optional(text),
+    "init": optional(text),
 }  # fmt: skip
 KINDS = {"train": TrainConfig, "train-vae": VAEConfig}  # the config of each command
 LATER = ("class_names", "digests")  # entries of `about` that older runs lack
@@ -42,13 +43,16 @@ class Settings(NamedTuple):
     Attributes:
         command: a key of `KINDS`, or "demo", whose folder cannot be resumed.
         config: options of the training.
-        data: arguments of `minidiff.data.load` and the path of a vae; empty where not known.
+        data: arguments of `minidiff.data.load`, the path of a vae and the model that the run began
+            with; empty where not known.
         about: name, number, shape, classes and digests of the images, see `about`.
         device: type of the device.
         saving: how often the run is saved.
         shard: the processes shard the weights.
         threads: threads of the CPU that the run started with, on which its last bits depend; None
             for a run of an older version.
+        lengthened: for every change of the budget, the step at which it was made and the budget
+            until then.
     """
 
     command: str
@@ -59,6 +63,7 @@ class Settings(NamedTuple):
     saving: Saving = Saving()
     shard: bool = False
     threads: int | None = None
+    lengthened: tuple[dict[str, float], ...] = ()
 
     def write(self, out: Path) -> None:
         """Write `config.json`. Raises CheckpointError where that cannot be done."""
@@ -70,27 +75,33 @@ class Settings(NamedTuple):
             "device": self.device,
             "saving": asdict(self.saving),
             "shard": self.shard,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads or torch.get_num_threads(),
         }
+        if self.lengthened:
+            content["lengthened"] = self.lengthened
         files.write_json(out / CONFIG, content)
 
 
-def about(data: Data, *, started: bool = False) -> dict[str, Any]:
-    """Return what is kept of the data to know them again, and that a run began from a pipeline."""
+def about(data: Data, start: Pipeline | None = None) -> dict[str, Any]:
+    """Return what is kept to know the data again, and the pipeline that a run began with."""
     # Points on a plane have no height and width; they are refused elsewhere.
     shape = dict(zip(("channels", "height", "width"), data.shape, strict=False))
     known = {"class_names": list(data.class_names), "digests": data.digests()}
-    start = {"start": True} if started else {}
-    return {"name": data.name, "images": len(data), **shape, **known, **start}
+    if start is not None:
+        networks = (start.unet, *(start.prompts.encoders if start.prompts else ()))
+        known["start"] = digest(*(w for net in networks for w in net.state_dict().values()))
+    return {"name": data.name, "images": len(data), **shape, **known}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Describe what of the data differs from those of the run; "" for nothing.
+    """Describe what of data and start differs from those of the run; "" for nothing.
 
     Args:
-        before, now: results of `about`. An older run knows neither class names nor digests.
+        before, now: results of `about`. An older run knows neither class names nor digests, and
+            of a start only that there is one.
     """
-    old, new = ({name: x[name] for name in x if name != "digests"} for x in (before, now))
+    apart = ("digests", "start")
+    old, new = ({name: x[name] for name in x if name not in apart} for x in (before, now))
     names = [n for n in old | new if old.get(n) != new.get(n) and (n in old or n not in LATER)]
     found = []
     if names:
@@ -99,6 +110,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     sums = before.get("digests", {}).items()
     if parts := [name for name, value in sums if now["digests"].get(name) != value]:
         found.append(f"the {' and '.join(parts)} of its data have changed since it began")
+    if isinstance(start := before.get("start"), str) and start != now.get("start"):
+        found.append("the weights of its start have changed since it began")
     return "; ".join(found)
 
 
@@ -149,10 +162,11 @@ def read_settings(out: str | Path, command: str) -> Settings:
         train, load = content["train"], _loading(content["load"], command)
         saving, threads = Saving(**content["saving"]), content.get("threads")
         optional(whole(1))("threads", threads)
+        lengthened = listed("lengthened", content.get("lengthened", []))
         return Settings(
             command, merged(train, kind=KINDS[command]), load, content["data"],
             content["device"], saving, true_or_false("shard", content["shard"]),
-            threads,
+            threads, lengthened,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:  # InvalidArgument among them
         raise CheckpointError(f"{path}: not the config of a run ({error})") from error
@@ -163,7 +177,7 @@ def _loading(arguments: Mapping[str, Any], command: str) -> dict[str, Any]:
 
     A file never orders a download: whoever began the run has the files.
     """
-    known = [name for name in LOADING if command == "train" or name != "vae"]
+    known = [name for name in LOADING if command == "train" or name not in ("vae", "init")]
     for name in arguments:
         one_of("load", name, known)
     check_all(arguments, LOADING)

@@ -2,24 +2,32 @@
 
 A run that is resumed equals one that was never interrupted, bit for bit on the CPU with as many
 threads, in everything but the column "seconds" of its log.
+
+A run can be lengthened. From then on it follows the learning rate of the longer budget: after 1000
+of 2000 steps that is half way down from the peak, whatever it was at the end of 1000.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minidiff.data.protocol import Data
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.pipeline import Pipeline
+from minidiff.runs import snapshot
 from minidiff.runs.autosave import Autosave, Log, PrintLine, Saving, Signals
 from minidiff.runs.folder import LOG, Settings, about, changes, create, read_settings
 from minidiff.runtime import files
 from minidiff.runtime.distributed import rank
 from minidiff.runtime.files import user_path
-from minidiff.training.config import LoopConfig
-from minidiff.training.progress import training_bar
+from minidiff.training.config import Kind, LoopConfig
+from minidiff.training.progress import learning_rate, training_bar
+
+Amount = float | str  # a text such as "+10" is added to the budget
 
 
 class Run:
@@ -36,6 +44,7 @@ class Run:
     def __init__(self, out: str | Path, settings: Settings, print_line: PrintLine) -> None:
         self.out, self.settings, self.leads = user_path(out), settings, rank() == 0
         self.print_line = print_line if self.leads else _ignore
+        self.changed: Settings | None = None  # with a longer budget, or data that lie elsewhere
 
     @classmethod
     def begin(
@@ -49,7 +58,7 @@ class Run:
         saving: Saving | None = None,
         load: Mapping[str, Any] | None = None,
         shard: bool = False,
-        started: bool = False,
+        start: Pipeline | None = None,
     ) -> "Run":
         """Make a new run's folder and write its `config.json`, before any work starts.
 
@@ -60,11 +69,11 @@ class Run:
             saving: how often to save; by default every five minutes.
             load: arguments of `minidiff.data.load` that gave the data.
             shard: the processes shard the weights.
-            started: the training starts from a pipeline.
+            start: pipeline that the training starts from.
         Raises:
             CheckpointError: the folder is not empty or cannot be written.
         """
-        known = about(data, started=started)
+        known = about(data, start)
         settings = Settings(
             command, config, dict(load or {}), known, device.type, saving or Saving(), shard
         )
@@ -81,21 +90,61 @@ class Run:
         data: Data,
         print_line: PrintLine,
         *,
-        started: bool = False,
+        start: Pipeline | None = None,
+        load: Mapping[str, Any] | None = None,
+        minutes: Amount | None = None,
+        steps: Amount | None = None,
     ) -> "Run":
         """Return a run that is to be resumed.
 
+        Args:
+            out, command, data, start: arguments of `begin`.
+            print_line: called with the snapshots that are skipped and where the run continues.
+            load: arguments of `minidiff.data.load`, where the data lie elsewhere now.
+            minutes, steps: longer budget, or a text such as "+10" for what is added to it.
         Raises:
             CheckpointError: the folder is no run of the command, the data are not those of the
                 run, or it started from a pipeline that is not given, or the other way round.
+            InvalidArgument: a budget in the other unit, or one that is spent.
         """
-        settings = read_settings(out, command)
-        if settings.about.get("start", False) != started:
-            how = "fresh weights, not a start" if started else "a start, which must be given again"
+        settings = stored = read_settings(out, command)
+        if bool(settings.about.get("start")) != (start is not None):
+            how = "a start, which must be given again" if start is None else "fresh weights"
             raise CheckpointError(f"{out}: was trained from {how}")
-        if changed := changes(settings.about, about(data, started=started)):
+        now = about(data, start)
+        if load is not None:
+            if not settings.about.get("digests"):
+                raise CheckpointError(
+                    f"{out}: is of an older version, which kept no digest to know moved data by"
+                )
+            known = {**stored.about, "name": now["name"]}  # a folder may have another name now
+            settings = stored._replace(data=dict(load), about=known)
+        if changed := changes(settings.about, now):
             raise CheckpointError(f"{out}: {changed}")
-        return cls(out, settings, print_line)
+        run = cls(out, settings, print_line)
+        if minutes is not None or steps is not None:
+            run._lengthen({"minutes": minutes, "steps": steps})
+        if run.settings != stored:
+            run.changed = run.settings
+        return run
+
+    def _lengthen(self, given: Mapping[str, Amount | None]) -> None:
+        """Change the budget, and say where the learning rate goes on. Raises InvalidArgument."""
+        newest = snapshot.newest(self.out, _ignore)
+        step, seconds = (0, 0.0) if newest is None else snapshot.spent(newest)
+        before = self.settings.config
+        config = longer(before, {"minutes": seconds / 60, "steps": step}, given)
+        unit = "steps" if config.minutes is None else "minutes"
+        was, now = getattr(before, unit), getattr(config, unit)
+        change = {"at_step": step, unit: was}
+        self.settings = self.settings._replace(
+            config=config, lengthened=(*self.settings.lengthened, change)
+        )
+        rate = learning_rate(config, (step if unit == "steps" else seconds / 60) / now)
+        self.print_line(
+            f"from {was:g} to {now:g} {unit}; the learning rate is {rate:.2g} at step {step}, as "
+            "in a run of this length, and falls to zero at its end"
+        )
 
     @contextmanager
     def kept(self) -> Iterator[Autosave]:
@@ -110,12 +159,46 @@ class Run:
             training_bar(config, log.append if log else _ignore, self.leads) as on_log_row,
             signals.watch(),
         ):
+            if self.leads and self.changed:
+                self.changed.write(self.out)
             yield Autosave(self, log, on_log_row, signals)
 
     def _open_log(self) -> Log:
         """Open the log, and clear what a killed process left; the folder is locked."""
         files.clear_temporaries(self.out)
         return Log(self.out / LOG)
+
+
+def longer(config: Kind, spent: Mapping[str, float], given: Mapping[str, Amount | None]) -> Kind:
+    """Return a config with another budget.
+
+    Args:
+        config: options of the run.
+        spent: minutes and steps that the run has taken.
+        given: new minutes or steps, or a text such as "+10" for what is added.
+    Raises:
+        InvalidArgument: a budget in the other unit, one that is spent, or none.
+    """
+    unit, other = ("minutes", "steps") if config.steps is None else ("steps", "minutes")
+    budget, value = getattr(config, unit), given[unit]
+    if value is None or given[other] is not None:
+        raise InvalidArgument(f"{other} must be left out: the budget of the run is {budget:g} "
+                              f"{unit}; got {given[other]}")  # fmt: skip
+    if isinstance(value, str):
+        try:
+            more = float(value) if unit == "minutes" else int(value)
+        except ValueError:
+            more = 0
+        if not (value.startswith("+") and more > 0):
+            raise InvalidArgument(f"{unit} must be a number, or a text such as '+10' for what is "
+                                  f"added to the {budget:g} of the run; got {value!r}")  # fmt: skip
+        value = budget + more
+    config = replace(config, **{unit: value})
+    if value <= spent[unit]:
+        raise InvalidArgument(
+            f"{unit} must be more than the {spent[unit]:g} that the run has taken, got {value:g}"
+        )
+    return config
 
 
 def _ignore(_: object) -> None:

@@ -207,6 +207,15 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"{folder / name}: is not what was written (size or SHA-256)")
 
 
+def spent(folder: Path) -> tuple[int, float]:
+    """Return the steps and the seconds of a run until a snapshot. Raises CheckpointError."""
+    state = files.read_json(folder / STATE, MAX_STATE_BYTES)
+    try:
+        return int(state["step"]), float(state["seconds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE}: names no step and seconds") from error
+
+
 def restore(folder: Path, training: TrainingState) -> int:
     """Restore the state of a training and return the length of the log that belongs to it.
 

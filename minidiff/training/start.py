@@ -40,13 +40,12 @@ def adopted(config: TrainConfig, start: Pipeline) -> TrainConfig:
         InvalidArgument: an option that departs from its default disagrees with the start.
     """
     given = options_of(config)
-    mine = prediction_type_of(start.scheduler)
-    if config.prediction_type != mine:
+    fixed = fixed_options(start)
+    if config.prediction_type != (mine := fixed.pop("prediction_type")):
         raise InvalidArgument(
             f"prediction_type must be {mine!r}, which the start's scheduler "
             f"({type(start.scheduler).__name__}) samples; got {config.prediction_type!r}"
         )
-    fixed = _fixed(start)
     for name, value in fixed.items():
         if given.get(name, value) != value:
             raise InvalidArgument(
@@ -56,7 +55,7 @@ def adopted(config: TrainConfig, start: Pipeline) -> TrainConfig:
     return replace(config, **fixed, **stored)
 
 
-def _fixed(start: Pipeline) -> dict[str, Any]:
+def fixed_options(start: Pipeline) -> dict[str, Any]:
     """Return the options of a `TrainConfig` that a pipeline has decided."""
     unet, scheduler = start.unet.config, start.scheduler.config
     found = {
@@ -70,7 +69,7 @@ def _fixed(start: Pipeline) -> dict[str, Any]:
     if start.prompts is not None:
         text = start.prompts.text_encoder.config
         found |= {"text_width": text.hidden_size, "text_layers": text.num_hidden_layers}
-    kind = prediction_type_of(start.scheduler)
+    found["prediction_type"] = kind = prediction_type_of(start.scheduler)
     if kind == "edm":
         found["sigma_data"] = scheduler.sigma_data
     elif kind != "flow":

@@ -437,7 +437,7 @@ def test_the_rest_of_a_run_killed_at_its_first_file_is_not_a_run(tmp_path):
     assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("flag", ["--steps 9", "--data digits", "--out x", "--save-every 3",
+@pytest.mark.parametrize("flag", ["--image-size 9", "--download", "--out x", "--save-every 3",
                                   "--learn-variance", "--seed 1", "--preset mnist"])  # fmt: skip
 def test_resume_takes_no_other_options(flag, tmp_path, capsys):
     assert main(["train", "--resume", str(tmp_path), *flag.split()]) == 2

@@ -197,7 +197,7 @@ def diffusion_run(tmp_path_factory) -> Path:
         ("train-vae --resume VAE", 1, "use minidiff.runs.autoencoder.resume"),
         ("train-vae --resume NONE", 1, "config.json: no such file"),
         ("train-vae --resume VAE --out x", 2, "leave out --out"),
-        ("train-vae --resume VAE --data digits", 2, "leave out --data"),
+        ("train-vae --resume VAE --image-size 8", 2, "leave out --image-size"),
         ("train-vae --resume VAE --skip-nonfinite 0", 2, "leave out --skip-nonfinite"),
         ("train-vae --resume VAE --attention", 2, "leave out --attention"),
         ("train --resume DIFFUSION --guidance 0", 2, "leave out --guidance\n"),

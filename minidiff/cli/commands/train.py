@@ -2,10 +2,10 @@
 
 import argparse
 import textwrap
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from minidiff import shipped
 from minidiff.cli.arguments import (
     Verbatim,
     add_command,
@@ -40,6 +40,12 @@ def add_to(commands: Any) -> None:
     add_data_files(command)
     add("--vae", metavar="RUN", help="autoencoder whose latents the model learns: a run of "
         "train-vae or a vae folder; --block is then 1")  # fmt: skip
+    command.adder("model")(
+        "--init",
+        metavar="MODEL",
+        help="model to continue from, whose network and objective stay: a run, a model's folder, "
+        f"or a shipped model: {', '.join(shipped.MODELS)}",
+    )
     add_run_folder(command)
     add = command.adder("run")
     add("--preset", choices=list(PRESETS), help="set of options, listed below")
@@ -69,25 +75,26 @@ def train(options: argparse.Namespace) -> None:
     run_options.require_out(options)
     device = pick_device(options.device)
     preset = PRESETS.get(options.preset)
+    places, start, fixed = run_options.start_of(options)
     config = run_options.config_of(
         TrainConfig,
         options,
         device,
-        {} if options.vae is None else {"block": 1},
+        {"block": 1} if "vae" in places else {},
         {} if preset is None else options_of(preset.train),
+        fixed,
     )
     saving = run_options.saving_of(options)
     name = options.data or (preset and preset.data)
     if name is None:
         raise InvalidArgument("give --data or --preset")
-    source = run_options.data_source(name, options)
-    if options.vae is not None:
-        source["vae"] = str(Path(options.vae).absolute())
+    source = run_options.data_source(name, options) | places
     data = run_options.load_source(source, device, config.seed, options.download)
     _print_once(run_options.start_line(device, config, data))
     diffusion.train_into(
-        options.out, config, data, device, saving=saving, load=source, shard=options.shard
-    )
+        options.out, config, data, device,
+        saving=saving, load=source, shard=options.shard, start=start,
+    )  # fmt: skip
     _print_next(options.out)
 
 
@@ -96,11 +103,12 @@ def _resume(options: argparse.Namespace) -> None:
     from minidiff.cli import run_options
     from minidiff.runs import diffusion
 
-    settings, device = run_options.resumed_settings(
+    settings, device, changes = run_options.resumed_settings(
         options, diffusion.COMMAND, OPTIONS, "minidiff.runs.diffusion.resume"
     )
     data = run_options.load_source(settings.data, device, settings.config.seed)
-    diffusion.resume(options.resume, data, device)
+    start = run_options.open_start(settings.data.get("init"))
+    diffusion.resume(options.resume, data, device, start=start, **changes)
     _print_next(options.resume)
 
 

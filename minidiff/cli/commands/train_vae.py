@@ -69,11 +69,11 @@ def _resume_vae(options: argparse.Namespace) -> None:
     from minidiff.data import load
     from minidiff.runs import autoencoder
 
-    settings, device = run_options.resumed_settings(
+    settings, device, changes = run_options.resumed_settings(
         options, autoencoder.COMMAND, VAE_OPTIONS, "minidiff.runs.autoencoder.resume"
     )
     data, held_out = (load(**settings.data | {"split": split}) for split in SPLITS)
-    _, quality = autoencoder.resume(options.resume, data, held_out, device)
+    _, quality = autoencoder.resume(options.resume, data, held_out, device, **changes)
     _print_quality(options.resume, settings.data["name"], held_out, quality)
 
 
