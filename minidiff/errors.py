@@ -42,11 +42,29 @@ class Stopped(MinidiffError):
 def one_of(name: str, value: object, allowed: object) -> None:
     """Refuse `value` unless it is one of `allowed`, which the message lists."""
     if not isinstance(value, str | int | None) or value not in tuple(allowed):
-        known = {str(choice).lower(): str(choice) for choice in allowed}
-        near = get_close_matches(value.lower(), known, 1) if isinstance(value, str) else ()
-        hint = "".join(f"; did you mean {known[choice]}?" for choice in near)
         listed = ", ".join(str(choice) for choice in allowed)
+        hint = suggestion(value, allowed)
         raise InvalidArgument(f"{name} must be one of {listed}; got {value!r}{hint}")
+
+
+def suggestion(value: object, allowed: object) -> str:
+    """Return "; did you mean …?" with a name that resembles a text or has its initials, or "".
+
+    Args:
+        value: what was given, such as "euler2", or "--lr" for "--learning-rate".
+        allowed: names that are allowed.
+    """
+    if not isinstance(value, str):
+        return ""
+    names = {str(choice).lower(): str(choice) for choice in allowed}
+    initials = {"".join(part[:1] for part in name.strip("-").split("-")): name for name in names}
+    short = value.lower().strip("-")
+    near = (
+        [initials[short]]
+        if len(short) > 1 and short in initials
+        else get_close_matches(value.lower(), names, 1)
+    )
+    return "".join(f"; did you mean {names[name]}?" for name in near)
 
 
 def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:

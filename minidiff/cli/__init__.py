@@ -19,10 +19,12 @@ COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; torch is imported only if there is such a one."""
     words = sys.argv[1:] if arguments is None else arguments
+    from minidiff.errors import suggestion
+
     if words and words[0] not in (*COMMANDS, "-h", "--help", "--version"):
         print(
-            f"minidiff: {words[0]!r} is not a command; begin with one of {', '.join(COMMANDS)} "
-            "(see minidiff --help)",
+            f"minidiff: {words[0]!r} is not a command; begin with one of {', '.join(COMMANDS)}"
+            f"{suggestion(words[0], COMMANDS)} (see minidiff --help)",
             file=sys.stderr,
         )
         raise SystemExit(2)

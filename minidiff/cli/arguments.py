@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field
 from typing import Any, NoReturn
 
+from minidiff.errors import suggestion
 from minidiff.names import DEVICES, DTYPE_NAMES, MAX_SEED, SAMPLERS
 
 GROUPS = (
@@ -44,6 +45,20 @@ class Parser(argparse.ArgumentParser):
     def adder(self, group: str) -> Callable[..., argparse.Action]:
         """Return the method that adds a flag to one of the `GROUPS`."""
         return self._titled[group].add_argument
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known, hint = ", ".join(action.choices), suggestion(value, action.choices)
+            text = f"must be one of {known}; got {value!r}{hint}"
+            raise argparse.ArgumentError(action, text)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse what is unknown here: the root parser would name its own help."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown: {' '.join(unknown)}{suggestion(unknown[0].split('=')[0], known)}")
+        return options, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""

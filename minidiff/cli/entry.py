@@ -3,7 +3,9 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from minidiff import __version__
 from minidiff.cli.arguments import Parser, flag_of
@@ -40,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = rank()
         _expand_paths(options)
         choose_threads(options.threads)
-        options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            options.command(options)
     except Stopped as stopped:
         if not number:
             print(f"minidiff: {stopped}", file=sys.stderr)
@@ -60,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("minidiff: out of memory; use a smaller --batch-size or model", file=sys.stderr)
         return 1
     return 0
+
+
+def _print_warning(message: Warning | str, *where: Any) -> None:
+    """Print a warning as a line above a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"minidiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _expand_paths(options: argparse.Namespace) -> None:

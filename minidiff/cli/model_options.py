@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from minidiff import shipped
-from minidiff.errors import InvalidArgument
+from minidiff.errors import InvalidArgument, suggestion
 from minidiff.images.pixels import read_image
 from minidiff.pipeline import Pipeline
 from minidiff.runs.folder import open_pipeline
@@ -92,7 +92,8 @@ def class_of(pipe: Pipeline, given: str | None) -> str | int | None:
     numerals = any(name.isdecimal() for name in pipe.class_names)
     number = int(given) if given.isdecimal() and len(given) < 10 else -1
     if numerals or not 0 <= number < len(pipe.class_names):
-        raise InvalidArgument(f"--class must be one of {names}; got {given!r}")
+        hint = suggestion(given, pipe.class_names)
+        raise InvalidArgument(f"--class must be one of {names}; got {given!r}{hint}")
     print(f"class {number}: {pipe.class_names[number]}")
     return number
 

@@ -16,7 +16,7 @@ from minidiff.data.images import ImageData
 from minidiff.data.protocol import Data
 from minidiff.data.stream import Stream, batches
 from minidiff.data.toys import PointData
-from minidiff.errors import DataError, InvalidArgument, one_of, true_or_false
+from minidiff.errors import DataError, InvalidArgument, one_of, suggestion, true_or_false
 from minidiff.images.pixels import to_float, to_uint8
 from minidiff.names import DATA_NAMES, DATA_VARIABLE, PUBLISHED, SPLITS
 from minidiff.runtime.files import user_path
@@ -101,6 +101,7 @@ def load(
         raise InvalidArgument(
             f"data must be one of {', '.join(NAMES)}, or the path of an existing folder of "
             f"images (or a toy: {', '.join(TOYS)}); got {str(name)!r}"
+            f"{suggestion(str(name), (*NAMES, *TOYS))}"
         )
     from minidiff.data import folder
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.data import Data, Stream
+from minidiff.data.protocol import check_data
 from minidiff.errors import InvalidArgument
 from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
@@ -30,6 +31,7 @@ from minidiff.training.config import TrainConfig
 from minidiff.training.learner import Learner
 from minidiff.training.loop import TrainingState, steps
 from minidiff.training.optim import EMA, Muon, orthogonalized, split_groups
+from minidiff.training.presets import preset_for
 from minidiff.training.progress import Progress, batch_size, learning_rate, training_bar
 
 __all__ = [
@@ -184,7 +186,7 @@ class DiffusionTraining(TrainingState):
 
 @float32_by_default()
 def train(
-    config: TrainConfig,
+    config: TrainConfig | None,
     data: Data,
     device: torch.device | str = "cpu",
     on_log_row: Callable[[Progress], None] = lambda row: None,
@@ -202,7 +204,7 @@ def train(
     """Train a pipeline until the budget is spent and return it with the averaged weights.
 
     Args:
-        config: all options of the run.
+        config: all options of the run; None for the preset that fits the data.
         data: images or latents, all moved to `device`.
         device: device to train on.
         on_log_row: called with every row of the log: once per second for a budget in minutes, a
@@ -228,6 +230,9 @@ def train(
         TrainingError: the loss or the gradient is not finite, or a process is lost.
     """
     device = pick_device(device)
+    if config is None:
+        check_data(data)
+        config = preset_for(data.name, data.shape, device.type != "cpu")
     config = resolve(config, data, start)
     training = DiffusionTraining(config, data, device, optimizer, world, objective, start, learner)
     resume(training)

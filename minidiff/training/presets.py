@@ -6,11 +6,13 @@
 A file given with --config overrides the preset, flags override both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minidiff.names import AUGMENTATIONS, CLASSIFIERS, MAX_SEED
 from minidiff.runtime.checks import check_fields, choice, option, real, whole
 from minidiff.training.config import MAX_BATCH, TrainConfig
+
+MAX_SIDE = 64  # pixels, or blocks of them, that a small network can see as a whole
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,32 @@ PRESETS = {
         ),
     ),
 }
+
+
+def fitting(data: str, gpu: bool) -> str:
+    """Return the name of the preset for a data set; any other name is a folder of images.
+
+    Args:
+        data: name of the data.
+        gpu: whether the training runs on a GPU, which the preset cifar10 is for.
+    """
+    if data in PRESETS and (gpu or data != "cifar10"):
+        return data
+    return "cifar10" if gpu else "mnist"
+
+
+def preset_for(data: str, shape: tuple[int, ...], gpu: bool) -> TrainConfig:
+    """Return the options of the fitting preset, with blocks for large images.
+
+    Args:
+        data: name of the data; only the CIFAR-10 of the preset is mirrored.
+        shape: (C, H, W) of the images; the network then works on at most 64 × 64 blocks, if a
+            block of up to 8 × 8 pixels divides the images.
+        gpu: whether the training runs on a GPU.
+    """
+    config, sides = PRESETS[fitting(data, gpu)].train, shape[1:]
+    fits = (b for b in (1, 2, 4, 8) if all(s <= MAX_SIDE * b and s % b == 0 for s in sides))
+    return replace(config, block=next(fits, 1), flip=config.flip and data == "cifar10")
 
 
 @dataclass(frozen=True)

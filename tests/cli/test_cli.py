@@ -133,6 +133,14 @@ def bad_mnist(folder, damage):
     ("call", "code", "message"),
     [
         ("", 2, "COMMAND"),
+        ("sampel", 2, "; did you mean sample? (see minidiff --help)"),
+        ("train --lr 1e-3", 2, "--lr 1e-3; did you mean --learning-rate? (see minidiff train --he"),
+        ("train --learning_rate=1", 2, "did you mean --learning-rate? (see minidiff train --help)"),
+        ("sample RUN --numm 3", 2, "did you mean --num? (see minidiff sample --help)"),
+        ("train --preset mnits --out OUT", 2, "got 'mnits'; did you mean mnist? (see minidiff tr"),
+        ("sample --model minst --png OUT/x.png", 2, "got 'minst'; did you mean mnist?"),
+        ("sample RUN --sampler dpmm++ --png OUT/x.png", 2, "; did you mean dpm++"),
+        ("train --data digit --out OUT --steps 1", 2, "got 'digit'; did you mean digits?"),
         ("paint", 2, "'paint' is not a command; begin with one of demo, train, "),
         ("--nonsense", 2, "'--nonsense' is not a command; begin with one of demo, train, "),
         ("--seed 3 train", 2, "'--seed' is not a command; begin with one of demo, train, "),
@@ -274,6 +282,30 @@ def test_a_word_that_is_not_a_command_is_refused_without_importing_torch():
 def test_the_commands_are_those_of_the_grammar():
     (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert tuple(action.choices) == cli.COMMANDS
+
+
+def test_a_class_that_is_misspelt_gets_a_suggestion(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red" if name == "cat" else "green").save(
+            tmp_path / "photos" / name / "0.png"
+        )
+        Image.new("RGB", (8, 8), "blue").save(tmp_path / "photos" / name / "1.png")
+    run = str(tmp_path / "run")
+    assert main(["train", "--data", str(tmp_path / "photos"), "--out", run, *TINY]) == 0
+    capsys.readouterr()
+    assert main(["sample", run, "--class", "Dgo", "--png", str(tmp_path / "x.png")]) == 2
+    assert (
+        "--class must be one of cat, dog; got 'Dgo'; did you mean dog?" in capsys.readouterr().err
+    )
+
+
+def test_unknown_words_of_a_prompt_are_one_line_of_the_program(tmp_path, capsys):
+    png = str(tmp_path / "x.png")
+    call = ["sample", "--model", "digits-text", "a purple zebra 5", "--num", "1", "--steps", "1"]
+    assert main([*call, "--png", png]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "zebra" in line]
+    assert lines == ["minidiff: warning: words outside the vocabulary are left out: zebra"]
 
 
 def test_debug_shows_the_traceback(tmp_path):
