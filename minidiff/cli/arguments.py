@@ -188,6 +188,12 @@ def _budget(kind: type) -> Callable[[str], Any]:
     return read
 
 
+def add_scheduler_options(command: Parser) -> None:
+    """Add the flag for options of a scheduler and of its `step`."""
+    command.adder("sampling")("--option", action="append", default=[], metavar="NAME=VALUE",
+        help="option of the scheduler or of its step (eta, s_churn); may be repeated")  # fmt: skip
+
+
 def _widths(text: str) -> tuple[int, ...]:
     """Return the numbers of a list such as 48,96."""
     try:

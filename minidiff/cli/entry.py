@@ -14,6 +14,7 @@ from minidiff.cli.commands import (
     demo,
     diff,
     evaluate,
+    explain,
     sample,
     train,
     train_classifier,
@@ -98,6 +99,16 @@ def parser() -> Parser:
     )
     root.add_argument("--version", action="version", version=f"minidiff {__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, train, train_vae, train_classifier, sample, evaluate, check, diff):
+    for command in (
+        demo,
+        train,
+        train_vae,
+        train_classifier,
+        sample,
+        evaluate,
+        check,
+        explain,
+        diff,
+    ):
         command.add_to(commands)
     return root

@@ -1,7 +1,12 @@
 """DDPM: ancestral sampling from the posterior of the forward process.
 
+    x_s = (α_s·β/σ_t²)·x̂0 + (α_t/α_s)·(σ_s²/σ_t²)·x_t + √β̃·z
+
+    β = 1 − ᾱ_t/ᾱ_s,      β̃ = β·σ_s²/σ_t²
+
 Given x0, one forward step can be undone exactly: q(x_s | x_t, x0) is Gaussian, for any s < t. The
-network supplies x0 and the step draws from that Gaussian.
+network supplies x0 and the step draws from that Gaussian, whose variance is β̃. In the last step z
+is 0.
 
 Source: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239.
 """

@@ -7,9 +7,11 @@ The network F is wrapped so that its input, output and target have variance 1 at
     c_skip = σ_d²/(σ² + σ_d²)      c_out = σ·σ_d/√(σ² + σ_d²)
     c_in   = 1/√(σ² + σ_d²)        c_noise = ¼·ln σ
 
-(Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
-arXiv:2206.00364, table 1). The samplers are those of `euler.py` and `dpm_solver.py`. There are
-no training steps: what a scheduler calls timesteps are the values of c_noise.
+The samplers are those of `euler.py` and `dpm_solver.py`. There are no training steps: what a
+scheduler calls timesteps are the values of c_noise.
+
+Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
+arXiv:2206.00364, table 1.
 """
 
 import math

@@ -5,9 +5,12 @@
     d' = (y − ŷ0)/σ'           at σ'
     x' = x + (σ' − σ)·(d + d')/2
 
-(Karras et al. 2022, arXiv:2206.00364, algorithm 1.) A pipeline evaluates the network once per call
-of `step`, so each σ but the first appears twice in the grid: a call with an even index returns y,
-the odd one after it x'. The last step ends at σ' = 0, where d' does not exist, and is Euler's.
+A pipeline evaluates the network once per call of `step`, so each σ but the first appears twice in
+the grid: a call with an even index returns y, the odd one after it x'. The last step ends at σ' =
+0, where d' does not exist, and is Euler's.
+
+Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
+arXiv:2206.00364, algorithm 1.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from minidiff.cli.arguments import add_command
+from minidiff.cli.arguments import add_command, add_scheduler_options
 
 
 def add_to(commands: Any) -> None:
@@ -20,8 +20,7 @@ def add_to(commands: Any) -> None:
     command.add_argument("scheduler", help="class of diffusers, such as DDIM")
     add = command.adder("sampling")
     add("--steps", type=int, default=20, help="steps of the scheduler")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the "
-        "scheduler or of its step (eta, s_churn); may be repeated")  # fmt: skip
+    add_scheduler_options(command)
     add("--tolerance", type=float, help="difference, relative to max(1, |x|), above which two "
         "samples diverge (default: 1e-6, with --dtype float32 2e-5)")  # fmt: skip
     command.adder("output")("--json", help="file for all steps and departures")
