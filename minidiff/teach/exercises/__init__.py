@@ -1,0 +1,1 @@
+"""The exercises and planted bugs, one file per topic."""
