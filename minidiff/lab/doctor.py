@@ -43,6 +43,7 @@ OVERFIT_STEPS = 60
 MAX_ERROR_RATIO = 0.8  # error under another prediction type over that under the scheduler's
 CAUSES = ("scheduler", "prediction type")  # if one of these failed,
 FOLLOWING = ("average", "loss by level", "samples")  # these may fail for that reason alone
+FIELD_GUIDE = "docs/field-guide.md"  # from a picture to its causes
 
 
 class Finding(NamedTuple):

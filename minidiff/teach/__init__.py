@@ -67,7 +67,7 @@ def check(name: str, answer: Any, *, quiet: bool = False) -> Result | None:
     Args:
         name: exercise or planted bug.
         answer: a function, a class or a value, as `task` describes it. It runs in this process, so
-            grade strangers' answers in one of their own.
+            grade strangers' answers in a separate one.
         quiet: True to return the result instead of printing it, for graders.
     Returns:
         None, or the result.

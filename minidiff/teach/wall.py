@@ -6,18 +6,20 @@ Every row has the same ten classes and the same seed. The network is the same, a
 them: only the sampling around it, or the saving after it, has a bug.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from minidiff import shipped
+from minidiff.images import plot
 from minidiff.images.pixels import to_uint8
 from minidiff.pipeline import Pipeline
-from minidiff.runtime.files import atomic_file
 from minidiff.schedule import CLEAN, Level
 from minidiff.schedulers import DDIMScheduler, DDPMScheduler, Scheduler
 from minidiff.teach import planted
@@ -167,11 +169,12 @@ def draw(path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     rows = pictures()
-    figure = Figure(figsize=(7.2, 0.52 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), 1)
+    figure = Figure(figsize=(6.9, 0.52 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (label, digits) in zip(axes, rows, strict=True):
         axis.imshow(np.hstack(list(digits)), cmap="gray", vmin=0, vmax=255)
-        axis.set(xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[], anchor="E")
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    rendered = io.BytesIO()
+    figure.savefig(rendered, format="png", dpi=100)
+    plot.save(Image.open(rendered).convert("L").quantize(16), path)

@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
 def check(options: argparse.Namespace) -> None:
     """Run minidiff check."""
     from minidiff.cli.run_options import load_source, settings_with_data
-    from minidiff.lab.doctor import examine
+    from minidiff.lab.doctor import FIELD_GUIDE, examine
     from minidiff.runs import diffusion
     from minidiff.runtime.device import pick_device
 
@@ -36,5 +36,6 @@ def check(options: argparse.Namespace) -> None:
         print(finding, flush=True)
         if finding.good is False:
             failed.append(finding.name)
+    print(f"samples by their look, with causes and remedies: {FIELD_GUIDE}")
     if failed:
         raise TrainingError(f"{options.run}: failed checks: {', '.join(failed)}; see above")

@@ -227,7 +227,7 @@ BUGS = (
         Exercise(
             "B4",
             6,
-            "DDIM with x̂0 clipped to [−1, 1] (keep the clipping): two of ten digits are damaged.",
+            "DDIM with x̂0 clipped to [−1, 1] (keep the clipping). Half of its digits are damaged.",
             lambda x, x0, now, nxt, z: _update(
                 x, x0.clamp(-1, 1), _eps(x, x0, now), now, nxt, eps_from_x0=True
             ),
@@ -253,7 +253,7 @@ BUGS = (
         "x = α·x̂0 + σ·ε̂ is violated.",
         "Compute ε̂ from the clipped x̂0 (`use_clipped_model_output=True`), or do not clip.",
         "89.9 % near a mode and 4 of 8 modes on the ring, which clipping at ±1 cuts; "
-        "2 of 10 digits damaged.",
+        "5 of 10 digits on the wall damaged.",
     ),
     Bug(
         Exercise(

@@ -232,7 +232,8 @@ BUGS = (
         "The network learns levels with too little noise, and the sampler starts with more.",
         "Moments of x_t: its variance is not α² + σ².",
         "Take the root of 1 − ᾱ.",
-        "At ᾱ = 0.5 the noise has the standard deviation 0.50 instead of 0.71.",
+        "At ᾱ = 0.5 the noise has the standard deviation 0.50 instead of 0.71. In a sampler alone, "
+        "the digits of the wall look right; with both roots missing they are white blocks.",
     ),
     Bug(
         Exercise(
