@@ -11,7 +11,7 @@ from minidiff import DDPMScheduler, Pipeline
 from minidiff.cli import main
 from minidiff.data import ImageData, load
 from minidiff.errors import CheckpointError
-from minidiff.lab.doctor import CHECKS, Finding, _open, examine
+from minidiff.lab.doctor import CHECKS, FIELD_GUIDE, Finding, _open, examine
 from minidiff.nn import UNet
 from minidiff.runs import diffusion, snapshot
 from minidiff.runtime import files
@@ -213,6 +213,7 @@ def test_the_command_prints_every_check_and_fails_with_one_line(tmp_path, capsys
     assert main(["check", str(out)]) == 1
     output = capsys.readouterr()
     assert [name for name in NAMES if f" {name}: " in output.out] == NAMES
+    assert output.out.splitlines()[-1].endswith(FIELD_GUIDE)
     assert output.err.startswith(f"minidiff: {out}: ")
     assert "loss by level" in output.err
     assert output.err.count("\n") == 1
