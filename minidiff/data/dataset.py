@@ -2,8 +2,10 @@
 
     from_dataset(dataset, workers=4)                              images as bytes or PIL
     from_dataset(dataset, value_range=(0, 1), class_names=names)  images as floats
+    from_dataset(dataset, image_key="img", label_key="label")     items that are dicts
 
-An item is an image, or (image, label). While a data set builds an item, `random`, `numpy.random`
+An item is an image, (image, label), or a dict with both under two keys, as data sets of Hugging
+Face have it. While a data set builds an item, `random`, `numpy.random`
 and torch are seeded by (seed, position in the stream) alone, see `minidiff.data.protocol`. The
 states of the caller's generators are restored. So the batches are the same for any number of
 workers, and after an interruption at any position.
@@ -17,10 +19,11 @@ import contextlib
 import copy
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -45,15 +48,22 @@ class Items:
 
     Args:
         dataset, name, value_range, seed: arguments of `from_dataset`.
+        keys: its `image_key` and `label_key`, without those that are None.
     Attributes:
         shape: shape (C, H, W) of every image, that of item 0; `from_dataset` sets it.
         num_classes: number of labels, 0 for items without; `from_dataset` sets it.
     """
 
     def __init__(
-        self, dataset: Any, name: str, value_range: tuple[float, float] | None, seed: int
+        self,
+        dataset: Any,
+        name: str,
+        value_range: tuple[float, float] | None,
+        seed: int,
+        keys: tuple[str, ...] = (),
     ) -> None:
         self.dataset, self.name, self.value_range, self.seed = dataset, name, value_range, seed
+        self.keys = keys
         self.shape: tuple[int, ...] | None = None  # unknown before item 0
         self.num_classes: int | None = None
 
@@ -96,14 +106,31 @@ class Items:
 
     def _split(self, number: int, item: Any) -> tuple[np.ndarray, Any]:
         """Return image and label of an item."""
+        if isinstance(item, Mapping):
+            item = self._values(number, item)
+        elif self.keys:
+            self._refuse(number, f"is {type(item).__name__}, but image_key is for dicts")
         if not isinstance(item, tuple | list):
             return self._image(number, item), None
         if len(item) not in (1, 2):
             self._refuse(number, f"has {len(item)} parts, expected an image, or image and label")
         return self._image(number, item[0]), item[1] if len(item) == 2 else None
 
+    def _values(self, number: int, item: Mapping) -> tuple:
+        """Return the image of a dict, and its label if there is a key for it."""
+        known = ", ".join(map(repr, item))
+        if not self.keys:
+            self._refuse(number, f"is a dict with the keys {known}; name that of the image: "
+                                 "image_key, and that of the label, if any: label_key")  # fmt: skip
+        for key in self.keys:
+            if key not in item:
+                self._refuse(number, f"has no key {key!r}; there are {known}")
+        return tuple(item[key] for key in self.keys)
+
     def _image(self, number: int, image: Any) -> np.ndarray:
         """Return an image as uint8 or float32 (C, H, W)."""
+        if isinstance(image, list):
+            image = _from_lists(image)
         pillow = hasattr(image, "getbands")
         if not (pillow or isinstance(image, Tensor | np.ndarray)):
             self._refuse(number, f"is {type(image).__name__}, expected a tensor (C, H, W), an "
@@ -149,6 +176,16 @@ class Items:
             self._refuse(number, f": {error}", error)
 
 
+def _from_lists(image: list) -> Any:
+    """Return nested lists of numbers as an array, of bytes where they fit; others as they are."""
+    try:
+        array = np.array(image)
+    except ValueError:  # rows of different lengths
+        return image
+    is_bytes = array.dtype.kind == "i" and array.size and 0 <= array.min() <= array.max() <= 255
+    return array.astype(np.uint8) if is_bytes else array
+
+
 def _as_array(image: Any) -> np.ndarray:
     if not isinstance(image, Tensor):
         return np.asarray(image)
@@ -164,6 +201,8 @@ def from_dataset(
     class_names: Sequence[str] | None = None,
     seed: int = 0,
     workers: int = 0,
+    image_key: str | None = None,
+    label_key: str | None = None,
 ) -> "DatasetImages":
     """Wrap a data set for training.
 
@@ -174,12 +213,17 @@ def from_dataset(
         name: name of the data in error messages and reports.
         value_range: None for images of bytes (uint8, PIL); (black, white) for floats.
         class_names: one name per class, in the order of the labels 0, 1, …; by default the
-            `classes` of the data set, as in torchvision. Required with labels, refused without.
+            `classes` of the data set, as in torchvision, or the names of the feature `label_key`,
+            as in Hugging Face's. Required with labels, refused without.
         seed: seed of the data set's random numbers. With the seed of the training, the workers
             know the next batch.
-        workers: number of processes that build items; 0 for the calling process.
+        workers: number of processes that build items; 0 for the calling process. Where they are
+            not forked (macOS, Windows), a script that trains needs `if __name__ == "__main__":`.
+        image_key: key of the image, where items are dicts.
+        label_key: key of the label there; None for dicts without labels.
     Raises:
-        InvalidArgument: an argument that is not allowed, or a data set without length or items.
+        InvalidArgument: an argument that is not allowed, a data set without length or items, or
+            one that workers cannot be sent.
         DataError: item 0 cannot be used.
     """
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
@@ -196,18 +240,55 @@ def from_dataset(
         value_range = (low, high)
     seed = whole_number("seed", seed, 0, MAX_SEED)
     workers = whole_number("workers", workers, 0, MAX_WORKERS)
-    items = Items(dataset, name, value_range, seed)
+    if label_key is not None and image_key is None:
+        raise InvalidArgument(f"image_key must be given with label_key, {label_key!r}")
+    keys = tuple(key for key in (image_key, label_key) if key is not None)
+    items = Items(dataset, name, value_range, seed, keys)
     image, label = items.first()
     if class_names is None and label is not None:
-        class_names = getattr(dataset, "classes", None)
-    names = tuple(class_names or ())
+        class_names = _names_of(dataset, label_key)
+    names = () if class_names is None else listed("class_names", class_names)
     if (label is None) == bool(names) or not all(isinstance(n, str) for n in names):
         raise InvalidArgument(
             "class_names must name the classes where items have labels, and be None where not; "
             f"items have {'no labels' if label is None else 'labels'}, got {class_names!r}"
         )
     items.shape, items.num_classes = image.shape, len(names)
+    if workers and (method := start_method()) != "fork":
+        _check_sendable(items, method)
     return DatasetImages(items, names, workers)
+
+
+def _names_of(dataset: Any, label_key: str | None) -> Sequence[str] | None:
+    """Return the class names that a data set of torchvision or Hugging Face knows."""
+    if label_key is None:
+        return getattr(dataset, "classes", None)
+    return getattr((getattr(dataset, "features", None) or {}).get(label_key), "names", None)
+
+
+def start_method() -> str:
+    """Return how processes are started; unlike multiprocessing's function it decides nothing."""
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return chosen or multiprocessing.get_all_start_methods()[0]
+
+
+class _Nowhere:
+    """A file that keeps nothing."""
+
+    def write(self, content: bytes) -> int:
+        """Return the length of the content."""
+        return len(content)
+
+
+def _check_sendable(items: Items, method: str) -> None:
+    """Refuse items that cannot be sent to a process. Raises InvalidArgument."""
+    try:
+        pickle.Pickler(_Nowhere()).dump(items)
+    except Exception as error:  # objects raise nearly anything
+        raise InvalidArgument(
+            f"workers must be 0 for this data set: processes are started by {method!r} and it "
+            f"cannot be sent to one ({error}); define its functions and classes in a module"
+        ) from error
 
 
 class Request(NamedTuple):
@@ -246,7 +327,8 @@ class DatasetImages(Data):
 
     def digests(self) -> dict[str, str]:
         """Return the parameters that the items depend on; their content is not read for this."""
-        return {"value_range": repr(self.items.value_range), "seed": str(self.items.seed)}
+        keys = {"keys": repr(self.items.keys)} if self.items.keys else {}
+        return {"value_range": repr(self.items.value_range), "seed": str(self.items.seed)} | keys
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return the images at `index`; see `Data.batch`.
@@ -300,8 +382,17 @@ class ReadAhead:
             self.guess = self._next(request, guessed)
             self.last = request.position
             return [part.result() for part in parts]
-        except BrokenProcessPool as error:
-            raise DataError("a worker that builds items died; is memory short?") from error
+        except RuntimeError as error:
+            in_worker = "bootstrapping" in str(error)  # in a worker, which trains itself
+            if not (in_worker or isinstance(error, BrokenProcessPool)):
+                raise
+            why = "is memory short?"
+            if (method := start_method()) != "fork":
+                why = (
+                    f"processes are started by {method!r}, so the script that trains must be "
+                    'guarded by `if __name__ == "__main__":`; if it is, memory may be short'
+                )
+            raise DataError(f"a worker that builds items died; {why}") from error
 
     def _submit(self, request: Request) -> list[Future]:
         size = -(-len(request.numbers) // self.workers)

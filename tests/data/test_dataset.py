@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset, TensorDataset, random_split
 from minidiff import data
 from minidiff.data import ImageData
 from minidiff.data.augment import augmented
-from minidiff.data.dataset import from_dataset
+from minidiff.data.dataset import from_dataset, start_method
 from minidiff.errors import DataError, InvalidArgument
 
 N = 23
@@ -265,7 +264,7 @@ def test_the_death_of_a_worker_is_reported():
 KILLED = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[1])
-from test_data_dataset import noisy
+from test_dataset import noisy
 held = noisy(2)
 held.batch(torch.arange(4), 0)
 print(*held._ahead.pool._processes, flush=True)
@@ -274,14 +273,117 @@ time.sleep(60)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_workers_exit_when_their_parent_is_killed():
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         workers = [int(number) for number in parent.stdout.readline().split()]
         assert len(workers) == 2
         parent.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline, "the workers are still there"
-        time.sleep(0.1)
+        parent.stdout.read()  # ends when the workers, which have inherited it, are gone
+
+
+TRAINS = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+from test_dataset import BYTES, Listed
+from minidiff.data.dataset import from_dataset
+if multiprocessing.parent_process() is None:
+    multiprocessing.set_start_method("spawn")
+import torch
+from_dataset(Listed(list(BYTES)), workers=1).batch(torch.arange(2))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_to_have_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TRAINS)
+    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert "processes are started by 'spawn'" in last
+    assert 'must be guarded by `if __name__ == "__main__":`' in last
+
+
+def test_a_data_set_that_cannot_be_sent_to_a_worker_is_refused(monkeypatch):
+    items = Listed([GOOD, lambda: GOOD])
+    assert len(from_dataset(items, workers=1)) == 2 or start_method() != "fork"
+    monkeypatch.setattr("minidiff.data.dataset.start_method", lambda: "spawn")
+    with pytest.raises(InvalidArgument, match=r"workers must be 0 .*'spawn'.*lambda"):
+        from_dataset(items, workers=1)
+    assert len(from_dataset(items)) == 2
+    assert len(from_dataset(Listed([GOOD]), workers=1)) == 1
+
+
+# --- items that are dicts ----------------------------------------------------------------------
+
+
+class Feature:
+    """A feature of labels, as data sets of Hugging Face have it."""
+
+    names = NAMES
+
+
+class Dicts(Listed):
+    """A data set with the attributes of Hugging Face's."""
+
+    @property
+    def features(self) -> dict:
+        return {"label": Feature(), "img": object()}
+
+
+IMAGES = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in BYTES]
+KINDS = {
+    "PIL": IMAGES,
+    "tensors": list(BYTES),
+    "arrays": [image.permute(1, 2, 0).numpy() for image in BYTES],
+    "lists": [image.permute(1, 2, 0).tolist() for image in BYTES],
+}
+
+
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_dicts_give_the_batches_of_pairs(form, workers):
+    items = [
+        {"img": x, "label": int(y), "id": "x"} for x, y in zip(KINDS[form], LABELS, strict=True)
+    ]
+    held = from_dataset(Dicts(items), image_key="img", label_key="label", workers=workers)
+    assert held.class_names == NAMES
+    pairs = from_dataset(Listed(list(zip(BYTES, LABELS, strict=True))), class_names=NAMES)
+    for one, other in zip(*(x.batch(torch.arange(N)) for x in (held, pairs)), strict=True):
+        assert torch.equal(one, other)
+    alone = from_dataset(Dicts(items), image_key="img")
+    assert (alone.class_names, alone.batch(torch.arange(2))[1]) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("item", "keys", "message"),
+    [
+        ({"img": BYTES[0], "label": 0}, {}, "'img', 'label'; name that of the image: image_key"),
+        ({"img": BYTES[0]}, {"image_key": "image"}, "item 0 has no key 'image'; there are 'img'"),
+        ({"img": BYTES[0]}, {"image_key": "img", "label_key": "y"}, "no key 'y'; there are 'img'"),
+        (BYTES[0], {"image_key": "img"}, "is Tensor, but image_key is for dicts"),
+        ({"img": "a.png"}, {"image_key": "img"}, "is str, expected a tensor"),
+        ({"img": [[1, 2], [3]]}, {"image_key": "img"}, "is list, expected a tensor"),
+        ({"img": [[300, 2], [3, 4]]}, {"image_key": "img"}, "is an image of int64, expected uint8"),
+        ({}, {"image_key": "img"}, "has no key 'img'"),
+    ],
+)  # fmt: skip
+def test_a_dict_that_cannot_be_used_is_named_with_its_keys(item, keys, message):
+    with pytest.raises(DataError, match=message):
+        from_dataset(Listed([item]), **keys)
+
+
+def test_a_label_needs_an_image():
+    with pytest.raises(InvalidArgument, match="image_key must be given with label_key, 'label'"):
+        from_dataset(Listed([{"img": BYTES[0], "label": 0}]), label_key="label")
+
+
+def test_class_names_may_be_an_array_but_no_text():
+    items = Listed([(BYTES[0], 0), (BYTES[1], 1)])
+    assert from_dataset(items, class_names=np.array(["a", "b"])).class_names == ("a", "b")
+    items.classes = np.array(["c", "d"])
+    assert from_dataset(items).class_names == ("c", "d")
+    with pytest.raises(InvalidArgument, match="class_names must be a list or a tuple, got 'ab'"):
+        from_dataset(items, class_names="ab")
