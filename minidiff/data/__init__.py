@@ -57,7 +57,8 @@ def load(
         split: "train" or "test". The test split of a folder is every tenth image of its sorted
             order, see `minidiff.data.folder`.
         data_dir: folder of the published files of mnist or cifar10, or the parent of their folder
-            "mnist" or "cifar10"; by default the environment variable MINIDIFF_DATA.
+            "mnist" or "cifar10"; by default the environment variable MINIDIFF_DATA. The folders
+            of torchvision, MNIST/raw and FashionMNIST/raw, are found in it as well.
         image_size: side to which the images of a folder are cropped and resized; by default they
             must all have one size. Named data sets have a fixed size.
         download: fetch missing files of mnist or cifar10 into that sub-folder, checked by size
@@ -125,8 +126,10 @@ def _load_published(
     if not folder.is_dir() and not download:
         raise DataError(f"{folder}: no such folder, expected the {PUBLISHED[name]} of {name} in it")
     inside = folder / name
-    if not module.is_in(folder) and (download or inside.is_dir()):
-        folder = inside
+    places = [folder / place for place in ("", name, *module.PLACES)]
+    found = next((place for place in places if module.is_in(place)), None)
+    if found or download or inside.is_dir():
+        folder = found or inside
     if download:
         fetch(name, folder)
     return module.load(folder, split)

@@ -30,6 +30,8 @@ CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer",
 SHAPE = (3, 32, 32)
 RECORDS = 10_000
 RECORD = 1 + 3 * 32 * 32
+PLACES = ()  # further folders that the files may lie in
+PICKLED = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1", "batches.meta")
 MAX_UNPACKED_BYTES = 6 * RECORDS * RECORD + (1 << 20)  # of the archive with its two text files
 
 
@@ -97,6 +99,12 @@ def _files(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str, int, Bin
     """Yield the files of these names that exist, and the class names: name, size, content."""
     place = _unpacked(folder)
     if not is_in(folder):
+        if pickled := next((name for name in PICKLED if (folder / name).exists()), None):
+            raise DataError(
+                f"{folder / pickled}: CIFAR-10's Python version, whose files are pickles and can "
+                f"run code, is not read; fetch its binary version, {ARCHIVE}: "
+                "--download / download=True"
+            )
         raise DataError(
             f"{folder}: no {names[0]}, no {FOLDER}/{names[0]} and no {ARCHIVE}, "
             "expected CIFAR-10's binary version in one of these forms; "

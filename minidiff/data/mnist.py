@@ -1,9 +1,13 @@
-"""MNIST, read from its four published IDX files, gzipped or not.
+"""MNIST, read from its four published IDX files, gzipped or not, and Fashion-MNIST like it.
 
 An IDX file is a header of big-endian 32-bit words, then bytes: a magic number 0x0000_08_0d
 (type 08 = unsigned byte, d dimensions), d sizes, and their product in bytes.
 
-Source: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits.
+Fashion-MNIST has files of the same names and sizes; it is known by its folder, FashionMNIST, which
+torchvision makes.
+
+Sources: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits; H. Xiao, K. Rasul,
+R. Vollgraf 2017, Fashion-MNIST, https://arxiv.org/abs/1708.07747 (class names: table 2).
 """
 
 import gzip
@@ -22,6 +26,9 @@ from minidiff.errors import DataError, one_of
 
 _PREFIX = {"train": "train", "test": "t10k"}
 _SIDE = 28
+PLACES = ("MNIST/raw", "raw", "FashionMNIST/raw")  # of torchvision, in the folder that it is given
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
+           "Bag", "Ankle boot")  # fmt: skip
 _MAX_COUNT = 300_000  # limits the damage of a bad header or a gzip bomb
 
 
@@ -34,7 +41,7 @@ def load(folder: str | Path, split: str = "train") -> ImageData:
         split: "train" (60,000 images as published) or "test" (10,000).
 
     Returns:
-        Images (N, 1, 28, 28) with labels 0..9.
+        Images (N, 1, 28, 28) with labels 0..9; named "fashion-mnist" from a folder FashionMNIST.
 
     Raises:
         InvalidArgument: another split.
@@ -52,8 +59,10 @@ def load(folder: str | Path, split: str = "train") -> ImageData:
         )
     if len(labels) and int(labels.max()) > 9:
         raise DataError(f"{label_file}: holds label {int(labels.max())}, expected 0..9")
-    names = tuple(str(digit) for digit in range(10))
-    return ImageData("mnist", images.unsqueeze(1), labels.long(), names)
+    fashion = "FashionMNIST" in folder.absolute().parts[-2:]
+    names = FASHION if fashion else tuple(str(digit) for digit in range(10))
+    name = "fashion-mnist" if fashion else "mnist"
+    return ImageData(name, images.unsqueeze(1), labels.long(), names)
 
 
 def is_in(folder: Path) -> bool:

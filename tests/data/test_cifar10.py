@@ -105,6 +105,19 @@ def test_the_error_for_a_folder_without_cifar10_names_the_files_expected(tmp_pat
         data.load("cifar10", data_dir=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "name", ["cifar-10-batches-py/data_batch_1", "cifar-10-python.tar.gz", "data_batch_1"]
+)
+@pytest.mark.parametrize("inside", ["", "cifar10"])
+def test_the_pickled_version_is_refused_and_the_binary_one_named(tmp_path, name, inside):
+    place = tmp_path / inside / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(b"\x80\x02}q\x01.")
+    message = r"Python version, whose files are pickles .*cifar-10-binary\.tar\.gz: --download"
+    with pytest.raises(DataError, match=message):
+        data.load("cifar10", data_dir=tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("MINIDIFF_DATA" not in os.environ, reason="needs the real images")
 def test_the_real_images_are_read(tmp_path):

@@ -166,16 +166,29 @@ def _mnist(folder: Path, images: bytes, labels: bytes) -> Path:
 
 @pytest.mark.parametrize("spelling", ["-", "."])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("inside", ["", "mnist"])
+@pytest.mark.parametrize("inside", ["", "mnist", "MNIST/raw", "raw"])
 def test_mnist_is_read_under_each_of_its_names(tmp_path, spelling, suffix, inside):
     folder = tmp_path / inside
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pack = gzip.compress if suffix else bytes
     (folder / f"t10k-images{spelling}idx3-ubyte{suffix}").write_bytes(pack(_idx(PIXELS)))
     (folder / f"t10k-labels{spelling}idx1-ubyte{suffix}").write_bytes(pack(_idx(LABELS)))
     held = data.load("mnist", "test", data_dir=tmp_path)
     assert np.array_equal(held.images[:, 0].numpy(), PIXELS)
     assert held.labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("given", [".", "FashionMNIST", "FashionMNIST/raw"])
+def test_fashion_mnist_is_known_by_its_folder_and_comes_after_mnist(tmp_path, given):
+    _mnist(tmp_path / "FashionMNIST" / "raw", _idx(PIXELS), _idx(LABELS))
+    held = data.load("mnist", data_dir=tmp_path / given)
+    assert held.name == "fashion-mnist"
+    assert held.class_names[9] == "Ankle boot"
+    assert np.array_equal(held.images[:, 0].numpy(), PIXELS)
+    if given == ".":
+        _mnist(tmp_path / "MNIST" / "raw", _idx(PIXELS), _idx(LABELS))
+        held = data.load("mnist", data_dir=tmp_path)
+        assert (held.name, held.class_names[9]) == ("mnist", "9")
 
 
 def test_mnist_is_found_through_the_environment(tmp_path, monkeypatch):
