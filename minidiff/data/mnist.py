@@ -6,8 +6,8 @@ An IDX file is a header of big-endian 32-bit words, then bytes: a magic number 0
 Fashion-MNIST has files of the same names and sizes; it is known by its folder, FashionMNIST, which
 torchvision makes.
 
-Sources: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits; H. Xiao, K. Rasul,
-R. Vollgraf 2017, Fashion-MNIST, https://arxiv.org/abs/1708.07747 (class names: table 2).
+Sources: Y. LeCun, C. Cortes, C. Burges, The MNIST database of handwritten digits; H. Xiao,
+K. Rasul, R. Vollgraf 2017, Fashion-MNIST, https://arxiv.org/abs/1708.07747 (class names: table 2).
 """
 
 import gzip

@@ -295,7 +295,7 @@ from_dataset(Listed(list(BYTES)), workers=1).batch(torch.arange(2))
 
 
 @pytest.mark.slow
-def test_a_script_without_a_guard_is_told_to_have_one(tmp_path):
+def test_a_script_without_a_guard_is_refused_by_name(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TRAINS)
     command = [sys.executable, str(script), str(Path(__file__).parent)]
