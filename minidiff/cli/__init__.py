@@ -12,8 +12,8 @@ from collections.abc import Sequence
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
-    "demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "check", "explain",
-    "diff",
+    "demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "explore", "check",
+    "explain", "diff",
 )  # fmt: skip
 
 
