@@ -13,7 +13,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
     "demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "explore", "check",
-    "explain", "diff",
+    "explain", "diff", "list",
 )  # fmt: skip
 
 

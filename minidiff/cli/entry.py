@@ -5,22 +5,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from minidiff import __version__
+from minidiff.cli import COMMANDS
 from minidiff.cli.arguments import Parser, flag_of
-from minidiff.cli.commands import (
-    check,
-    demo,
-    diff,
-    evaluate,
-    explain,
-    explore,
-    sample,
-    train,
-    train_classifier,
-    train_vae,
-)
 from minidiff.errors import InvalidArgument, MinidiffError, Stopped
 
 PATHS = {
@@ -35,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without "‰" prints "?", not a traceback
             stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
+    if not getattr(options, "uses_torch", True):
+        options.command(options)
+        return 0
     from minidiff.runtime.device import choose_threads, keep_freed_memory  # they import torch
     from minidiff.runtime.distributed import rank
 
@@ -100,17 +93,6 @@ def parser() -> Parser:
     )
     root.add_argument("--version", action="version", version=f"minidiff {__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for command in (
-        demo,
-        train,
-        train_vae,
-        train_classifier,
-        sample,
-        evaluate,
-        explore,
-        check,
-        explain,
-        diff,
-    ):
-        command.add_to(commands)
+    for name in COMMANDS:
+        import_module(f"minidiff.cli.commands.{name.replace('-', '_')}").add_to(commands)
     return root

@@ -12,10 +12,11 @@ import torch
 
 from minidiff import shipped
 from minidiff.cli.arguments import flag_of
-from minidiff.data import DATA_VARIABLE, PUBLISHED, load
+from minidiff.data import load
 from minidiff.data.latents import LatentData
 from minidiff.data.protocol import Data
 from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.names import DATA_NAMES, DATA_VARIABLE, PUBLISHED
 from minidiff.nn import AutoencoderKL
 from minidiff.pipeline import Pipeline
 from minidiff.runs.autoencoder import open_vae
@@ -32,10 +33,23 @@ BUDGET = ("minutes", "steps")
 MOVED = {"data": "name", "data_dir": "data_dir", "vae": "vae", "init": "init"}
 
 
-def require_out(options: argparse.Namespace) -> None:
-    """Refuse a new run without --out. Raises InvalidArgument."""
+def require(options: argparse.Namespace, data: str | None, *others: str) -> None:
+    """Refuse a new run that lacks something, and name all of it. Raises InvalidArgument.
+
+    Args:
+        options: parsed flags.
+        data: name or folder of the data; None if it is missing.
+        others: further things that are missing.
+    """
+    missing = list(others)
+    if data is None:
+        missing.insert(0, f"--data NAME or FOLDER ({', '.join(DATA_NAMES)})")
+    elif data in PUBLISHED and not (options.data_dir or os.environ.get(DATA_VARIABLE)):
+        missing.append(f"--data-dir FOLDER with its {PUBLISHED[data]} (--download fetches them)")
     if options.out is None:
-        raise InvalidArgument("give --out FOLDER, or --resume RUN")
+        missing.append("--out FOLDER (or --resume RUN)")
+    if missing:
+        raise InvalidArgument(f"give {', '.join(missing)}")
 
 
 def config_of(
@@ -120,7 +134,7 @@ def resumed_settings(
                 f"--resume takes all options from {options.resume}/{CONFIG}; leave out "
                 f"{flag_of(name, known.get(name))}"
             )
-    settings = settings_with_data(options.resume, command, python_name)
+    settings = settings_with_data(options.resume, python_name, command)
     changes = {name: getattr(options, name, None) for name in BUDGET}
     for name, key in MOVED.items():
         if (place := getattr(options, name, None)) is not None:
@@ -175,9 +189,9 @@ def _set_threads(number: int) -> None:
         torch.set_num_threads(number)
 
 
-def settings_with_data(folder: str, command: str, python_name: str) -> Settings:
+def settings_with_data(folder: str, python_name: str, *commands: str) -> Settings:
     """Return the settings of a run, refusing one without a data source. Raises CheckpointError."""
-    settings = read_settings(folder, command)
+    settings = read_settings(folder, *commands)
     if not settings.data:
         raise CheckpointError(
             f"{folder}: was started from Python, so its data are not known here; use {python_name}"

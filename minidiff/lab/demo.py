@@ -1,5 +1,6 @@
 """The demo: train on the embedded digits, draw with three samplers, and measure the samples."""
 
+import signal
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -7,14 +8,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from minidiff import shipped
 from minidiff.data import ImageData, load
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, Stopped, whole_number
 from minidiff.images import plot
 from minidiff.images.pixels import to_float
 from minidiff.metrics import Evaluator, Scores
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs import diffusion
+from minidiff.runs.autosave import Signals
 from minidiff.runs.folder import Settings, about
 from minidiff.runtime import files
 from minidiff.runtime.device import DTYPES, describe
@@ -26,6 +29,13 @@ from minidiff.training.diffusion import DiffusionTraining, train
 TRAINING_STEPS = 1400  # 75 seconds on two quiet cores, with the preset of digits
 CAP, TRIAL = 600.0, 60.0  # seconds of a budget in steps, and before its speed is judged
 STEPS = {"ddpm": 50, "ddim": 20, "dpm++": 10}  # near the best of each
+
+MIN_SAMPLES, MAX_SAMPLES = 192, 10_000  # the Fréchet distance needs two per feature
+MEANING = (
+    "accuracy: samples that a classifier reads as the digit that was requested; higher is better",
+    "FD ‰:     distance of samples to real images, in thousandths of their spread; lower is better",
+    "coverage: fraction of real images with a sample nearby; higher is better",
+)
 
 
 class Row(NamedTuple):
@@ -43,25 +53,33 @@ def demo(
     """Train, sample and measure; print a table; write pictures and the model into `out`.
 
     Args:
-        out: folder for samples.png, forward.png, denoise.gif and model/; an earlier demo is
-            replaced.
+        out: folder for mnist.png, samples.png, forward.png, denoise.gif and model/; an
+            earlier demo is replaced.
         config: budget, seed and guidance of the run; a budget in steps is cut short where it
             would take longer than ten minutes.
         device: device to train on.
-        samples: number of samples of each sampler for the table.
+        samples: number of samples of each sampler for the table, from 192 to 10,000.
     Returns:
         A row per sampler.
     Raises:
         CheckpointError: `out` cannot be written, or holds something other than an earlier demo.
     """
     out = files.user_path(out)
+    whole_number("samples", samples, MIN_SAMPLES, MAX_SAMPLES)
     _refuse_foreign(out)
     data = load("digits")
     settings = Settings("demo", config, {"name": "digits"}, about(data), device.type)
     settings.write(out)  # fails now if `out` cannot be written
     print(f"device: {describe(device, DTYPES[config.dtype])}")
-    evaluator = Evaluator("digits", device=device)
-    pipe = train(config, data, device, after_step=cut_short, progress=True)
+    show_shipped(out)
+    evaluator, signals = Evaluator("digits", device=device), Signals()
+
+    def listen(training: DiffusionTraining) -> None:
+        """Let the training know of Ctrl-C."""
+        training.stop_requested = lambda: signals.caught or 0
+
+    with signals.watch():
+        pipe = train(config, data, device, resume=listen, after_step=cut_short, progress=True)
     pipe.save_pretrained(out / diffusion.MODEL)
 
     rows = [measure(pipe, name, steps, evaluator, samples) for name, steps in STEPS.items()]
@@ -70,12 +88,30 @@ def demo(
     return rows
 
 
+def show_shipped(out: Path) -> None:
+    """Write mnist.png, what the shipped model of MNIST draws: a picture before any training."""
+    pipe = Pipeline.from_pretrained(shipped.folder("mnist"))
+    pipe.scheduler = sampler("dpm++", pipe.scheduler)
+    options = {"num_images": 20, "num_inference_steps": 8, "seed": 0, "output_type": "np"}
+    plot.save(plot.grid(pipe(**options, progress=False).images, 10, scale=2), out / "mnist.png")
+    print(f"wrote {out / 'mnist.png'}: digits by the model that ships with minidiff", flush=True)
+
+
 def cut_short(training: DiffusionTraining) -> None:
     """Lower the number of steps to those that CAP seconds allow; the learning rate falls with them.
 
-    The end of the training prints how many steps are missing.
+    The end of the training prints how many steps are missing. After Ctrl-C it ends at once.
+
+    Raises:
+        Stopped: by SIGTERM.
     """
     budget, wanted = training.budget, training.config.steps
+    if training.agreed_stop == signal.SIGTERM:
+        raise Stopped("the demo was stopped", signal.SIGTERM)
+    if training.agreed_stop:
+        budget.steps, budget.seconds = wanted and budget.step, budget.elapsed
+        print(f"\nstopped at step {budget.step}; the pictures show what is learnt by now")
+        return
     if wanted and budget.elapsed > TRIAL:
         budget.steps = min(wanted, max(budget.step, int(CAP * budget.step / budget.elapsed)))
     if wanted and budget.fraction_done >= 1 and budget.step < wanted:
@@ -124,7 +160,7 @@ def table(rows: list[Row], evaluator: Evaluator, n: int) -> str:
         ("real, training", evaluator.floor(n)),
     ):
         lines.append(f"{name:<22}{'':>15}{_figures(scores)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *MEANING])
 
 
 def _figures(scores: Scores) -> str:
@@ -144,7 +180,8 @@ def draw(pipe: Pipeline, data: ImageData, out: Path) -> None:
             frames.append(plot.as_array(pipe.decode(step.x)))
         frames.append(plot.as_array(pipe.decode(step.next_x)))
 
-    pipe(num_images=100, num_inference_steps=30, seed=0, output_type="np", callback=keep_frame)
+    print("drawing the pictures", flush=True)
+    pipe(num_images=100, num_inference_steps=30, seed=0, callback=keep_frame, progress=True)
     plot.save(plot.grid(frames[-1], 10, scale=3), out / "samples.png")
     plot.save_gif([plot.grid(frame[:50], 10, scale=3) for frame in frames], out / "denoise.gif")
     first = [int((data.labels == c).nonzero()[0]) for c in range(0, 10, 3)]

@@ -124,7 +124,7 @@ def examine(path: str | Path, data: Data, device: torch.device | str = "cpu") ->
 @float32_by_default()
 def _open(path: Path, data: Data, device: torch.device) -> OpenedRun:
     """Return a run with its networks and some of its data."""
-    config = read_settings(path, diffusion.COMMAND).config
+    config = read_settings(path, diffusion.COMMAND, "demo").config
     check(config, data)
     data = data.to(device)
     raw, pipe = None, None

@@ -19,7 +19,7 @@ from minidiff.images import plot
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs.autosave import PrintLine, Saving
-from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES
+from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES, open_pipeline
 from minidiff.runs.run import Amount, Run
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched, own_device, processes, world
@@ -109,6 +109,10 @@ def resume(
     )
     check_replaceable(run.out / MODEL)  # which the end of the run replaces
     device = own_device(pick_device(run.settings.device if device is None else device))
+    if run.changed is None and (step := run.finished_at()) and (run.out / MODEL).is_dir():
+        more = "--minutes +10 or the like" if run.settings.config.minutes else f"--steps +{step}"
+        run.print_line(f"already finished at step {step}; {more} lengthens it")
+        return open_pipeline(run.out, device)
     if run.settings.config.cuda_graph and (device.type != "cuda" or launched()):
         print_line("going on without --cuda-graph, which is for one process on a GPU")
         config = replace(run.settings.config, cuda_graph=False)

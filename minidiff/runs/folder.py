@@ -32,7 +32,11 @@ LOADING = {
     "image_size": optional(whole(1)), "download": flag, "vae": optional(text),
     "init": optional(text),
 }  # fmt: skip
-KINDS = {"train": TrainConfig, "train-vae": VAEConfig}  # the config of each command
+KINDS = {
+    "train": TrainConfig,
+    "train-vae": VAEConfig,
+    "demo": TrainConfig,
+}  # the config of each command
 LATER = ("class_names", "digests")  # entries of `about` that older runs lack
 _TYPES = {"train": dict, "load": dict, "data": dict, "device": str, "saving": dict}
 
@@ -41,7 +45,7 @@ class Settings(NamedTuple):
     """The settings of a run: its `config.json`.
 
     Attributes:
-        command: a key of `KINDS`, or "demo", whose folder cannot be resumed.
+        command: a key of `KINDS`; the folder of a demo cannot be resumed.
         config: options of the training.
         data: arguments of `minidiff.data.load`, the path of a vae and the model that the run began
             with; empty where not known.
@@ -140,19 +144,22 @@ def _refuse_unless_empty(out: Path) -> None:
         raise CheckpointError(f"{out}: exists and is not an empty folder; choose another --out")
 
 
-def read_settings(out: str | Path, command: str) -> Settings:
+def read_settings(out: str | Path, *commands: str) -> Settings:
     """Read the settings of a run.
 
     Args:
         out: folder of the run.
-        command: command that the run must be of, a key of `KINDS`.
+        commands: commands that the run may be of, keys of `KINDS`.
     Raises:
         CheckpointError: the folder is no run, or one of another command.
     """
     path = files.user_path(out) / CONFIG
     content = files.read_json(path)
-    if (found := content.get("command", command)) != command:
-        raise CheckpointError(f"{out}: is a run of minidiff {found}, not of minidiff {command}")
+    command = content.get("command", commands[0])
+    if command not in commands:
+        raise CheckpointError(
+            f"{out}: is a run of minidiff {command}, not of minidiff {commands[0]}"
+        )
     try:
         for name, kind in _TYPES.items():
             if not isinstance(content[name], kind):

@@ -163,6 +163,13 @@ class Run:
                 self.changed.write(self.out)
             yield Autosave(self, log, on_log_row, signals)
 
+    def finished_at(self) -> int | None:
+        """Return the step at which the budget was spent; None while some of it is left."""
+        newest, config = snapshot.newest(self.out, _ignore), self.settings.config
+        step, seconds = (0, 0.0) if newest is None else snapshot.spent(newest)
+        left = config.steps - step if config.steps else 60 * config.minutes - seconds
+        return step if left <= 0 else None
+
     def _open_log(self) -> Log:
         """Open the log, and clear what a killed process left; the folder is locked."""
         files.clear_temporaries(self.out)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minidiff import __version__, cli
+from minidiff import __version__, cli, names, shipped
 from minidiff.cli import main, parser
 from minidiff.pipeline import Pipeline
 from minidiff.training.config import OPTIONS
@@ -150,7 +150,20 @@ def bad_mnist(folder, damage):
         ("train --data EMPTY --out OUT --steps 1", 2, "--data must be the path of a file or"),
         ("train --data digits --out EMPTY --steps 1", 2, "--out must be the path of a file or"),
         ("train --data digits", 2, "--out"),
-        ("train --data digits --out OUT", 2, "either minutes or steps"),
+        ("train", 2, "give --data NAME or FOLDER (digits, mnist, cifar10, captions), --out FOLD"),
+        (
+            "train --preset mnist",
+            2,
+            "give --data-dir FOLDER with its IDX files (--download fetches",
+        ),
+        ("train --preset mnist", 2, ", --out FOLDER (or --resume RUN)"),
+        (
+            "train-vae --data cifar10",
+            2,
+            "give --minutes or --steps, --data-dir FOLDER with its bin",
+        ),
+        ("list nosuch", 2, "must be one of models, data, presets, samplers, objectives, metrics"),
+        ("list sampler", 2, "got 'sampler'; did you mean samplers?"),
         ("train --data digits --out OUT --minutes 1 --steps 5", 2, "either minutes or steps"),
         ("train --data digits --out OUT --minutes nan", 2, "minutes must be"),
         ("train --data digits --out OUT --minutes -1", 2, "minutes must be"),
@@ -164,7 +177,7 @@ def bad_mnist(folder, damage):
         ("train --data digits --out OUT --steps 1 --layers 99", 2, "layers_per_block"),
         ("train --data digits --out OUT --steps 1 --sampling-steps 2000", 2, "in 1..1000"),
         ("train --data digits --out OUT --steps 1 --block 3", 2, "block must divide"),
-        ("train --out OUT --steps 1", 2, "--data or --preset"),
+        ("train --out OUT --steps 1", 2, "give --data NAME"),
         ("train --preset nosuch --out OUT", 2, "digits"),
         ("train --preset digits --config NONE.json --out OUT", 1, "no such file"),
         ("train --preset digits --config NONE.ini --out OUT", 2, ".json or .toml"),
@@ -306,6 +319,72 @@ def test_unknown_words_of_a_prompt_are_one_line_of_the_program(tmp_path, capsys)
     assert main([*call, "--png", png]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "zebra" in line]
     assert lines == ["minidiff: warning: words outside the vocabulary are left out: zebra"]
+
+
+def test_list_names_everything_that_flags_take(capsys):
+    assert main(["list", "--json"]) == 0
+    tables = json.loads(capsys.readouterr().out)
+    assert set(tables["models"]) == set(shipped.MODELS)
+    assert set(tables["data"]) == {*names.DATA_NAMES, "FOLDER"}
+    assert set(tables["presets"]) == set(PRESETS)
+    assert set(tables["samplers"]) == set(names.SAMPLERS)
+    assert set(tables["objectives"]) == set(names.PREDICTION_TYPES)
+    assert set(tables["metrics"]) == set(names.PARTS)
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(tables) + sum(map(len, tables.values()))
+    assert max(map(len, lines)) <= 100
+    assert main(["list", "samplers"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["ddpm", "DDPM", "(DDPMScheduler)"]
+
+
+def test_list_does_not_import_torch():
+    code = "import sys; from minidiff import cli; cli.main(['list']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout.splitlines()[-1].split()
+
+
+def test_train_chooses_the_preset_that_fits_and_flags_override_it(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--data", "digits", "--out", str(run), *TINY]) == 0
+    assert capsys.readouterr().out.startswith("preset: digits, which fits these data")
+    config = json.loads((run / "config.json").read_text())["train"]
+    assert (config["optimizer"], config["block"]) == ("muon", 1)  # of the preset
+    assert (config["steps"], config["minutes"], config["channels"]) == (2, None, [8, 8])
+
+
+def test_the_preset_for_large_photographs_has_blocks_and_takes_large_batches(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (128, 128), (60 * i, 0, 9)).save(tmp_path / "photos" / f"{i}.png")
+    run, call = tmp_path / "run", ["train", "--data", str(tmp_path / "photos"), *TINY]
+    assert main([*call, "--batch-size", "65", "--out", str(run), "--steps", "1"]) == 0
+    assert "preset: mnist" in capsys.readouterr().out
+    config = json.loads((run / "config.json").read_text())["train"]
+    assert (config["block"], config["batch_size"], config["flip"]) == (2, 65, False)
+
+
+@pytest.mark.parametrize("more", [["--learn-variance"], ["--config", "FILE"]])
+def test_options_that_decide_the_recipe_keep_presets_out(more, tmp_path, capsys):
+    (tmp_path / "options.json").write_text('{"dropout": 0.1}')
+    more = [str(tmp_path / "options.json") if word == "FILE" else word for word in more]
+    call = ["train", "--data", "digits", "--out", str(tmp_path / "run"), *TINY]
+    assert main([*call, *more]) == 0
+    assert "preset" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["block"] == 2
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--data", "digits", "--out", str(run), *TINY]) == 0
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run)]) == 0
+    printed = capsys.readouterr()
+    assert "already finished at step 2; --steps +2 lengthens it" in printed.out
+    assert "wrote" not in printed.out
+    assert "%" not in printed.err
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_debug_shows_the_traceback(tmp_path):

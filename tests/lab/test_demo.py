@@ -1,14 +1,16 @@
 """The demo, with a fast network, and with its own options (slow)."""
 
+import signal
+
 import pytest
 import torch
 from PIL import Image
 
 from minidiff.cli import main
 from minidiff.data import load
-from minidiff.errors import CheckpointError
-from minidiff.lab.demo import CAP, STEPS, TRAINING_STEPS, cut_short, demo
-from minidiff.runs.folder import open_pipeline
+from minidiff.errors import CheckpointError, Stopped
+from minidiff.lab.demo import CAP, MEANING, STEPS, TRAINING_STEPS, cut_short, demo
+from minidiff.runs.folder import Settings, open_pipeline
 from minidiff.runtime.device import pick_dtype
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import DiffusionTraining
@@ -34,7 +36,43 @@ def test_the_demo_trains_samples_measures_and_draws(tmp_path, capsys):
     assert out.startswith("device: cpu")
     for name in ("DDPM", "DDIM", "DPM-Solver++", "real, held out", "real, training"):
         assert name in out
+    assert all(line in out for line in MEANING)
+    assert out.index("mnist.png") < out.index("drawing and scoring")
+    assert Image.open(tmp_path / "mnist.png").size == ((10 * 29 - 1) * 2, (2 * 29 - 1) * 2)
     check_pictures(tmp_path)
+    main(["check", str(tmp_path)])  # whose result depends on the seconds of training
+    found = capsys.readouterr().out
+    assert "ok   data: " in found
+    assert " samples: " in found
+
+
+def test_the_demo_refuses_a_number_of_samples_that_it_cannot_score(tmp_path, capsys):
+    for number in ("5", "20000"):
+        assert main(["demo", "--samples", number, "--out", str(tmp_path / "demo")]) == 2
+        assert f"samples must be in 192..10000, got {number}" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_demo_cannot_be_resumed(tmp_path, capsys):
+    config = TrainConfig(steps=1, pictures=0)
+    Settings("demo", config, {"name": "digits"}, {"name": "digits"}, "cpu").write(tmp_path)
+    assert main(["train", "--resume", str(tmp_path)]) == 1
+    assert "is a run of minidiff demo, not of minidiff train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", [{"steps": 1400}, {"minutes": 5}])
+def test_ctrl_c_ends_the_training_of_a_demo_but_not_the_demo(budget, capsys):
+    training = DiffusionTraining(
+        TrainConfig(channels=(4, 4), pictures=0, **budget), load("digits"), torch.device("cpu")
+    )
+    training.budget.step, training.budget.elapsed = 30, 2.0
+    training.agreed_stop = signal.SIGINT
+    cut_short(training)
+    assert training.budget.fraction_done == 1
+    assert "stopped at step 30" in capsys.readouterr().out
+    training.agreed_stop = signal.SIGTERM
+    with pytest.raises(Stopped):
+        cut_short(training)
 
 
 def test_the_demo_does_not_overwrite_a_run(run_folder):
@@ -61,7 +99,7 @@ def test_the_demo_has_a_budget_in_steps_unless_minutes_are_given(
     flags, steps, minutes, tmp_path, monkeypatch
 ):
     given = []
-    monkeypatch.setattr("minidiff.lab.demo.demo", lambda out, config, device: given.append(config))
+    monkeypatch.setattr("minidiff.lab.demo.demo", lambda out, config, *_: given.append(config))
     assert main(["demo", "--out", str(tmp_path), *flags]) == 0
     assert [(config.steps, config.minutes) for config in given] == [(steps, minutes)]
 

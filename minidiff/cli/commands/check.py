@@ -29,7 +29,9 @@ def check(options: argparse.Namespace) -> None:
     from minidiff.runs import diffusion
     from minidiff.runtime.device import pick_device
 
-    settings = settings_with_data(options.run, diffusion.COMMAND, "minidiff.lab.doctor.examine")
+    settings = settings_with_data(
+        options.run, "minidiff.lab.doctor.examine", diffusion.COMMAND, "demo"
+    )
     device, failed = pick_device(options.device), []
     data = load_source(settings.data, device, settings.config.seed)
     for finding in examine(options.run, data, device):

@@ -20,6 +20,7 @@ def add_to(commands: Any) -> None:
     )
     add = command.adder("run")
     add("--out", default="minidiff-demo", help="folder for the pictures and the model")
+    add("--samples", type=int, default=500, help="samples of each sampler that are scored")
     add("--minutes", type=float, help="training time in minutes, instead of a number of steps")
 
 
@@ -40,12 +41,14 @@ def demo(options: argparse.Namespace) -> None:
         dtype=dtype_name(options.dtype, device),
         pictures=0,
     )
-    run_demo(options.out, config, device)
+    run_demo(options.out, config, device, options.samples)
     out = quote(options.out)
     print(
         f"\nLook at {out}/samples.png, {out}/forward.png and {out}/denoise.gif. Try next:\n"
         f"  minidiff sample {out} --class 7 --num 64 --png sevens.png\n"
         f"  minidiff sample {out} --sampler ddim --steps 5 --guidance 4 --png few-steps.png\n"
-        f"  minidiff evaluate {out} --guidance 1\n"
-        f"  minidiff train --preset mnist --data-dir DIR --out runs/mnist"
+        f"  minidiff sample --model mnist --class 7 --png seven.png\n"
+        f"  minidiff evaluate {out} --num 1000 --seeds 1 --parts samples --guidance 1\n"
+        f"  minidiff check {out}\n"
+        f"  minidiff train --data digits --minutes 3 --out runs/digits"
     )

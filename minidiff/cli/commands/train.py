@@ -1,7 +1,9 @@
 """minidiff train"""
 
 import argparse
+import math
 import textwrap
+from dataclasses import replace
 from shlex import quote
 from typing import Any
 
@@ -13,9 +15,8 @@ from minidiff.cli.arguments import (
     add_options,
     add_run_folder,
 )
-from minidiff.errors import InvalidArgument
 from minidiff.training.config import OPTIONS, TrainConfig, options_of
-from minidiff.training.presets import PRESETS, Preset
+from minidiff.training.presets import PRESETS, Preset, fitting, preset_for
 
 
 def add_to(commands: Any) -> None:
@@ -72,30 +73,47 @@ def train(options: argparse.Namespace) -> None:
 
     if options.resume is not None:
         return _resume(options)
-    run_options.require_out(options)
+    name = options.data or (options.preset and PRESETS[options.preset].data)
+    run_options.require(options, name)
     device = pick_device(options.device)
-    preset = PRESETS.get(options.preset)
+    gpu = device.type != "cpu"
+    fits = None if options.preset else _fitting(options, name, gpu)
+    preset = PRESETS.get(options.preset or fits)
+    recipe = {} if preset is None else options_of(preset.train)
+    if getattr(options, "batch_size", 0) > recipe.get("final_batch_size", math.inf):
+        del recipe["final_batch_size"]
     places, start, fixed = run_options.start_of(options)
     config = run_options.config_of(
         TrainConfig,
         options,
         device,
         {"block": 1} if "vae" in places else {},
-        {} if preset is None else options_of(preset.train),
+        recipe,
         fixed,
     )
     saving = run_options.saving_of(options)
-    name = options.data or (preset and preset.data)
-    if name is None:
-        raise InvalidArgument("give --data or --preset")
     source = run_options.data_source(name, options) | places
     data = run_options.load_source(source, device, config.seed, options.download)
+    if fits:
+        fit = preset_for(name, data.shape, gpu)
+        free = {"block", "flip"} - vars(options).keys()
+        config = replace(config, **{option: getattr(fit, option) for option in free})
     _print_once(run_options.start_line(device, config, data))
     diffusion.train_into(
         options.out, config, data, device,
         saving=saving, load=source, shard=options.shard, start=start,
     )  # fmt: skip
-    _print_next(options.out)
+    _print_once(f"wrote {options.out}. Next: {_next(options.out)}")
+
+
+def _fitting(options: argparse.Namespace, data: str, gpu: bool) -> str | None:
+    """Choose and print the preset that fits the data; None where the options decide already."""
+    given = vars(options)
+    if options.config or options.init or options.shard or given.get("learn_variance"):
+        return None
+    chosen = fitting(data, gpu)
+    _print_once(f"preset: {chosen}, which fits these data (other flags override it; see --help)")
+    return chosen
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -109,11 +127,11 @@ def _resume(options: argparse.Namespace) -> None:
     data = run_options.load_source(settings.data, device, settings.config.seed)
     start = run_options.open_start(settings.data.get("init"))
     diffusion.resume(options.resume, data, device, start=start, **changes)
-    _print_next(options.resume)
+    _print_once(f"{options.resume} is complete. Next: {_next(options.resume)}")
 
 
-def _print_next(run: str) -> None:
-    _print_once(f"wrote {run}. Next: minidiff sample {quote(run)} --png samples.png")
+def _next(run: str) -> str:
+    return f"minidiff sample {quote(run)} --png samples.png"
 
 
 def _print_once(text: str) -> None:

@@ -5,7 +5,6 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from minidiff.cli.arguments import add_command, add_data_files, add_options, add_run_folder
-from minidiff.errors import InvalidArgument
 from minidiff.names import SPLITS
 from minidiff.training.config import VAE_OPTIONS, VAEConfig
 
@@ -46,9 +45,8 @@ def train_vae(options: argparse.Namespace) -> None:
 
     if options.resume is not None:
         return _resume_vae(options)
-    run_options.require_out(options)
-    if options.data is None:
-        raise InvalidArgument("give --data")
+    budget = vars(options).keys() & {"minutes", "steps"} or options.config
+    run_options.require(options, options.data, *([] if budget else ["--minutes or --steps"]))
     device = pick_device(options.device)
     config, saving = (
         run_options.config_of(VAEConfig, options, device),
