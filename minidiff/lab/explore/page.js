@@ -616,9 +616,9 @@ const QUESTIONS = [
   { ask: "DDIM gets only five steps. How many of the 160 dots miss the blue blobs?", guesses: ["none", "a few", "more than half"],
     setting: { data: "two classes", schedule: "cosine", sampler: "ddim", n: 5, w: 1 },
     found: m => `${SAMPLES - m.on} of ${SAMPLES} miss.`, why: "Each step is a straight line, and the true path bends most near the end, where five steps are too few. Set 20 steps, and all but a handful arrive." },
-  { ask: "Guidance is turned up to 6. Do the dots land on the blue blobs?", guesses: ["on them", "between them", "beyond them"],
-    setting: { data: "two classes", schedule: "cosine", sampler: "dpm++", n: 20, w: 6 },
-    found: (m, r) => `${m.on} of ${SAMPLES} are on a blob; the dots are ${decimals(r)} from the centre on average, the blobs 1.35.`, why: "Guidance does not sample the blue class: it moves away from what is orange, and so it overshoots." },
+  { ask: "Four of the eight blobs are blue. Guidance towards blue is turned up to 6. How many blue blobs still get dots?", guesses: ["all four", "two", "only one"],
+    setting: { data: "ring", schedule: "cosine", sampler: "dpm++", n: 20, w: 6 },
+    found: m => `${m.reached} of ${m.blobs} blue blobs have a dot.`, why: "Guidance does not sample the blue class: it moves away from whatever looks orange, and so it deserts the blue blobs next to orange ones. Samples become more typical and less varied." },
   { ask: "A single step, from pure noise. Where do all dots go?", guesses: ["to the nearest blob", "to the centre", "everywhere"],
     setting: { data: "grid", schedule: "cosine", sampler: "ddim", n: 1, w: 0 },
     found: (m, r) => `The dots are ${decimals(r)} from the centre on average.`, why: "From noise alone the best guess is the average of the data, and one step jumps straight to the guess." },
@@ -639,6 +639,9 @@ function compareSchedules() {
 
 QUESTIONS.forEach(q => {
   const box = line("div", "question", ""), row = line("div", "row", ""), answer = line("p", "answer", "");
+  const look = line("button", "look", "See it in the plane");
+  look.type = "button"; look.hidden = true;
+  look.onclick = () => $("h-plane").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   answer.setAttribute("aria-live", "polite");
   for (const guess of q.guesses) {
     const b = line("button", "", guess);
@@ -650,10 +653,11 @@ QUESTIONS.forEach(q => {
       blobs = SETS[S.data](); chosen = 0;
       settle(); sync(); refresh(true);
       answer.textContent = `You guessed “${guess}”. Measured: ${q.found(measure(), radius())} ${q.why}`;
+      look.hidden = false;
     };
     row.append(b);
   }
-  box.append(line("p", "", q.ask), row, answer);
+  box.append(line("p", "", q.ask), row, answer, look);
   $("questions").append(box);
 });
 
