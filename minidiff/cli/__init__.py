@@ -13,7 +13,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = (
     "demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "explore", "check",
-    "explain", "diff", "list",
+    "explain", "compare", "diff", "list",
 )  # fmt: skip
 
 

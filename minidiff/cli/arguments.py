@@ -139,9 +139,8 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
         help += f" (default: {value})"
     if name in ("minutes", "steps"):
         kind = _budget(kind)
-    options: dict[str, Any] = (
-        {"action": "store_true"} if kind is bool else {"type": _widths if kind is tuple else kind}
-    )
+    read = listed_numbers if kind is tuple else kind
+    options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": read}
     if values := option.metadata["values"]:
         options |= {"nargs": len(values), "metavar": values}
     command.adder(option.metadata["group"])(
@@ -194,7 +193,7 @@ def add_scheduler_options(command: Parser) -> None:
         help="option of the scheduler or of its step (eta, s_churn); may be repeated")  # fmt: skip
 
 
-def _widths(text: str) -> tuple[int, ...]:
+def listed_numbers(text: str) -> tuple[int, ...]:
     """Return the numbers of a list such as 48,96."""
     try:
         return tuple(int(part) for part in text.split(","))
@@ -202,3 +201,8 @@ def _widths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"must be whole numbers with commas, such as 48,96; got {text!r}"
         ) from None
+
+
+def listed_names(text: str) -> tuple[str, ...]:
+    """Return the names of a list with commas."""
+    return tuple(text.split(","))

@@ -30,11 +30,16 @@ def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
 
 
 def _folder(options: argparse.Namespace) -> str | Path:
-    """Return the folder of the run or of --model. Raises InvalidArgument unless one is given."""
+    """Return the folder of the run, which may be the name of a model that ships, or of --model.
+
+    Raises:
+        InvalidArgument: neither is given, or both.
+    """
     if options.model is None and options.run is None:
         raise InvalidArgument("give a run or --model")
     if options.model is None:
-        return options.run
+        is_name = options.run in shipped.MODELS and not Path(options.run).exists()
+        return shipped.folder(options.run) if is_name else options.run
     if options.run is not None:
         raise InvalidArgument(f"give a run or --model, not both: got the run {options.run!r}")
     return shipped.folder(options.model)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidiff import shipped
-from minidiff.cli.arguments import add_command, add_model, add_sampling
+from minidiff.cli.arguments import add_command, add_model, add_sampling, listed_names
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.names import DATA_VARIABLE, PARTS, SPLITS
 
@@ -40,7 +40,7 @@ def add_to(commands: Any) -> None:
     add("--num", type=int, help="samples a seed (default: as many as training images, at most "
         "50,000; 1,000 for captions)")  # fmt: skip
     add("--seeds", type=int, help="number of seeds, from --seed upwards (default: 3; captions: 1)")
-    add("--parts", type=_names, help=f"some of {','.join(PARTS)} (default: all)")
+    add("--parts", type=listed_names, help=f"some of {','.join(PARTS)} (default: all)")
     add(
         "--classifier",
         help="file of minidiff train-classifier, for data without a classifier that ships with "
@@ -50,11 +50,6 @@ def add_to(commands: Any) -> None:
     add = command.adder("output")
     add("--json", help="file for every figure, seed and setting")
     add("--png", help="file for a grid of the first hundred samples")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Return the names of a list with commas."""
-    return tuple(text.split(","))
 
 
 def evaluate(options: argparse.Namespace) -> None:
