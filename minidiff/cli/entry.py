@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import Any
 
 from minidiff import __version__
-from minidiff.cli import COMMANDS
 from minidiff.cli.arguments import Parser, flag_of
-from minidiff.errors import InvalidArgument, MinidiffError, Stopped
+from minidiff.errors import InvalidArgument, MinidiffError, Stopped, suggestion
 
+COMMANDS = (
+    "demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "explore", "check",
+    "explain", "compare", "diff", "list",
+)  # fmt: skip
 PATHS = {
     "out", "resume", "run", "data", "data_dir", "image", "mask", "png", "npz", "json", "vae",
     "config", "classifier", "init",
@@ -20,11 +23,15 @@ PATHS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code."""
+    """Run one command and return the exit code; a wrong call imports no torch."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without "‰" prints "?", not a traceback
             stream.reconfigure(errors="replace")
-    options = parser().parse_args(arguments)
+    words, root = sys.argv[1:] if arguments is None else arguments, parser()
+    if words and words[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        known, hint = ", ".join(COMMANDS), suggestion(words[0], COMMANDS)
+        root.error(f"{words[0]!r} is not a command; begin with one of {known}{hint}")
+    options = root.parse_args(words)
     if not getattr(options, "uses_torch", True):
         options.command(options)
         return 0

@@ -130,8 +130,7 @@ class Run:
 
     def _lengthen(self, given: Mapping[str, Amount | None]) -> None:
         """Change the budget, and say where the learning rate goes on. Raises InvalidArgument."""
-        newest = snapshot.newest(self.out, _ignore)
-        step, seconds = (0, 0.0) if newest is None else snapshot.spent(newest)
+        step, seconds = self._spent()
         before = self.settings.config
         config = longer(before, {"minutes": seconds / 60, "steps": step}, given)
         unit = "steps" if config.minutes is None else "minutes"
@@ -163,10 +162,14 @@ class Run:
                 self.changed.write(self.out)
             yield Autosave(self, log, on_log_row, signals)
 
+    def _spent(self) -> tuple[int, float]:
+        """Return the steps and seconds that the run has taken."""
+        newest = snapshot.newest(self.out, _ignore)
+        return (0, 0.0) if newest is None else snapshot.spent(newest)
+
     def finished_at(self) -> int | None:
         """Return the step at which the budget was spent; None while some of it is left."""
-        newest, config = snapshot.newest(self.out, _ignore), self.settings.config
-        step, seconds = (0, 0.0) if newest is None else snapshot.spent(newest)
+        (step, seconds), config = self._spent(), self.settings.config
         left = config.steps - step if config.steps else 60 * config.minutes - seconds
         return step if left <= 0 else None
 

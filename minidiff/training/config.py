@@ -9,20 +9,8 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from minidiff import names
 from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
-from minidiff.names import (
-    BETA_SCHEDULES,
-    DTYPE_NAMES,
-    GUIDES,
-    LOSS_WEIGHTS,
-    MAX_SEED,
-    MAX_TRAIN_TIMESTEPS,
-    NOISE_LEVELS,
-    PREDICTION_TYPES,
-    PRESERVING,
-    SAMPLERS,
-    SPREADS,
-)
 from minidiff.runtime.checks import (
     Check,
     check_all,
@@ -57,14 +45,14 @@ def _scale(name: str, value: float) -> float:
 
 
 CHECKS: dict[str, Check] = {
-    "prediction_type": choice(*PREDICTION_TYPES),
-    "noise_levels": optional(choice(*NOISE_LEVELS)),
+    "prediction_type": choice(*names.PREDICTION_TYPES),
+    "noise_levels": optional(choice(*names.NOISE_LEVELS)),
     "level_mean": optional(real(-10, 10)),
     "level_std": optional(_scale),
-    "loss_weight": choice(*LOSS_WEIGHTS),
+    "loss_weight": choice(*names.LOSS_WEIGHTS),
     "min_snr_gamma": optional(_scale),
     "sigma_data": optional(_scale),
-    "beta_schedule": optional(choice(*BETA_SCHEDULES)),
+    "beta_schedule": optional(choice(*names.BETA_SCHEDULES)),
     "learn_variance": flag,
 }
 
@@ -88,23 +76,24 @@ def check_objective(
     """
     options = locals()
     check_all(options, CHECKS)
-    if noise_levels is not None and noise_levels not in (allowed := SPREADS[prediction_type]):
+    if noise_levels is not None and noise_levels not in (allowed := names.SPREADS[prediction_type]):
         raise InvalidArgument(
             f"noise_levels of prediction_type {prediction_type!r} must be one of "
             f"{', '.join(allowed)}; got {noise_levels!r}"
         )
-    spread = noise_levels or SPREADS[prediction_type][0]
+    spread = noise_levels or names.SPREADS[prediction_type][0]
+    preserving = prediction_type in names.PRESERVING
     measured = prediction_type == "edm" or loss_weight == "edm"
     for name, value, used, where in (
         ("level_mean", level_mean, spread != "uniform", "noise_levels other than 'uniform'"),
         ("level_std", level_std, spread != "uniform", "noise_levels other than 'uniform'"),
         ("min_snr_gamma", min_snr_gamma, loss_weight == "min_snr", "loss_weight 'min_snr'"),
         ("sigma_data", sigma_data, measured, "prediction_type or loss_weight 'edm'"),
-        ("beta_schedule", beta_schedule, prediction_type in PRESERVING, "epsilon, sample and v"),
+        ("beta_schedule", beta_schedule, preserving, "epsilon, sample and v"),
     ):
         if value is not None and not used:
             raise InvalidArgument(f"{name} is for {where}; leave it out, got {value!r}")
-    if learn_variance and (prediction_type not in PRESERVING or spread != "uniform"):
+    if learn_variance and (not preserving or spread != "uniform"):
         raise InvalidArgument(
             "learn_variance is for epsilon, sample and v_prediction with noise_levels 'uniform': "
             f"got prediction_type {prediction_type!r} and noise_levels {spread!r}"
@@ -151,7 +140,7 @@ class LoopConfig:
         "budget", None, optional(COUNT), "optimizer steps, instead of minutes", int
     )
     seed: int = _option(
-        "run", 0, whole(0, MAX_SEED), "seed of weights, order of the data, levels and noise",
+        "run", 0, whole(0, names.MAX_SEED), "seed of weights, order of the data, levels and noise",
         flag="",
     )  # fmt: skip
 
@@ -179,8 +168,9 @@ class LoopConfig:
         "half the weight in the averaged weights; 0 for the raw weights",
     )  # fmt: skip
     dtype: str = _option(
-        "run", "float32", choice(*DTYPE_NAMES), "number type of the network's matrix work", flag=""
-    )
+        "run", "float32", choice(*names.DTYPE_NAMES), "number type of the network's matrix work",
+        flag="",
+    )  # fmt: skip
     skip_nonfinite: int = _option(
         "optimisation", 0, NUMBER, "steps of the run that may be skipped and logged because loss "
         "or gradient is not finite; one more stops the run",
@@ -224,12 +214,12 @@ class TrainConfig(LoopConfig):
     # The objective, see `minidiff.objective`
     prediction_type: str = _option(
         "objective", "v_prediction", CHECKS["prediction_type"],
-        f"prediction type of the network: {', '.join(PREDICTION_TYPES)}",
+        f"prediction type of the network: {', '.join(names.PREDICTION_TYPES)}",
     )  # fmt: skip
     noise_levels: str | None = _option(
         "objective", None, CHECKS["noise_levels"], f"distribution of the noise levels: "
-        f"{', '.join(NOISE_LEVELS)} (default: log_normal for edm, logit_normal for flow, else "
-        "uniform)", str,
+        f"{', '.join(names.NOISE_LEVELS)} (default: log_normal for edm, logit_normal for flow, "
+        "else uniform)", str,
     )  # fmt: skip
     level_mean: float | None = _option(
         "objective", None, CHECKS["level_mean"], "mean of ln(σ/α) where it is normal (default: "
@@ -241,7 +231,7 @@ class TrainConfig(LoopConfig):
     )  # fmt: skip
     loss_weight: str = _option(
         "objective", "none", CHECKS["loss_weight"],
-        f"weight of the loss by noise level: {', '.join(LOSS_WEIGHTS)}",
+        f"weight of the loss by noise level: {', '.join(names.LOSS_WEIGHTS)}",
     )  # fmt: skip
     min_snr_gamma: float | None = _option(
         "objective", None, CHECKS["min_snr_gamma"], "γ of loss_weight min_snr (default: 5)", float
@@ -259,10 +249,10 @@ class TrainConfig(LoopConfig):
     )
     beta_schedule: str | None = _option(
         "objective", None, CHECKS["beta_schedule"], "noise schedule of epsilon, sample and "
-        f"v_prediction: {', '.join(BETA_SCHEDULES)} (default: squaredcos_cap_v2)", str,
+        f"v_prediction: {', '.join(names.BETA_SCHEDULES)} (default: squaredcos_cap_v2)", str,
     )  # fmt: skip
     num_train_timesteps: int = _option(
-        "objective", 1000, whole(1, MAX_TRAIN_TIMESTEPS), "steps of the noise schedule"
+        "objective", 1000, whole(1, names.MAX_TRAIN_TIMESTEPS), "steps of the noise schedule"
     )
     shift: int = _option(
         "data", 0, NUMBER, "largest random shift of every image along each axis, in pixels"
@@ -298,7 +288,7 @@ class TrainConfig(LoopConfig):
         "sampling", 1.5, real(), "guidance scale stored with the model", flag="guidance"
     )
     guide: str = _option(
-        "sampling", "cfg", choice(*GUIDES), "way of guidance stored with the model"
+        "sampling", "cfg", choice(*names.GUIDES), "way of guidance stored with the model"
     )
     guidance_interval: tuple[float, float] | None = _option(
         "sampling", None, lambda _, value: interval_of(value), "range of σ/α with guidance, stored "
@@ -314,8 +304,8 @@ class TrainConfig(LoopConfig):
         "autoguidance is kept",
     )  # fmt: skip
     sampler: str | None = _option(
-        "sampling", None, optional(choice(*SAMPLERS)), "sampler stored with the model: "
-        f"{', '.join(SAMPLERS)} (default: dpm++, for learn_variance ddpm)", str,
+        "sampling", None, optional(choice(*names.SAMPLERS)), "sampler stored with the model: "
+        f"{', '.join(names.SAMPLERS)} (default: dpm++, for learn_variance ddpm)", str,
     )  # fmt: skip
     num_inference_steps: int = _option(
         "sampling", 10, COUNT, "number of sampling steps stored with the model",

@@ -189,15 +189,8 @@ RECIPES = {
     "digits": Recipe(),
     "mnist": Recipe(),
     "cifar10": Recipe(
-        epochs=200,
-        batch_size=512,
-        learning_rate=0.4,
-        weight_decay=5e-4,
-        optimizer="sgd",
-        augment="photo",
-        network="residual",
-        precision="bf16",
-        stored="fp16",
+        epochs=200, batch_size=512, learning_rate=0.4, weight_decay=5e-4, optimizer="sgd",
+        augment="photo", network="residual", precision="bf16", stored="fp16",
     ),
     "captions": Recipe(batch_size=256, augment="none", network="scene"),
-}
+}  # fmt: skip

@@ -4,44 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from minidiff import shipped
-from minidiff.names import SAMPLERS
-from minidiff.training.presets import PRESETS
-
-DATA = {
-    "digits": "16×16 grey digits, embedded in the package",
-    "mnist": "28×28 grey digits, read from the published files",
-    "cifar10": "32×32 colour photographs, read from the published files",
-    "captions": "32×32 coloured digits with captions, drawn on the fly",
-    "FOLDER": "any folder of images; its sub-folders are the classes",
-}
-OBJECTIVES = {
-    "epsilon": "predict the noise (Ho et al. 2020)",
-    "sample": "predict the clean image",
-    "v_prediction": "predict v = α·ε − σ·x0 (Salimans & Ho 2022)",
-    "flow": "predict ε − x0 on straight lines (Lipman et al. 2023)",
-    "edm": "preconditioned network (Karras et al. 2022)",
-}
-METRICS = {
-    "samples": "accuracy, Fréchet and kernel distance, density, coverage",
-    "classifier": "accuracy of a classifier that is trained on samples",
-    "copying": "distance of samples to the nearest training images",
-    "likelihood": "bits per dimension of real images",
-}
-TABLES = {
-    "models": {name: f"trained on {data}" for name, data in shipped.MODELS.items()},
-    "data": DATA,
-    "presets": {name: preset.why for name, preset in PRESETS.items()},
-    "samplers": {name: f"{row.title} ({row.scheduler})" for name, row in SAMPLERS.items()},
-    "objectives": OBJECTIVES,
-    "metrics": METRICS,
-}
-WIDTH = 100
-FLAGS = {
-    "models": "sample --model", "data": "train --data", "presets": "train --preset",
-    "samplers": "sample --sampler", "objectives": "train --prediction-type",
-    "metrics": "evaluate --parts",
-}  # fmt: skip
+from minidiff.lab.catalogue import TABLES, as_text
 
 
 def add_to(commands: Any) -> None:
@@ -57,11 +20,4 @@ def add_to(commands: Any) -> None:
 def print_tables(options: argparse.Namespace) -> None:
     """Run minidiff list."""
     tables = TABLES if options.kind is None else {options.kind: TABLES[options.kind]}
-    if options.json:
-        print(json.dumps(tables, ensure_ascii=False, indent=1))
-        return
-    lines = []
-    for kind, rows in tables.items():
-        lines.append(f"{kind} ({FLAGS[kind]})")
-        lines += [f"  {name:<13} {about}" for name, about in rows.items()]
-    print("\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines))
+    print(json.dumps(tables, ensure_ascii=False, indent=1) if options.json else as_text(tables))
