@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from minidiff import exact
+from minidiff.data import load
 from minidiff.errors import InvalidArgument
 from minidiff.exact import GaussianMixture
 from minidiff.prediction import PREDICTION_TYPES, split, target
@@ -167,10 +169,63 @@ def test_an_impossible_mixture_is_refused(arguments: tuple, message: str) -> Non
         GaussianMixture(*arguments)
 
 
-def test_a_flow_without_closed_form_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="D = 1 or a single component"):
-        SPACE.flow(points(2, 3), SCHEDULE[9], CLEAN)
+def test_an_undecided_flow_and_impossible_points_are_refused() -> None:
+    dots = GaussianMixture([1, 1], [[0.0, 1.0], [1.0, 0.0]], [0.0, 0.0])
+    with pytest.raises(InvalidArgument, match="stds above 0 where a level has σ = 0"):
+        dots.flow(points(2, 2), SCHEDULE[9], CLEAN)
     with pytest.raises(InvalidArgument, match="3 elements per image"):
         SPACE.denoise(points(2, 4), SCHEDULE[9])
     with pytest.raises(InvalidArgument, match="D = 1"):
         SPACE.cdf(points(2, 3))
+
+
+@pytest.mark.parametrize(("now", "nxt"), [(SCHEDULE[999], SCHEDULE[100]), (SCHEDULE[700], CLEAN)])
+def test_the_flow_of_independent_coordinates_is_that_of_each(now: Level, nxt: Level) -> None:
+    # Two axes of two components each: the product has four, and its flow is two flows on a line.
+    weights, means, std = [0.3, 0.7], [[-1.0], [1.5]], 0.3
+    line = GaussianMixture(weights, means, [std] * 2)
+    product = GaussianMixture(
+        [a * b for a in weights for b in weights],
+        [[a[0], b[0]] for a in means for b in means],
+        [std] * 4,
+    )
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    each = torch.cat([line.flow(x[:, i : i + 1], now, nxt) for i in range(2)], dim=1)
+    torch.testing.assert_close(product.flow(x, now, nxt), each, rtol=0, atol=2e-8)
+
+
+def test_the_flow_in_a_plane_turns_back_and_scales_with_the_level() -> None:
+    x = torch.randn(30, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    now, nxt = SCHEDULE[800], SCHEDULE[300]
+    there = SPACE.flow(x, now, nxt)
+    torch.testing.assert_close(SPACE.flow(there, nxt, now), x, rtol=0, atol=1e-6)
+    double = Level(2 * nxt.alpha, 2 * nxt.sigma)
+    torch.testing.assert_close(SPACE.flow(x, now, double), 2 * there, rtol=0, atol=1e-7)
+
+
+def test_the_denoiser_of_a_finite_set_is_its_weighted_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    level, x = Level(0.8, 0.6), images[:7] + 0.3
+    distance = (x[:, None] - 0.8 * images).square().flatten(2).sum(2).double()
+    direct = torch.einsum("bk,kcij->bcij", (-distance / 0.72).softmax(1), images.double())
+    whole = exact.of_images(images).denoise(x, level)
+    assert whole.shape == x.shape
+    assert whole.dtype == x.dtype
+    torch.testing.assert_close(whole, direct.float())
+    monkeypatch.setattr(exact, "MAX_NUMBERS", 64)  # two rows of x at a time, by products
+    torch.testing.assert_close(exact.of_images(images).denoise(x, level), whole)
+
+
+def test_almost_without_noise_a_finite_set_returns_its_nearest_image() -> None:
+    data = load("digits", "test")
+    images = data.batch(torch.arange(20))[0]
+    found = exact.of_images(data).denoise(images + 0.01, Level(1.0, 0.02))
+    torch.testing.assert_close(found, images)
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(0, 2), torch.zeros(4), [[1.0]], torch.tensor([[math.nan, 0.0]])]
+)
+def test_what_is_no_set_of_images_is_refused(images: object) -> None:
+    with pytest.raises(InvalidArgument, match="images must be"):
+        exact.of_images(images)

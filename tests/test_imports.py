@@ -18,12 +18,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 # folder. Metrics lie above training, because a classifier is trained by the loop of all trainings.
 FLOORS = [
     {"errors", "names"},
-    {"schedule", "noise", "shipped", "runtime"},
+    {"schedule", "noise", "runtime"},
     {"prediction", "exact", "nn"},
     {"guidance", "schedulers", "images"},
     {"sample", "objective", "text"},
     {"data", "pipeline"},
-    {"training"},
+    {"training", "shipped"},
     {"metrics"},
     {"runs"},
     {"lab"},

@@ -25,7 +25,7 @@ def test_a_model_is_small_and_only_a_pipeline(name):
 
 
 def test_the_model_of_mnist_draws_the_digits_requested():
-    pipe = Pipeline.from_pretrained(shipped.folder("mnist"))
+    pipe = shipped.load("mnist")
     result = pipe(num_images=50, seed=0, output_type="np")
     images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
     predicted, _ = features(load_classifier("mnist"), images)

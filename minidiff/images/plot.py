@@ -1,23 +1,29 @@
-"""Figures: grids of images, the forward process, and a GIF of denoising.
+"""Figures: grids of images, GIFs of denoising, and densities, fields and paths in a plane.
 
-Files are written atomically, from uint8 arrays (N, H, W, C). Only figures with text import
-matplotlib.
+Files are written atomically. Only figures with text import matplotlib. Functions that take `axes`
+draw into them, or into pyplot's current ones, and return them.
 """
 
-from collections.abc import Sequence
+import inspect
+import io
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument
+from minidiff.errors import CheckpointError, InvalidArgument, whole_number
+from minidiff.exact import GaussianMixture
 from minidiff.images.pixels import to_uint8
 from minidiff.noise import randn
-from minidiff.runtime.files import atomic_file
-from minidiff.schedule import NoiseSchedule, add_noise
+from minidiff.runtime.files import atomic_file, user_path
+from minidiff.schedule import CLEAN, Level, NoiseSchedule, add_noise
 
 
 def as_array(images: Tensor) -> np.ndarray:
@@ -25,28 +31,89 @@ def as_array(images: Tensor) -> np.ndarray:
     return rearrange(to_uint8(images), "n c h w -> n h w c").cpu().numpy()
 
 
-def grid(images: np.ndarray, columns: int, scale: int = 2, gap: int = 1) -> Image.Image:
+def grid(
+    images: np.ndarray | Sequence[Any] | Tensor,
+    columns: int | Sequence[str] = 10,
+    scale: int = 2,
+    gap: int = 1,
+    *,
+    rows: Sequence[str] = (),
+) -> Image.Image:
     """Arrange images in a grid, row by row.
 
     Args:
-        images: uint8 (N, H, W, C) with C = 1 or 3.
-        columns: images per row; the last row may be shorter.
+        images: uint8 (N, H, W, C) with C = 1 or 3; or PIL images of one size; or float images
+            (N, C, H, W) in [−1, 1].
+        columns: images per row, or a label above each column; the last row may be shorter.
         scale: side of a pixel in the result.
         gap: grey pixels between images, before scaling.
+        rows: a label beside each row; none by default.
     Raises:
-        InvalidArgument: another kind of array.
+        InvalidArgument: another kind of images, or another number of labels than rows.
     """
+    if isinstance(images, Tensor):
+        images = as_array(images)
+    elif isinstance(images, list | tuple):
+        images = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise InvalidArgument(
             f"images must be uint8 (N, H, W, 1 or 3), got {images.dtype} {images.shape}"
         )
-    missing = -len(images) % columns
+    above: Sequence[str] = () if isinstance(columns, int) else columns
+    width = whole_number("columns", columns if isinstance(columns, int) else len(above), 1)
+    count = -(-len(images) // width)
+    if rows and len(rows) != count:
+        raise InvalidArgument(f"rows must have a label for each of {count} rows, got {len(rows)}")
+    missing = -len(images) % width
     margin = ((0, missing), (0, gap), (0, gap), (0, 0))
     padded = np.pad(images, margin, constant_values=96)
-    sheet = rearrange(padded, "(r c) h w ch -> (r h) (c w) ch", c=columns)[: -gap or None]
+    sheet = rearrange(padded, "(r c) h w ch -> (r h) (c w) ch", c=width)[: -gap or None]
     sheet = sheet[:, : sheet.shape[1] - gap]
     sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
-    return Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet)
+    picture = Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet)
+    cell = tuple(scale * side for side in padded.shape[2:0:-1])
+    return _labelled(picture, cell, above, rows) if above or rows else picture
+
+
+def _labelled(
+    sheet: Image.Image, cell: tuple[int, ...], above: Sequence[str], beside: Sequence[str]
+) -> Image.Image:
+    """Put labels in a white margin above the columns and beside the rows of a sheet."""
+    import matplotlib
+
+    face = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has Greek letters
+    font = ImageFont.truetype(str(face), 11)
+
+    def lines(label: str) -> str:
+        """Return a label broken between words where it is wider than its column."""
+        done = ""
+        for word in label.split():
+            longer = f"{done} {word}" if done else word
+            fits = font.getlength(longer.rpartition("\n")[2]) <= cell[0] - 2
+            done = longer if fits or not done else f"{done}\n{word}"
+        return done
+
+    texts = [lines(label) for label in above]
+    left = 8 + max((int(font.getlength(label)) for label in beside), default=-8)
+    top = 4 + 14 * max((text.count("\n") + 1 for text in texts), default=0)
+    # Labels of narrow columns that would overlap are set in a slant, one height for all.
+    slanted = any(font.getlength(line) > cell[0] for text in texts for line in text.split("\n"))
+    if slanted:
+        top = 8 + max(int(font.getlength(label)) for label in above)
+    picture = Image.new(sheet.mode, (left + sheet.width, top + sheet.height), "white")
+    picture.paste(sheet, (left, top))
+    pen = ImageDraw.Draw(picture)
+    for i, text in enumerate(texts):
+        x = left + i * cell[0] + cell[0] // 2
+        if slanted:
+            strip = Image.new("L", (top, 16), 255)
+            ImageDraw.Draw(strip).text((4, 8), above[i], 0, font, anchor="lm")
+            picture.paste(strip.rotate(90, expand=True), (x - 8, 0))
+        else:
+            pen.multiline_text((x, top - 4), text, "black", font, anchor="md", align="center")
+    for i, label in enumerate(beside):
+        pen.text((left - 5, top + i * cell[1] + cell[1] // 2), label, "black", font, anchor="rm")
+    return picture
 
 
 def save(image: Image.Image, path: str | Path) -> None:
@@ -103,3 +170,195 @@ def forward_figure(
     figure.suptitle("Forward process: x_t = α·x₀ + σ·ε", fontsize=10)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+# --- points in a plane -------------------------------------------------------------------------
+
+EXTENT = 2.4  # half the side of the plane that is drawn
+
+
+def _plane(axes: Any, extent: float = EXTENT, title: str = "") -> Any:
+    """Return square axes of the plane without ticks; pyplot's current ones for None."""
+    if axes is None:
+        from matplotlib import pyplot
+
+        axes = pyplot.gca()
+    axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[], yticks=[])
+    if title:
+        axes.set_title(title)
+    return axes
+
+
+def _mesh(extent: float, n: int) -> Tensor:
+    """Return n×n points of the plane, row by row from below, float64 (n², 2)."""
+    line = torch.linspace(-extent, extent, n, dtype=torch.float64)
+    return torch.cartesian_prod(line, line).flip(1)
+
+
+def points(
+    x: Tensor, axes: Any = None, *, labels: Tensor | None = None, title: str = "", most: int = 3000
+) -> Any:
+    """Draw points of a plane, coloured by their labels.
+
+    Args:
+        x: points (N, 2).
+        axes: axes of matplotlib.
+        labels: int64 (N,), or None.
+        title: title of the axes.
+        most: number of points that are drawn, the first ones.
+    Raises:
+        InvalidArgument: points in other dimensions.
+    """
+    _check_plane("x", x)
+    extent = max(EXTENT, 1.05 * float(x[:most].abs().nan_to_num(0, 0, 0).max()))
+    axes, colours = _plane(axes, extent, title), None if labels is None else labels[:most].cpu()
+    axes.scatter(*x[:most].cpu().T, c=colours, cmap="tab10", s=2, linewidths=0)
+    return axes
+
+
+def density(mixture: GaussianMixture, level: Level = CLEAN, axes: Any = None, **more: Any) -> Any:
+    """Draw the density of a mixture in the plane at a noise level.
+
+    Args:
+        mixture: mixture of two dimensions.
+        level: noise level; that of the data by default.
+        axes: axes of matplotlib.
+        more: arguments of `Axes.imshow`, such as cmap.
+    Raises:
+        InvalidArgument: a mixture in other dimensions.
+    """
+    _check_plane("mixture", mixture.means)
+    axes, n = _plane(axes), 200
+    values = mixture.log_prob(_mesh(EXTENT, n), level).exp().view(n, n)
+    options = {"cmap": "Greys", "interpolation": "bilinear"} | more
+    axes.imshow(values, extent=(-EXTENT, EXTENT) * 2, origin="lower", **options)
+    return axes
+
+
+def field(
+    denoise: Callable[[Tensor, Level], Tensor], level: Level, axes: Any = None, n: int = 18
+) -> Any:
+    """Draw where a denoiser moves the points of a plane: an arrow from x towards α·x̂0.
+
+    Args:
+        denoise: function (x, level) → x̂0, such as `GaussianMixture.denoise`.
+        level: noise level.
+        axes: axes of matplotlib.
+        n: arrows along each side.
+    """
+    axes, x = _plane(axes), _mesh(EXTENT, n)
+    move = level.alpha * denoise(x, level) - x
+    axes.quiver(*x.T, *move.T, move.norm(dim=1), angles="xy", cmap="viridis", width=0.004)
+    return axes
+
+
+def paths(states: Sequence[Tensor] | Tensor, axes: Any = None, **more: Any) -> Any:
+    """Draw the paths of points through the plane, with a dot where each ends.
+
+    Args:
+        states: samples (N, 2) of every step, in order.
+        axes: axes of matplotlib.
+        more: arguments of `Axes.plot`, such as color.
+    Raises:
+        InvalidArgument: points in other dimensions, or no steps.
+    """
+    lines = torch.stack(list(states)) if len(states) else torch.zeros(0, 0, 0)
+    _check_plane("states", lines[-1] if len(lines) else lines)
+    extent = max(EXTENT, 1.05 * float(lines.abs().max()))
+    axes, style = _plane(axes, extent), {"lw": 0.6, "alpha": 0.6, "color": "tab:blue"} | more
+    axes.plot(*lines.unbind(-1), **style)
+    axes.plot(*lines[-1].T, ".", ms=3, color=style["color"])
+    return axes
+
+
+def _check_plane(name: str, x: Tensor) -> None:
+    if x.ndim != 2 or x.shape[1] != 2:
+        raise InvalidArgument(f"{name} must be points of a plane, (N, 2), got {tuple(x.shape)}")
+
+
+def save_points(x: Tensor, path: str | Path, labels: Tensor | None = None, title: str = "") -> None:
+    """Write a PNG of points, see `points`. Raises CheckpointError if it cannot be written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    points(x, figure.subplots(), labels=labels, title=title)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+# --- notebooks ---------------------------------------------------------------------------------
+
+
+def loss(run: str | Path | Iterable[Mapping[str, Any]], axes: Any = None) -> Any:
+    """Draw the loss of a run over its steps, on logarithmic axes.
+
+    Args:
+        run: folder of a run, or the rows of a log.
+        axes: axes of matplotlib.
+    Raises:
+        CheckpointError: the folder has no readable log.jsonl.
+    """
+    if axes is None:
+        from matplotlib import pyplot
+
+        axes = pyplot.gca()
+    if isinstance(run, str | Path):
+        path = user_path(run) / "log.jsonl"
+        try:
+            run = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not the log of a run ({error})") from error
+    steps, losses = zip(*((row["step"], row["loss"]) for row in run), strict=True)
+    axes.loglog(steps, losses)
+    axes.set(xlabel="step", ylabel="loss")
+    return axes
+
+
+class Shown:
+    """A picture that a notebook stores once, as PNG; PIL's own images add a JPEG."""
+
+    def __init__(self, png: bytes) -> None:
+        self.png = png
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+
+def show(picture: Any, dpi: int = 90) -> Shown:
+    """Return a picture for the last line of a cell, which the notebook stores as PNG alone.
+
+    Args:
+        picture: image of PIL, or axes or a figure of matplotlib, which is then closed.
+        dpi: resolution of a figure.
+    Raises:
+        InvalidArgument: neither of these.
+    """
+    buffer, figure = io.BytesIO(), getattr(picture, "figure", picture)
+    if isinstance(picture, Image.Image):
+        picture.save(buffer, format="PNG", optimize=True)
+    elif hasattr(figure, "savefig"):
+        from matplotlib import pyplot
+
+        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
+        pyplot.close(figure)
+    else:
+        kind = type(picture).__name__
+        raise InvalidArgument(f"picture must be an image, axes or a figure, got {kind}")
+    return Shown(buffer.getvalue())
+
+
+def source(thing: Any) -> None:
+    """Print where a function or class stands, as file:line, and its code.
+
+    Raises:
+        InvalidArgument: a thing without source code, such as a number.
+    """
+    try:
+        thing = inspect.unwrap(thing)
+        code, line = inspect.getsourcelines(thing)
+        path = Path(inspect.getsourcefile(thing) or "")
+    except (TypeError, OSError) as error:
+        raise InvalidArgument(f"thing must have source code, got {thing!r}") from error
+    root = Path(__file__).parents[2]
+    place = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    print(f"{place}:{line}\n{textwrap.dedent(''.join(code))}", end="")

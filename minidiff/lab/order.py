@@ -15,14 +15,14 @@ timesteps are even enough.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, real_number
+from minidiff.errors import InvalidArgument, listed, real_number, whole_number
 from minidiff.exact import GaussianMixture
 from minidiff.schedule import Level
 from minidiff.schedulers import SCHEDULERS, Scheduler
@@ -176,6 +176,25 @@ METHODS: dict[str, Method] = {
 def order(error: Callable[[int], float], n: int) -> float:
     """Return the order of convergence between n and 2n steps: log₂ of the ratio of their errors."""
     return math.log2(error(n) / error(2 * n))
+
+
+def curve(
+    scheduler: "Scheduler | Method", steps: Sequence[int] = (20, 40, 80, 160, 320), **measure: Any
+) -> list[float]:
+    """Return the error along the probability flow for each number of steps, for a log-log plot.
+
+    Args:
+        scheduler: scheduler for `flow_error`, or an entry of `METHODS`, which knows its measure.
+        steps: numbers of steps.
+        measure: further arguments of `flow_error`, for a scheduler.
+    Raises:
+        InvalidArgument: steps is empty or holds other than whole numbers from 1.
+    """
+    for n in listed("steps", steps):
+        whole_number("steps", n, 1)
+    if isinstance(scheduler, Method):
+        return [scheduler.error(n, **measure) for n in steps]
+    return [flow_error(scheduler, n, **measure) for n in steps]
 
 
 def output_of(scheduler: Scheduler, data: GaussianMixture, x: Tensor, level: Level) -> Tensor:

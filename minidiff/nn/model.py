@@ -6,8 +6,9 @@ tensors that the configuration needs are compared with the headers of the files,
 and then by name and shape, on a network built without memory. Only then is memory allocated.
 """
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -162,6 +163,25 @@ class Model(nn.Module):
     def min_tensors(cls, config: Mapping) -> int:
         """Return a lower bound on the tensors of this configuration. Raises InvalidArgument."""
         return 0
+
+
+def describe_options(network: type, *configs: type) -> None:
+    """Give the constructor of a network the signature of its options, as Jupyter shows it.
+
+    Args:
+        network: class whose constructor takes `**config`.
+        configs: dataclasses of the options; of options of one name the first one's default.
+    """
+    parameters = {
+        field.name: inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, annotation=field.type,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+        )
+        for config in configs[::-1]
+        for field in fields(config)
+    }  # fmt: skip
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    network.__init__.__signature__ = inspect.Signature([own, *parameters.values()])
 
 
 def parse_options(cls: type, given: Mapping, network: str) -> Any:

@@ -62,7 +62,7 @@ from minidiff.nn.blocks.layers import (
 from minidiff.nn.blocks.transformer import Transformer
 from minidiff.nn.configs.unet import VOCABULARIES, unet_config
 from minidiff.nn.configs.unet_plan import AttentionPlan, SelfAttentionPlan, Stage, UNetConfig
-from minidiff.nn.model import Model
+from minidiff.nn.model import Model, describe_options
 from minidiff.runtime.files import Config
 from minidiff.runtime.shapes import warn_unless_finite
 from minidiff.runtime.tensors import Stored
@@ -214,6 +214,9 @@ class UNet(Model):
                 raise InvalidArgument(
                     f"{name} must have the dtype of the network, {dtype}, got {x.dtype}"
                 )
+
+
+describe_options(UNet, *VOCABULARIES)
 
 
 class DownBlock(nn.Module):

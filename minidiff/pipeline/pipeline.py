@@ -4,7 +4,7 @@
 text-to-image, image-to-image or inpainting.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from minidiff.pipeline.parts import (
 from minidiff.pipeline.request import Request
 from minidiff.pipeline.space import LatentSpace
 from minidiff.pipeline.start import InitialState, initial_state
+from minidiff.pipeline.walk import WalkedStep, walked
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.progress import progress_bar
 from minidiff.runtime.tensors import DTYPES
@@ -211,21 +212,13 @@ class Pipeline:
         if request.first_step == len(self.scheduler.grid):  # strength 0: nothing to do
             return self._unchanged(request)
         images, self._interrupt = [], False  # diffusers' name: a callback may set it
-        steps = len(request.batches) * request.evaluations
-        with progress_bar(steps, request.progress, unit="step") as bar:
+        total = len(request.batches) * request.evaluations
+        with progress_bar(total, request.progress, unit="step") as bar:
             for batch in request.batches:
                 if self._interrupt:
                     break
-                source = request.source_of(batch)
-                start = initial_state(
-                    request, batch, self.space, self.scheduler, source, self.device
-                )
-                step_end = request.on_step_end()
-                denoise = self._denoiser_of(request, batch, start, step_end)
-                after_step = step_end.following(start.after_step)
-                for step in start.walk(
-                    denoise, self.scheduler, start.x, source, after_step, **request.step_options
-                ):
+                start, steps = self.sampling(request, batch)
+                for step in steps:
                     if request.callback is not None:
                         request.callback(step)
                     bar.update()
@@ -236,7 +229,34 @@ class Pipeline:
                     if request.output_type == "latent"
                     else start.finish(self.decode(step.next_x))
                 )
-        return self._output(request, images)
+        return self.output(request, images)
+
+    def walk(self, *arguments: Any, **options: Any) -> Iterator[WalkedStep]:
+        """Generate images one step of the loop at a time.
+
+            for step in pipe.walk(class_labels=7, seed=1):
+                print(step.t, step.change)  # step.images: what x̂0 looks like
+
+        Args:
+            arguments, options: those of a call, for images of one batch.
+        Returns:
+            Iterator over `minidiff.pipeline.walk.WalkedStep`; the last one's `next_images` are what
+            a call with these arguments returns, bit for bit.
+        Raises:
+            InvalidArgument: as a call, before the first step; or the images do not fit in one
+                batch, or strength is 0.
+        """
+        return walked(self, Request.of(self, *arguments, **options))
+
+    def sampling(self, request: Request, batch: slice) -> tuple[InitialState, Iterator[Step]]:
+        """Return where one batch of a request starts, and the steps of its sampling."""
+        source = request.source_of(batch)
+        start = initial_state(request, batch, self.space, self.scheduler, source, self.device)
+        step_end = request.on_step_end()
+        denoise = self._denoiser_of(request, batch, start, step_end)
+        after_step = step_end.following(start.after_step)
+        options = request.step_options
+        return start, start.walk(denoise, self.scheduler, start.x, source, after_step, **options)
 
     def _denoiser_of(
         self, request: Request, batch: slice, start: InitialState, step_end: StepEnd
@@ -257,11 +277,10 @@ class Pipeline:
         """Return the given images of a request of strength 0."""
         pixels = request.original.pixels
         latent = request.output_type == "latent"
-        return self._output(
-            request, [self.space.mode(pixels.to(self.device)) if latent else pixels]
-        )
+        return self.output(request, [self.space.mode(pixels.to(self.device)) if latent else pixels])
 
-    def _output(self, request: Request, batches: list[Tensor]) -> PipelineOutput:
+    def output(self, request: Request, batches: list[Tensor]) -> PipelineOutput:
+        """Return finished images and labels of batches, of the request's output type."""
         images = torch.cat(batches)
         labels = request.conditioning if isinstance(request.conditioning, Tensor) else None
         labels = None if labels is None else labels[: len(images)]

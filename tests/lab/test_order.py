@@ -14,7 +14,7 @@ import torch
 from mixture_runs import assert_same, run
 
 from minidiff.errors import InvalidArgument
-from minidiff.lab.order import FINE, METHODS, Method, flow_error, order, variance_error
+from minidiff.lab.order import FINE, METHODS, Method, curve, flow_error, order, variance_error
 from minidiff.prediction import PREDICTION_TYPES
 from minidiff.schedulers import (
     SCHEDULERS,
@@ -279,3 +279,16 @@ def test_every_number_of_steps_has_that_many_falling_timesteps(
         assert 0 <= grid[-1] <= grid[0] < train_steps
         if spacing != "leading":
             assert grid[0] == train_steps - 1
+
+
+def test_a_curve_falls_by_the_order_of_its_method_from_point_to_point() -> None:
+    errors = curve(METHODS["DPM-Solver++ 2M"], [120, 240, 480])
+    assert [math.log2(a / b) for a, b in pairwise(errors)] == pytest.approx([2, 2], abs=0.1)
+    scheduler = METHODS["DPM-Solver++ 2M"].build()
+    assert curve(scheduler, [120]) == errors[:1]
+
+
+@pytest.mark.parametrize("steps", [[0], [2.5], 10])
+def test_a_curve_over_impossible_steps_is_refused(steps: Any) -> None:
+    with pytest.raises(InvalidArgument, match="steps must be"):
+        curve(METHODS["DDIM"], steps)

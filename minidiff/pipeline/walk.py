@@ -1,0 +1,87 @@
+"""A pipeline's sampling, one step at a time: `Pipeline.walk`."""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import InvalidArgument
+from minidiff.pipeline.request import Request
+from minidiff.pipeline.start import InitialState
+from minidiff.sample import Step
+from minidiff.schedule import Level
+
+if TYPE_CHECKING:
+    from minidiff.pipeline.pipeline import Pipeline
+
+
+class WalkedStep:
+    """A step of the loop with what it looks like.
+
+    Attributes:
+        index, t, x, x0, output, next_x: see `minidiff.sample.Step`.
+        level: α and σ of x.
+        labels: class labels of the images, (N,), or None.
+        change: root mean square by which x̂0 differs from that of the step before; of the first
+            step, from 0.
+    """
+
+    def __init__(
+        self, pipe: "Pipeline", request: Request, start: InitialState, step: Step, before: Tensor
+    ) -> None:
+        self.index, self.t, self.x, self.x0, self.output, self.next_x = step
+        self.level: Level = pipe.scheduler.grid_levels(step.t)[0]
+        self.change = float((step.x0 - before).square().mean().sqrt())
+        labels = request.conditioning
+        self.labels = labels if isinstance(labels, Tensor) else None
+        self._decoding = pipe, request, start
+
+    @cached_property
+    def images(self) -> Any:
+        """Images of x̂0, decoded when they are first read, of the call's `output_type`."""
+        return self._decoded(self.x0)
+
+    @cached_property
+    def next_images(self) -> Any:
+        """Images of `next_x`, still noisy before the last step, of the call's `output_type`."""
+        return self._decoded(self.next_x)
+
+    @torch.no_grad()
+    def _decoded(self, z: Tensor) -> Any:
+        pipe, request, start = self._decoding
+        images = z if request.output_type == "latent" else start.finish(pipe.decode(z))
+        return pipe.output(request, [images]).images
+
+
+def walked(pipe: "Pipeline", request: Request) -> Iterator[WalkedStep]:
+    """Return an iterator over the steps of a request. Raises InvalidArgument, see `walk`."""
+    if len(request.batches) > 1:
+        raise InvalidArgument(
+            f"batch_size must be at least the number of images, {request.batches[-1].stop}, for "
+            f"a walk; got {request.batches[0].stop}"
+        )
+    if request.first_step == len(pipe.scheduler.grid):
+        raise InvalidArgument("strength must be above 0 for a walk, which has no steps then")
+    # A separate scheduler, so that calls of the pipeline between two steps change nothing.
+    own = copy.copy(pipe)
+    own.scheduler = copy.deepcopy(pipe.scheduler)
+    pipe._interrupt = False  # a callback may set it, see `Pipeline.__call__`
+    return _steps(own, request, lambda: pipe._interrupt)
+
+
+@torch.no_grad()
+def _steps(
+    pipe: "Pipeline", request: Request, interrupted: Callable[[], bool]
+) -> Iterator[WalkedStep]:
+    start, steps = pipe.sampling(request, request.batches[0])
+    before = torch.zeros(())
+    for step in steps:
+        if request.callback is not None:
+            request.callback(step)
+        yield WalkedStep(pipe, request, start, step, before.to(step.x0))
+        if interrupted():
+            return
+        before = step.x0
