@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from minidiff import DDIMScheduler, NoiseSchedule, trajectory
-from minidiff.exact import GaussianMixture, LabelledMixture, energy_distance
+from minidiff.exact import GaussianMixture
 from minidiff.guidance import (
     Denoiser,
     autoguidance,
@@ -39,6 +39,7 @@ from minidiff.guidance import (
     thresholded,
     within,
 )
+from minidiff.lab.mixtures import LabelledMixture, energy_distance
 from minidiff.runtime.files import atomic_file
 
 SAMPLES = 4000

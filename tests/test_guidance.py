@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument
-from minidiff.exact import GaussianMixture, LabelledMixture, energy_distance
+from minidiff.exact import GaussianMixture
 from minidiff.guidance import (
     Denoiser,
     Pair,
@@ -28,6 +28,7 @@ from minidiff.guidance import (
     thresholded,
     within,
 )
+from minidiff.lab.mixtures import LabelledMixture, energy_distance
 from minidiff.prediction import dynamic_threshold, split, target
 from minidiff.sample import meaning_of, trajectory
 from minidiff.schedule import NoiseSchedule

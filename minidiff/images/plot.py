@@ -21,9 +21,8 @@ from torch import Tensor
 from minidiff.errors import CheckpointError, InvalidArgument, whole_number
 from minidiff.exact import GaussianMixture
 from minidiff.images.pixels import to_uint8
-from minidiff.noise import randn
 from minidiff.runtime.files import atomic_file, user_path
-from minidiff.schedule import CLEAN, Level, NoiseSchedule, add_noise
+from minidiff.schedule import CLEAN, Level
 
 
 def as_array(images: Tensor) -> np.ndarray:
@@ -96,21 +95,12 @@ def _labelled(
     texts = [lines(label) for label in above]
     left = 8 + max((int(font.getlength(label)) for label in beside), default=-8)
     top = 4 + 14 * max((text.count("\n") + 1 for text in texts), default=0)
-    # Labels of narrow columns that would overlap are set in a slant, one height for all.
-    slanted = any(font.getlength(line) > cell[0] for text in texts for line in text.split("\n"))
-    if slanted:
-        top = 8 + max(int(font.getlength(label)) for label in above)
     picture = Image.new(sheet.mode, (left + sheet.width, top + sheet.height), "white")
     picture.paste(sheet, (left, top))
     pen = ImageDraw.Draw(picture)
     for i, text in enumerate(texts):
         x = left + i * cell[0] + cell[0] // 2
-        if slanted:
-            strip = Image.new("L", (top, 16), 255)
-            ImageDraw.Draw(strip).text((4, 8), above[i], 0, font, anchor="lm")
-            picture.paste(strip.rotate(90, expand=True), (x - 8, 0))
-        else:
-            pen.multiline_text((x, top - 4), text, "black", font, anchor="md", align="center")
+        pen.multiline_text((x, top - 4), text, "black", font, anchor="md", align="center")
     for i, label in enumerate(beside):
         pen.text((left - 5, top + i * cell[1] + cell[1] // 2), label, "black", font, anchor="rm")
     return picture
@@ -135,41 +125,6 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3
             temporary, format="GIF", save_all=True, append_images=list(frames[1:]),
             duration=durations, loop=0, optimize=True,
         )  # fmt: skip
-
-
-def forward_figure(
-    x0: Tensor, schedule: NoiseSchedule, path: str | Path, columns: int = 9, seed: int = 0
-) -> None:
-    """Draw the forward process: each image from clean to noise, with α and σ above.
-
-    Args:
-        x0: clean images (N, C, H, W) in [−1, 1], one row each.
-        schedule: noise schedule.
-        path: PNG file to write.
-        columns: number of training steps drawn after the clean image, evenly spaced.
-        seed: seed of the noise.
-    """
-    from matplotlib.figure import Figure
-
-    steps = torch.linspace(0, len(schedule) - 1, columns, dtype=torch.float32).round().long()
-    eps = randn(x0.shape, torch.Generator().manual_seed(seed))
-    figure = Figure(figsize=(1.1 * (columns + 1), 1.15 * len(x0) + 0.7), layout="constrained")
-    axes = figure.subplots(len(x0), columns + 1, squeeze=False)
-    for column in range(columns + 1):
-        if column == 0:
-            title, x = "clean\nx₀", x0
-        else:
-            t = int(steps[column - 1])
-            level = schedule[t]
-            title = f"t = {t}\nα {level.alpha:.2f}  σ {level.sigma:.2f}"
-            x = add_noise(x0, eps, level)
-        axes[0, column].set_title(title, fontsize=7)
-        for row, picture in enumerate(as_array(x)):
-            axes[row, column].imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
-            axes[row, column].axis("off")
-    figure.suptitle("Forward process: x_t = α·x₀ + σ·ε", fontsize=10)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 # --- points in a plane -------------------------------------------------------------------------
@@ -314,18 +269,10 @@ def loss(run: str | Path | Iterable[Mapping[str, Any]], axes: Any = None) -> Any
     return axes
 
 
-class Shown:
-    """A picture that a notebook stores once, as PNG; PIL's own images add a JPEG."""
-
-    def __init__(self, png: bytes) -> None:
-        self.png = png
-
-    def _repr_png_(self) -> bytes:
-        return self.png
-
-
-def show(picture: Any, dpi: int = 90) -> Shown:
+def show(picture: Any, dpi: int = 90) -> Any:
     """Return a picture for the last line of a cell, which the notebook stores as PNG alone.
+
+    Without it, images of PIL are stored as JPEG as well.
 
     Args:
         picture: image of PIL, or axes or a figure of matplotlib, which is then closed.
@@ -344,7 +291,9 @@ def show(picture: Any, dpi: int = 90) -> Shown:
     else:
         kind = type(picture).__name__
         raise InvalidArgument(f"picture must be an image, axes or a figure, got {kind}")
-    return Shown(buffer.getvalue())
+    from IPython.display import Image as Shown
+
+    return Shown(buffer.getvalue(), format="png")
 
 
 def source(thing: Any) -> None:

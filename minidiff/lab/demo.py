@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minidiff import shipped
 from minidiff.data import ImageData, load
@@ -14,6 +15,7 @@ from minidiff.errors import CheckpointError, Stopped, whole_number
 from minidiff.images import plot
 from minidiff.images.pixels import to_float
 from minidiff.metrics import Evaluator, Scores
+from minidiff.noise import randn
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs import diffusion
@@ -22,6 +24,7 @@ from minidiff.runs.folder import Settings, about
 from minidiff.runtime import files
 from minidiff.runtime.device import DTYPES, describe
 from minidiff.sample import Step
+from minidiff.schedule import NoiseSchedule, add_noise
 from minidiff.schedulers.core.names import SAMPLERS, sampler
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import DiffusionTraining, train
@@ -186,4 +189,39 @@ def draw(pipe: Pipeline, data: ImageData, out: Path) -> None:
     plot.save_gif([plot.grid(frame[:50], 10, scale=3) for frame in frames], out / "denoise.gif")
     first = [int((data.labels == c).nonzero()[0]) for c in range(0, 10, 3)]
     clean = to_float(data.images[first])
-    plot.forward_figure(clean, pipe.scheduler.schedule, out / "forward.png")
+    _forward_figure(clean, pipe.scheduler.schedule, out / "forward.png")
+
+
+def _forward_figure(
+    x0: Tensor, schedule: NoiseSchedule, path: str | Path, columns: int = 9, seed: int = 0
+) -> None:
+    """Draw the forward process: each image from clean to noise, with α and σ above.
+
+    Args:
+        x0: clean images (N, C, H, W) in [−1, 1], one row each.
+        schedule: noise schedule.
+        path: PNG file to write.
+        columns: number of training steps drawn after the clean image, evenly spaced.
+        seed: seed of the noise.
+    """
+    from matplotlib.figure import Figure
+
+    steps = torch.linspace(0, len(schedule) - 1, columns, dtype=torch.float32).round().long()
+    eps = randn(x0.shape, torch.Generator().manual_seed(seed))
+    figure = Figure(figsize=(1.1 * (columns + 1), 1.15 * len(x0) + 0.7), layout="constrained")
+    axes = figure.subplots(len(x0), columns + 1, squeeze=False)
+    for column in range(columns + 1):
+        if column == 0:
+            title, x = "clean\nx₀", x0
+        else:
+            t = int(steps[column - 1])
+            level = schedule[t]
+            title = f"t = {t}\nα {level.alpha:.2f}  σ {level.sigma:.2f}"
+            x = add_noise(x0, eps, level)
+        axes[0, column].set_title(title, fontsize=7)
+        for row, picture in enumerate(plot.as_array(x)):
+            axes[row, column].imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
+            axes[row, column].axis("off")
+    figure.suptitle("Forward process: x_t = α·x₀ + σ·ε", fontsize=10)
+    with files.atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

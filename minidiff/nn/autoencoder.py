@@ -29,7 +29,7 @@ from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.nn.blocks.layers import Downsample, GroupNorm, PlainResnetBlock, Upsample
 from minidiff.nn.blocks.tiling import ImageMap, sliced, tiled
 from minidiff.nn.configs.autoencoder import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
-from minidiff.nn.model import Model, describe_options, parse_options
+from minidiff.nn.model import Model, parse_options
 from minidiff.runtime.files import Config
 from minidiff.runtime.shapes import append_dims, readable, warn_unless_finite
 from minidiff.runtime.tensors import Stored
@@ -221,9 +221,6 @@ class AutoencoderKL(Model):
 
 
 # ------------------------------------------------------------------------------- the two halves
-
-
-describe_options(AutoencoderKL, AutoencoderConfig)
 
 
 class Encoder(nn.Module):

@@ -26,7 +26,7 @@ from minidiff.nn.blocks.embeddings import (
     check_floating,
     expand_times,
 )
-from minidiff.nn.model import Model, describe_options, parse_options
+from minidiff.nn.model import Model, parse_options
 from minidiff.runtime.checks import check_fields, option, optional, whole
 from minidiff.runtime.files import Config
 from minidiff.runtime.shapes import warn_unless_finite
@@ -119,9 +119,6 @@ class MLP(Model):
     def min_tensors(cls, config: Mapping) -> int:
         """Return eight tensors per block, a lower bound. Raises InvalidArgument."""
         return 8 * whole_number("num_layers", config.get("num_layers", MLPConfig.num_layers), 1, 64)
-
-
-describe_options(MLP, MLPConfig)
 
 
 class Block(nn.Module):

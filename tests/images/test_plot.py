@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -21,7 +22,7 @@ RING = toys.mixture("ring")
 IMAGES = np.arange(6 * 5 * 4, dtype=np.uint8).reshape(6, 5, 4, 1)
 
 
-@pytest.mark.parametrize("columns", [["α = 1", "β", "γ"], ["one two three four"] * 3])
+@pytest.mark.parametrize("columns", [["α = 1", "β", "γ"], ["a b c d e f g"] * 3])
 def test_labels_are_drawn_around_the_pixels_of_the_plain_grid(columns: list[str]) -> None:
     plain = np.asarray(plot.grid(IMAGES, 3, 8))
     labelled = np.asarray(plot.grid(IMAGES, columns, 8, rows=["first", "second"]))
@@ -96,8 +97,9 @@ def test_the_loss_of_a_run_is_read_from_its_log(tmp_path) -> None:
 def test_a_notebook_stores_a_picture_as_png_alone() -> None:
     for picture in (plot.grid(IMAGES, 3), Figure(), Figure().subplots()):
         shown = plot.show(picture)
-        assert [name for name in dir(shown) if name.startswith("_repr_")] == ["_repr_png_"]
-        Image.open(io.BytesIO(shown._repr_png_())).verify()
+        formats, _ = DisplayFormatter().format(shown)
+        assert set(formats) == {"image/png", "text/plain"}
+        Image.open(io.BytesIO(shown.data)).verify()
     with pytest.raises(InvalidArgument, match="picture must be an image, axes or a figure"):
         plot.show(3)
 
