@@ -1,28 +1,20 @@
-"""Figures: grids of images, GIFs of denoising, and densities, fields and paths in a plane.
+"""Figures: grids of images, with labels or without, and GIFs of denoising.
 
-Files are written atomically. Only figures with text import matplotlib. Functions that take `axes`
-draw into them, or into pyplot's current ones, and return them.
+Files are written atomically. `minidiff.lab.plot` has figures for notebooks.
 """
 
-import inspect
-import io
-import json
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minidiff.errors import CheckpointError, InvalidArgument, whole_number
-from minidiff.exact import GaussianMixture
+from minidiff.errors import InvalidArgument, whole_number
 from minidiff.images.pixels import to_uint8
-from minidiff.runtime.files import atomic_file, user_path
-from minidiff.schedule import CLEAN, Level
+from minidiff.runtime.files import atomic_file
 
 
 def as_array(images: Tensor) -> np.ndarray:
@@ -125,189 +117,3 @@ def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3
             temporary, format="GIF", save_all=True, append_images=list(frames[1:]),
             duration=durations, loop=0, optimize=True,
         )  # fmt: skip
-
-
-# --- points in a plane -------------------------------------------------------------------------
-
-EXTENT = 2.4  # half the side of the plane that is drawn
-
-
-def _plane(axes: Any, extent: float = EXTENT, title: str = "") -> Any:
-    """Return square axes of the plane without ticks; pyplot's current ones for None."""
-    if axes is None:
-        from matplotlib import pyplot
-
-        axes = pyplot.gca()
-    axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[], yticks=[])
-    if title:
-        axes.set_title(title)
-    return axes
-
-
-def _mesh(extent: float, n: int) -> Tensor:
-    """Return n×n points of the plane, row by row from below, float64 (n², 2)."""
-    line = torch.linspace(-extent, extent, n, dtype=torch.float64)
-    return torch.cartesian_prod(line, line).flip(1)
-
-
-def points(
-    x: Tensor, axes: Any = None, *, labels: Tensor | None = None, title: str = "", most: int = 3000
-) -> Any:
-    """Draw points of a plane, coloured by their labels.
-
-    Args:
-        x: points (N, 2).
-        axes: axes of matplotlib.
-        labels: int64 (N,), or None.
-        title: title of the axes.
-        most: number of points that are drawn, the first ones.
-    Raises:
-        InvalidArgument: points in other dimensions.
-    """
-    _check_plane("x", x)
-    extent = max(EXTENT, 1.05 * float(x[:most].abs().nan_to_num(0, 0, 0).max()))
-    axes, colours = _plane(axes, extent, title), None if labels is None else labels[:most].cpu()
-    axes.scatter(*x[:most].cpu().T, c=colours, cmap="tab10", s=2, linewidths=0)
-    return axes
-
-
-def density(mixture: GaussianMixture, level: Level = CLEAN, axes: Any = None, **more: Any) -> Any:
-    """Draw the density of a mixture in the plane at a noise level.
-
-    Args:
-        mixture: mixture of two dimensions.
-        level: noise level; that of the data by default.
-        axes: axes of matplotlib.
-        more: arguments of `Axes.imshow`, such as cmap.
-    Raises:
-        InvalidArgument: a mixture in other dimensions.
-    """
-    _check_plane("mixture", mixture.means)
-    axes, n = _plane(axes), 200
-    values = mixture.log_prob(_mesh(EXTENT, n), level).exp().view(n, n)
-    options = {"cmap": "Greys", "interpolation": "bilinear"} | more
-    axes.imshow(values, extent=(-EXTENT, EXTENT) * 2, origin="lower", **options)
-    return axes
-
-
-def field(
-    denoise: Callable[[Tensor, Level], Tensor], level: Level, axes: Any = None, n: int = 18
-) -> Any:
-    """Draw where a denoiser moves the points of a plane: an arrow from x towards α·x̂0.
-
-    Args:
-        denoise: function (x, level) → x̂0, such as `GaussianMixture.denoise`.
-        level: noise level.
-        axes: axes of matplotlib.
-        n: arrows along each side.
-    """
-    axes, x = _plane(axes), _mesh(EXTENT, n)
-    move = level.alpha * denoise(x, level) - x
-    axes.quiver(*x.T, *move.T, move.norm(dim=1), angles="xy", cmap="viridis", width=0.004)
-    return axes
-
-
-def paths(states: Sequence[Tensor] | Tensor, axes: Any = None, **more: Any) -> Any:
-    """Draw the paths of points through the plane, with a dot where each ends.
-
-    Args:
-        states: samples (N, 2) of every step, in order.
-        axes: axes of matplotlib.
-        more: arguments of `Axes.plot`, such as color.
-    Raises:
-        InvalidArgument: points in other dimensions, or no steps.
-    """
-    lines = torch.stack(list(states)) if len(states) else torch.zeros(0, 0, 0)
-    _check_plane("states", lines[-1] if len(lines) else lines)
-    extent = max(EXTENT, 1.05 * float(lines.abs().max()))
-    axes, style = _plane(axes, extent), {"lw": 0.6, "alpha": 0.6, "color": "tab:blue"} | more
-    axes.plot(*lines.unbind(-1), **style)
-    axes.plot(*lines[-1].T, ".", ms=3, color=style["color"])
-    return axes
-
-
-def _check_plane(name: str, x: Tensor) -> None:
-    if x.ndim != 2 or x.shape[1] != 2:
-        raise InvalidArgument(f"{name} must be points of a plane, (N, 2), got {tuple(x.shape)}")
-
-
-def save_points(x: Tensor, path: str | Path, labels: Tensor | None = None, title: str = "") -> None:
-    """Write a PNG of points, see `points`. Raises CheckpointError if it cannot be written."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    points(x, figure.subplots(), labels=labels, title=title)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-# --- notebooks ---------------------------------------------------------------------------------
-
-
-def loss(run: str | Path | Iterable[Mapping[str, Any]], axes: Any = None) -> Any:
-    """Draw the loss of a run over its steps, on logarithmic axes.
-
-    Args:
-        run: folder of a run, or the rows of a log.
-        axes: axes of matplotlib.
-    Raises:
-        CheckpointError: the folder has no readable log.jsonl.
-    """
-    if axes is None:
-        from matplotlib import pyplot
-
-        axes = pyplot.gca()
-    if isinstance(run, str | Path):
-        path = user_path(run) / "log.jsonl"
-        try:
-            run = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not the log of a run ({error})") from error
-    steps, losses = zip(*((row["step"], row["loss"]) for row in run), strict=True)
-    axes.loglog(steps, losses)
-    axes.set(xlabel="step", ylabel="loss")
-    return axes
-
-
-def show(picture: Any, dpi: int = 90) -> Any:
-    """Return a picture for the last line of a cell, which the notebook stores as PNG alone.
-
-    Without it, images of PIL are stored as JPEG as well.
-
-    Args:
-        picture: image of PIL, or axes or a figure of matplotlib, which is then closed.
-        dpi: resolution of a figure.
-    Raises:
-        InvalidArgument: neither of these.
-    """
-    buffer, figure = io.BytesIO(), getattr(picture, "figure", picture)
-    if isinstance(picture, Image.Image):
-        picture.save(buffer, format="PNG", optimize=True)
-    elif hasattr(figure, "savefig"):
-        from matplotlib import pyplot
-
-        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight")
-        pyplot.close(figure)
-    else:
-        kind = type(picture).__name__
-        raise InvalidArgument(f"picture must be an image, axes or a figure, got {kind}")
-    from IPython.display import Image as Shown
-
-    return Shown(buffer.getvalue(), format="png")
-
-
-def source(thing: Any) -> None:
-    """Print where a function or class stands, as file:line, and its code.
-
-    Raises:
-        InvalidArgument: a thing without source code, such as a number.
-    """
-    try:
-        thing = inspect.unwrap(thing)
-        code, line = inspect.getsourcelines(thing)
-        path = Path(inspect.getsourcefile(thing) or "")
-    except (TypeError, OSError) as error:
-        raise InvalidArgument(f"thing must have source code, got {thing!r}") from error
-    root = Path(__file__).parents[2]
-    place = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-    print(f"{place}:{line}\n{textwrap.dedent(''.join(code))}", end="")

@@ -14,7 +14,7 @@ from PIL import Image
 from minidiff import shipped
 from minidiff.data import toys
 from minidiff.errors import CheckpointError, InvalidArgument
-from minidiff.images import plot
+from minidiff.lab import plot
 from minidiff.schedule import CLEAN, Level
 
 mpl.use("Agg")
