@@ -129,7 +129,8 @@ class GaussianMixture:
         differ by less than 10·FLOW_ERROR·(1 + |u|): the error of the finer one is a fifteenth of
         that difference.
         """
-        (r, first), (scale, last) = (_polar(level) for level in (now, nxt))
+        r, scale = math.hypot(*now), math.hypot(*nxt)
+        first, last = (math.atan2(level.sigma, level.alpha) for level in (now, nxt))
         narrow = float(self.stds.min()) or min(first, last)
         if narrow == 0:
             raise InvalidArgument("flow in D > 1 needs stds above 0 where a level has σ = 0")
@@ -155,14 +156,6 @@ class GaussianMixture:
                 f"{FLOW_ERROR:g}"
             )
         return result
-
-    def cdf(self, x: Tensor, level: Level = CLEAN) -> Tensor:
-        """Return P(x_t ≤ x) on a line, in the shape of x, float64. Raises InvalidArgument for D >
-        1.
-        """
-        if self.means.shape[1] != 1:
-            raise InvalidArgument(f"cdf needs D = 1, this mixture has D = {self.means.shape[1]}")
-        return self._log_tails(self._flat(x), level)[0].exp().view_as(x)
 
     def _log_tails(self, flat: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """Return ln P(x_t ≤ x) and ln P(x_t > x), (B, 1): each is precise where it is small."""
@@ -220,11 +213,6 @@ class GaussianMixture:
         return flat
 
 
-def _polar(level: Level) -> tuple[float, float]:
-    """Return √(α² + σ²) and the angle whose tangent is σ/α."""
-    return math.hypot(*level), math.atan2(level.sigma, level.alpha)
-
-
 def _runge_kutta(
     slope: Callable[[float, Tensor], Tensor], x: Tensor, begin: float, end: float, n: int
 ) -> Tensor:
@@ -254,7 +242,7 @@ def of_images(images: Any) -> GaussianMixture:
     if callable(getattr(images, "batch", None)):
         images, _ = images.batch(torch.arange(len(images)))
     if not isinstance(images, Tensor) or images.ndim < 2 or not 0 < images.numel() <= MAX_SET:
-        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        got = tuple(getattr(images, "shape", ())) or type(images).__name__
         raise InvalidArgument(f"images must be (N, *shape), at most {MAX_SET} numbers, got {got}")
     if not images.isfinite().all():
         raise InvalidArgument("images must be finite, got NaN or infinity")

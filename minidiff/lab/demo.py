@@ -12,8 +12,8 @@ from torch import Tensor
 from minidiff import shipped
 from minidiff.data import ImageData, load
 from minidiff.errors import CheckpointError, Stopped, whole_number
-from minidiff.images import plot
 from minidiff.images.pixels import to_float
+from minidiff.lab import plot
 from minidiff.metrics import Evaluator, Scores
 from minidiff.noise import randn
 from minidiff.pipeline import Pipeline

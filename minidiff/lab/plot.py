@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.exact import GaussianMixture
-from minidiff.images.plot import as_array, grid, save, save_gif
+from minidiff.images import plot as images_plot
+from minidiff.images.plot import as_array, save
 from minidiff.runs.folder import LOG
 from minidiff.runtime.files import atomic_file, user_path
 from minidiff.schedule import CLEAN, Level
@@ -31,6 +33,92 @@ __all__ = [
     "as_array", "density", "field", "grid", "loss", "paths", "points", "save", "save_gif",
     "save_points", "show", "source",
 ]  # fmt: skip
+
+
+def grid(
+    images: np.ndarray | Sequence[Any] | Tensor,
+    columns: int | Sequence[str] = 10,
+    scale: int = 2,
+    gap: int = 1,
+    *,
+    rows: Sequence[str] = (),
+) -> Image.Image:
+    """Arrange images in a grid, row by row, with labels.
+
+    Args:
+        images: uint8 (N, H, W, C) with C = 1 or 3; or PIL images of one size; or float images
+            (N, C, H, W) in [−1, 1].
+        scale, gap: see `minidiff.images.plot.grid`.
+        columns: images per row, or a label above each column.
+        rows: a label beside each row; none by default.
+    Raises:
+        InvalidArgument: another kind of images, or another number of labels than rows.
+    """
+    if isinstance(images, Tensor):
+        images = as_array(images)
+    elif isinstance(images, list | tuple):
+        images = np.stack([np.atleast_3d(np.asarray(image)) for image in images])
+    above: Sequence[str] = () if isinstance(columns, int) else columns
+    width = columns if isinstance(columns, int) else len(columns)
+    sheet = images_plot.grid(images, width, scale, gap)
+    count = -(-len(images) // width)
+    if rows and len(rows) != count:
+        raise InvalidArgument(f"rows must have a label for each of {count} rows, got {len(rows)}")
+    # The last column and row have no gap.
+    cell = tuple(
+        (side + scale * gap) // n for side, n in zip(sheet.size, (width, count), strict=False)
+    )
+    return _labelled(sheet, cell, above, rows) if above or rows else sheet
+
+
+def _labelled(
+    sheet: Image.Image, cell: tuple[float, float], above: Sequence[str], beside: Sequence[str]
+) -> Image.Image:
+    """Put labels in a white margin above the columns and beside the rows of a sheet."""
+    import matplotlib
+
+    face = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has Greek letters
+    font = ImageFont.truetype(str(face), 11)
+
+    def lines(label: str) -> str:
+        """Return a label broken between words where it is wider than its column."""
+        done = ""
+        for word in label.split():
+            longer = f"{done} {word}" if done else word
+            fits = font.getlength(longer.rpartition("\n")[2]) <= cell[0] - 2
+            done = longer if fits or not done else f"{done}\n{word}"
+        return done
+
+    texts = [lines(label) for label in above]
+    left = 8 + max((int(font.getlength(label)) for label in beside), default=-8)
+    top = 4 + 14 * max((text.count("\n") + 1 for text in texts), default=0)
+    picture = Image.new(sheet.mode, (left + sheet.width, top + sheet.height), "white")
+    picture.paste(sheet, (left, top))
+    pen = ImageDraw.Draw(picture)
+    for i, text in enumerate(texts):
+        x = left + i * cell[0] + cell[0] // 2
+        pen.multiline_text((x, top - 4), text, "black", font, anchor="md", align="center")
+    for i, label in enumerate(beside):
+        pen.text((left - 5, top + i * cell[1] + cell[1] // 2), label, "black", font, anchor="rm")
+    return picture
+
+
+def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.0) -> None:
+    """Write a looping GIF that plays `frames` in `seconds` and then holds the last one.
+
+    Noise does not compress well, so only 16 colours are kept, which is not visible in motion.
+    """
+    each = 1000 * seconds / len(frames)
+    durations = [each] * (len(frames) - 1) + [1500]
+    frames = [frame.quantize(16, dither=Image.Dither.NONE) for frame in frames]
+    with atomic_file(path) as temporary:
+        frames[0].save(
+            temporary, format="GIF", save_all=True, append_images=list(frames[1:]),
+            duration=durations, loop=0, optimize=True,
+        )  # fmt: skip
+
+
+# --- points in a plane -------------------------------------------------------------------------
 
 EXTENT = 2.4  # half the side of the plane that is drawn
 

@@ -172,16 +172,13 @@ def describe_options(network: type, *configs: type) -> None:
         network: class whose constructor takes `**config`.
         configs: dataclasses of the options; of options of one name the first one's default.
     """
-    parameters = {
-        field.name: inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, annotation=field.type,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-        )
-        for config in configs[::-1]
-        for field in fields(config)
-    }  # fmt: skip
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    network.__init__.__signature__ = inspect.Signature([own, *parameters.values()])
+    options = {field.name: field for config in configs[::-1] for field in fields(config)}
+    kind, none = inspect.Parameter, inspect.Parameter.empty
+    parameters = [kind("self", kind.POSITIONAL_OR_KEYWORD)]
+    for name, field in options.items():
+        default = none if field.default is MISSING else field.default
+        parameters.append(kind(name, kind.KEYWORD_ONLY, annotation=field.type, default=default))
+    network.__init__.__signature__ = inspect.Signature(parameters)
 
 
 def parse_options(cls: type, given: Mapping, network: str) -> Any:

@@ -65,16 +65,6 @@ def climb(denoise: Denoiser, scheduler: Scheduler, x0: Tensor, num_inference_ste
     return last.next_x
 
 
-def descend(
-    denoise: Denoiser, scheduler: Scheduler, noise: Tensor, num_inference_steps: int
-) -> Tensor:
-    """Return clean samples from the noise of `climb`, with the same arguments."""
-    down = ddim_of(scheduler)
-    down.set_timesteps(num_inference_steps, device=noise.device)
-    *_, last = trajectory(denoise, down, noise)
-    return last.next_x
-
-
 @torch.no_grad()
 def invert(
     pipe: Pipeline,

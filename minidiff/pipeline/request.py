@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from minidiff.errors import InvalidArgument, one_of, real_number, true_or_false,
 from minidiff.guidance import METHODS, extrapolated, interval_of, rescaled
 from minidiff.images.pixels import Original, as_original, check_output
 from minidiff.noise import MAX_SEED, Generators
-from minidiff.pipeline.callbacks import StepEnd, StepFunction, check_function, step_ends
+from minidiff.pipeline.callbacks import StepEnd, check_function, step_ends
 from minidiff.pipeline.denoiser import Guidance, Method
 from minidiff.pipeline.inpaint import Stretch, stretches
 from minidiff.pipeline.parts import check_autoguidance_scale, check_guidance_scale
@@ -75,88 +76,72 @@ class Request:
     evaluations: int
 
     @classmethod
-    def of(
-        cls,
-        pipe: "Pipeline",
-        prompt: str | Sequence[str] | int | Sequence[int] | Tensor | None = None,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        num_images: int | None = None,
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        strength: float | None = None,
-        mask_image: Any = None,
-        resamples: int = 1,
-        jump_length: int = 1,
-        reconstruction_guidance: float = 0.0,
-        num_images_per_prompt: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] | None = None,
-        autoguidance_scale: float | None = None,
-        guide: Method | str | None = None,
-        eta: float | None = None,
-        seed: int | None = None,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        first_index: int = 0,
-        batch_size: int = 256,
-        output_type: str = "pil",
-        callback: Callable[[Step], None] | None = None,
-        callback_on_step_end: StepFunction | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        progress: bool | None = None,
-    ) -> "Request":
+    def of(cls, pipe: "Pipeline", *given: Any, **named: Any) -> "Request":
         """Check and resolve the arguments of `Pipeline.__call__`, and set the scheduler's grid.
 
+        Args:
+            pipe: the pipeline.
+            given, named: arguments of its call, whose defaults are those of that call.
         Raises:
             InvalidArgument: names the argument, what was given and what is allowed.
         """
+        bound = inspect.signature(type(pipe).__call__).bind(pipe, *given, **named)
+        bound.apply_defaults()
+        call = SimpleNamespace(**bound.arguments)
         space, scheduler = pipe.space, pipe.scheduler
-        check_output(output_type, space.image_channels)
-        if progress is not None:
-            true_or_false("progress", progress)
-        check_function("callback", callback)
-        original = as_original(image, mask_image, space.image_channels, needs_mask=space.takes_mask)
-        number = number_of_images(num_images, num_images_per_prompt, original)
+        check_output(call.output_type, space.image_channels)
+        if call.progress is not None:
+            true_or_false("progress", call.progress)
+        check_function("callback", call.callback)
+        original = as_original(
+            call.image, call.mask_image, space.image_channels, needs_mask=space.takes_mask
+        )
+        number = number_of_images(call.num_images, call.num_images_per_prompt, original)
         conditioning, n = resolve_conditioning(
-            pipe, prompt, class_labels, number, num_images_per_prompt, first_index
+            pipe,
+            call.prompt,
+            call.class_labels,
+            number,
+            call.num_images_per_prompt,
+            call.first_index,
         )
         guidance = resolve_guidance(
-            pipe, guidance_scale, guidance_rescale, guidance_interval, autoguidance_scale, guide
+            pipe,
+            call.guidance_scale,
+            call.guidance_rescale,
+            call.guidance_interval,
+            call.autoguidance_scale,
+            call.guide,
         )
-        negative = negative_prompts(pipe, negative_prompt, n, num_images_per_prompt, guidance.scale)
-        options = step_options(scheduler, eta)
-        shape = space.shape(*image_size(height, width, original))
-        set_grid(pipe, num_inference_steps, timesteps, sigmas)
-        first = first_step(scheduler, strength, original)
-        passes = timestep_schedule(scheduler, first, resamples, jump_length, original)
+        negative = negative_prompts(
+            pipe, call.negative_prompt, n, call.num_images_per_prompt, guidance.scale
+        )
+        options = step_options(scheduler, call.eta)
+        shape = space.shape(*image_size(call.height, call.width, original))
+        set_grid(pipe, call.num_inference_steps, call.timesteps, call.sigmas)
+        first = first_step(scheduler, call.strength, original)
+        passes = timestep_schedule(scheduler, first, call.resamples, call.jump_length, original)
         return cls(
             conditioning=conditioning,
             negative=negative,
             guidance=guidance,
             shape=shape,
             reconstruction=reconstruction_scale(
-                reconstruction_guidance, original, takes_mask=space.takes_mask
+                call.reconstruction_guidance, original, takes_mask=space.takes_mask
             ),
-            batches=slices(n, batch_size),
-            source_of=noise_sources(n, seed, generator, first_index),
-            noise_of=initial_noise(latents, (n, *shape), pipe.device),
+            batches=slices(n, call.batch_size),
+            source_of=noise_sources(n, call.seed, call.generator, call.first_index),
+            noise_of=initial_noise(call.latents, (n, *shape), pipe.device),
             original=None if original is None else original.repeat(n),
             first_step=first,
             passes=passes,
             step_options=options,
-            output_type=output_type,
-            callback=callback,
+            output_type=call.output_type,
+            callback=call.callback,
             on_step_end=step_ends(
-                pipe, callback_on_step_end, callback_on_step_end_tensor_inputs, guidance
+                pipe, call.callback_on_step_end, call.callback_on_step_end_tensor_inputs, guidance
             ),
-            progress=progress,
+            progress=call.progress,
             evaluations=sum(end - begin for begin, end in passes) or len(scheduler.grid) - first,
         )
 

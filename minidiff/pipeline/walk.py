@@ -1,7 +1,7 @@
 """A pipeline's sampling, one step at a time: `Pipeline.walk`."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from minidiff.errors import InvalidArgument
 from minidiff.pipeline.request import Request
 from minidiff.pipeline.start import InitialState
 from minidiff.sample import Step
-from minidiff.schedule import Level
 
 if TYPE_CHECKING:
     from minidiff.pipeline.pipeline import Pipeline
@@ -24,7 +23,6 @@ class WalkedStep:
     Attributes:
         index, t, x, x0, output, next_x: see `minidiff.sample.Step`.
         level: α and σ of x.
-        labels: class labels of the images, (N,), or None.
         change: root mean square by which x̂0 differs from that of the step before; of the first
             step, from 0.
     """
@@ -33,10 +31,8 @@ class WalkedStep:
         self, pipe: "Pipeline", request: Request, start: InitialState, step: Step, before: Tensor
     ) -> None:
         self.index, self.t, self.x, self.x0, self.output, self.next_x = step
-        self.level: Level = pipe.scheduler.grid_levels(step.t)[0]
+        self.level = pipe.scheduler.grid_levels(step.t)[0]
         self.change = float((step.x0 - before).square().mean().sqrt())
-        labels = request.conditioning
-        self.labels = labels if isinstance(labels, Tensor) else None
         self._decoding = pipe, request, start
 
     @cached_property
@@ -66,22 +62,20 @@ def walked(pipe: "Pipeline", request: Request) -> Iterator[WalkedStep]:
     if request.first_step == len(pipe.scheduler.grid):
         raise InvalidArgument("strength must be above 0 for a walk, which has no steps then")
     # A separate scheduler, so that calls of the pipeline between two steps change nothing.
+    pipe._interrupt = False  # a callback may set it, see `Pipeline.__call__`
     own = copy.copy(pipe)
     own.scheduler = copy.deepcopy(pipe.scheduler)
-    pipe._interrupt = False  # a callback may set it, see `Pipeline.__call__`
-    return _steps(own, request, lambda: pipe._interrupt)
+    return _steps(pipe, own, request)
 
 
 @torch.no_grad()
-def _steps(
-    pipe: "Pipeline", request: Request, interrupted: Callable[[], bool]
-) -> Iterator[WalkedStep]:
-    start, steps = pipe.sampling(request, request.batches[0])
+def _steps(pipe: "Pipeline", own: "Pipeline", request: Request) -> Iterator[WalkedStep]:
+    start, steps = own.sampling(request, request.batches[0])
     before = torch.zeros(())
     for step in steps:
         if request.callback is not None:
             request.callback(step)
-        yield WalkedStep(pipe, request, start, step, before.to(step.x0))
-        if interrupted():
+        yield WalkedStep(own, request, start, step, before.to(step.x0))
+        if pipe._interrupt:
             return
         before = step.x0

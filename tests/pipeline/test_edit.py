@@ -11,8 +11,9 @@ from torch import Tensor
 from minidiff import DDIMScheduler, Pipeline
 from minidiff.errors import InvalidArgument
 from minidiff.lab.order import MIXTURE, output_of
-from minidiff.pipeline.edit import climb, ddim_of, descend, invert, reconstruct, swap
+from minidiff.pipeline.edit import climb, ddim_of, invert, reconstruct, swap
 from minidiff.pipeline.windows import panorama, windowed
+from minidiff.sample import trajectory
 from minidiff.schedule import CLEAN
 from minidiff.schedulers import (
     EDMEulerScheduler,
@@ -34,7 +35,9 @@ def optimal(x: Tensor, t: float) -> Tensor:
 def reconstruction_error(n: int) -> float:
     """Return the largest distance between a point and its reconstruction in n steps."""
     noise = climb(optimal, SCHEDULER, CLEAN_POINTS, n)
-    return (descend(optimal, SCHEDULER, noise, n) - CLEAN_POINTS).abs().max().item()
+    SCHEDULER.set_timesteps(n)
+    *_, last = trajectory(optimal, SCHEDULER, noise)
+    return (last.next_x - CLEAN_POINTS).abs().max().item()
 
 
 def test_the_reconstruction_error_is_of_first_order_in_the_step_size():

@@ -11,13 +11,16 @@ from minidiff.pipeline import inpaint
 from minidiff.pipeline.request import Request
 
 
-def test_a_request_takes_the_arguments_of_a_call_with_the_same_defaults():
-    call, request = (
-        {name: (p.kind, p.default) for name, p in inspect.signature(f).parameters.items()}
-        for f in (Pipeline.__call__, Request.of)
+def test_a_request_takes_the_arguments_of_a_call_with_the_same_defaults(pipe):
+    given = {"num_images": 3, "num_inference_steps": 2, "seed": 0}
+    by_name, by_place = Request.of(pipe, **given), Request.of(pipe, None, None, 3, seed=0)
+    assert by_name.batches == by_place.batches
+    assert (
+        by_name.output_type
+        == inspect.signature(Pipeline.__call__).parameters["output_type"].default
     )
-    del call["self"], request["pipe"]
-    assert call == request
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        Request.of(pipe, steps=3)
 
 
 def test_the_grid_is_set_once_per_call_and_every_batch_starts_at_its_first_step(pipe, monkeypatch):
