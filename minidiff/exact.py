@@ -241,10 +241,9 @@ def of_images(images: Any) -> GaussianMixture:
     """
     if callable(getattr(images, "batch", None)):
         images, _ = images.batch(torch.arange(len(images)))
-    if not isinstance(images, Tensor) or images.ndim < 2 or not 0 < images.numel() <= MAX_SET:
+    known = isinstance(images, Tensor) and images.ndim > 1 and images.isfinite().all()
+    if not known or not 0 < images.numel() <= MAX_SET:
         got = tuple(getattr(images, "shape", ())) or type(images).__name__
-        raise InvalidArgument(f"images must be (N, *shape), at most {MAX_SET} numbers, got {got}")
-    if not images.isfinite().all():
-        raise InvalidArgument("images must be finite, got NaN or infinity")
+        raise InvalidArgument(f"images must be finite (N, *shape), N·D to {MAX_SET}; got {got}")
     flat = images.flatten(1)
     return GaussianMixture(torch.ones(len(flat)), flat, torch.zeros(len(flat)))

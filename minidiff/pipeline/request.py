@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, one_of, real_number, true_or_false, whole_number
+from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 from minidiff.guidance import METHODS, extrapolated, interval_of, rescaled
 from minidiff.images.pixels import Original, as_original, check_output
 from minidiff.noise import MAX_SEED, Generators
@@ -90,8 +90,7 @@ class Request:
         call = SimpleNamespace(**bound.arguments)
         space, scheduler = pipe.space, pipe.scheduler
         check_output(call.output_type, space.image_channels)
-        if call.progress is not None:
-            true_or_false("progress", call.progress)
+        optional(flag)("progress", call.progress)
         check_function("callback", call.callback)
         original = as_original(
             call.image, call.mask_image, space.image_channels, needs_mask=space.takes_mask
