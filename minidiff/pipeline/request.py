@@ -25,6 +25,7 @@ from minidiff.pipeline.denoiser import Guidance, Method
 from minidiff.pipeline.inpaint import Stretch, stretches
 from minidiff.pipeline.parts import check_autoguidance_scale, check_guidance_scale
 from minidiff.pipeline.start import initial_noise, noise_sources
+from minidiff.runtime.checks import flag, optional
 from minidiff.sample import Step, meaning_of
 from minidiff.schedulers import DDIMScheduler, Scheduler
 
