@@ -272,18 +272,11 @@ def start_method() -> str:
     return chosen or multiprocessing.get_all_start_methods()[0]
 
 
-class _Nowhere:
-    """A file that keeps nothing."""
-
-    def write(self, content: bytes) -> int:
-        """Return the length of the content."""
-        return len(content)
-
-
 def _check_sendable(items: Items, method: str) -> None:
     """Refuse items that cannot be sent to a process. Raises InvalidArgument."""
     try:
-        pickle.Pickler(_Nowhere()).dump(items)
+        with open(os.devnull, "wb") as nowhere:
+            pickle.dump(items, nowhere)
     except Exception as error:  # objects raise nearly anything
         raise InvalidArgument(
             f"workers must be 0 for this data set: processes are started by {method!r} and it "
