@@ -92,6 +92,14 @@ class Difference:
         """The names of the departures in the answer."""
         return [cause.name for cause in self.causes]
 
+    @property
+    def summary(self) -> str:
+        """The names of the departures, those whose absence stays below the tolerance apart."""
+        large = [cause.name for cause in self.causes if cause.without > self.tolerance]
+        small = [cause.name for cause in self.causes if cause.without <= self.tolerance]
+        below = f"; below the tolerance: {', '.join(small)}" if small else ""
+        return f"{', '.join(large)}{below}"
+
     def as_json(self) -> dict[str, Any]:
         """Return everything that is printed, and the gaps of every step."""
         return {
@@ -324,4 +332,4 @@ def what_it_does(name: str) -> str:
     if name == "dtype":
         return "Keep the tables of β and ᾱ in float32."
     text = " ".join((inspect.getdoc(vars(Diffusers)[name]) or "").split())
-    return re.match(r".*?[.:](?= |$)", text)[0]
+    return re.match(r".*?\.(?= |$)", text)[0]

@@ -3,6 +3,7 @@
 import builtins
 import functools
 import json
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_the_causes_add_up_from_the_gap_of_the_exact_reading_to_that_of_diffuser
     assert left == sorted(left, reverse=True)
     assert left[-1] <= AS_CLOSE * max(gaps_of(result.departed, result.theirs)) + FLOOR
     assert result.names[:2] == ["inversion_grid", "inversion_levels"]
+
+
+def test_rounding_below_the_tolerance_is_named_apart() -> None:
+    result = diff("DPMSolverMultistep", 20, {"solver_order": 3})
+    assert result.summary.startswith("phi3; below the tolerance: ")
+    assert set(result.names) == set(re.findall(r"\w+", result.summary)) - {
+        "below", "the", "tolerance",
+    }  # fmt: skip
+    assert all(cause.what.endswith(".") for cause in result.causes)
 
 
 def test_a_scheduler_that_agrees_has_no_causes() -> None:

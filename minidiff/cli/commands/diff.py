@@ -46,6 +46,5 @@ def diff(options: argparse.Namespace) -> None:
         files.write_json(options.json, found.as_json())
     if found.first is not None:
         raise MinidiffError(
-            f"{found.scheduler} diverges from diffusers in step {found.first + 1}: "
-            f"{', '.join(found.names)}"
+            f"{found.scheduler} diverges from diffusers in step {found.first + 1}: {found.summary}"
         )
