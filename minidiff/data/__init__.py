@@ -22,20 +22,9 @@ from minidiff.names import DATA_NAMES, DATA_VARIABLE, PUBLISHED, SPLITS
 from minidiff.runtime.files import user_path
 
 __all__ = [
-    "DATA_VARIABLE",
-    "NAMES",
-    "PUBLISHED",
-    "SPLITS",
-    "TOYS",
-    "Data",
-    "ImageData",
-    "PointData",
-    "Stream",
-    "batches",
-    "load",
-    "to_float",
-    "to_uint8",
-]
+    "DATA_VARIABLE", "NAMES", "PUBLISHED", "SPLITS", "TOYS", "Data", "ImageData", "PointData",
+    "Stream", "batches", "load", "to_float", "to_uint8",
+]  # fmt: skip
 
 NAMES = DATA_NAMES
 TOYS = toys.NAMES

@@ -28,27 +28,8 @@ from minidiff.metrics.scenes import SceneEvaluator, SceneScores
 from minidiff.runtime.tensors import read_metadata
 
 __all__ = [
-    "NEIGHBOURS",
-    "SUMS",
-    "WEIGHTS",
-    "Evaluator",
-    "Moments",
-    "SceneEvaluator",
-    "SceneScores",
-    "Scores",
-    "accuracy",
-    "copying",
-    "coverage",
-    "density_and_coverage",
-    "features",
-    "fixed_order",
-    "frechet_distance",
-    "kernel_distance",
-    "load_classifier",
-    "moments",
-    "read_classifier",
-    "read_digests",
-    "read_metadata",
-    "sha256",
-    "shipped",
-]
+    "NEIGHBOURS", "SUMS", "WEIGHTS", "Evaluator", "Moments", "SceneEvaluator", "SceneScores",
+    "Scores", "accuracy", "copying", "coverage", "density_and_coverage", "features",
+    "fixed_order", "frechet_distance", "kernel_distance", "load_classifier", "moments",
+    "read_classifier", "read_digests", "read_metadata", "sha256", "shipped",
+]  # fmt: skip
