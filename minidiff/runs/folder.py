@@ -14,7 +14,7 @@ import torch
 from torch import device as Device
 
 from minidiff.data import SPLITS
-from minidiff.data.protocol import Data, digest
+from minidiff.data.protocol import Data, check_data, digest
 from minidiff.errors import CheckpointError, InvalidArgument, listed, one_of, true_or_false
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import INDEX
@@ -88,6 +88,7 @@ class Settings(NamedTuple):
 
 def about(data: Data, start: Pipeline | None = None) -> dict[str, Any]:
     """Return what is kept to know the data again, and the pipeline that a run began with."""
+    check_data(data)
     # Points on a plane have no height and width; they are refused elsewhere.
     shape = dict(zip(("channels", "height", "width"), data.shape, strict=False))
     known = {"class_names": list(data.class_names), "digests": data.digests()}

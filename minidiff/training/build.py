@@ -94,6 +94,7 @@ def check(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Non
             stored, a guidance network would read a text encoder that is trained on, or config and
             data do not fit the start.
     """
+    check_data(data)
     if start is not None:
         config = adopted(config, start)
     seen(config, data)

@@ -245,6 +245,15 @@ def test_a_run_of_an_older_version_knows_no_moved_data(run, photos):
         diffusion.resume(run, load(photos), load={"name": str(photos)})
 
 
+@pytest.mark.parametrize("data", ["digits", 5, None])
+def test_what_is_no_data_set_is_refused_by_runs(run, data, tmp_path):
+    with pytest.raises(InvalidArgument, match="data must be a data set"):
+        diffusion.resume(run, data)
+    with pytest.raises(InvalidArgument, match="data must be a data set"):
+        diffusion.train_into(tmp_path / "new", TINY, data)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("lengthened", [5, "x", {"a": 1}])
 def test_a_damaged_history_of_budgets_is_refused(run, photos, lengthened):
     files.write_json(run / CONFIG, files.read_json(run / CONFIG) | {"lengthened": lengthened})
