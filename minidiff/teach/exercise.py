@@ -60,7 +60,8 @@ class Exercise(NamedTuple):
         solution: a right answer to read.
         hint: help that does not give the solution away.
         wrong: wrong answers, recognized by their results.
-        close: largest difference from the reference, relative to its size where that is above 1.
+        close: largest difference from the reference. Below 0.01 it is one of rounding, relative to
+            the size of the reference where that is above 1.
         measure: result of an answer on a case; by default the answer is called.
         trace: result by which wrong answers are recognized; None for that of `measure`.
     """
@@ -128,6 +129,9 @@ class Bug(NamedTuple):
 # --- comparing results ---------------------------------------------------------------------------
 
 
+ROUNDING = 0.01  # the largest tolerance that is about rounding
+
+
 class Mismatch(Exception):
     """The result is of another kind than the reference's."""
 
@@ -151,9 +155,12 @@ def leaves(value: Any) -> list[Tensor | str]:
     raise Mismatch(kind_of(value))
 
 
-def distance(got: Any, want: Any) -> float:
-    """Return the largest difference of two results, relative to the size of `want` above 1.
+def distance(got: Any, want: Any, *, absolute: bool = False) -> float:
+    """Return the largest difference of two results.
 
+    Args:
+        got, want: the results.
+        absolute: False to divide it by the size of `want`, where that is above 1.
     Raises:
         Mismatch: they differ in kind or shape.
     """
@@ -167,7 +174,7 @@ def distance(got: Any, want: Any) -> float:
             far = max(far, float(a != b))
         elif b.numel():
             same = (a == b) | (a.isnan() & b.isnan())
-            gap = torch.where(same, 0.0, (a - b).abs()) / max(1.0, _size(b))
+            gap = torch.where(same, 0.0, (a - b).abs()) / (1.0 if absolute else max(1.0, _size(b)))
             far = max(far, gap.nan_to_num(nan=math.inf, posinf=math.inf).max().item())
     return far
 
@@ -180,7 +187,7 @@ def _size(x: Tensor) -> float:
 def agrees(got: Any, want: Any, close: float) -> bool:
     """Return True if two results are of one kind and shape, and close."""
     try:
-        return distance(got, want) <= close
+        return distance(got, want, absolute=close >= ROUNDING) <= close
     except Mismatch:
         return False
 

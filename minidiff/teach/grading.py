@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minidiff.teach.exercise import (
+    ROUNDING,
     Case,
     Exercise,
     Mismatch,
@@ -56,7 +57,9 @@ def grade(exercise: Exercise, answer: Any) -> Result:
         _check_kind(exercise, answer, cases)
         results = [_run(exercise.measure, answer, case) for case in cases]
         wanted = [exercise.reference(*case) for case in cases]
-        fars = [_distance(got, want) for got, want in zip(results, wanted, strict=True)]
+        absolute = exercise.close >= ROUNDING
+        pairs = zip(results, wanted, strict=True)
+        fars = [_distance(got, want, absolute) for got, want in pairs]
     except _Failed as failure:
         slip = _recognize(exercise, answer, cases)
         text = f"{failure}. {_explain(slip)}" if slip else f"{failure}."
@@ -148,8 +151,8 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {message[:160]}{where}"
 
 
-def _distance(got: Any, want: Any) -> float:
+def _distance(got: Any, want: Any, absolute: bool) -> float:
     try:
-        return distance(got, want)
+        return distance(got, want, absolute=absolute)
     except Mismatch:
         raise _Failed(f"expected {kind_of(want)}, got {kind_of(got)}") from None

@@ -257,7 +257,7 @@ class DDIM(Scheduler):
         return nxt.alpha * x0 + nxt.sigma * eps
 
 
-def forwards(denoise, levels, x):
+def sample_loop(denoise, levels, x):
     for now, nxt in pairwise(levels):
         x0 = denoise(x, now)
         eps = (x - now.alpha * x0) / now.sigma
@@ -367,7 +367,7 @@ BUGS = (
         Exercise(
             "B10",
             5,
-            "forwards(denoise, levels, x): a sampling loop. levels is the schedule from t = 0 up; "
+            "sample_loop(denoise, levels, x): a sampling loop. levels is the schedule from t = 0 up; "
             "denoise(x, level) returns x̂0.",
             _descend,
             lambda: [(TRUTH.denoise, list(LEVELS[::-1]), noise(32, 2))],
@@ -375,7 +375,7 @@ BUGS = (
             "Print the levels in the order in which the loop visits them.",
             (
                 Wrong(
-                    forwards,
+                    sample_loop,
                     "The loop still runs from the data to the noise: reverse the levels.",
                     "tiny-diffusion#2, improved-diffusion#80",
                 ),

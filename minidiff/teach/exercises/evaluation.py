@@ -38,11 +38,12 @@ DECIDED = Exercise(
     "DDIM without guidance: from which step on does a classifier read x̂0 as a seven? Within 1.",
     decided,
     lambda: [()],
-    0,
+    3,
     "Watch x̂0, not x.",
     (
         Wrong(LAST, "That is when x is clean. x̂0 shows the digit long before."),
         Wrong(10, "Half-way x still looks like noise; x̂0 was a digit before."),
+        Wrong(0, "The first x̂0 is the mean of all sevens, and so blurred that it is read as an 8."),
     ),
     close=1.0,
     measure=given,

@@ -166,12 +166,12 @@ RESCALE = Exercise(
 # --- planted bugs --------------------------------------------------------------------------------
 
 
-def hidden_where_kept(labels, u, p, null):
+def drop_labels(labels, u, p, null):
     drop = u < p
     return torch.where(drop, labels, null)
 
 
-def from_the_condition(c, u, w):
+def with_guidance(c, u, w):
     return c + w * (c - u)
 
 
@@ -187,7 +187,7 @@ BUGS = (
             "Count the hidden labels for p = 0.1.",
             (
                 Wrong(
-                    hidden_where_kept,
+                    drop_labels,
                     "The mask is still inverted: 90 % are hidden.",
                     "MIT 6.S184 lab 3, commit 3ce71b6",
                 ),
@@ -216,7 +216,7 @@ BUGS = (
             "What does it return for w = 1, and for w = 0?",
             (
                 Wrong(
-                    from_the_condition,
+                    with_guidance,
                     "It still starts from c: at w = 1 it returns 2·c − u.",
                     "diffusers#5882, classifier-free guidance eq. 6",
                 ),

@@ -143,7 +143,7 @@ SCALE = Exercise(
 # --- planted bugs --------------------------------------------------------------------------------
 
 
-def unscaled(z, factor):
+def encode(z, factor):
     return z
 
 
@@ -176,7 +176,7 @@ BUGS = (
             "What is the standard deviation of the latents?",
             (
                 Wrong(
-                    unscaled,
+                    encode,
                     "They are still not scaled: their deviation is 1/factor, about 5.",
                     "StableDiffusion-PyTorch#33",
                 ),

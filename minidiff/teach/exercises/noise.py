@@ -178,11 +178,11 @@ LOG_SNR = Exercise(
 # --- planted bugs --------------------------------------------------------------------------------
 
 
-def root_missing(x0, eps, alpha_bar):
+def add_noise_of_a_course(x0, eps, alpha_bar):
     return alpha_bar**0.5 * x0 + (1 - alpha_bar) * eps
 
 
-def root_of_the_wrong_number(x0, eps, alpha_bar):
+def add_noise_of_a_sampler(x0, eps, alpha_bar):
     signal = alpha_bar**0.5
     rest = alpha_bar**0.5
     return signal * x0 + rest * eps
@@ -201,7 +201,7 @@ def _alpha_bars():
         yield noise(64, 2, seed=seed), noise(64, 2, seed=seed + 9), at.alpha**2
 
 
-def bytes_halved(u):
+def to_floats(u):
     return u.float() / 255
 
 
@@ -217,7 +217,7 @@ BUGS = (
             "Measure the standard deviation of x for x0 = 0. It should be √(1 − ᾱ).",
             (
                 Wrong(
-                    root_missing,
+                    add_noise_of_a_course,
                     "The noise still enters with 1 − ᾱ: take the root.",
                     "How-Diffusion-Models-Work#1, acids-ircam/diffusion_models#1",
                 ),
@@ -245,7 +245,7 @@ BUGS = (
             to_range,
             "Look at the smallest value, and at the mean of the noise.",
             (
-                Wrong(bytes_halved, "The range is still [0, 1]: use 2·x − 1.", "OCT_DDPM#3"),
+                Wrong(to_floats, "The range is still [0, 1]: use 2·x − 1.", "OCT_DDPM#3"),
                 Wrong(
                     lambda u: u.float() / 255 - 0.5,
                     "Centred, but [−0.5, 0.5]: half of the contrast that samplers clip to.",
@@ -270,7 +270,7 @@ BUGS = (
             "What is the standard deviation of x at the last step, where ᾱ is nearly 0?",
             (
                 Wrong(
-                    root_of_the_wrong_number,
+                    add_noise_of_a_sampler,
                     "The noise still has the scale of the image: √(1 − ᾱ).",
                     "labml annotated_deep_learning#152",
                 ),

@@ -167,7 +167,7 @@ SECOND = Exercise(
             "x̂0 still belongs to the old ε̂: compute it again from x and the new one.",
         ),
     ),
-    close=0.05,
+    close=0.1,
     measure=slope,
     trace=ends,
 )

@@ -214,7 +214,7 @@ MIN_SNR = Exercise(
 # --- planted bugs --------------------------------------------------------------------------------
 
 
-class SlowAverage:
+class RunningAverage:
     def __init__(self, weights, updates):
         self.average, self.decay = weights, 0.9999
 
@@ -265,7 +265,7 @@ def _half(answer, updates):
     return forgotten(answer, updates) < 0.05 and one.average.item() < 0.1
 
 
-def previous_step(denoise):
+def conditioned(denoise):
     def asked(x, t):
         return denoise(x, max(t - 1, 0))
 
@@ -297,7 +297,7 @@ BUGS = (
             "How much of the untrained network does the average still hold after 2,000 updates?",
             (
                 Wrong(
-                    SlowAverage,
+                    RunningAverage,
                     "The average holds 82 % of the untrained weights after 2,000 updates: its "
                     "memory must be short against the run.",
                     "improved-diffusion#59, diffae#16",
@@ -330,7 +330,7 @@ BUGS = (
             "Print t inside and outside.",
             (
                 Wrong(
-                    previous_step,
+                    conditioned,
                     "The network is conditioned on t − 1. In the exact test 99.5 % of the samples "
                     "are near a mode, as without it; the digits look right.",
                     "diffusion-models-class, unit 2; stablediffusion#226 has a larger shift",
