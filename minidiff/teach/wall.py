@@ -77,7 +77,7 @@ def sampled(pipe: Pipeline, scheduler: Scheduler, **call: Any) -> Tensor:
     """Return a digit of each class, (10, 1, H, W), drawn with a scheduler."""
     before, pipe.scheduler = pipe.scheduler, scheduler
     try:
-        call = {"num_inference_steps": STEPS, "seed": SEED} | call
+        call = {"num_inference_steps": STEPS, "seed": SEED, "progress": False} | call
         return pipe(list(range(CLASSES)), output_type="pt", **call).images
     finally:
         pipe.scheduler = before

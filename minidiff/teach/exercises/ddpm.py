@@ -367,8 +367,8 @@ BUGS = (
         Exercise(
             "B10",
             5,
-            "sample_loop(denoise, levels, x): a sampling loop. levels is the schedule from t = 0 up; "
-            "denoise(x, level) returns x̂0.",
+            "sample_loop(denoise, levels, x) of a small project. levels is the schedule from t = 0 "
+            "up; denoise(x, level) returns x̂0.",
             _descend,
             lambda: [(TRUTH.denoise, list(LEVELS[::-1]), noise(32, 2))],
             backwards,

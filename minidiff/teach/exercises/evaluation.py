@@ -24,7 +24,7 @@ def decided():
     def keep(step):
         guesses.append(pipe.decode(step.x0))
 
-    pipe(7, num_inference_steps=LAST + 1, seed=1, guidance_scale=1.0, callback=keep)
+    pipe(7, num_inference_steps=LAST + 1, seed=1, guidance_scale=1.0, callback=keep, progress=False)
     pixels = torch.cat(guesses).clamp(-1, 1)
     seen, _ = features(load_classifier("mnist"), ((pixels + 1) * 127.5).round().to(torch.uint8))
     others = (seen != 7).nonzero().flatten().tolist()

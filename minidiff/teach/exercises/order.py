@@ -153,10 +153,10 @@ def ends(answer, n):
 SECOND = Exercise(
     "second-order",
     7,
-    "Write a Scheduler with history = 1 whose order is 2, measured between 240 and 480 steps. "
+    "Write a Scheduler with history = 1 whose order is 2, measured between 120 and 240 steps. "
     "self.past[-1] has the eps and the level of the evaluation before.",
     lambda n: 2.0,
-    lambda: [(240,)],
+    lambda: [(120,)],
     Second,
     "Adams and Bashforth: extrapolate ε̂, along r = σ/α, to the middle of the step.",
     (
