@@ -158,7 +158,8 @@ def points(
     _check_plane("x", x)
     extent = max(EXTENT, 1.05 * float(x[:most].abs().nan_to_num(0, 0, 0).max()))
     axes, colours = _plane(axes, extent, title), None if labels is None else labels[:most].cpu()
-    axes.scatter(*x[:most].cpu().T, c=colours, cmap="tab10", s=2, linewidths=0)
+    colouring = {} if colours is None else {"c": colours, "cmap": "tab10"}
+    axes.scatter(*x[:most].cpu().T, s=2, linewidths=0, **colouring)
     return axes
 
 
