@@ -98,13 +98,9 @@ class Request:
         )
         number = number_of_images(call.num_images, call.num_images_per_prompt, original)
         conditioning, n = resolve_conditioning(
-            pipe,
-            call.prompt,
-            call.class_labels,
-            number,
-            call.num_images_per_prompt,
+            pipe, call.prompt, call.class_labels, number, call.num_images_per_prompt,
             call.first_index,
-        )
+        )  # fmt: skip
         guidance = resolve_guidance(
             pipe,
             call.guidance_scale,
@@ -122,10 +118,7 @@ class Request:
         first = first_step(scheduler, call.strength, original)
         passes = timestep_schedule(scheduler, first, call.resamples, call.jump_length, original)
         return cls(
-            conditioning=conditioning,
-            negative=negative,
-            guidance=guidance,
-            shape=shape,
+            conditioning=conditioning, negative=negative, guidance=guidance, shape=shape,
             reconstruction=reconstruction_scale(
                 call.reconstruction_guidance, original, takes_mask=space.takes_mask
             ),
@@ -133,17 +126,13 @@ class Request:
             source_of=noise_sources(n, call.seed, call.generator, call.first_index),
             noise_of=initial_noise(call.latents, (n, *shape), pipe.device),
             original=None if original is None else original.repeat(n),
-            first_step=first,
-            passes=passes,
-            step_options=options,
-            output_type=call.output_type,
-            callback=call.callback,
+            first_step=first, passes=passes, step_options=options,
+            output_type=call.output_type, callback=call.callback, progress=call.progress,
             on_step_end=step_ends(
                 pipe, call.callback_on_step_end, call.callback_on_step_end_tensor_inputs, guidance
             ),
-            progress=call.progress,
             evaluations=sum(end - begin for begin, end in passes) or len(scheduler.grid) - first,
-        )
+        )  # fmt: skip
 
 
 # --- how many, and of what -------------------------------------------------------------------
