@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPE_NAMES = ("float32", "bfloat16")
+ENGINES = ("auto", "torch", "openvino", "onnxruntime", "compile", "cuda-graph")
+GRAPH_FORMATS = ("onnx", "openvino", "pt2")
 MAX_SEED = 2**32 - 1
 
 # Data sets, see `minidiff.data`

@@ -25,11 +25,13 @@ FLOORS = [
     {"data", "pipeline"},
     {"training", "shipped"},
     {"metrics"},
-    {"runs"},
+    {"runs", "engines"},
     {"lab"},
     {"teach"},
     {"cli"},
 ]
+# Imports to a higher floor, inside a method that only starts what is there.
+LATE = {"pipeline/pipeline.py": {"engines"}}
 FRONT = {"__init__", "__main__"}  # the public names and the command: above every floor
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FLOOR |= dict.fromkeys(FRONT, len(FLOORS))
@@ -65,7 +67,7 @@ def test_every_file_has_a_floor_and_every_floor_a_file() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_imports_go_to_a_lower_floor_or_stay_in_their_folder(path: Path) -> None:
     mine = house_name(path)
-    for name in imported(path) - {mine}:
+    for name in imported(path) - {mine} - LATE.get(path.relative_to(ROOT).as_posix(), set()):
         assert FLOOR[name] < FLOOR[mine], f"{mine} imports {name}"
 
 

@@ -10,7 +10,7 @@ from dataclasses import Field
 from typing import Any, NoReturn
 
 from minidiff.errors import suggestion
-from minidiff.names import DEVICES, DTYPE_NAMES, MAX_SEED, SAMPLERS
+from minidiff.names import DEVICES, DTYPE_NAMES, ENGINES, MAX_SEED, SAMPLERS
 
 GROUPS = (
     "model", "data", "run", "budget", "optimisation", "objective", "network", "measurement",
@@ -175,6 +175,8 @@ def add_sampling(command: Parser) -> None:
         "for none (default: the model's)")  # fmt: skip
     add("--eta", type=float, help="randomness of the sampler ddim, 0 to 1")
     add("--batch-size", type=int, default=250, help="images in memory at once")
+    add("--engine", choices=ENGINES, metavar="ENGINE", help="what evaluates the network: "
+        f"{', '.join(ENGINES)} (default: torch; for an exported folder its graphs)")  # fmt: skip
 
 
 def _budget(kind: type) -> Callable[[str], Any]:

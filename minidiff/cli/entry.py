@@ -14,7 +14,8 @@ from minidiff.errors import InvalidArgument, MinidiffError, Stopped, suggestion
 
 COMMANDS = (
     "demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "explore", "check",
-    "explain", "compare", "diff", "list",
+    "explain", "compare", "diff", "list", "export",
+    "cache",
 )  # fmt: skip
 PATHS = {
     "out", "resume", "run", "data", "data_dir", "image", "mask", "png", "npz", "json", "vae",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from minidiff import shipped
+from minidiff import engines, shipped
 from minidiff.errors import InvalidArgument, suggestion
 from minidiff.images.pixels import read_image
 from minidiff.pipeline import Pipeline
@@ -19,17 +19,18 @@ from minidiff.schedulers.core.names import sampler
 def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
     """Return the model of the run or of --model on its device, with the sampler of --sampler."""
     device = pick_device(options.device)
-    pipe = open_pipeline(_folder(options), device)
+    pipe = open_pipeline(model_folder(options), device)
     if device.type == "cpu":
         for network in pipe.unets:
             network.to(memory_format=torch.channels_last)
     pipe.to(dtype=pick_dtype(dtype, device))
     if options.sampler is not None:
         pipe.scheduler = sampler(options.sampler, pipe.scheduler)
+    engines.use(pipe, model_folder(options), getattr(options, "engine", None))
     return pipe
 
 
-def _folder(options: argparse.Namespace) -> str | Path:
+def model_folder(options: argparse.Namespace) -> str | Path:
     """Return the folder of the run, which may be the name of a model that ships, or of --model.
 
     Raises:

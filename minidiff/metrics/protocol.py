@@ -9,7 +9,6 @@ perfect model at this number of samples). The table gives a reason for each miss
 """
 
 import contextlib
-import hashlib
 import math
 import statistics
 import time
@@ -38,6 +37,7 @@ from minidiff.nn.classifier import Classifier
 from minidiff.noise import image_generators
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.request import MAX_IMAGES
+from minidiff.runtime.tensors import digest
 from minidiff.training.presets import Recipe
 
 PROTOCOL = 1  # version of EVALUATION.md; figures of different versions cannot be compared
@@ -198,15 +198,6 @@ def _about(pipe: Pipeline, train: ImageData, plan: Plan) -> dict[str, Any]:
         "device": str(pipe.device),
         "plan": asdict(plan),
     }
-
-
-def digest(network: nn.Module) -> str:
-    """Return the SHA-256 of a network's weights: names, types, shapes and bytes, in order."""
-    total = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
 
 
 @contextlib.contextmanager

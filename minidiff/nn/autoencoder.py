@@ -346,7 +346,7 @@ def _attention(c: AutoencoderConfig, width: int, attends: bool) -> nn.Module:
 def _check_images(name: str, x: Tensor, channels: int, smallest: int) -> None:
     """Refuse anything but a batch of images with `channels` and sides of at least `smallest`."""
     check_floating(name, x)
-    if x.dim() != 4 or x.shape[1] != channels or not len(x):
+    if x.dim() != 4 or x.shape[1] != channels or not x.shape[0]:
         raise InvalidArgument(
             f"{name} must have shape (B, {channels}, height, width), got {tuple(x.shape)}"
         )

@@ -98,7 +98,7 @@ class TextEncoder(Model):
         """
         self._check(input_ids, attention_mask)
         last, hidden = self.text_model(input_ids, _visible(attention_mask))
-        pooled = last[torch.arange(len(last), device=last.device), self.end(input_ids)]
+        pooled = last[torch.arange(last.shape[0], device=last.device), self.end(input_ids)]
         return TextEncoding(last, pooled, self.text_projection(pooled), hidden)
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:
@@ -108,7 +108,7 @@ class TextEncoder(Model):
         if ids.dtype not in (torch.int64, torch.int32):
             raise InvalidArgument(f"input_ids must be int64 or int32, got {ids.dtype}")
         longest = self.config.max_position_embeddings
-        if ids.dim() != 2 or not len(ids) or not 1 <= ids.shape[1] <= longest:
+        if ids.dim() != 2 or not ids.shape[0] or not 1 <= ids.shape[1] <= longest:
             raise InvalidArgument(
                 f"input_ids must have shape (B, length) with length in 1..{longest} "
                 f"(max_position_embeddings), got {tuple(ids.shape)}"

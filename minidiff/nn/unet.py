@@ -159,7 +159,7 @@ class UNet(Model):
             InvalidArgument: a wrong shape or type, conditioning that is missing or unused, or on
                 the CPU a timestep that is not finite. Of such a sample it warns there.
         """
-        t, batch = self._checked_times(sample, timestep), len(sample)
+        t, batch = self._checked_times(sample, timestep), sample.shape[0]
         self._check_dtypes(
             sample=sample, encoder_hidden_states=encoder_hidden_states, timestep_cond=timestep_cond
         )
@@ -194,7 +194,7 @@ class UNet(Model):
         """Check the input and return the times, (B,) on the sample's device."""
         check_floating("sample", sample)
         channels, sides = self.config.in_channels, tuple(sample.shape[2:])
-        if len(sides) != self.dims or sample.shape[1] != channels or not len(sample):
+        if len(sides) != self.dims or sample.shape[1] != channels or not sample.shape[0]:
             raise InvalidArgument(
                 f"sample must have shape (B, {channels}{', side' * self.dims}), "
                 f"got {tuple(sample.shape)}"

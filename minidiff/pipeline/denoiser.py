@@ -6,7 +6,7 @@ one, so the loop knows none of them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,13 @@ def prepared(pipe: "Pipeline", unet: UNet, extra_channels: Tensor | None) -> Net
         network = autocast(unet, pipe.dtype)
     else:
         network = _in_input_dtype(unet)
+    network = evaluated_by(pipe, unet, network)
     return network if extra_channels is None else concat_channels(network, extra_channels)
+
+
+def evaluated_by(pipe: "Pipeline", part: Any, function: Any) -> Any:
+    """Return the function of a network evaluated by its engine, if it has one."""
+    return pipe.engines[part](function) if part in pipe.engines else function
 
 
 def _in_input_dtype(network: Network) -> Network:
@@ -107,7 +113,8 @@ def network_inputs(
         return {}
     if isinstance(conditioning, Tensor):
         return on_network(pipe, {"class_labels": conditioning})
-    return on_network(pipe, pipe.prompts.condition(conditioning, size))
+    prompts = evaluated_by(pipe, pipe.prompts, pipe.prompts)
+    return on_network(pipe, prompts.condition(conditioning, size))
 
 
 def null_inputs(
@@ -124,7 +131,8 @@ def null_inputs(
             conditioning, len(pipe.class_names)
         )  # fmt: skip
         return network_inputs(pipe, nothing, size)
-    return on_network(pipe, pipe.prompts.null(len(conditioning), size))
+    prompts = evaluated_by(pipe, pipe.prompts, pipe.prompts)
+    return on_network(pipe, prompts.null(len(conditioning), size))
 
 
 def guidance_embedding(pipe: "Pipeline", scale: float, n: int) -> Tensor:

@@ -19,7 +19,7 @@ from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.noise import Generators
 from minidiff.pipeline import folder as pipeline_folder
 from minidiff.pipeline.callbacks import StepEnd, StepFunction
-from minidiff.pipeline.denoiser import Guidance, Method, build_denoiser
+from minidiff.pipeline.denoiser import Guidance, Method, build_denoiser, evaluated_by
 from minidiff.pipeline.parts import (
     check_autoguidance_scale,
     check_class_names,
@@ -73,6 +73,8 @@ class Pipeline:
             of every call. Sliding windows and inference engines are such functions.
         finishers: functions from images (B, C, H, W) in [−1, 1] to images, applied in order after
             decoding. Watermarks and safety filters are such functions.
+        engines: from a network, or the prompts, to a function that returns its function evaluated
+            in another way; filled by `optimize`.
         guidance_network: the argument `weaker`.
         dtype: number type of the U-Net's matrix products, see `to`.
     Raises:
@@ -108,6 +110,7 @@ class Pipeline:
         self.guide = guide
         self.wraps: list[Callable[[Denoiser], Denoiser]] = []
         self.finishers: list[Callable[[Tensor], Tensor]] = []
+        self.engines: dict[Any, Callable[[Any], Any]] = {}
         self.dtype = torch.float32
 
     @torch.no_grad()
@@ -356,7 +359,7 @@ class Pipeline:
 
     def decode(self, z: Tensor) -> Tensor:
         """Map samples of the network to images (B, C, H, W), nominally in [−1, 1]."""
-        return self.space.decode(z)
+        return evaluated_by(self, self.vae, self.space.decode)(z)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -380,6 +383,46 @@ class Pipeline:
                 network.to(place)
         self.dtype = dtype or self.dtype
         return self
+
+    def optimize(self, engine: str = "auto", dtype: str = "auto", cache: bool = True) -> "Pipeline":
+        """Evaluate the networks by an inference engine, and print its name; return the pipeline.
+
+        Images agree with torch's within a grey level in float32. Where derivatives are wanted, or a
+        network cannot be exported, torch evaluates it. Weights that change afterwards are refused.
+
+        Args:
+            engine: "auto", "torch", "openvino", "onnxruntime", "compile" or "cuda-graph".
+            dtype: number type of matrix products: "float32", "bfloat16", or "auto", which is
+                bfloat16 where the hardware is faster with it.
+            cache: keep exported graphs in the user's cache folder, see `minidiff cache`.
+        Raises:
+            InvalidArgument: an unknown engine or dtype, or an engine that is not installed or not
+                for this device.
+            MinidiffError: the cache cannot be written; or a network cannot be exported, unless
+                engine is "auto".
+        """
+        from minidiff.engines.optimize import optimize
+
+        return optimize(self, engine, dtype, cache)
+
+    def export(self, folder: str | Path, format: str = "onnx") -> dict[str, Any]:
+        """Write the pipeline with its networks as graphs, which other programs can run.
+
+        The folder holds a graph for each network, and `export.json`, which describes their inputs.
+        Every graph is compared with torch; the relative error is printed and must be below 1e-4.
+
+        Args:
+            folder: new or empty folder.
+            format: "onnx", "openvino" or "pt2".
+        Returns:
+            The content of export.json.
+        Raises:
+            InvalidArgument: an unknown format, or one whose extra is not installed.
+            MinidiffError: a network cannot be exported, or the folder cannot be written.
+        """
+        from minidiff.engines.exported import export
+
+        return export(self, folder, format)
 
     @property
     def has_null_class(self) -> bool:

@@ -7,6 +7,7 @@ format is safetensors (https://github.com/huggingface/safetensors), in the file 
 and transformers.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -275,3 +276,12 @@ def _plain(name: str, value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value):
         raise InvalidArgument(f"{name} must be a short word such as 'fp16', got {value!r}")
     return value
+
+
+def digest(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's weights: names, types, shapes and bytes, in order."""
+    total = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()

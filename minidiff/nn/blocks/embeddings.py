@@ -138,7 +138,7 @@ class TimestepEmbedding(nn.Module):
         """Map (B, features) and (B, condition), or None, to (B, width)."""
         features = features.to(self.linear_1.weight.dtype)
         if condition is not None:
-            features = features + self.cond_proj(condition, len(features))
+            features = features + self.cond_proj(condition, features.shape[0])
         return self.post_act(self.linear_2(self.act(self.linear_1(features))))
 
 
@@ -179,16 +179,16 @@ def expand_times(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
             raise InvalidArgument(f"timestep must be a number or a tensor, got {timestep!r}")
         real_number("timestep", timestep, -math.inf)
         return torch.full(
-            (len(sample),), float(timestep), dtype=torch.float32, device=sample.device
+            (sample.shape[0],), float(timestep), dtype=torch.float32, device=sample.device
         )
-    if timestep.shape not in ((), (len(sample),)):
+    if timestep.shape not in ((), (sample.shape[0],)):
         raise InvalidArgument(
-            f"timestep must have shape () or ({len(sample)},), got {tuple(timestep.shape)}"
+            f"timestep must have shape () or ({sample.shape[0]},), got {tuple(timestep.shape)}"
         )
     if timestep.is_complex() or timestep.dtype == torch.bool:
         raise InvalidArgument(f"timestep must hold real numbers, got {timestep.dtype}")
     check_finite("timestep", timestep)
-    return timestep.to(sample.device).expand(len(sample))
+    return timestep.to(sample.device).expand(sample.shape[0])
 
 
 # --------------------------------------------------------------------------------- classes
@@ -321,7 +321,7 @@ class TextTime(TimestepEmbedding):
             )
         text, numbers = given["text_embeds"], given["time_ids"]
         for name, tensor in given.items():
-            if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and len(tensor) == batch):
+            if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[0] == batch):
                 raise InvalidArgument(f"{name} must be a tensor ({batch}, n), got {_shape(tensor)}")
         total = self.linear_1.in_features
         if text.shape[1] + numbers.shape[1] * self.sinusoids.channels != total:
