@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from minidiff.errors import suggestion
 from minidiff.names import DEVICES, DTYPE_NAMES, ENGINES, MAX_SEED, SAMPLERS
+from minidiff.shipped import MODELS
 
 GROUPS = (
     "model", "data", "run", "budget", "optimisation", "objective", "network", "measurement",
@@ -67,7 +68,6 @@ class Parser(argparse.ArgumentParser):
 
 def add_command(
     commands: Any,
-    name: str,
     function: Callable[[argparse.Namespace], None],
     help: str,
     description: str,
@@ -78,12 +78,13 @@ def add_command(
 
     Args:
         commands: subparsers of the root parser.
-        name: word on the command line.
-        function: implementation of the command, called with the parsed options.
+        function: implementation of the command, called with the parsed options; its name is the
+            word on the command line.
         help: line in `minidiff --help`.
         description: paragraph in the command's own `--help`.
         seed, dtype: values without the flags; `argparse.SUPPRESS` for none.
     """
+    name = function.__name__.replace("_", "-")
     command = commands.add_parser(name, help=help, description=description)
     command.set_defaults(command=function)
     add = command.adder("run")
@@ -157,12 +158,12 @@ def flag_of(name: str, option: Field | None = None) -> str:
     return "--" + ((option and option.metadata["flag"]) or name.replace("_", "-"))
 
 
-def add_model(command: Parser, models: list[str]) -> None:
+def add_model(command: Parser) -> None:
     """Add the argument for a run's folder, and the flag for a model that ships with minidiff."""
     command.add_argument(
         "run", nargs="?", help="folder of a run or of a model; omitted with --model"
     )
-    command.adder("model")("--model", choices=models, help="a model that ships with minidiff")
+    command.adder("model")("--model", choices=list(MODELS), help="a model that ships with minidiff")
 
 
 def add_sampling(command: Parser) -> None:

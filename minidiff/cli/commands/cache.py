@@ -10,7 +10,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff cache."""
     command = add_command(
         commands,
-        "cache",
         cache,
         "list or delete the graphs that engines keep",
         "Lists or deletes the exported graphs in the user's cache folder (MINIDIFF_CACHE, or "

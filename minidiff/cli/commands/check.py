@@ -11,7 +11,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff check."""
     command = add_command(
         commands,
-        "check",
         check,
         "find out why the samples of a run are noise",
         "Checks everything between the data and a sample: the range of the data, the prediction "

@@ -12,7 +12,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff compare."""
     command = add_command(
         commands,
-        "compare",
         compare,
         "compare samplers, a custom one too, on one model",
         "Samples a model from the same noise. Prints every sampler's measured order, and the "

@@ -12,7 +12,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff demo."""
     command = add_command(
         commands,
-        "demo",
         demo,
         "train a small model of digits and draw samples, in a few minutes",
         "Trains a class-conditional diffusion model on the embedded digits, samples it with DDPM, "

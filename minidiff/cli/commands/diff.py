@@ -10,7 +10,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff diff."""
     command = add_command(
         commands,
-        "diff",
         diff,
         "find where and why a scheduler's samples are not those of diffusers",
         "Samples the same noise with a scheduler of diffusers and with both readings of "

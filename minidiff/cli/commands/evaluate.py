@@ -22,7 +22,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff evaluate."""
     command = add_command(
         commands,
-        "evaluate",
         evaluate,
         "measure how good a trained model is",
         "Prints the evaluation table by the protocol of minidiff/EVALUATION.md: accuracy, Fréchet "
@@ -31,7 +30,7 @@ def add_to(commands: Any) -> None:
         "training images, and bits per dimension. Each has its spread over seeds, and the values "
         "of real images beside it.",
     )
-    add_model(command, list(shipped.MODELS))
+    add_model(command)
     add = command.adder("data")
     add("--data", help="name or folder of the data (default: those of the training)")
     add("--data-dir", help=f"folder with the published files of the data (or set {DATA_VARIABLE})")

@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from minidiff import shipped
 from minidiff.cli.arguments import add_command, add_model, add_scheduler_options
 from minidiff.names import BETA_SCHEDULES, SAMPLERS
 
@@ -12,13 +11,12 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff explain."""
     command = add_command(
         commands,
-        "explain",
         explain,
         "print a sampler's equation, and its numbers in every step",
         "Prints the paper's equation, its place in the code, and its numbers. A step that misses "
         "its level is marked ≠. With a model: also how far the predicted clean image moves.",
     )
-    add_model(command, list(shipped.MODELS))
+    add_model(command)
     command.set_defaults(sampler=None)  # of `open_model`, which takes no plug-ins
     add = command.adder("sampling")
     add("--sampler", dest="name", metavar="NAME", required=True, help=f"{', '.join(SAMPLERS)}, a "

@@ -10,18 +10,15 @@ from minidiff.errors import InvalidArgument
 
 def add_to(commands: Any) -> None:
     """Add the grammar of minidiff explore."""
-    from minidiff import shipped
-
     command = add_command(
         commands,
-        "explore",
         explore,
         "write a page in which every sampler runs",
         "Writes one HTML file that needs neither a server nor a network: drag the data, switch "
         "samplers, schedules and steps, and watch. With a model, its own network runs in the page "
         "if it is small enough; otherwise the page has pictures of its predictions.",
     )
-    add_model(command, list(shipped.MODELS))
+    add_model(command)
     command.set_defaults(sampler=None)
     command.adder("model")("--text", action="append", default=[], metavar="PROMPT",
         help="prompt to offer, for a model trained on captions; may be repeated")  # fmt: skip

@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from minidiff import shipped
 from minidiff.cli.arguments import add_command, add_model
 from minidiff.names import GRAPH_FORMATS
 
@@ -12,14 +11,13 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff export."""
     command = add_command(
         commands,
-        "export",
         export,
         "write a model as graphs for other programs",
         "Writes the networks of a model as ONNX, OpenVINO or torch.export graphs, each compared "
         "with torch, with a description of their inputs in export.json. minidiff sample draws "
         "from the folder as well.",
     )
-    add_model(command, list(shipped.MODELS))
+    add_model(command)
     add = command.adder("output")
     add("--format", choices=GRAPH_FORMATS, default="onnx", help="format of the graphs")
     add("-o", "--out", required=True, help="new or empty folder")

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minidiff import shipped
 from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.names import GUIDES
@@ -15,14 +14,13 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff sample."""
     command = add_command(
         commands,
-        "sample",
         sample,
         "generate images with a trained model",
         "Generates images with the model of a run or folder, or edits an image with --image and "
         "--mask. Sampler, steps and guidance are by default those stored with the model. Image i "
         "of a seed is the same for every batch size.",
     )
-    add_model(command, list(shipped.MODELS))
+    add_model(command)
     command.add_argument("text", nargs="?", help="prompt, for a model that was trained on captions")
     add = command.adder("sampling")
     add("--num", type=int, help="number of images (default: 16 of one class or text, else 100)")

@@ -23,7 +23,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff train."""
     command = add_command(
         commands,
-        "train",
         train,
         "train a model on digits, MNIST, CIFAR-10, captions or a folder of images",
         "Trains a model within a budget of minutes or steps, which decides the whole "

@@ -18,7 +18,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff train-classifier."""
     command = add_command(
         commands,
-        "train-classifier",
         train_classifier,
         "train a classifier for the metrics",
         "Trains a classifier on the training images of a data set and writes its weights, with "

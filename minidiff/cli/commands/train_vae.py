@@ -17,7 +17,6 @@ def add_to(commands: Any) -> None:
     """Add the grammar of minidiff train-vae."""
     command = add_command(
         commands,
-        "train-vae",
         train_vae,
         "train an autoencoder for models in its latent space",
         "Trains an autoencoder within a budget of minutes or steps, and measures it on held-out "
