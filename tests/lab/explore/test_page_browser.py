@@ -346,10 +346,16 @@ def test_it_is_ready_and_answers_quickly(browser: Any, plain: Path) -> None:
         "() => { const best = f => Math.min(...Array.from({ length: 15 }, () => { const t = "
         "performance.now(); f(); return performance.now() - t; })); S.data = 'moons'; blobs = "
         "SETS.moons(); return { drag: best(() => refresh(false)), truth: best(truth), "
-        "digits: best(runDigits), order: best(order) }; }"
+        "digits: best(runDigits), order: best(order), sum: best(() => { let s = 0; for (let i = 0; "
+        "i < 1e7; i++) s += Math.sqrt(i); return s; }) }; }"
     )
-    print(f"ready {ready:.0f} ms;", *(f"{name} {ms:.0f} ms" for name, ms in measured.items()))
-    assert ready <= 1000
-    assert measured["drag"] <= 60
-    assert sum(measured.values()) <= 150
+    # An idle core of 2.5 GHz adds ten million roots in 18 ms; a busy or slower one gets more time.
+    slower = max(1.0, measured.pop("sum") / 18)
+    print(
+        f"ready {ready:.0f} ms, machine {slower:.1f} times slower;",
+        *(f"{name} {ms:.0f} ms" for name, ms in measured.items()),
+    )
+    assert ready <= 1000 * slower
+    assert measured["drag"] <= 60 * slower
+    assert sum(measured.values()) <= 150 * slower
     tab.close()
