@@ -18,7 +18,8 @@ COMMANDS = (
     "cache",
 )  # fmt: skip
 PATHS = {
-    "out", "resume", "run", "data", "data_dir", "image", "mask", "png", "npz", "json", "vae",
+    "out", "resume", "run", "data", "data_dir", "image", "mask", "png", "npz", "gif", "strip",
+    "json", "vae",
     "config", "classifier", "init",
 }  # fmt: skip
 

@@ -2,12 +2,15 @@
 
 import argparse
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.names import GUIDES
+
+SUFFIXES = {"png": ".png", "npz": ".npz", "gif": ".gif", "strip": ".png"}
 
 
 def add_to(commands: Any) -> None:
@@ -47,6 +50,8 @@ def add_to(commands: Any) -> None:
     add("--scale", type=int, metavar="N", help="side of a pixel in --png (default: 2, for one "
         "image 1)")  # fmt: skip
     add("--npz", help="file for images (uint8, N×H×W×C) and labels")
+    add("--gif", help="file for an animation from noise to the images (of the first batch)")
+    add("--strip", help="PNG file of the steps: samples above, predicted clean images below")
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -54,17 +59,19 @@ def sample(options: argparse.Namespace) -> None:
     from minidiff.cli.model_options import class_of, draw, open_model, starting_image
     from minidiff.images import plot
     from minidiff.images.pixels import MODES, read_mask
+    from minidiff.lab.film import Film
     from minidiff.runtime import files
 
-    if options.png is None and options.npz is None:
-        options.png = "samples.png"
-    if options.png == options.npz:
-        raise InvalidArgument(f"--png and --npz must be two files, got {options.png} twice")
-    for path, suffix in ((options.png, ".png"), (options.npz, ".npz")):
-        if path is not None:
-            if Path(path).suffix.lower() != suffix:
-                raise InvalidArgument(f"--{suffix[1:]} must be a {suffix} file, got {path}")
-            files.ensure_writable(path)
+    paths = [(flag, path) for flag in SUFFIXES if (path := getattr(options, flag)) is not None]
+    if not paths:
+        paths, options.png = [("png", "samples.png")], "samples.png"
+    for (one, path), (other, same) in combinations(paths, 2):
+        if path == same:
+            raise InvalidArgument(f"--{one} and --{other} must be two files, got {path} twice")
+    for flag, path in paths:
+        if Path(path).suffix.lower() != SUFFIXES[flag]:
+            raise InvalidArgument(f"--{flag} must be a {SUFFIXES[flag]} file, got {path}")
+        files.ensure_writable(path)
     if options.scale is not None:
         whole_number("scale", options.scale, 1, 64)
     if options.model is not None and options.text is None:
@@ -75,8 +82,10 @@ def sample(options: argparse.Namespace) -> None:
     label = class_of(pipe, options.label)
     mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
     text = "" if options.text is None and pipe.prompts is not None else options.text
+    film = Film(pipe.decode) if options.gif or options.strip else None
     images, labels = draw(
         pipe, options, options.num,
+        callback=film,
         prompt=text,
         negative_prompt=options.negative,
         class_labels=label,
@@ -88,13 +97,15 @@ def sample(options: argparse.Namespace) -> None:
         guidance_rescale=options.guidance_rescale,
         guidance_interval=options.guidance_interval,
     )  # fmt: skip
+    square = options.label is not None or pipe.prompts is not None
+    side = min(10, 1 + math.isqrt(len(images) - 1))
+    columns = side if square else len(pipe.class_names) or 10
+    scale = options.scale or (1 if len(images) == 1 else 2)
     if options.png:
-        square = options.label is not None or pipe.prompts is not None
-        side = min(10, 1 + math.isqrt(len(images) - 1))
-        columns = side if square else len(pipe.class_names) or 10
-        scale = options.scale or (1 if len(images) == 1 else 2)
         plot.save(plot.grid(images, min(columns, len(images)), scale), options.png)
         print(f"wrote {options.png}")
+    if film is not None:
+        film.write(options.gif, options.strip, columns, scale)
     if options.npz:
         files.write_npz(options.npz, images=images, labels=labels)
         print(f"wrote {options.npz}")
