@@ -13,7 +13,7 @@ from minidiff import shipped
 from minidiff.data import ImageData, load
 from minidiff.errors import CheckpointError, Stopped, whole_number
 from minidiff.images.pixels import to_float
-from minidiff.lab import plot
+from minidiff.lab import explore, plot
 from minidiff.metrics import Evaluator, Scores
 from minidiff.noise import randn
 from minidiff.pipeline import Pipeline
@@ -56,8 +56,8 @@ def demo(
     """Train, sample and measure; print a table; write pictures and the model into `out`.
 
     Args:
-        out: folder for mnist.png, samples.png, forward.png, denoise.gif and model/; an
-            earlier demo is replaced.
+        out: folder for mnist.png, samples.png, forward.png, denoise.gif, explore.html and model/;
+            an earlier demo is replaced.
         config: budget, seed and guidance of the run; a budget in steps is cut short where it
             would take longer than ten minutes.
         device: device to train on.
@@ -88,6 +88,7 @@ def demo(
     rows = [measure(pipe, name, steps, evaluator, samples) for name, steps in STEPS.items()]
     print(table(rows, evaluator, samples))
     draw(pipe, data, out)
+    explore.page(pipe, "demo").write(out / "explore.html")
     return rows
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from minidiff.images import plot
+from minidiff.lab import plot
 from minidiff.sample import Step
 
 MAX_FRAMES, MAX_IMAGES = 12, 4  # columns of a strip, and images of a strip

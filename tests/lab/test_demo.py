@@ -20,6 +20,7 @@ def check_pictures(out):
     samples = Image.open(out / "samples.png")
     assert samples.size == ((10 * 17 - 1) * 3, (10 * 17 - 1) * 3)
     assert Image.open(out / "forward.png").width > 500
+    assert "The trained network" in (out / "explore.html").read_text(encoding="utf-8")
     gif = Image.open(out / "denoise.gif")
     assert gif.n_frames > 10
     assert gif.info["loop"] == 0

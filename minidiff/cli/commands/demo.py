@@ -43,7 +43,8 @@ def demo(options: argparse.Namespace) -> None:
     run_demo(options.out, config, device, options.samples)
     out = quote(options.out)
     print(
-        f"\nLook at {out}/samples.png, {out}/forward.png and {out}/denoise.gif. Try next:\n"
+        f"\nLook at {out}/samples.png, {out}/forward.png and {out}/denoise.gif. Open "
+        f"{out}/explore.html in a browser: the model runs in it. Try next:\n"
         f"  minidiff sample {out} --class 7 --num 64 --png sevens.png\n"
         f"  minidiff sample {out} --sampler ddim --steps 5 --guidance 4 --png few-steps.png\n"
         f"  minidiff sample --model mnist --class 7 --png seven.png\n"

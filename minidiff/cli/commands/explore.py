@@ -46,6 +46,5 @@ def explore(options: argparse.Namespace) -> None:
     made = page(pipe, name, plugins, options.text)
     for note in made.notes:
         print(f"note: {note}")
-    with files.atomic_file(options.out) as temporary:
-        temporary.write_text(made.html, encoding="utf-8")
+    made.write(options.out)
     print(f"wrote {options.out} ({len(made.html.encode()) / 1e6:.1f} MB); open it in a browser")

@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Sequence
 from importlib.resources import files as package_files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from minidiff.errors import InvalidArgument
 from minidiff.lab.explore.model import Model, model_data
 from minidiff.lab.explore.tables import COMPARED, STEPS, Plugins, Table, schedules, tables
 from minidiff.pipeline import Pipeline
+from minidiff.runtime import files
 from minidiff.schedulers.core.names import SAMPLERS
 
 DIGITS = 400
@@ -31,6 +33,11 @@ class Page(NamedTuple):
 
     html: str
     notes: list[str]
+
+    def write(self, path: str | Path) -> None:
+        """Write the file. Raises CheckpointError if it cannot be written."""
+        with files.atomic_file(path) as temporary:
+            temporary.write_text(self.html, encoding="utf-8")
 
 
 def page(
