@@ -9,11 +9,13 @@ validator (If-Range, section 13.1.5). If a server sends the whole file instead, 
 again; another range is refused. Mirrors take turns.
 """
 
+import contextlib
 import hashlib
 import http.client
 import os
 import re
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -49,6 +51,46 @@ class Source(NamedTuple):
     size: int
     sha256: str
     urls: tuple[str, ...]
+
+
+class _Timely:
+    """A connection whose header as a whole must arrive in time; a socket limits each packet."""
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        """Return the response. Raises TimeoutError where its header drips."""
+        late, connection = threading.Event(), self.sock
+
+        def end() -> None:
+            late.set()
+            with contextlib.suppress(OSError):  # the server may have closed it
+                connection.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.timeout, end)
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
+            if late.is_set():
+                raise TimeoutError(f"sent no whole header in {self.timeout:g} seconds")
+
+
+class _Http(_Timely, http.client.HTTPConnection):
+    """A connection by http."""
+
+
+class _Https(_Timely, http.client.HTTPSConnection):
+    """A connection by https."""
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Http, request)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Https, request)
 
 
 class _Refused(OSError):
@@ -159,11 +201,7 @@ def _request_headers(url: str, part: Path, have: int) -> dict[str, str]:
 def _response(url: str, headers: dict[str, str], timeout: float) -> http.client.HTTPResponse:
     """Send a request and follow a few redirections, to http and https only."""
     opener = urllib.request.OpenerDirector()  # the default one reads file: and ftp: URLs too
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-    ):
+    for handler in (urllib.request.ProxyHandler, _HttpHandler, _HttpsHandler):
         opener.add_handler(handler())
     for _ in range(1 + MAX_REDIRECTS):
         if urlsplit(url).scheme not in ("http", "https"):

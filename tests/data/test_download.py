@@ -118,6 +118,17 @@ def dripping(handler: BaseHTTPRequestHandler) -> None:
         pass
 
 
+def dripping_header(handler: BaseHTTPRequestHandler) -> None:
+    """Send a header without end, faster than any limit on a packet."""
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Drip: ")
+    try:
+        while True:
+            handler.wfile.write(b"x")
+            time.sleep(0.02)
+    except OSError:
+        pass
+
+
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
@@ -217,6 +228,7 @@ def test_the_next_mirror_continues_the_transfer_of_the_first(tmp_path, server):
         (corrupt, 4, "another SHA-256"),
         (endless, 4, "more than the 200000 bytes"),
         (dripping, 4, "sent only"),
+        (dripping_header, 4, "sent no whole header in 0.3 seconds"),
         (silent, 4, "timed out|SHA-256"),
         (lambda h: send(h, 200, {"Content-Length": 5}, b"hello"), 4, "announced 5 bytes"),
         (lambda h: send(h, 200, {"Content-Length": "many"}, b"hello"), 4, "announced many bytes"),
