@@ -17,6 +17,7 @@ PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
 DATA_NAMES = ("digits", *PUBLISHED, "captions")
 SPLITS = ("train", "test")
 DATA_VARIABLE = "MINIDIFF_DATA"
+LOGS = ("tensorboard",)  # beside log.jsonl, see `minidiff.runs.tensorboard`
 
 # Noise schedules and objectives, see `minidiff.schedule` and `minidiff.objective`
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")

@@ -10,7 +10,7 @@ from dataclasses import Field
 from typing import Any, NoReturn
 
 from minidiff.errors import suggestion
-from minidiff.names import DEVICES, DTYPE_NAMES, ENGINES, MAX_SEED, SAMPLERS
+from minidiff.names import DEVICES, DTYPE_NAMES, ENGINES, LOGS, MAX_SEED, SAMPLERS
 from minidiff.shipped import MODELS
 
 GROUPS = (
@@ -120,6 +120,8 @@ def add_run_folder(command: Parser) -> None:
         "budget); --data, --data-dir and the like say where its files lie now")  # fmt: skip
     add("--save-every", type=int, metavar="N", help="steps between snapshots (default: every five "
         "minutes); the end, and a stop by a signal, are always saved")  # fmt: skip
+    add("--log", choices=LOGS, help="log to write beside log.jsonl, into RUN/tensorboard/: loss, "
+        "learning rate and images per second, and pictures along the way")  # fmt: skip
     add("--keep-last", type=int, metavar="N", help="number of latest snapshots to keep, besides "
         "the one with the lowest running loss (default: 2)")  # fmt: skip
 

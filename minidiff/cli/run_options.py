@@ -22,6 +22,7 @@ from minidiff.pipeline import Pipeline
 from minidiff.runs.autoencoder import open_vae
 from minidiff.runs.autosave import Saving
 from minidiff.runs.folder import CONFIG, Settings, open_pipeline, read_settings
+from minidiff.runs.tensorboard import check_installed
 from minidiff.runtime.device import DTYPES, available_cores, describe, pick_device, pick_dtype
 from minidiff.runtime.distributed import own_device
 from minidiff.runtime.files import read_options
@@ -72,8 +73,11 @@ def config_of(
 
 
 def saving_of(options: argparse.Namespace) -> Saving:
-    """Return the schedule of snapshots of --save-every and --keep-last. Raises InvalidArgument."""
-    return Saving(options.save_every, 2 if options.keep_last is None else options.keep_last)
+    """Return what --save-every, --keep-last and --log say. Raises InvalidArgument."""
+    check_installed(options.log)  # before the data are read
+    return Saving(
+        options.save_every, 2 if options.keep_last is None else options.keep_last, options.log
+    )
 
 
 def start_line(device: torch.device, config: LoopConfig, data: Data) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minidiff.errors import CheckpointError, Stopped, TrainingError
+from minidiff.names import LOGS
 from minidiff.runs import snapshot
-from minidiff.runtime.checks import check_fields, option, optional, whole
+from minidiff.runtime.checks import check_fields, choice, option, optional, whole
 from minidiff.runtime.distributed import launched
 from minidiff.training.loop import TrainingState
 from minidiff.training.progress import Progress
@@ -29,19 +30,23 @@ PrintLine = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Saving:
-    """How often a run is saved, and how many snapshots are kept. Raises InvalidArgument.
+    """How often a run is saved, how many snapshots are kept, and what else logs it.
 
     Attributes:
         save_every: steps between snapshots; None for one every five minutes. The last step, and
             one at which the run is stopped, are saved in any case.
         keep_last: number of the last snapshots that are kept, besides the best: the one with the
             lowest running average of the training loss.
+        log: "tensorboard" for event files beside `log.jsonl`, see `minidiff.runs.tensorboard`.
+    Raises:
+        InvalidArgument: a value is not allowed.
     """
 
     save_every: int | None = option(None, "steps between snapshots", optional(whole(1)))
     keep_last: int = option(
         2, "number of the last snapshots to keep, besides that of the lowest running loss", whole(1)
     )
+    log: str | None = option(None, "log to write beside log.jsonl", choice(None, *LOGS))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -60,6 +65,12 @@ class Log:
         with self._naming():
             self._file.write(json.dumps(row._asdict()).encode() + b"\n")
             self._file.flush()
+
+    def resume(self, training: TrainingState) -> None:
+        """Note where the training goes on, for a log that needs it."""
+
+    def add_picture(self, path: Path, step: int) -> None:
+        """Note that a picture was written at a step, for a log that shows it."""
 
     def sync(self) -> int:
         """Make sure that all rows are on the disk and return the length in bytes."""
@@ -147,6 +158,7 @@ class Autosave:
             snapshot.clear_leftovers(self.out)
             if missing := self.log.cut(length):
                 self.run.print_line(f"{self.log.path}: {missing} of {length} bytes are lost")
+            self.log.resume(training)
         if folder is not None:
             self.run.print_line(f"going on from step {step}")
 

@@ -127,8 +127,10 @@ def _train(
     config, prompts = run.settings.config, data.example_prompts(100)
 
     def picture(pipe: Pipeline, step: int) -> None:
-        if run.leads:
-            write_samples(pipe, run.out / f"{SAMPLES}-{step:06d}.png", prompts=prompts)
+        if autosave.log is not None:
+            path = run.out / f"{SAMPLES}-{step:06d}.png"
+            write_samples(pipe, path, prompts=prompts)
+            autosave.log.add_picture(path, step)
 
     with world(device, run.settings.shard) as all_of_us:
         with run.kept() as autosave:

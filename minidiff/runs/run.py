@@ -21,6 +21,7 @@ from minidiff.pipeline import Pipeline
 from minidiff.runs import snapshot
 from minidiff.runs.autosave import Autosave, Log, PrintLine, Saving, Signals
 from minidiff.runs.folder import LOG, Settings, about, changes, create, read_settings
+from minidiff.runs.tensorboard import TensorBoardLog, check_installed
 from minidiff.runtime import files
 from minidiff.runtime.distributed import rank
 from minidiff.runtime.files import user_path
@@ -44,6 +45,7 @@ class Run:
     def __init__(self, out: str | Path, settings: Settings, print_line: PrintLine) -> None:
         self.out, self.settings, self.leads = user_path(out), settings, rank() == 0
         self.print_line = print_line if self.leads else _ignore
+        check_installed(settings.saving.log)
         self.changed: Settings | None = None  # with a longer budget, or data that lie elsewhere
 
     @classmethod
@@ -176,7 +178,7 @@ class Run:
     def _open_log(self) -> Log:
         """Open the log, and clear what a killed process left; the folder is locked."""
         files.clear_temporaries(self.out)
-        return Log(self.out / LOG)
+        return (TensorBoardLog if self.settings.saving.log else Log)(self.out / LOG)
 
 
 def longer(config: Kind, spent: Mapping[str, float], given: Mapping[str, Amount | None]) -> Kind:
