@@ -14,9 +14,12 @@ Libraries are imported where they are used; none is needed by the rest of minidi
 
 import importlib.metadata
 import importlib.util
+import io
+import json
 import logging
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 
 from minidiff.engines.graph import EngineError, Input, Run, reason_of
-from minidiff.errors import InvalidArgument, one_of
+from minidiff.errors import CheckpointError, InvalidArgument, one_of
 
 MAX_SHAPES = 6  # compiled models that OpenVINO keeps, one for each shape of the inputs
 
@@ -162,12 +165,34 @@ def _load_openvino(path: Path, dtype: torch.dtype) -> Run:
 
 # --- torch.export --------------------------------------------------------------------------------
 
+_TABLE = "_config.json"  # tables of weights and constants
+_EXAMPLES = "/data/sample_inputs/"  # a pickle, which nothing here reads
+
 
 def _write_pt2(program: Any, inputs: Sequence[Input], path: Path) -> None:
-    torch.export.save(program, str(path))
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
+    with zipfile.ZipFile(archive) as written, zipfile.ZipFile(path, "w") as kept:
+        for name in written.namelist():
+            kept.writestr(name, b"" if _EXAMPLES in name else written.read(name))
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Refuse an archive in which anything is pickled. Raises CheckpointError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = archive.infolist()
+            tables = [json.loads(archive.read(f)) for f in files if f.filename.endswith(_TABLE)]
+            entries = [entry for table in tables for entry in table["config"].values()]
+            pickled = any(entry["use_pickle"] for entry in entries)
+    except (zipfile.BadZipFile, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is no graph of torch.export: {reason_of(error)}") from None
+    if pickled or any(_EXAMPLES in file.filename and file.file_size for file in files):
+        raise CheckpointError(f"{path} contains a pickle, which may run code; export it again")
 
 
 def _load_pt2(path: Path, dtype: torch.dtype) -> Run:
+    _refuse_pickles(path)
     module = torch.export.load(str(path)).module()
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
