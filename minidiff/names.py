@@ -56,6 +56,9 @@ SAMPLERS = {
     "euler-a": Sampler("Euler ancestral", "EulerAncestralDiscreteScheduler", {}),
     # Heun's trapezoid cannot span the first even step of a cosine schedule, from σ of 20,000 to 6.
     "heun": Sampler("Heun", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    "kdpm2": Sampler("KDPM2", "KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
+    "lms": Sampler("LMS (4)", "LMSDiscreteScheduler", {"use_karras_sigmas": True}),
+    "deis": Sampler("DEIS (2)", "DEISMultistepScheduler", {}),
     "dpm++": Sampler("DPM-Solver++ (2M)", _MULTISTEP, {}),
     "dpm++3": Sampler("DPM-Solver++ (3M)", _MULTISTEP, {"solver_order": 3}),
     "dpm++2s": Sampler("DPM-Solver++ (2S)", "DPMSolverSinglestepScheduler", {}),

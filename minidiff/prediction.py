@@ -14,7 +14,7 @@ variance-exploding α = 1) it is the v of the same sample divided by √(α² + 
 own function, `edm_row`. This is the only place that knows prediction types.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -129,6 +129,15 @@ def combine(
     else:  # fused would round once less than diffusers, visible where terms cancel or are clipped
         total = (u if a == 1 else a * u) + b * v
     return total if over == 1 else total / over
+
+
+def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return Σ w·tensor, without passes over memory for weights 0 and 1."""
+    (first, w), *rest = [(t, w) for t, w in zip(tensors, weights, strict=True) if w]
+    total = first if w == 1 else w * first
+    for tensor, w in rest:
+        total = torch.add(total, tensor, alpha=w)
+    return total
 
 
 def clip(x0: Tensor, limit: float) -> Tensor:

@@ -82,6 +82,7 @@ _NOISE = _NO_SHORT_END | {"algorithm_type": "dpmsolver", "final_sigmas_type": "s
                           "prediction_type": "epsilon"}  # fmt: skip
 _NOISE_SDE = _NOISE | {"algorithm_type": "sde-dpmsolver"}
 _EPSILON = {"prediction_type": "epsilon"}
+_DEIS = _NO_SHORT_END | _EPSILON
 _NO_CORRECTOR = {"disable_corrector": list(range(100_000))}
 
 _CHURN = {"s_churn": 4.0}
@@ -99,6 +100,22 @@ METHODS: dict[str, Method] = {
     "Euler, EDM": Method("EDMEulerScheduler", _EPSILON, 1, measure=_EDM_PART),
     "Euler, flow": Method("FlowMatchEulerDiscreteScheduler", {}, 1),
     "Heun": Method("HeunDiscreteScheduler", _FINE, 2, measure={"stride": 2}),
+    "KDPM2": Method("KDPM2DiscreteScheduler", _FINE | _EPSILON, 2, measure={"stride": 2}),
+    **{
+        f"LMS-{p}": Method(
+            "LMSDiscreteScheduler", _FINE, p, measure={"order": p, "exact_starts": p - 1}
+        )
+        for p in (1, 2, 3, 4)
+    },
+    **{
+        f"DEIS-{p}": Method(
+            "DEISMultistepScheduler",
+            _DEIS | {"solver_order": p},
+            p,
+            measure={"exact_starts": p - 1},
+        )
+        for p in (1, 2, 3)
+    },
     "PNDM": Method("PNDMScheduler", _PNDM, 2, n=480),
     "PLMS": Method("PNDMScheduler", _PNDM | {"skip_prk_steps": True}, 2, n=480),
     "DPM-Solver-1": Method(_MULTI, _NOISE | {"solver_order": 1}, 1),

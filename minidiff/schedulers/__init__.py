@@ -1,5 +1,6 @@
 """Samplers, one file per paper; `base.py` is shared, `core/quirks.py` has diffusers' departures."""
 
+from minidiff.schedulers.adams_bashforth import DEISMultistepScheduler, LMSDiscreteScheduler
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
 from minidiff.schedulers.ddim import DDIMScheduler
 from minidiff.schedulers.ddim_inverse import DDIMInverseScheduler
@@ -9,7 +10,7 @@ from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler
 from minidiff.schedulers.edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from minidiff.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from minidiff.schedulers.flow_match import FlowMatchEulerDiscreteScheduler
-from minidiff.schedulers.heun import HeunDiscreteScheduler
+from minidiff.schedulers.heun import HeunDiscreteScheduler, KDPM2DiscreteScheduler
 from minidiff.schedulers.lcm import LCMScheduler
 from minidiff.schedulers.pndm import PNDMScheduler
 from minidiff.schedulers.unipc import UniPCMultistepScheduler
@@ -25,6 +26,9 @@ SCHEDULERS: dict[str, type[Scheduler]] = {
         EulerDiscreteScheduler,
         EulerAncestralDiscreteScheduler,
         HeunDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+        LMSDiscreteScheduler,
+        DEISMultistepScheduler,
         EDMEulerScheduler,
         EDMDPMSolverMultistepScheduler,
         UniPCMultistepScheduler,
@@ -52,6 +56,7 @@ __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "EDMDPMSolverMultistepScheduler",
@@ -60,7 +65,9 @@ __all__ = [
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
     "LCMScheduler",
+    "LMSDiscreteScheduler",
     "PNDMScheduler",
     "Scheduler",
     "SchedulerOutput",

@@ -1,57 +1,37 @@
-"""Heun's method in noise level: two evaluations per step, second order.
+"""Heun's method and the midpoint rule in noise level: two evaluations per step, second order.
 
     d  = (x − x̂0)/σ            at σ
-    y  = x + (σ' − σ)·d          Euler's step, where the network is evaluated again
-    d' = (y − ŷ0)/σ'           at σ'
-    x' = x + (σ' − σ)·(d + d')/2
+    y  = x + (τ − σ)·d          Euler's step to τ, where the network is evaluated again
+    d' = (y − ŷ0)/τ            at τ
 
-A pipeline evaluates the network once per call of `step`, so each σ but the first appears twice in
-the grid: a call with an even index returns y, the odd one after it x'. The last step ends at σ' =
-0, where d' does not exist, and is Euler's.
+    Heun      τ = σ'            x' = x + (σ' − σ)·(d + d')/2
+    KDPM2     τ = √(σ·σ')       x' = x + (σ' − σ)·d'
 
-Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
-arXiv:2206.00364, algorithm 1.
+A pipeline evaluates the network once per call of `step`: a call with an even index returns y, the
+odd one after it x'. The last step ends at σ' = 0, where d' does not exist, and is Euler's.
+
+Sources: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models",
+arXiv:2206.00364, algorithm 1; KDPM2 as in k-diffusion, https://github.com/crowsonkb/k-diffusion.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, whole_number
+from minidiff.schedule import Level
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.euler import ExplodingSigmas, euler_step
 
 
-class HeunDiscreteScheduler(ExplodingSigmas):
-    """Heun's method: n steps of order 2 for 2n − 1 evaluations of the network.
-
-    Args are diffusers' (same names, same defaults). `compat` is "diffusers" or "exact", see
-    `quirks.py`.
-    """
+class TwoStages(ExplodingSigmas):
+    """n steps of two stages each, but for the last: 2n − 1 evaluations of the network."""
 
     order = 2
     history = 1  # the first stage of a step
-
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        beta_schedule: str = "linear",
-        trained_betas: Sequence[float] | None = None,
-        prediction_type: str = "epsilon",
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_beta_sigmas: bool = False,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-        compat: str = "diffusers",
-    ) -> None:
-        self._configure(locals())
 
     def set_timesteps(
         self,
@@ -108,10 +88,98 @@ class HeunDiscreteScheduler(ExplodingSigmas):
         if self._step_index % 2 == 0:
             descent = nxt.sigma - now.sigma
             return euler_step(x, x0, eps, now.sigma, descent)  # algorithm 1, lines 4 and 5
-        first = self.past[-1]
-        half = (now.sigma - first.level.sigma) / 2
-        return torch.add(first.x, first.eps + eps, alpha=half)  # lines 7 and 8
+        return self.second_stage(self.past[-1], eps, now, nxt)
+
+    def second_stage(self, first: Evaluation, eps: Tensor, now: Level, nxt: Level) -> Tensor:
+        """Return x' from the first stage of a step, and the second one's ε̂ at `now`."""
+        raise NotImplementedError  # every method is a subclass
 
     def _place_sigmas(self, grid, sigmas, end, device=None, *, steps=None, dtype=None) -> None:
-        twice = np.repeat(np.arange(len(grid)), 2)[1:]  # 0 1 1 2 2 …
-        super()._place_sigmas(grid[twice], sigmas[twice], end, device, steps=steps, dtype=dtype)
+        taus = self._second_sigmas(sigmas[:-1], sigmas[1:])
+        visited = np.insert(sigmas, range(1, len(sigmas)), taus)  # σ0 τ0 σ1 τ1 …
+        grid = np.insert(grid, range(1, len(grid)), self._second_timesteps(grid, taus))
+        super()._place_sigmas(grid, visited, end, device, steps=steps, dtype=dtype)
+
+    def _second_sigmas(self, sigmas: np.ndarray, following: np.ndarray) -> np.ndarray:
+        """Return the σ of the second stages of steps from `sigmas` to `following`."""
+        return following
+
+    def _second_timesteps(self, grid: np.ndarray, taus: np.ndarray) -> np.ndarray:
+        """Return the network's timesteps at these σ."""
+        return grid[1:]
+
+
+class HeunDiscreteScheduler(TwoStages):
+    """Heun's method: n steps of order 2 for 2n − 1 evaluations of the network.
+
+    Args are diffusers' (same names, same defaults). `compat` is "diffusers" or "exact", see
+    `quirks.py`.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def second_stage(self, first, eps, now, nxt) -> Tensor:
+        half = (now.sigma - first.level.sigma) / 2
+        return torch.add(first.x, first.eps + eps, alpha=half)  # algorithm 1, lines 7 and 8
+
+
+class KDPM2DiscreteScheduler(TwoStages):
+    """The midpoint rule in ln σ: n steps of order 2 for 2n − 1 evaluations of the network.
+
+    Args are diffusers' (same names, same defaults). `compat` is "diffusers" or "exact", see
+    `quirks.py`.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        compat: str = "diffusers",
+    ) -> None:
+        self._configure(locals())
+
+    def _configure(self, options: dict[str, Any]) -> None:
+        super()._configure(options)
+        self.reading.check_ancestral(self.config.prediction_type)
+
+    def second_stage(self, first, eps, now, nxt) -> Tensor:
+        return torch.add(first.x, eps, alpha=nxt.sigma - first.level.sigma)
+
+    def _place_sigmas(self, grid, sigmas, end, device=None, *, steps=None, dtype=None) -> None:
+        dtype = torch.float64 if self._formula() else self.reading.dtype
+        super()._place_sigmas(grid, sigmas, end, device, steps=steps, dtype=dtype)
+
+    def _network_timesteps(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+        return self.reading.rounded_karras(t) if self.config.use_karras_sigmas else t
+
+    def _second_sigmas(self, sigmas: np.ndarray, following: np.ndarray) -> np.ndarray:
+        return self.reading.geometric_mean(sigmas, following)
+
+    def _second_timesteps(self, grid: np.ndarray, taus: np.ndarray) -> np.ndarray:
+        return self.schedule.timestep_of(taus)

@@ -99,6 +99,8 @@ def options_of(name: str) -> list[str]:
 def test_every_option_refuses_values_outside_its_range(name: str) -> None:
     for option in options_of(name):
         for value in BAD_OPTIONS[option]:
+            if name.startswith("DEIS") and value in ("deis", "logrho"):
+                continue  # its own
             with pytest.raises(InvalidArgument, match=option):
                 SCHEDULERS[name](**{option: value})
                 pytest.fail(f"{name}({option}={value!r}) was accepted")
@@ -233,7 +235,7 @@ def test_an_invalid_number_of_steps_is_refused(name: str, n: Any) -> None:
         SCHEDULERS[name]().set_timesteps(n)
 
 
-REAL = ("EDM", "FlowMatch", "Euler", "Heun")  # real timesteps: any number of them
+REAL = ("EDM", "FlowMatch", "Euler", "Heun", "KDPM2", "LMS")  # real timesteps: any number of them
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEDULERS if not any(k in n for k in REAL)])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, one_of
-from minidiff.prediction import row, split
+from minidiff.prediction import row, split, weighted
 from minidiff.schedule import (
     CLEAN,
     Level,
@@ -174,6 +174,22 @@ class Exact:
         """
         return min(sigma_min, sigmas[-1])
 
+    def rounded_karras(self, t: np.ndarray) -> np.ndarray:
+        """Return the timesteps at the ends of KDPM2's steps on Karras' grid: the real ones."""
+        return t
+
+    def geometric_mean(self, sigmas: np.ndarray, following: np.ndarray) -> np.ndarray:
+        """Return √(σ·σ'), where KDPM2 evaluates the network between two σ."""
+        return np.sqrt(sigmas * following)
+
+    def lms_sigmas(self, scheduler, now: Level, order: int) -> list[float]:
+        """Return the σ of LMS' polynomial: those of up to `order` evaluations, the newest first."""
+        return [now.sigma, *(each.level.sigma for each in reversed(scheduler.past))][:order]
+
+    def deis_weights(self, weights: list[float], nxt: Level, levels: Sequence[Level]) -> list:
+        """Return the weights of ε̂ in DEIS from its evaluations at `levels` to `nxt`."""
+        return weights
+
     def check_edm_sigmas(self, sigmas: object) -> None:
         """Accept custom σ."""
 
@@ -290,7 +306,7 @@ class Exact:
         self, evaluations: Sequence, weights: Sequence[float], start, prediction_type: str
     ) -> Tensor:
         """Return PNDM's ε̂ for the step that begins at `start`: Σ w·ε̂ over evaluations."""
-        return _weighted([e.eps for e in evaluations], weights)
+        return weighted([e.eps for e in evaluations], weights)
 
     def transfer(self, now: Level, nxt: Level) -> tuple[float, float]:
         """Return the weights of x and ε̂ in a step of DDIM: nxt.alpha·x̂0 + nxt.sigma·ε̂."""
@@ -454,12 +470,34 @@ class Diffusers(Exact):
         return rounding.ancestral(sigma, to)
 
     def check_ancestral(self, prediction_type: str) -> None:
-        """Refuse "sample", for which ancestral Euler lacks a line: its first step raises."""
+        """Refuse "sample", for which ancestral Euler and KDPM2 lack a line: step raises."""
         if prediction_type == "sample":
             raise InvalidArgument(
-                "prediction_type 'sample' is not implemented by diffusers' "
-                "EulerAncestralDiscreteScheduler: use another, or compat='exact'"
+                "prediction_type 'sample' is not implemented here by diffusers: use compat='exact'"
             )
+
+    def rounded_karras(self, t: np.ndarray) -> np.ndarray:
+        """Round them, so that the network is evaluated at a noise level that x does not have; the
+        timesteps between them stay real.
+        """
+        return t.round()
+
+    def geometric_mean(self, sigmas: np.ndarray, following: np.ndarray) -> np.ndarray:
+        """Average ln σ in float32: the mean keeps six digits."""
+        a, b = torch.tensor(np.array([following, sigmas]), dtype=torch.float32).log()
+        return torch.lerp(a, b, 0.5).exp().numpy()
+
+    def lms_sigmas(self, scheduler, now: Level, order: int) -> list[float]:
+        """Count evaluations from the start of the grid, also where sampling begins in the middle:
+        image-to-image then leaves out terms of its first three steps. The integrals are scipy's of
+        a float32 polynomial there, and exact here: they differ in the seventh digit.
+        """
+        i = scheduler.step_index
+        return [level.sigma for level in scheduler.levels[max(i + 1 - order, 0) : i + 1]][::-1]
+
+    def deis_weights(self, weights: list[float], nxt: Level, levels: Sequence[Level]) -> list:
+        """Subtract antiderivatives in float32, which cancel where steps are short."""
+        return rounding.deis(nxt, levels)
 
     def edm_start(self, sigma_max: float) -> float:
         """Assume that EDM's data have variance 1, whatever sigma_data is."""
@@ -657,7 +695,7 @@ class Diffusers(Exact):
         """
         if prediction_type != "v_prediction":
             return Exact.average_noise(self, evaluations, weights, start, prediction_type)
-        v = _weighted([e.out for e in evaluations], weights)
+        v = weighted([e.out for e in evaluations], weights)
         return split(v, start.x, start.level, prediction_type)[1]
 
     def transfer(self, now: RoundedLevel, nxt: RoundedLevel) -> tuple[float, float]:
@@ -710,15 +748,6 @@ def _level_or_end(scheduler, t: float) -> Level:
     return scheduler.level(t) if t >= 0 else scheduler.final_level
 
 
-def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return Σ w·tensor, without passes over memory for weights 0 and 1."""
-    (first, w), *rest = [(t, w) for t, w in zip(tensors, weights, strict=True) if w]
-    total = first if w == 1 else w * first
-    for tensor, w in rest:
-        total = torch.add(total, tensor, alpha=w)
-    return total
-
-
 def departing(*names: str) -> Exact:
     """Return the exact reading with some of diffusers' departures.
 
@@ -743,5 +772,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "posterior": _ROUNDED,
     "ddim_direction": _ROUNDED,
     "transfer": _ROUNDED,
+    "deis_weights": ("preserving_levels",),
 }
 """Departures without which another one's arithmetic has no meaning: those on float32 tables."""

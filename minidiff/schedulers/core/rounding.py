@@ -14,6 +14,7 @@ Python floats.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -138,3 +139,19 @@ def unipc_moments(k: int, h: float, phi1: float, n: int) -> np.ndarray:
         factorial *= j + 1
         phi = phi / hh - np.float32(1 / factorial)
     return np.array(moments)
+
+
+def deis(nxt: Level, levels: Sequence[Level]) -> list[Number]:
+    """Return ∫ L_k(ln ρ) dρ for two or three levels, the newest first, as diffusers has it."""
+    rhos = [level.sigma / level.alpha for level in levels]
+
+    def antiderivative(rho: Number, node: Number, *others: Number) -> Number:
+        t, b, c, *last = np.log([rho, node, *others])
+        if not last:
+            return rho * (-c + t - 1) / (b - c)
+        d = last[0]
+        return rho * (c * (d - t + 1) - d * t + d + t**2 - 2 * t + 2) / ((b - c) * (b - d))
+
+    turned = [rhos[k:] + rhos[:k] for k in range(len(rhos))]
+    end = nxt.sigma / nxt.alpha
+    return [antiderivative(end, *r) - antiderivative(rhos[0], *r) for r in turned]
