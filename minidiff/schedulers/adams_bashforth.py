@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from minidiff.errors import whole_number
@@ -72,19 +71,6 @@ class LMSDiscreteScheduler(ExplodingSigmas):
     ) -> None:
         self._configure(locals())
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: torch.device | str | None = None
-    ) -> None:
-        """Choose the grid, and forget any sampling under way.
-
-        Args:
-            num_inference_steps: number of steps n, spaced by `timestep_spacing` or a formula for σ.
-            device: device of `self.timesteps`.
-        Raises:
-            InvalidArgument: the number is out of range.
-        """
-        self._place_spaced(num_inference_steps, device)
-
     def step(
         self,
         model_output: Tensor,
@@ -110,10 +96,11 @@ class LMSDiscreteScheduler(ExplodingSigmas):
 
     def update(self, x, x0, eps, now, nxt, noise, *, order) -> Tensor:
         slopes = [eps, *(earlier.eps for earlier in reversed(self.past))][:order]
-        sigmas, h = self.reading.lms_sigmas(self, now, order), nxt.sigma - now.sigma
-        positions = [float(sigma - now.sigma) / float(h) for sigma in sigmas]
+        sigmas = [float(sigma) for sigma in self.reading.lms_sigmas(self, now, order)]
+        h = float(nxt.sigma) - sigmas[0]
+        positions = [(sigma - sigmas[0]) / h for sigma in sigmas]
         moments = [1 / (j + 1) for j in range(len(sigmas))]
-        weights = (float(h) * lagrange_weights(positions, moments)).tolist()
+        weights = (h * lagrange_weights(positions, moments)).tolist()
         return weighted([x, *slopes], [1.0, *weights[: len(slopes)]])
 
 

@@ -263,20 +263,6 @@ class EDMDPMSolverMultistepScheduler(EDMSigmas):
         """
         self._place_edm(self._sigmas_of(num_inference_steps), device)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        variance_noise: Tensor | None = None,
-    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """Take one step, see `Scheduler.step`."""
-        return self._step(
-            model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
-        )
-
     def update(self, x, x0, eps, now, nxt, noise) -> Tensor:
         x = self.reading.edm_sample(x)
         return multistep(self, Evaluation(now, x, x0, eps), nxt, noise)

@@ -42,6 +42,19 @@ class ExplodingSigmas(TrainedSigmas):
     def sigma_levels(self, sigmas: np.ndarray) -> list[Level]:
         return self.reading.exploding_levels(sigmas)
 
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | str | None = None
+    ) -> None:
+        """Choose the grid, and forget any sampling under way.
+
+        Args:
+            num_inference_steps: number of steps n, spaced by `timestep_spacing` or a formula for σ.
+            device: device of `self.timesteps`.
+        Raises:
+            InvalidArgument: the number is out of range.
+        """
+        self._place_spaced(num_inference_steps, device)
+
     @property
     def init_noise_sigma(self) -> Tensor:
         """Standard deviation of the noise that sampling starts from, on the CPU."""
@@ -283,33 +296,6 @@ class EulerAncestralDiscreteScheduler(ExplodingSigmas):
     def _configure(self, options: dict[str, Any]) -> None:
         super()._configure(options)
         self.reading.check_ancestral(self.config.prediction_type)
-
-    def set_timesteps(
-        self, num_inference_steps: int, device: torch.device | str | None = None
-    ) -> None:
-        """Choose the grid, and forget any sampling under way.
-
-        Args:
-            num_inference_steps: number of steps n, spaced by `timestep_spacing`.
-            device: device of `self.timesteps`.
-        Raises:
-            InvalidArgument: the number is out of range.
-        """
-        self._place_spaced(num_inference_steps, device)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        variance_noise: Tensor | None = None,
-    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """Take one step, see `Scheduler.step`."""
-        return self._step(
-            model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
-        )
 
     def _evaluate(self, out, x, now, noise) -> Evaluation:
         return super()._evaluate(out, self.reading.solver_sample(x), now, noise)

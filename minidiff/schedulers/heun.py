@@ -95,18 +95,14 @@ class TwoStages(ExplodingSigmas):
         raise NotImplementedError  # every method is a subclass
 
     def _place_sigmas(self, grid, sigmas, end, device=None, *, steps=None, dtype=None) -> None:
-        taus = self._second_sigmas(sigmas[:-1], sigmas[1:])
+        between, taus = self._second_grid(grid, sigmas)
         visited = np.insert(sigmas, range(1, len(sigmas)), taus)  # σ0 τ0 σ1 τ1 …
-        grid = np.insert(grid, range(1, len(grid)), self._second_timesteps(grid, taus))
+        grid = np.insert(grid, range(1, len(grid)), between)
         super()._place_sigmas(grid, visited, end, device, steps=steps, dtype=dtype)
 
-    def _second_sigmas(self, sigmas: np.ndarray, following: np.ndarray) -> np.ndarray:
-        """Return the σ of the second stages of steps from `sigmas` to `following`."""
-        return following
-
-    def _second_timesteps(self, grid: np.ndarray, taus: np.ndarray) -> np.ndarray:
-        """Return the network's timesteps at these σ."""
-        return grid[1:]
+    def _second_grid(self, grid: np.ndarray, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the timesteps and the σ of the second stages."""
+        return grid[1:], sigmas[1:]
 
 
 class HeunDiscreteScheduler(TwoStages):
@@ -178,8 +174,6 @@ class KDPM2DiscreteScheduler(TwoStages):
     def _network_timesteps(self, t: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
         return self.reading.rounded_karras(t) if self.config.use_karras_sigmas else t
 
-    def _second_sigmas(self, sigmas: np.ndarray, following: np.ndarray) -> np.ndarray:
-        return self.reading.geometric_mean(sigmas, following)
-
-    def _second_timesteps(self, grid: np.ndarray, taus: np.ndarray) -> np.ndarray:
-        return self.schedule.timestep_of(taus)
+    def _second_grid(self, grid: np.ndarray, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        taus = self.reading.geometric_mean(sigmas[:-1], sigmas[1:])
+        return self.schedule.timestep_of(taus), taus

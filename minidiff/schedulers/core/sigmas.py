@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, whole_number
+from minidiff.noise import Generators
 from minidiff.prediction import solve
 from minidiff.runtime.shapes import append_dims
 from minidiff.schedule import (
@@ -29,7 +30,7 @@ from minidiff.schedule import (
     karras_sigmas,
     shifted_sigmas,
 )
-from minidiff.schedulers.base import IndexedScheduler
+from minidiff.schedulers.base import IndexedScheduler, SchedulerOutput
 from minidiff.schedulers.core.options import at_most_one, shift_of
 
 FORMULAS: dict[str, Callable[[float, float, int], np.ndarray]] = {
@@ -60,6 +61,20 @@ class SigmaScheduler(IndexedScheduler):
     def present_level(self, timestep: float | Tensor) -> Level:
         """Return the level of the network's next input. Raises InvalidArgument."""
         return self.levels[self._advance_to(self._host_timestep(timestep))]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        variance_noise: Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """Take one step, see `Scheduler.step`."""
+        return self._step(
+            model_output, timestep, sample, generator, variance_noise, return_dict=return_dict
+        )
 
     def _place_sigmas(
         self,
