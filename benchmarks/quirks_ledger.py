@@ -142,6 +142,14 @@ PROBES: dict[str, Probe | str] = {
     "token_output": "a sign that callers undo",
 }  # fmt: skip
 
+# Departures that are rounding alone, in float32: how far they move a result depends on the
+# processor and on the build of torch. Only the magnitude is the same elsewhere.
+ROUNDING = (
+    "dtype", "table", "lu_sigmas", "preserving_levels", "exploding_levels", "ancestral_sigmas",
+    "geometric_mean", "deis_weights", "edm_sigmas", "flow_levels", "ddim_direction", "posterior",
+    "solver_sample", "expm1", "unipc_moments", "transfer",
+)  # fmt: skip
+
 
 def text_of(reading: type[Exact], name: str) -> str:
     """Return the docstring of a reading's method on one line."""
@@ -185,7 +193,8 @@ one_departure = scheduler.reread(departing("ddim_levels"))
 The last columns are errors at the end of sampling with the optimal network, without and with the
 departure, and how far it moves the result. *Path* errors are against the exact probability flow of
 a mixture of two Gaussians, *variance* errors against the variance of one Gaussian, ¼. The error
-without the departure is the solver's own; a departure may happen to reduce it.
+without the departure is the solver's own; a departure may happen to reduce it. Where the departure
+is rounding to float32, only the magnitude of the last column is the same on another processor.
 """
 
 

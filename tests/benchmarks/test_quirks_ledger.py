@@ -12,7 +12,7 @@ from minidiff.schedulers import DDIMScheduler
 from minidiff.schedulers.core.quirks import Diffusers, Exact, departing, departures
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from quirks_ledger import HEAD, PROBES, Probe, table
+from quirks_ledger import HEAD, PROBES, ROUNDING, Probe, table
 
 PRINTED = Path(minidiff.__file__).parent / "schedulers" / "QUIRKS.md"
 
@@ -42,9 +42,17 @@ def test_the_printed_ledger_matches_the_code_and_its_measured_costs() -> None:
     assert list(now) == list(then) == departures()
     for name, cells in now.items():
         assert cells[:3] == then[name][:3], f"{name}: run python benchmarks/quirks_ledger.py"
-        for a, b in zip(cells[3:], then[name][3:], strict=True):
-            # what is but rounding differs between processors
-            assert a == b or float(a) == pytest.approx(float(b), rel=0.02, abs=1e-5), name
+        if not any(then[name][3:]):
+            continue
+        exact, departed, moved = map(float, cells[3:])
+        printed_exact, printed_departed, printed_moved = map(float, then[name][3:])
+        assert exact == pytest.approx(printed_exact, rel=0.02), name
+        if name in ROUNDING:  # the last bits differ between processors, the magnitude does not
+            assert 0.1 < moved / printed_moved < 10, name
+            assert departed == pytest.approx(printed_departed, rel=0.02, abs=10 * printed_moved)
+        else:
+            assert departed == pytest.approx(printed_departed, rel=0.02), name
+            assert moved == pytest.approx(printed_moved, rel=0.02), name
 
 
 def test_each_measured_departure_moves_its_result() -> None:
@@ -53,6 +61,8 @@ def test_each_measured_departure_moves_its_result() -> None:
     }
     assert set(moved) == {name for name, probe in PROBES.items() if isinstance(probe, Probe)}
     assert min(moved.values()) > 0
+    # Rounding moves results little, except where DEIS subtracts antiderivatives that cancel.
+    assert all(moved[name] < 1e-4 for name in ROUNDING if name != "deis_weights")
 
 
 def test_one_departure_can_be_switched_on_alone() -> None:
