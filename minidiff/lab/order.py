@@ -94,6 +94,20 @@ _PNDM = _FINE | _EPSILON | {"timestep_spacing": "linspace"}
 _UNIPC, _UNIPC_NOISE = "UniPCMultistepScheduler", {"predict_x0": False,
                                                    "final_sigmas_type": "sigma_min"}  # fmt: skip
 
+
+def _by_order(name: str, scheduler: str, options: dict, gain: int = 0) -> dict[str, Method]:
+    """Return the methods of solver_order p = 1, 2, 3, which converge with order p + gain."""
+    return {
+        name.format(p): Method(
+            scheduler,
+            options | {"solver_order": p},
+            p + gain,
+            measure={"exact_starts": p + gain - 1},
+        )
+        for p in (1, 2, 3)
+    }
+
+
 METHODS: dict[str, Method] = {
     "DDIM": Method("DDIMScheduler", _UNCLIPPED, 1),
     "Euler": Method("EulerDiscreteScheduler", _FINE, 1),
@@ -107,15 +121,7 @@ METHODS: dict[str, Method] = {
         )
         for p in (1, 2, 3, 4)
     },
-    **{
-        f"DEIS-{p}": Method(
-            "DEISMultistepScheduler",
-            _DEIS | {"solver_order": p},
-            p,
-            measure={"exact_starts": p - 1},
-        )
-        for p in (1, 2, 3)
-    },
+    **_by_order("DEIS-{}", "DEISMultistepScheduler", _DEIS),
     "PNDM": Method("PNDMScheduler", _PNDM, 2, n=480),
     "PLMS": Method("PNDMScheduler", _PNDM | {"skip_prk_steps": True}, 2, n=480),
     "DPM-Solver-1": Method(_MULTI, _NOISE | {"solver_order": 1}, 1),
@@ -136,27 +142,9 @@ METHODS: dict[str, Method] = {
     "DPM-Solver++ 3M, EDM": Method(
         _EDM, _EDM_ODE | {"solver_order": 3}, 3, measure=_EDM_PART | {"exact_starts": 2}
     ),
-    **{
-        f"UniPC-{p}": Method(
-            _UNIPC, _FINE | {"solver_order": p}, p + 1, measure={"exact_starts": p}
-        )
-        for p in (1, 2, 3)
-    },
-    **{
-        f"UniPC-{p}, noise": Method(
-            _UNIPC, _FINE | _UNIPC_NOISE | {"solver_order": p}, p + 1, measure={"exact_starts": p}
-        )
-        for p in (1, 2, 3)
-    },
-    **{
-        f"UniP-{p}": Method(
-            _UNIPC,
-            _FINE | _NO_CORRECTOR | {"solver_order": p},
-            p,
-            measure={"exact_starts": p - 1},
-        )
-        for p in (1, 2, 3)
-    },
+    **_by_order("UniPC-{}", _UNIPC, _FINE, gain=1),
+    **_by_order("UniPC-{}, noise", _UNIPC, _FINE | _UNIPC_NOISE, gain=1),
+    **_by_order("UniP-{}", _UNIPC, _FINE | _NO_CORRECTOR),
     "DDPM": Method("DDPMScheduler", _UNCLIPPED, 1, weak=True),
     "DDPM, large variance": Method(
         "DDPMScheduler", _UNCLIPPED | {"variance_type": "fixed_large"}, 1, weak=True
