@@ -38,6 +38,7 @@ from minidiff.data.protocol import Data, Purpose, random_words
 from minidiff.errors import DataError, InvalidArgument, listed, real_number, whole_number
 from minidiff.images.pixels import to_float
 from minidiff.noise import MAX_SEED
+from minidiff.runtime.checks import text
 
 MAX_WORKERS = 256
 _ROUNDING = 1e-4  # fraction of a range by which resizing and rounding may exceed it
@@ -238,6 +239,7 @@ def from_dataset(
         if not low < high:
             raise InvalidArgument(f"value_range must be (black, white), got {value_range!r}")
         value_range = (low, high)
+    text("name", name)
     seed = whole_number("seed", seed, 0, MAX_SEED)
     workers = whole_number("workers", workers, 0, MAX_WORKERS)
     if label_key is not None and image_key is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from minidiff.data.protocol import Data, check_labels, digest
 from minidiff.errors import InvalidArgument
 from minidiff.images.pixels import to_float
+from minidiff.runtime.checks import instance
 
 
 @dataclass(frozen=True, eq=False)  # eq: tensors have no single truth value to compare by
@@ -39,7 +40,7 @@ class ImageData(Data):
     is_stored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        images = self.images
+        images = instance(Tensor)("images", self.images)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise InvalidArgument(
                 "images must be uint8 (N, C, H, W) with C = 1 or 3, "

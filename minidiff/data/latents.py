@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from minidiff.data import ImageData
-from minidiff.data.protocol import Data, Purpose, digest, random_words
+from minidiff.data.protocol import Data, Purpose, check_data, digest, random_words
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument, TrainingError, whole_number
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.noise import MAX_SEED
+from minidiff.runtime.checks import instance
 
 BATCH = 256  # images encoded at once
 _WORDS = 4  # random words per counter of the generator
@@ -123,6 +124,7 @@ def normals(seed: int, position: int, shape: Sequence[int], device: torch.device
 
 def check_stored(data: Data) -> None:
     """Refuse anything but stored images, at least one. Raises InvalidArgument."""
+    check_data(data)
     if not isinstance(data, ImageData):
         raise InvalidArgument(f"data must be stored images to be encoded, {data.name} are not")
     if not len(data):
@@ -131,6 +133,7 @@ def check_stored(data: Data) -> None:
 
 def check_fit(vae: AutoencoderKL, data: ImageData) -> None:
     """Refuse images that an autoencoder does not reproduce in shape. Raises InvalidArgument."""
+    instance(AutoencoderKL)("vae", vae)
     check_stored(data)
     channels, *sides = data.shape
     if channels != vae.config.in_channels or channels != vae.config.out_channels:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument
 from minidiff.nn import AutoencoderKL
+from minidiff.runtime.checks import instance
 from minidiff.text.conditioning import ClassLabels, Condition, ConditionConfig
 
 
@@ -110,6 +111,7 @@ def check_labels(labels: Tensor | None, count: int, class_names: tuple[str, ...]
         if class_names:
             raise InvalidArgument(f"class_names must be () without labels: {class_names}")
         return
+    instance(Tensor)("labels", labels)
     if labels.dtype != torch.int64 or labels.shape != (count,):
         raise InvalidArgument(
             f"labels must be int64 ({count},), got {labels.dtype} {tuple(labels.shape)}"

@@ -19,6 +19,7 @@ from minidiff.metrics.classifier import accuracy, features, load_classifier
 from minidiff.metrics.distances import Moments, frechet_distance, kernel_distance, moments
 from minidiff.metrics.neighbours import density_and_coverage, radii
 from minidiff.nn.classifier import Classifier
+from minidiff.runtime.checks import instance, optional
 from minidiff.runtime.device import pick_device
 
 MAX_COVERAGE = 10_000  # real images, and samples, compared; the cost is quadratic
@@ -99,6 +100,8 @@ class Evaluator:
         return evaluator
 
     def _set_up(self, train: ImageData, test: ImageData, net: Classifier) -> None:
+        for name, split in (("train", train), ("test", test)):
+            instance(ImageData)(name, split)
         check_classifier(net, train)
         if train.images.shape[1:] != test.images.shape[1:]:
             raise InvalidArgument(
@@ -213,9 +216,8 @@ class Evaluator:
         return density_and_coverage(reference[:n], fake[:n], known_radii=self._radii[n])
 
     def _check(self, images: Tensor, labels: Tensor | None) -> None:
-        for name, value in (("images", images), ("labels", labels)):
-            if not isinstance(value, Tensor) and not (name == "labels" and value is None):
-                raise InvalidArgument(f"{name} must be a tensor, got {type(value).__name__}")
+        instance(Tensor)("images", images)
+        optional(instance(Tensor))("labels", labels)
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.image_shape:
             raise InvalidArgument(
                 f"images must be uint8 (N, {', '.join(map(str, self.image_shape))}) "
@@ -229,6 +231,7 @@ class Evaluator:
 
 def check_classifier(net: Classifier, images: ImageData) -> None:
     """Refuse a classifier for other channels or classes. Raises InvalidArgument."""
+    instance(Classifier)("net", net)
     first = next(module for module in net.modules() if isinstance(module, torch.nn.Conv2d))
     found = (first.in_channels, net.head.out_features)
     wanted = (images.images.shape[1], images.num_classes or found[1])

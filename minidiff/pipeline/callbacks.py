@@ -17,7 +17,7 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, one_of
 from minidiff.guidance import Network
 from minidiff.pipeline.denoiser import Guidance
-from minidiff.runtime.checks import each, text
+from minidiff.runtime.checks import callback, each, optional, text
 from minidiff.sample import Change, Step
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def step_ends(
     Raises:
         InvalidArgument: it is not a function, or a name is not that of a tensor of this call.
     """
-    check_function("callback_on_step_end", function)
+    optional(callback)("callback_on_step_end", function)
     each(text)("callback_on_step_end_tensor_inputs", names)
     inputs = ["w_embedding"] if pipe.takes_guidance_scale else []
     if pipe.prompts is not None:
@@ -145,9 +145,3 @@ def step_ends(
                 "autoguidance_scale or pipe.wraps"
             )
     return partial(StepEnd, pipe, function, names)
-
-
-def check_function(name: str, given: Any) -> None:
-    """Refuse what is neither None nor a function. Raises InvalidArgument."""
-    if given is not None and not callable(given):
-        raise InvalidArgument(f"{name} must be a function, or None; got {given!r}")

@@ -20,12 +20,12 @@ from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 from minidiff.guidance import METHODS, extrapolated, interval_of, rescaled
 from minidiff.images.pixels import Original, as_original, check_output
 from minidiff.noise import MAX_SEED, Generators
-from minidiff.pipeline.callbacks import StepEnd, check_function, step_ends
+from minidiff.pipeline.callbacks import StepEnd, step_ends
 from minidiff.pipeline.denoiser import Guidance, Method
 from minidiff.pipeline.inpaint import Stretch, stretches
 from minidiff.pipeline.parts import check_autoguidance_scale, check_guidance_scale
 from minidiff.pipeline.start import initial_noise, noise_sources
-from minidiff.runtime.checks import flag, optional
+from minidiff.runtime.checks import callback, flag, optional
 from minidiff.sample import Step, meaning_of
 from minidiff.schedulers import DDIMScheduler, Scheduler
 
@@ -92,7 +92,7 @@ class Request:
         space, scheduler = pipe.space, pipe.scheduler
         check_output(call.output_type, space.image_channels)
         optional(flag)("progress", call.progress)
-        check_function("callback", call.callback)
+        optional(callback)("callback", call.callback)
         original = as_original(
             call.image, call.mask_image, space.image_channels, needs_mask=space.takes_mask
         )

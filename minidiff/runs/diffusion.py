@@ -21,6 +21,7 @@ from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs.autosave import PrintLine, Saving
 from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES, open_pipeline
 from minidiff.runs.run import Amount, Run
+from minidiff.runtime.checks import callback
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched, own_device, processes, world
 from minidiff.training.build import check, resolve
@@ -64,6 +65,7 @@ def train_into(
         TrainingError: the loss is not finite. The log and the last pictures stay.
         Stopped: by SIGINT or SIGTERM, after the step under way, with everything saved.
     """
+    callback("learner", learner)
     device = own_device(pick_device(device))
     if true_or_false("shard", shard) and not launched():
         raise InvalidArgument("shard is for several processes: torchrun --nproc_per_node K …")

@@ -15,12 +15,12 @@ from torch import device as Device
 
 from minidiff.data import SPLITS
 from minidiff.data.protocol import Data, check_data, digest
-from minidiff.errors import CheckpointError, InvalidArgument, listed, one_of, true_or_false
+from minidiff.errors import CheckpointError, listed, one_of, true_or_false
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import INDEX
 from minidiff.runs.autosave import Saving
 from minidiff.runtime import files
-from minidiff.runtime.checks import check_all, choice, flag, optional, text, whole
+from minidiff.runtime.checks import check_all, choice, flag, instance, optional, text, whole
 from minidiff.training.config import LoopConfig, TrainConfig, VAEConfig, merged
 
 CONFIG = "config.json"
@@ -163,11 +163,9 @@ def read_settings(out: str | Path, *commands: str) -> Settings:
         )
     try:
         for name, kind in _TYPES.items():
-            if not isinstance(content[name], kind):
-                raise InvalidArgument(f"{name} must be a {kind.__name__}, got {content[name]!r}")
-        if not isinstance(content["data"].get("digests", {}), dict):
-            raise InvalidArgument("digests must be a dict")
-        train, load = content["train"], _loading(content["load"], command)
+            instance(kind)(name, content[name])
+        instance(dict)("digests", content["data"].get("digests", {}))
+        train, load = content["train"], loading(content["load"], command)
         saving, threads = Saving(**content["saving"]), content.get("threads")
         optional(whole(1))("threads", threads)
         lengthened = listed("lengthened", content.get("lengthened", []))
@@ -180,17 +178,18 @@ def read_settings(out: str | Path, *commands: str) -> Settings:
         raise CheckpointError(f"{path}: not the config of a run ({error})") from error
 
 
-def _loading(arguments: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """Check the arguments of `load`. Raises KeyError and ValueError.
+def loading(arguments: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Return the arguments of `load`, checked. Raises InvalidArgument.
 
     A file never orders a download: whoever began the run has the files.
     """
+    instance(Mapping)("load", arguments)
     known = [name for name in LOADING if command == "train" or name not in ("vae", "init")]
     for name in arguments:
         one_of("load", name, known)
     check_all(arguments, LOADING)
     arguments = {name: value for name, value in arguments.items() if name != "download"}
-    return arguments and {"name": arguments["name"], **arguments}
+    return arguments and {"name": text("name of load", arguments.get("name")), **arguments}
 
 
 def data_of(path: str | Path) -> str:

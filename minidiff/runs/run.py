@@ -20,9 +20,10 @@ from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.pipeline import Pipeline
 from minidiff.runs import snapshot
 from minidiff.runs.autosave import Autosave, Log, PrintLine, Saving, Signals
-from minidiff.runs.folder import LOG, Settings, about, changes, create, read_settings
+from minidiff.runs.folder import LOG, Settings, about, changes, create, loading, read_settings
 from minidiff.runs.tensorboard import TensorBoardLog, check_installed
 from minidiff.runtime import files
+from minidiff.runtime.checks import callback, check_all, instance, optional
 from minidiff.runtime.distributed import rank
 from minidiff.runtime.files import user_path
 from minidiff.training.config import Kind, LoopConfig
@@ -75,10 +76,9 @@ class Run:
         Raises:
             CheckpointError: the folder is not empty or cannot be written.
         """
-        known = about(data, start)
-        settings = Settings(
-            command, config, dict(load or {}), known, device.type, saving or Saving(), shard
-        )
+        optional(instance(Saving))("saving", saving)
+        known, load = about(data, start), loading(load or {}, command)
+        settings = Settings(command, config, load, known, device.type, saving or Saving(), shard)
         run = cls(out, settings, print)
         if run.leads:
             create(out, settings)
@@ -109,6 +109,7 @@ class Run:
                 run, or it started from a pipeline that is not given, or the other way round.
             InvalidArgument: a budget in the other unit, or one that is spent.
         """
+        check_all(locals(), {"start": optional(instance(Pipeline)), "print_line": callback})
         settings = stored = read_settings(out, command)
         if bool(settings.about.get("start")) != (start is not None):
             how = "a start, which must be given again" if start is None else "fresh weights"
@@ -120,7 +121,7 @@ class Run:
                     f"{out}: is of an older version, which kept no digest to know moved data by"
                 )
             known = {**stored.about, "name": now["name"]}  # a folder may have another name now
-            settings = stored._replace(data=dict(load), about=known)
+            settings = stored._replace(data=loading(load, command), about=known)
         if changed := changes(settings.about, now):
             raise CheckpointError(f"{out}: {changed}")
         run = cls(out, settings, print_line)

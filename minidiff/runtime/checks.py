@@ -63,6 +63,26 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def callback(name: str, value: Any) -> Callable:
+    """Allow functions, and whatever else can be called."""
+    if not callable(value):
+        raise InvalidArgument(f"{name} must be a function, got {value!r}")
+    return value
+
+
+def instance(*kinds: type) -> Check:
+    """Allow objects of the classes."""
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, kinds):
+            got = repr(value) if isinstance(value, str | int | None) else type(value).__name__
+            raise InvalidArgument(f"{name} must be of type {wanted}, got {got}")
+        return value
+
+    return check
+
+
 def flag(name: str, value: Any) -> bool:
     """Allow True and False."""
     return true_or_false(name, value)

@@ -32,17 +32,17 @@ from torch import Tensor, nn
 
 from minidiff.data import ImageData, Stream
 from minidiff.data.latents import check_stored, with_unit_latents
-from minidiff.data.protocol import check_data
 from minidiff.errors import InvalidArgument
 from minidiff.nn import AutoencoderKL
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.nn.discriminator import PatchDiscriminator
 from minidiff.noise import stream_seed
+from minidiff.runtime.checks import check_all, instance
 from minidiff.runtime.device import DTYPES, float32_by_default, pick_device
 from minidiff.runtime.distributed import World
 from minidiff.training.build import groups_of
 from minidiff.training.config import VAEConfig
-from minidiff.training.loop import TrainingState, steps
+from minidiff.training.loop import CALLBACKS, TrainingState, steps
 from minidiff.training.optim import EMA
 from minidiff.training.progress import Progress, batch_size
 
@@ -87,6 +87,7 @@ def check(config: VAEConfig, data: ImageData) -> None:
         InvalidArgument: there are no images, or they are not stored; a side cannot be halved at
             every level, or the network refuses its sizes.
     """
+    instance(VAEConfig)("config", config)
     with torch.device("meta"):
         _networks(config, data)
 
@@ -248,7 +249,8 @@ def train_vae(
         InvalidArgument: config and data do not fit together, or the device is not there.
         TrainingError: a loss or a gradient is not finite.
     """
-    check_data(data)
+    check_all(locals(), CALLBACKS)
+    check(config, data)
     training = AutoencoderTraining(config, data, pick_device(device))
     resume(training)
     for _ in steps(training, on_log_row, after_step):

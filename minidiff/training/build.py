@@ -17,11 +17,14 @@ from minidiff.nn.blocks.attention import Attention
 from minidiff.nn.blocks.layers import ResnetBlock
 from minidiff.nn.blocks.transformer import Transformer
 from minidiff.pipeline import Pipeline
+from minidiff.runtime.checks import check_all, instance, optional
 from minidiff.schedulers import Scheduler
 from minidiff.schedulers.core.names import sampler
 from minidiff.text.conditioning import Condition
 from minidiff.training.config import TrainConfig
 from minidiff.training.start import adopted, check_fit, continued, scheduler_from
+
+ARGUMENTS = {"config": instance(TrainConfig), "start": optional(instance(Pipeline))}
 
 
 def build(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Pipeline:
@@ -68,11 +71,7 @@ def resolve(config: TrainConfig, data: Data, start: Pipeline | None = None) -> T
         InvalidArgument: no data set, no TrainConfig, all images are of one grey, or the config
             disagrees with the start.
     """
-    check_data(data)
-    if not isinstance(config, TrainConfig):
-        raise InvalidArgument(f"config must be a TrainConfig, got {type(config).__name__}")
-    if start is not None:
-        config = adopted(config, start)
+    config = _begun(config, data, start)
     if not config.measures_data:
         return config
     chosen = evenly_spaced(len(data), MEASURED_IMAGES)
@@ -89,14 +88,13 @@ def check(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Non
     """Refuse what cannot be trained, without taking memory.
 
     Raises:
-        InvalidArgument: there are no images, `block` does not divide their size, a network refuses
-            its sizes, a sampler the objective, a reference batch would be of images that are not
-            stored, a guidance network would read a text encoder that is trained on, or config and
-            data do not fit the start.
+        InvalidArgument: there are no images, `block` does not divide their size, they are smaller
+            than the levels of `channels`, a network refuses its sizes, a sampler the objective, a
+            reference batch would be of images that are not stored, a guidance network would read
+            a text encoder that is trained on, config and data do not fit the start, or an
+            argument is of another type.
     """
-    check_data(data)
-    if start is not None:
-        config = adopted(config, start)
+    config = _begun(config, data, start)
     seen(config, data)
     if start is not None:
         check_fit(start, config, data)
@@ -115,6 +113,17 @@ def check(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Non
             f"autoguidance_scale must be 1 for {data.name}, whose text encoder learns on when the "
             f"guidance network does not; got {config.autoguidance_scale:g}"
         )
+
+
+def _begun(config: TrainConfig, data: Data, start: Pipeline | None) -> TrainConfig:
+    """Return the config with the options that the start decides.
+
+    Raises:
+        InvalidArgument: an argument is of another type, or config and start disagree.
+    """
+    check_data(data)
+    check_all({"config": config, "start": start}, ARGUMENTS)
+    return config if start is None else adopted(config, start)
 
 
 def _check_fresh(config: TrainConfig, data: Data) -> None:
@@ -146,6 +155,11 @@ def _network(config: TrainConfig, data: Data) -> UNet:
             f"block must divide the image size {height}×{width}, got {config.block}"
         )
     side = (height // config.block, width // config.block)
+    if len(config.channels) > 1 and min(side) <= 2 ** (len(config.channels) - 2):
+        raise InvalidArgument(
+            f"channels must have few enough levels to halve {side[0]}×{side[1]} between them, "
+            f"got {config.channels}"
+        )
     with torch.device("meta"):  # weights of the condition are drawn after those of the network
         condition = data.condition(config)
     return UNet(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from minidiff.objective import Objective
     from minidiff.schedulers import Scheduler
 
+MAX_STEPS = 10**12  # more would take longer than any machine lasts
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
 OPTIMIZERS = ("adamw", "muon")
 RECONSTRUCTIONS = ("l1", "l2")
@@ -137,7 +138,7 @@ class LoopConfig:
         "budget", None, optional(positive), "minutes of wall-clock time", float
     )
     steps: int | None = _option(
-        "budget", None, optional(COUNT), "optimizer steps, instead of minutes", int
+        "budget", None, optional(whole(1, MAX_STEPS)), "optimizer steps, instead of minutes", int
     )
     seed: int = _option(
         "run", 0, whole(0, names.MAX_SEED), "seed of weights, order of the data, levels and noise",

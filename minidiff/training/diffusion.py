@@ -21,6 +21,7 @@ from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
 from minidiff.objective import Network, Objective
 from minidiff.pipeline import Pipeline
+from minidiff.runtime.checks import callback, check_all, flag, instance, optional
 from minidiff.runtime.cuda_graph import CudaGraph
 from minidiff.runtime.device import DTYPES, float32_by_default, pick_device
 from minidiff.runtime.distributed import World
@@ -29,7 +30,7 @@ from minidiff.training.batches import DROPOUT, Batch, Batches, LossInputs
 from minidiff.training.build import build, check, resolve, seen
 from minidiff.training.config import TrainConfig
 from minidiff.training.learner import Learner
-from minidiff.training.loop import TrainingState, steps
+from minidiff.training.loop import CALLBACKS, TrainingState, steps
 from minidiff.training.optim import EMA, Muon, orthogonalized, split_groups
 from minidiff.training.presets import preset_for
 from minidiff.training.progress import Progress, batch_size, learning_rate, training_bar
@@ -49,6 +50,11 @@ __all__ = [
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MakeLearner = Callable[[Pipeline], Learner]
+
+ARGUMENTS = CALLBACKS | {
+    "picture": callback, "optimizer": optional(callback), "learner": callback,
+    "world": optional(instance(World)), "progress": optional(flag),
+}  # fmt: skip
 
 
 class DiffusionTraining(TrainingState):
@@ -229,6 +235,7 @@ def train(
             not exist.
         TrainingError: the loss or the gradient is not finite, or a process is lost.
     """
+    check_all(locals(), ARGUMENTS)
     device = pick_device(device)
     if config is None:
         check_data(data)

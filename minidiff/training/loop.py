@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.data import Stream
+from minidiff.runtime.checks import callback
 from minidiff.runtime.distributed import World
 from minidiff.training.config import LoopConfig
 from minidiff.training.optim import EMA
 from minidiff.training.progress import Budget, Guard, Meter, Progress, learning_rate
+
+CALLBACKS = {"on_log_row": callback, "resume": callback, "after_step": callback}
 
 
 class Extra(Protocol):

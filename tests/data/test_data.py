@@ -56,6 +56,9 @@ def test_a_batch_is_the_chosen_images_as_floats():
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 2]), ("a", "b")),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0]), ("a",)),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), None, ("a",)),
+        (None, None, ()),
+        (np.zeros((2, 1, 4, 4), np.uint8), None, ()),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), [0, 1], ("a", "b")),
     ],
 )
 def test_images_and_labels_that_do_not_fit_are_refused(images, labels, names):

@@ -141,6 +141,20 @@ def test_augmentations_are_refused_for_latents(options, message):
         check(TrainConfig(steps=1, **options), data)
 
 
+@pytest.mark.parametrize(
+    ("vae", "images", "message"),
+    [
+        (5, pictures(4), "vae must be of type AutoencoderKL, got 5"),
+        (None, pictures(4), "vae must be of type AutoencoderKL, got None"),
+        (untrained(), 5, "data must be a data set, .* got int"),
+        (untrained(), "digits", "data must be a data set, .* got 'digits'"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(vae, images, message):
+    with pytest.raises(InvalidArgument, match=message):
+        LatentData(vae, images)
+
+
 def test_images_that_are_not_stored_are_refused():
     with pytest.raises(InvalidArgument, match="data must be stored images to be encoded, captions"):
         LatentData(untrained(3), load("captions"))

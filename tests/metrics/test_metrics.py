@@ -343,6 +343,18 @@ def test_samples_of_another_dtype_shape_or_number_are_refused(evaluator, real):
         evaluator.score(images, labels[:5])
 
 
+@pytest.mark.parametrize("name", ["train", "test", "net"])
+def test_an_evaluator_of_something_else_is_refused_by_name(evaluator, name):
+    parts = {
+        "train": evaluator.train,
+        "test": evaluator.test,
+        "net": metrics.load_classifier("digits"),
+    }
+    for wrong in (5, "digits", None):
+        with pytest.raises(InvalidArgument, match=f"{name} must be of type .*, got {wrong!r}"):
+            Evaluator.of(**parts | {name: wrong})
+
+
 def test_warped_images_keep_black_outside_and_are_not_flipped():
     x = torch.full((64, 1, 16, 16), -1.0)
     generator = torch.Generator().manual_seed(0)

@@ -1,13 +1,14 @@
 """A run never deletes files of others, and two processes never write to one run."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from minidiff.data import load
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.lab.demo import demo
 from minidiff.runs import autoencoder, diffusion
 from minidiff.runs.folder import open_pipeline, read_settings
@@ -24,6 +25,34 @@ FOREIGN = (
     ".model.x1/model_index.json",
     "thesis.tex",
 )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": 5}, "config must be of type TrainConfig, got 5"),
+        ({"data": "digits"}, "data must be a data set, .* got 'digits'"),
+        ({"saving": 5}, "saving must be of type Saving, got 5"),
+        ({"saving": {"save_every": 3}}, "saving must be of type Saving, got dict"),
+        ({"load": 5}, "load must be of type Mapping, got 5"),
+        ({"load": "digits"}, "load must be of type Mapping, got 'digits'"),
+        (
+            {"load": {"names": "digits"}},
+            "load must be one of name, .* got 'names'; did you mean name",
+        ),
+        ({"load": {"split": "train"}}, "name of load must be a text, got None"),
+        ({"load": {"name": 5}}, "name must be a text, got 5"),
+        ({"start": "mnist"}, "start must be of type Pipeline, got 'mnist'"),
+        ({"learner": 5}, "learner must be a function, got 5"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_before_the_folder_exists(
+    tmp_path, options, message
+):
+    given = {"config": TrainConfig(steps=1, pictures=0), "data": load("digits"), **options}
+    with pytest.raises(InvalidArgument, match=message):
+        diffusion.train_into(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
 
 
 def begin_training(out: Path) -> None:
@@ -60,6 +89,7 @@ def test_resuming_a_run_deletes_only_its_own_temporary_files(tmp_path):
     data = load("digits")
     config = TrainConfig(steps=2, pictures=0, channels=(8, 8))
     diffusion.train_into(out, config, data)
+    shutil.rmtree(out / "model")  # as if it had been interrupted
     for name in FOREIGN:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("precious")
@@ -74,6 +104,7 @@ def test_a_run_in_use_is_refused_and_left_alone(tmp_path):
     out = tmp_path / "run"
     data = load("digits")
     diffusion.train_into(out, TrainConfig(steps=1, pictures=0, channels=(8, 8)), data)
+    shutil.rmtree(out / "model")  # as if it had been interrupted
     half = out / f".model.abc{files.TEMPORARY}"
     half.mkdir()
     before = contents(out)

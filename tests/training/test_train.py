@@ -17,6 +17,7 @@ from minidiff.runtime.distributed import World
 from minidiff.runtime.files import read_options
 from minidiff.text.conditioning import ClassLabels
 from minidiff.training.autoencoder import train_vae
+from minidiff.training.build import check
 from minidiff.training.config import TrainConfig, VAEConfig, merged, options_of
 from minidiff.training.diffusion import Batches, DiffusionTraining, train
 from minidiff.training.learner import Learner
@@ -118,8 +119,38 @@ def test_training_on_anything_but_a_data_set_is_refused(given, named):
 def test_a_config_and_data_in_the_wrong_order_are_refused():
     with pytest.raises(InvalidArgument, match=r"data must be a data set, .* got TrainConfig"):
         train(load("digits"), TrainConfig(steps=1))
-    with pytest.raises(InvalidArgument, match="config must be a TrainConfig, got dict"):
+    with pytest.raises(InvalidArgument, match="config must be of type TrainConfig, got dict"):
         train({"steps": 1}, load("digits"))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("optimizer", "adam", "optimizer must be a function, got 'adam'"),
+        ("learner", 5, "learner must be a function, got 5"),
+        ("on_log_row", 5, "on_log_row must be a function, got 5"),
+        ("picture", 5, "picture must be a function, got 5"),
+        ("resume", "run", "resume must be a function, got 'run'"),
+        ("after_step", 5, "after_step must be a function, got 5"),
+        ("start", "mnist", "start must be of type Pipeline, got 'mnist'"),
+        ("start", 5, "start must be of type Pipeline, got 5"),
+        ("world", 5, "world must be of type World, got 5"),
+        ("progress", "x", "progress must be True or False, got 'x'"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(name, given, message):
+    with pytest.raises(InvalidArgument, match=message):
+        train(TrainConfig(steps=1, **TINY), load("digits"), **{name: given})
+
+
+@pytest.mark.parametrize(("size", "levels"), [(1, 2), (2, 3), (8, 5), (9, 6)])
+def test_images_that_the_levels_of_a_network_cannot_halve_are_refused(size, levels):
+    """Every level but the last halves a side, rounded up; a side of one pixel stays as it is."""
+    data = ImageData("small", torch.zeros(4, 1, size, 2 * size, dtype=torch.uint8), None, ())
+    config = TrainConfig(steps=1, block=1, channels=(8,) * levels)
+    with pytest.raises(InvalidArgument, match=f"channels must have few .* halve {size}×{2 * size}"):
+        check(config, data)
+    check(TrainConfig(steps=1, block=1, channels=(8,) * (levels - 1)), data)
 
 
 def test_training_does_not_touch_the_callers_random_state():
@@ -134,7 +165,8 @@ def test_training_does_not_touch_the_callers_random_state():
     [
         ({}, "either minutes or steps"),
         ({"steps": 1, "minutes": 1}, "either minutes or steps"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, r"steps must be in 1\.\.1000000000000, got 0"),
+        ({"steps": 10**400}, r"steps must be in 1\.\.1000000000000"),
         ({"minutes": float("nan")}, "minutes"),
         ({"minutes": float("inf")}, "minutes"),
         ({"steps": 1, "batch_size": 0}, "batch_size"),

@@ -21,7 +21,7 @@ from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.nn.discriminator import PatchDiscriminator
 from minidiff.runs.autoencoder import measure, open_vae, reconstructed, side_by_side
 from minidiff.training.autoencoder import balance, bound, build, check, hinge, train_vae, verdict
-from minidiff.training.config import VAE_OPTIONS, VAEConfig
+from minidiff.training.config import VAE_OPTIONS, TrainConfig, VAEConfig
 
 TINY = {"channels": (8, 8), "discriminator_channels": (8, 8), "batch_size": 16}
 STEPS = 24  # the last half of them before a discriminator
@@ -314,6 +314,21 @@ def test_networks_that_do_not_fit_the_images_are_refused(size, options, message)
         check(VAEConfig(**{"steps": 1, **TINY, **options}), data)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": {}}, "config must be of type VAEConfig, got dict"),
+        ({"config": None}, "config must be of type VAEConfig, got None"),
+        ({"config": TrainConfig(steps=1)}, "config must be of type VAEConfig, got TrainConfig"),
+        ({"on_log_row": 5}, "on_log_row must be a function, got 5"),
+        ({"after_step": "x"}, "after_step must be a function, got 'x'"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        train_vae(**{"config": VAEConfig(steps=1, **TINY), "data": load("digits"), **options})
+
+
 def test_data_without_images_are_refused():
     data = ImageData("empty", torch.zeros(0, 1, 8, 8, dtype=torch.uint8), None, ())
     with pytest.raises(InvalidArgument, match="data empty must hold at least one image"):
@@ -325,7 +340,7 @@ def test_data_without_images_are_refused():
     [
         ("train-vae --data digits", 2, "--out"),
         ("train-vae --out OUT --steps 1", 2, "--data"),
-        ("train-vae --data digits --out OUT", 2, "either minutes or steps"),
+        ("train-vae --data digits --out OUT", 2, "give --minutes or --steps"),
         ("train-vae --data digits --out OUT --steps 1 --reconstruction l3", 2, "l1, l2"),
         ("train-vae --data digits --out OUT --steps 1 --kl-weight x", 2, "--kl-weight"),
         ("train-vae --data digits --out OUT --steps 1 --channels 8,8,8,8,8,8", 2, "16×16"),
