@@ -4,6 +4,7 @@
 text-to-image, image-to-image or inpainting.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,21 +212,21 @@ class Pipeline:
         """
         arguments = dict(locals())
         del arguments["self"]
-        request = Request.of(self, **arguments)
-        if request.first_step == len(self.scheduler.grid):  # strength 0: nothing to do
+        own, request = self._one_call(**arguments)
+        if request.first_step == len(own.scheduler.grid):  # strength 0: nothing to do
             return self._unchanged(request)
-        images, self._interrupt = [], False  # diffusers' name: a callback may set it
+        images = []
         total = len(request.batches) * request.evaluations
         with progress_bar(total, request.progress, unit="step") as bar:
             for batch in request.batches:
-                if self._interrupt:
+                if own._interrupt or self._interrupt:
                     break
-                start, steps = self.sampling(request, batch)
+                start, steps = own.sampling(request, batch)
                 for step in steps:
                     if request.callback is not None:
                         request.callback(step)
                     bar.update()
-                    if self._interrupt:
+                    if own._interrupt or self._interrupt:
                         break
                 images.append(
                     step.next_x
@@ -249,7 +250,19 @@ class Pipeline:
             InvalidArgument: as a call, before the first step; or the images do not fit in one
                 batch, or strength is 0.
         """
-        return walked(self, Request.of(self, *arguments, **options))
+        return walked(self, *self._one_call(*arguments, **options))
+
+    def _one_call(self, *arguments: Any, **options: Any) -> tuple["Pipeline", Request]:
+        """Return this pipeline with a separate scheduler, and the request of a call.
+
+        Calls in several threads, or between two steps of a walk, then change nothing of each other.
+        """
+        own = copy.copy(self)
+        own.scheduler = self.scheduler.copied()
+        own._interrupt = self._interrupt = False  # diffusers' name: a callback may set it
+        request = Request.of(own, *arguments, **options)
+        vars(self.scheduler).update(vars(own.scheduler.copied()))  # shows the grid of this call
+        return own, request
 
     def sampling(self, request: Request, batch: slice) -> tuple[InitialState, Iterator[Step]]:
         """Return where one batch of a request starts, and the steps of its sampling."""

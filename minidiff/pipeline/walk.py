@@ -1,6 +1,5 @@
 """A pipeline's sampling, one step at a time: `Pipeline.walk`."""
 
-import copy
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -52,19 +51,15 @@ class WalkedStep:
         return pipe.output(request, [images]).images
 
 
-def walked(pipe: "Pipeline", request: Request) -> Iterator[WalkedStep]:
+def walked(pipe: "Pipeline", own: "Pipeline", request: Request) -> Iterator[WalkedStep]:
     """Return an iterator over the steps of a request. Raises InvalidArgument, see `walk`."""
     if len(request.batches) > 1:
         raise InvalidArgument(
             f"batch_size must be at least the number of images, {request.batches[-1].stop}, for "
             f"a walk; got {request.batches[0].stop}"
         )
-    if request.first_step == len(pipe.scheduler.grid):
+    if request.first_step == len(own.scheduler.grid):
         raise InvalidArgument("strength must be above 0 for a walk, which has no steps then")
-    # A separate scheduler, so that calls of the pipeline between two steps change nothing.
-    pipe._interrupt = False  # a callback may set it, see `Pipeline.__call__`
-    own = copy.copy(pipe)
-    own.scheduler = copy.deepcopy(pipe.scheduler)
     return _steps(pipe, own, request)
 
 
@@ -76,6 +71,6 @@ def _steps(pipe: "Pipeline", own: "Pipeline", request: Request) -> Iterator[Walk
         if request.callback is not None:
             request.callback(step)
         yield WalkedStep(own, request, start, step, before.to(step.x0))
-        if pipe._interrupt:
+        if own._interrupt or pipe._interrupt:
             return
         before = step.x0

@@ -117,6 +117,12 @@ class Scheduler(Grid):
         self.past: deque[Evaluation] = deque(maxlen=self.history)
         super()._use_reading(reading)
 
+    def copied(self) -> Self:
+        """Return a copy whose steps and grids change nothing of this scheduler."""
+        other = copy.copy(self)
+        other.past = copy.copy(self.past)  # the only state that is changed in place
+        return other
+
     def reread(self, reading: Exact) -> Self:
         """Return this scheduler under another reading, such as `quirks.departing("phi3")`."""
         other = copy.copy(self)

@@ -9,7 +9,6 @@ is run once on basis vectors, and the result of a step is its row. The table pri
 output's variance for Gaussian data without Monte Carlo, and runs as a sampler by itself.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -113,8 +112,7 @@ def coefficients(
             raise InvalidArgument(f"{name}=True makes a step nonlinear: it has no coefficients")
     if c.get("variance_type") in ("learned", "learned_range"):
         raise InvalidArgument(f"variance_type={c.variance_type!r} makes a step nonlinear")
-    probe = copy.copy(scheduler)
-    probe.past = copy.copy(scheduler.past)  # a sampling under way still needs it
+    probe = scheduler.copied()
     probe.set_timesteps(num_inference_steps)
     n = len(probe.grid)
     basis = torch.eye(3 * n, dtype=torch.float64)[:, :, None]
