@@ -168,7 +168,7 @@ FILES = sorted((ROOT / "minidiff").rglob("*.py"))
 MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_FOLDER = 16_600, 400, 50, 14
 # Folders that nothing of the framework imports: each can be read, or left out, by itself.
 BESIDE = {"lab", "teach", "adapters", "modalities", "engines"}
-MAX_LINES_WITH_THEM = 22_600
+MAX_LINES_WITH_THEM = 23_600
 
 
 def test_files_functions_and_folders_are_small() -> None:

@@ -20,7 +20,7 @@ from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs import diffusion
 from minidiff.runs.autosave import Signals
-from minidiff.runs.folder import Settings, about
+from minidiff.runs.folder import Settings, about, card_facts
 from minidiff.runtime import files
 from minidiff.runtime.device import DTYPES, describe
 from minidiff.sample import Step
@@ -85,9 +85,14 @@ def demo(
         pipe = train(config, data, device, resume=listen, after_step=cut_short, progress=True)
     pipe.save_pretrained(out / diffusion.MODEL)
 
+    own = pipe.scheduler
     rows = [measure(pipe, name, steps, evaluator, samples) for name, steps in STEPS.items()]
-    print(table(rows, evaluator, samples))
+    scores = table(rows, evaluator, samples)
+    print(scores)
     draw(pipe, data, out)
+    pipe.scheduler = own
+    facts = card_facts(settings, out / "samples.png", scores)
+    pipe.save_pretrained(out / diffusion.MODEL, facts=facts)
     explore.page(pipe, "demo").write(out / "explore.html")
     return rows
 

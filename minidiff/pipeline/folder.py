@@ -8,7 +8,7 @@ folder, and passes over minidiff's own options, which stand under "_minidiff". A
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
 from minidiff.nn import AutoencoderKL, SpaceToDepth, TextEncoder, UNet
 from minidiff.nn.model import CONFIG as NETWORK_CONFIG
+from minidiff.pipeline import card
 from minidiff.runtime import files
 from minidiff.runtime.tensors import own_files
 from minidiff.schedulers import SCHEDULERS, Scheduler
@@ -211,6 +212,7 @@ def write(
     parts: Mapping[str, Any],
     prompts: Prompts | PromptsXL | None,
     options: Mapping[str, Any],
+    write_card: Callable[[Path], None],
 ) -> None:
     """Write a pipeline; an existing one is replaced as a whole.
 
@@ -219,6 +221,7 @@ def write(
         parts: unet, scheduler, vae and extra networks; None for an absent one.
         prompts: tokenizers and text encoders, or None.
         options: minidiff's own options.
+        write_card: writes the model card into a folder.
     Raises:
         CheckpointError: the folder cannot be written, or holds something else.
         InvalidArgument: there is an extra network, which diffusers' pipelines do not have.
@@ -234,6 +237,7 @@ def write(
             part.save_pretrained(temporary / name)
             index[name] = [_library(name, part), _class(part)]
         files.write_json(temporary / INDEX, index)
+        write_card(temporary)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -266,7 +270,7 @@ def _is_written(name: str) -> bool:
     if kind in NETWORKS:
         stem = (TextEncoder if kind == "text_encoder" else UNet).weights_name
         return file == NETWORK_CONFIG or own_files(stem).fullmatch(file) is not None
-    return name == INDEX
+    return name in (INDEX, card.FILE, card.PICTURE)
 
 
 def _index(parts: Mapping[str, Any], prompts: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from minidiff.images.pixels import as_output
 from minidiff.names import GUIDES
 from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
 from minidiff.noise import Generators
+from minidiff.pipeline import card
 from minidiff.pipeline import folder as pipeline_folder
 from minidiff.pipeline.callbacks import StepEnd, StepFunction
 from minidiff.pipeline.denoiser import Guidance, Method, build_denoiser, evaluated_by
@@ -33,6 +34,7 @@ from minidiff.pipeline.space import LatentSpace
 from minidiff.pipeline.start import InitialState, initial_state
 from minidiff.pipeline.walk import WalkedStep, walked
 from minidiff.runtime.device import pick_device
+from minidiff.runtime.files import user_path
 from minidiff.runtime.progress import progress_bar
 from minidiff.runtime.tensors import DTYPES
 from minidiff.sample import Step
@@ -458,13 +460,17 @@ class Pipeline:
 
     # --- folders ---------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model_index.json` and one folder per part, in diffusers' format.
+    def save_pretrained(self, folder: str | Path, *, facts: card.Facts = card.NO_FACTS) -> None:
+        """Write `model_index.json`, one folder per part in diffusers' format, and a model card.
 
         diffusers reads the whole folder of a pipeline with CLIP's tokenizer, and of an
         unconditional one in pixels with a scheduler of `folder.UNCONDITIONAL`. An existing pipeline
-        folder is replaced as a whole, unless it holds files that do not belong to a pipeline.
+        folder is replaced as a whole, unless it holds files that do not belong to a pipeline. A
+        `README.md` that minidiff did not write stays.
 
+        Args:
+            folder: folder of the pipeline.
+            facts: data, options and scores for the model card, see `minidiff.pipeline.card`.
         Raises:
             CheckpointError: the folder cannot be written, or holds files that would be lost.
             InvalidArgument: there is a guidance network, which diffusers' pipelines do not have.
@@ -486,6 +492,7 @@ class Pipeline:
                 "autoguidance_scale": self.autoguidance_scale,
                 "guide": self.guide,
             },
+            lambda temporary: card.write(temporary, user_path(folder), self, facts),
         )
 
     @classmethod

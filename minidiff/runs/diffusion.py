@@ -19,7 +19,7 @@ from minidiff.images import plot
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs.autosave import PrintLine, Saving
-from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES, open_pipeline
+from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES, card_facts, open_pipeline
 from minidiff.runs.run import Amount, Run
 from minidiff.runtime.checks import callback
 from minidiff.runtime.device import pick_device
@@ -142,9 +142,10 @@ def _train(
                 start=start, learner=learner, progress=False,
             )  # fmt: skip
         if run.leads:
-            pipe.save_pretrained(run.out / MODEL)
-            if config.pictures:
-                write_samples(pipe, run.out / f"{SAMPLES}.png", prompts=prompts)
+            drawn = run.out / f"{SAMPLES}.png" if config.pictures else None
+            if drawn is not None:
+                write_samples(pipe, drawn, prompts=prompts)
+            pipe.save_pretrained(run.out / MODEL, facts=card_facts(run.settings, drawn))
     return pipe
 
 

@@ -17,11 +17,13 @@ from minidiff.data import SPLITS
 from minidiff.data.protocol import Data, check_data, digest
 from minidiff.errors import CheckpointError, listed, one_of, true_or_false
 from minidiff.pipeline import Pipeline
+from minidiff.pipeline.card import OPTIONS as OPTIONS_FILE
+from minidiff.pipeline.card import Facts
 from minidiff.pipeline.folder import INDEX
 from minidiff.runs.autosave import Saving
 from minidiff.runtime import files
 from minidiff.runtime.checks import check_all, choice, flag, instance, optional, text, whole
-from minidiff.training.config import LoopConfig, TrainConfig, VAEConfig, merged
+from minidiff.training.config import LoopConfig, TrainConfig, VAEConfig, merged, options_of
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
@@ -84,6 +86,32 @@ class Settings(NamedTuple):
         if self.lengthened:
             content["lengthened"] = self.lengthened
         files.write_json(out / CONFIG, content)
+
+
+def card_facts(settings: Settings, picture: Path | None = None, scores: str = "") -> Facts:
+    """Return what a run adds to the card of its model; no path of this machine is among it.
+
+    Args:
+        settings: settings of a run that trained a pipeline.
+        picture: PNG file of samples.
+        scores: lines of a table.
+    """
+    config = options_of(settings.config) | {"dtype": settings.config.dtype}
+    return Facts(settings.about, config, _command(settings), scores, picture)
+
+
+def _command(settings: Settings) -> str:
+    """Return the command line of a run; "" where it was not one that a single line repeats."""
+    load = settings.data
+    if settings.command != "train" or not load or settings.lengthened or load.get("split"):
+        return ""
+    words = ["torchrun --nproc_per_node K -m"] * settings.shard + ["minidiff train"]
+    for name in ("name", "data_dir", "image_size", "vae", "init"):
+        if (value := load.get(name)) is not None:
+            flag = "--" + ("data" if name == "name" else name.replace("_", "-"))
+            words.append(f"{flag} {flag[2:].upper() if Path(str(value)).is_absolute() else value}")
+    words += ["--shard"] * settings.shard
+    return " ".join([*words, f"--config {OPTIONS_FILE} --out RUN"])
 
 
 def about(data: Data, start: Pipeline | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from minidiff.pipeline.folder import UNCONDITIONAL
 from minidiff.schedulers import SCHEDULERS
 
 FOREIGN = (
-    "README.md",
+    "notes.md",
     ".git/HEAD",
     "samples/best.png",
     "lora.safetensors",
