@@ -85,7 +85,8 @@ def start_line(device: torch.device, config: LoopConfig, data: Data) -> str:
     where = describe(device, DTYPES[config.dtype])
     names = data.class_names
     classes = f", {len(names)} classes: {', '.join(names[:10])}{', …' * (len(names) > 10)}"
-    return f"device: {where}; data: {len(data)} images of {data.name}{classes if names else ''}"
+    kind = "images" if len(data.shape) == 3 else "points"
+    return f"device: {where}; data: {len(data)} {kind} of {data.name}{classes if names else ''}"
 
 
 def data_source(name: str, options: argparse.Namespace) -> dict[str, Any]:

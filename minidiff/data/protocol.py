@@ -7,12 +7,13 @@ do several processes that share a batch, each with the position of its part.
 """
 
 import hashlib
+from collections.abc import Mapping
 from enum import IntEnum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument
 from minidiff.nn import AutoencoderKL
@@ -29,6 +30,7 @@ class Data(Protocol):
         is_stored: True for items in memory, so that any of them costs little.
         labels_per_item: number of labels of an item with classes.
         decoder: autoencoder whose latents the items are; None for images and points.
+        fixed_options: options of a training that only have this value for these data.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Data(Protocol):
     is_stored: ClassVar[bool] = False
     labels_per_item: ClassVar[int] = 1
     decoder: AutoencoderKL | None = None
+    fixed_options: ClassVar[Mapping[str, Any]] = {}
 
     def __len__(self) -> int: ...
 
@@ -68,6 +71,10 @@ class Data(Protocol):
         Its weights, if it has any, are drawn from torch's global random state.
         """
         return ClassLabels(self.num_classes, hides=config.label_dropout > 0)
+
+    def network(self, config: ConditionConfig) -> nn.Module | None:
+        """Return a fresh network for these data; None for the U-Net of images and latents."""
+        return None
 
     def example_prompts(self, n: int) -> list[str] | None:
         """Return n captions, for images during training; None for data without captions."""

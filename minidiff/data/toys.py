@@ -2,6 +2,7 @@
 
     moons          two interleaving half circles           labels: which
     swissroll      a spiral of one and a half turns        no labels
+    spiral         two interleaving spirals                labels: which arm
     pinwheel       five bent arms                          labels: which arm
     checkerboard   the black squares of a 4×4 board        no labels
     ring           eight Gaussians on a circle             labels: which Gaussian
@@ -17,18 +18,20 @@ arXiv:1603.06277.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.data.protocol import Data, Purpose, check_labels, random_words
+from minidiff.data.protocol import Data, Purpose, check_labels, digest, random_words
 from minidiff.errors import InvalidArgument, one_of, whole_number
 from minidiff.exact import GaussianMixture
+from minidiff.nn import MLP
 from minidiff.noise import MAX_SEED
+from minidiff.text.conditioning import ConditionConfig
 
 COUNTS = {"train": 50_000, "test": 10_000}
 _MAX_COUNT = 10**8  # points are held in memory
@@ -53,12 +56,18 @@ class PointData(Data):
     points: Tensor
     labels: Tensor | None
     class_names: tuple[str, ...]
+    is_stored: ClassVar[bool] = True
+    fixed_options: ClassVar[Mapping[str, Any]] = {
+        "block": 1, "shift": 0, "flip": False, "dropout": 0.0, "learn_variance": False
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         points = self.points
-        if points.dtype != torch.float32 or points.ndim != 2 or not points.isfinite().all():
+        bad = int((~points.isfinite()).sum())
+        if points.dtype != torch.float32 or points.ndim != 2 or not points.shape[1] or bad:
             raise InvalidArgument(
-                f"points must be float32 (N, D), finite; got {points.dtype} {tuple(points.shape)}"
+                f"points must be float32 (N, D), finite; got {points.dtype} "
+                f"{tuple(points.shape)} with {bad} values of NaN or infinity"
             )
         check_labels(self.labels, len(points), self.class_names)
 
@@ -79,6 +88,19 @@ class PointData(Data):
         """Return the points at `index`, float32 (B, D), and their labels int64 (B,) or None."""
         index = index.to(self.points.device, non_blocking=True)
         return self.points[index], None if self.labels is None else self.labels[index]
+
+    def network(self, config: ConditionConfig) -> MLP:
+        """Return a fresh `MLP`: the last of config.channels is its width, config.layers its depth.
+
+        Of its `unet_options` the condition of points has the number of labels alone.
+        """
+        sizes = {"hidden_channels": config.channels[-1], "num_layers": config.layers}
+        return MLP(in_channels=self.shape[0], **sizes, **self.condition(config).unet_options)
+
+    def digests(self) -> dict[str, str]:
+        """Return digests of points and labels."""
+        held = {"points": self.points, "labels": self.labels}
+        return {name: digest(part) for name, part in held.items() if part is not None}
 
 
 def load(
@@ -111,7 +133,7 @@ def load(
 
 def mixture(name: str) -> GaussianMixture:
     """Return the distribution of "ring" or "grid". Raises InvalidArgument for others."""
-    one_of("mixture", name, _MEANS)
+    one_of("mixture", name, MIXTURES)
     means = _MEANS[name]
     return GaussianMixture(np.ones(len(means)), means, np.full(len(means), _STD))
 
@@ -143,6 +165,13 @@ def _swissroll(u: np.ndarray) -> _Draw:
     t = 1.5 * math.pi * (1 + 2 * u[:, 1])  # angle and radius
     curve = t[:, None] * np.stack([np.cos(t), np.sin(t)], axis=1)
     return curve + 0.5 * _normal(u[:, 2:]), np.zeros(len(u), np.int64)
+
+
+def _spiral(u: np.ndarray) -> _Draw:
+    arm, t = _choice(u[:, 0], 2), 3 * math.pi * np.sqrt(u[:, 1])  # angle and radius, evenly spread
+    turn = t + math.pi * arm
+    curve = t[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    return curve + 0.3 * _normal(u[:, 2:]), arm
 
 
 def _pinwheel(u: np.ndarray) -> _Draw:
@@ -195,12 +224,14 @@ def _numbered(word: str, n: int) -> tuple[str, ...]:
 
 _PI = math.pi
 _MEANS = {"ring": _ring(), "grid": _grid()}
+MIXTURES = tuple(_MEANS)
 _TOYS = {
     # Means and variances of the curves are integrals over the angle.
     "moons": _Toy(_moons, (0.5, 0.25), (1.3125 - 1 / _PI) / 2 + 0.01, ("upper", "lower")),
     "swissroll": _Toy(
         _swissroll, (2.0, 2 / (3 * _PI)), (9.75 * _PI**2 - 4 - (2 / (3 * _PI)) ** 2) / 2 + 0.25, ()
     ),
+    "spiral": _Toy(_spiral, (0.0, 0.0), 9 * _PI**2 / 4 + 0.09, _numbered("arm", 2)),
     "pinwheel": _Toy(_pinwheel, (0.0, 0.0), (1 + 0.3**2 + 0.05**2) / 2, _numbered("arm", _ARMS)),
     "checkerboard": _Toy(_checkerboard, (2.0, 2.0), 16 / 12, ()),
     **{

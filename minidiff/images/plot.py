@@ -1,13 +1,14 @@
-"""Figures: grids of images.
+"""Figures: grids of images, and scatter plots.
 
 Files are written atomically. `minidiff.lab.plot` has figures for notebooks.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, whole_number
@@ -42,6 +43,36 @@ def grid(images: np.ndarray, columns: int = 10, scale: int = 2, gap: int = 1) ->
     sheet = sheet[:, : sheet.shape[1] - gap]
     sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
     return Image.fromarray(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet)
+
+
+def scatter(points: np.ndarray, labels: Any = None, scale: int = 2) -> Image.Image:
+    """Draw points in a square around the origin: of the first two coordinates, with equal axes.
+
+    Args:
+        points: (N, D), D ≥ 1; points of a line lie on the horizontal axis.
+        labels: integers (N,), array or tensor, that decide the colour; or None.
+        scale: size of the picture, in units of 240 pixels.
+    Raises:
+        InvalidArgument: another kind of array.
+    """
+    if points.ndim != 2 or not points.size or points.dtype.kind != "f":
+        raise InvalidArgument(f"points must be float (N, D), got {points.dtype} {points.shape}")
+    plane = np.pad(np.nan_to_num(points[:, :2]), ((0, 0), (0, 2 - min(2, points.shape[1]))))
+    extent = max(2.2, 1.05 * float(np.quantile(np.abs(plane), 0.999)))  # a few may lie far outside
+    side, radius = 480 * scale, 1.5 * scale  # twice the size, for smooth edges
+    sheet = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(sheet)
+    centres = (plane * (1, -1) / extent + 1) * side / 2
+    chosen = np.zeros(len(plane), int) if labels is None else np.maximum(np.asarray(labels), 0)
+    for (x, y), label in zip(centres.tolist(), chosen.tolist(), strict=True):
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, f"hsl({137 * label % 360}, 70%, 42%)")  # neighbours differ
+    return sheet.resize((side // 2, side // 2), Image.Resampling.BOX)
+
+
+def picture(samples: np.ndarray, columns: int, scale: int = 2, labels: Any = None) -> Image.Image:
+    """Return a grid of images (N, H, W, C), or a scatter plot of points (N, D) and their labels."""
+    return scatter(samples, labels, scale) if samples.ndim == 2 else grid(samples, columns, scale)
 
 
 def save(image: Image.Image, path: str | Path) -> None:

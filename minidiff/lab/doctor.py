@@ -19,7 +19,6 @@ from torch import Tensor
 
 from minidiff.data import Data, Stream
 from minidiff.errors import CheckpointError
-from minidiff.nn import SpaceToDepth
 from minidiff.pipeline import Pipeline
 from minidiff.prediction import edm_row, row
 from minidiff.runs import diffusion, snapshot
@@ -30,7 +29,7 @@ from minidiff.schedule import Level, add_noise
 from minidiff.schedulers import FlowMatchEulerDiscreteScheduler, Scheduler
 from minidiff.schedulers.base import split_variance
 from minidiff.schedulers.edm import EDMSigmas
-from minidiff.training.build import check, scheduler_of
+from minidiff.training.build import check, encoder, scheduler_of
 from minidiff.training.config import TrainConfig
 from minidiff.training.diffusion import DiffusionTraining
 from minidiff.training.learner import Learner
@@ -139,7 +138,7 @@ def _open(path: Path, data: Data, device: torch.device) -> OpenedRun:
         raise CheckpointError(f"{path}: holds neither a model nor a snapshot yet; train on")
     index = torch.linspace(0, len(data) - 1, min(len(data), IMAGES)).long()
     z, conditioning = data.batch(index)
-    z = SpaceToDepth(config.block).to_latents(z)
+    z = encoder(config)(z)
     return OpenedRun(config, data, pipe, Learner.of(pipe).eval(), raw, z, conditioning)
 
 
@@ -147,17 +146,19 @@ def _open(path: Path, data: Data, device: torch.device) -> OpenedRun:
 
 
 def data_range(run: OpenedRun) -> Finding:
-    """Check that images are in [−1, 1] with some contrast, and latents near unit variance."""
+    """Check that images are in [−1, 1] with some contrast, and others near unit variance."""
     low, high, std = (float(v) for v in (run.z.min(), run.z.max(), run.z.std()))
-    latent = run.data.decoder is not None
-    text = f"{len(run.data)} {'latents' if latent else 'images'} of {tuple(run.data.shape)}, "
+    kind = "points" if run.z.ndim == 2 else "images" if run.data.decoder is None else "latents"
+    text = f"{len(run.data)} {kind} of {tuple(run.data.shape)}, "
     text += f"{low:.2f} to {high:.2f}, standard deviation {std:.3f}"
     if not math.isfinite(low + high + std):
         advice = "Some values are not finite: look for damaged images or a division by 0."
-    elif latent:
+    elif kind != "images":
         if 0.4 < std < 2.5:
             return Finding("data", True, text)
         advice = "Far from 1: train the autoencoder again, which sets its scaling_factor."
+        if kind == "points":
+            advice = "Far from 1: divide the points by their standard deviation."
     elif low < -1.001 or high > 1.001:
         advice = "Outside [−1, 1]: divide bytes by 127.5 and subtract 1."
     elif low >= 0:
@@ -171,9 +172,7 @@ def data_range(run: OpenedRun) -> Finding:
 
 def shape(run: OpenedRun) -> Finding:
     """Check that the network's input has the shape of the data."""
-    config = run.pipe.unet.config
-    sides = config.sample_size
-    wanted = (config.in_channels, *(sides if isinstance(sides, list | tuple) else (sides, sides)))
+    wanted = (run.pipe.unet.config.in_channels, *run.pipe.space.shape()[1:])
     given = tuple(run.z.shape[1:])
     text = f"the network takes {wanted}, the data have {given}"
     advice = "The model was trained on other data: train a new one on these."
@@ -320,7 +319,7 @@ def loss_by_level(run: OpenedRun) -> Finding:
     """Check that the network is better at every level than an optimal one for each pixel alone."""
     index = torch.linspace(0, len(run.data) - 1, min(len(run.data), FLOOR_IMAGES)).long()
     known, conditioning = run.data.batch(index)
-    known = SpaceToDepth(run.config.block).to_latents(known)
+    known = encoder(run.config)(known)
     variance, known = known.var(0), torch.cat([run.z, known])
     same = None
     if conditioning is not None:
@@ -430,14 +429,16 @@ def sampler(run: OpenedRun) -> Finding:
 
 def samples(run: OpenedRun) -> Finding:
     """Check that samples are finite, in range, and have the standard deviation of the data."""
-    count = max(16, len(run.pipe.class_names))
+    count = run.pipe.space.sheet or max(16, len(run.pipe.class_names))
     prompts = [""] * count if run.pipe.prompts is not None else None
     drawn = run.pipe(prompts, num_images=count, seed=0, output_type="pt").images
     with torch.no_grad():
-        std, wanted = float(drawn.std()), float(run.pipe.decode(run.z[:64]).std())
-    outside = float((drawn.abs() > 1.25).double().mean())
+        real = run.pipe.decode(run.z[:64])
+    std, wanted = float(drawn.std()), float(real.std())
+    limit = 1.0 if real.ndim > 2 else float(run.z.abs().max())
+    outside = float((drawn.abs() > 1.25 * limit).double().mean())
     text = f"{count} samples: standard deviation {std:.3f} (data {wanted:.3f}), "
-    text += f"{outside:.1%} of the pixels far outside [−1, 1]"
+    text += f"{outside:.1%} of the values far outside [−{limit:.3g}, {limit:.3g}]"
     if not math.isfinite(std):
         advice = "Not finite: see the checks above; try dtype float32."
     elif outside > 0.05:

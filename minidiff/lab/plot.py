@@ -31,7 +31,7 @@ from minidiff.schedule import CLEAN, Level
 
 __all__ = [
     "as_array", "density", "field", "grid", "loss", "paths", "points", "save", "save_gif",
-    "save_points", "show", "source",
+    "show", "source",
 ]  # fmt: skip
 
 
@@ -221,16 +221,6 @@ def paths(states: Sequence[Tensor] | Tensor, axes: Any = None, **more: Any) -> A
 def _check_plane(name: str, x: Tensor) -> None:
     if x.ndim != 2 or x.shape[1] != 2:
         raise InvalidArgument(f"{name} must be points of a plane, (N, 2), got {tuple(x.shape)}")
-
-
-def save_points(x: Tensor, path: str | Path, labels: Tensor | None = None, title: str = "") -> None:
-    """Write a PNG of points, see `points`. Raises CheckpointError if it cannot be written."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    points(x, figure.subplots(), labels=labels, title=title)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 # --- notebooks ---------------------------------------------------------------------------------

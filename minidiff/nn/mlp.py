@@ -67,6 +67,7 @@ class MLP(Model):
 
     class_name = "MLP"
     class_names = ("MLP",)
+    text_channels = None  # it reads no texts
 
     def __init__(self, **config: object):
         super().__init__()

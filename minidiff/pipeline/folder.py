@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
-from minidiff.nn import AutoencoderKL, SpaceToDepth, TextEncoder, UNet
+from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, TextEncoder, UNet
 from minidiff.nn.model import CONFIG as NETWORK_CONFIG
 from minidiff.pipeline import card
 from minidiff.runtime import files
@@ -55,7 +55,10 @@ CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder": TextEncoder.class_names,
 }
-_OWN_CLASSES = {"tokenizer": (WordTokenizer.__name__,)}
+_OWN_CLASSES = {
+    "tokenizer": (WordTokenizer.__name__,),
+    **dict.fromkeys(("unet", *EXTRA_NETWORKS), (*UNet.class_names, *MLP.class_names)),
+}
 # Parts that images do not depend on, and options of the index.
 UNUSED = ("feature_extractor", "image_encoder")
 OPTIONS = ("class_names", "guidance_scale", "num_inference_steps")
@@ -96,12 +99,13 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         place, which = _place(folder, part, NETWORK_CONFIG), variants.get(part)
         return cls.from_pretrained(place, torch_dtype=torch_dtype, variant=which)
 
+    denoiser = MLP if index["unet"][1] in MLP.class_names else UNet
     place = _place(folder, "scheduler", CONFIG_NAME)
     arguments: dict[str, Any] = {
-        "unet": network("unet", UNet),
+        "unet": network("unet", denoiser),
         "scheduler": _scheduler(place, SCHEDULERS[index["scheduler"][1]]),
     }
-    arguments |= {part: network(part, UNet) for part in EXTRA_NETWORKS if part in index}
+    arguments |= {part: network(part, denoiser) for part in EXTRA_NETWORKS if part in index}
     if "vae" in index:
         place = _place(folder, "vae", NETWORK_CONFIG)
         arguments["vae"] = _vae(place, index["vae"][1], torch_dtype, variants.get("vae"))
@@ -300,7 +304,7 @@ def _index(parts: Mapping[str, Any], prompts: Any, options: Mapping[str, Any]) -
 
 
 def _library(name: str, part: Any) -> str:
-    if isinstance(part, SpaceToDepth | WordTokenizer):
+    if isinstance(part, SpaceToDepth | WordTokenizer | MLP):
         return "minidiff"
     return "transformers" if name.removesuffix("_2") in TEXT else "diffusers"
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, whole_number
 from minidiff.guidance import Denoiser, Network, interval_of
-from minidiff.images.pixels import as_output
 from minidiff.names import GUIDES
-from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
+from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
 from minidiff.noise import Generators
 from minidiff.pipeline import card
 from minidiff.pipeline import folder as pipeline_folder
@@ -29,6 +28,7 @@ from minidiff.pipeline.parts import (
     check_guidance_scale,
     check_parts,
 )
+from minidiff.pipeline.points import PointSpace, space_of
 from minidiff.pipeline.request import Request
 from minidiff.pipeline.space import LatentSpace
 from minidiff.pipeline.start import InitialState, initial_state
@@ -48,7 +48,7 @@ class PipelineOutput(NamedTuple):
     Attributes:
         images: a list of PIL images ("pil"), a uint8 array (N, H, W, C) ("np"), or an unclipped
             float tensor (N, C, H, W), nominally in [−1, 1] ("pt"); samples of the network
-            (N, C, h, w) for "latent".
+            (N, C, h, w) for "latent". Points are (N, D): a float32 array ("np") or a tensor.
         labels: (N,) int64 class labels on the CPU, or None.
     """
 
@@ -60,7 +60,8 @@ class Pipeline:
     """A network and a scheduler that generate images together.
 
     Args:
-        unet: network whose output is `scheduler.config.prediction_type`, in the space of `vae`.
+        unet: network whose output is `scheduler.config.prediction_type`, in the space of `vae`; an
+            `MLP` for points.
         scheduler: sampler; replace it at any time: `pipe.scheduler = DDIMScheduler(…)`.
         vae: maps images to the network's space and back; None for pixels.
         class_names: one name per class. A network with one more class embedding uses the last as
@@ -87,7 +88,7 @@ class Pipeline:
 
     def __init__(
         self,
-        unet: UNet,
+        unet: UNet | MLP,
         scheduler: Scheduler,
         vae: SpaceToDepth | AutoencoderKL | None = None,
         class_names: Sequence[str] = (),
@@ -306,7 +307,7 @@ class Pipeline:
             return PipelineOutput(images, labels)
         for finish in self.finishers:
             images = finish(images)
-        return PipelineOutput(as_output(images, request.output_type), labels)
+        return PipelineOutput(self.space.output(images, request.output_type), labels)
 
     def denoiser(
         self,
@@ -359,13 +360,13 @@ class Pipeline:
         return next(self.unet.parameters()).device
 
     @property
-    def space(self) -> LatentSpace:
+    def space(self) -> LatentSpace | PointSpace:
         """Space of the network, and the maps from images and back."""
-        return LatentSpace(self.unet.config, self.vae)
+        return space_of(self.unet, self.vae)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the images that the network was trained on."""
+        """(C, H, W) of the images that the network was trained on; (D,) of points."""
         return (self.space.image_channels, *self.space.image_size(self.space.shape()))
 
     def encode(self, pixels: Tensor, generator: Generators = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 from minidiff.guidance import METHODS, extrapolated, interval_of, rescaled
-from minidiff.images.pixels import Original, as_original, check_output
+from minidiff.images.pixels import Original
 from minidiff.noise import MAX_SEED, Generators
 from minidiff.pipeline.callbacks import StepEnd, step_ends
 from minidiff.pipeline.denoiser import Guidance, Method
@@ -44,7 +44,7 @@ class Request:
         conditioning: class labels (N,), N prompts, or None for an unconditional network.
         negative: N negative prompts, or None for the empty text.
         guidance: scale and method of guidance.
-        shape: (C, h, w) of one sample in the network's space.
+        shape: (C, h, w) of one sample in the network's space, (D,) of a point.
         original: N given images on the host, with their masks; None for none.
         first_step: entry of the scheduler's grid where sampling begins.
         passes: RePaint's passes over the grid; empty for one pass from `first_step` to the end.
@@ -61,7 +61,7 @@ class Request:
     conditioning: Tensor | list[str] | None
     negative: list[str] | None
     guidance: Guidance
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     original: Original | None
     first_step: int
     passes: list[Stretch]
@@ -90,12 +90,10 @@ class Request:
         bound.apply_defaults()
         call = SimpleNamespace(**bound.arguments)
         space, scheduler = pipe.space, pipe.scheduler
-        check_output(call.output_type, space.image_channels)
+        space.check_output(call.output_type)
         optional(flag)("progress", call.progress)
         optional(callback)("callback", call.callback)
-        original = as_original(
-            call.image, call.mask_image, space.image_channels, needs_mask=space.takes_mask
-        )
+        original = space.original(call.image, call.mask_image)
         number = number_of_images(call.num_images, call.num_images_per_prompt, original)
         conditioning, n = resolve_conditioning(
             pipe, call.prompt, call.class_labels, number, call.num_images_per_prompt,

@@ -1,19 +1,21 @@
 """The space of a network: pixels, blocks of pixels, or the latents of an autoencoder."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, whole_number
+from minidiff.images.pixels import Original, as_original, as_output, check_output
 from minidiff.nn import AutoencoderKL, SpaceToDepth
 from minidiff.nn.blocks.gaussian import DiagonalGaussian
 from minidiff.noise import Generators, randn
 from minidiff.runtime.files import Config
 
 MAX_SIDE = 1 << 14
+Vae = SpaceToDepth | AutoencoderKL
 
 
 class LatentSpace(NamedTuple):
@@ -25,7 +27,8 @@ class LatentSpace(NamedTuple):
     """
 
     config: Config
-    vae: SpaceToDepth | AutoencoderKL | None
+    vae: Vae | None
+    sheet = None  # samples in a picture; None for as many as its rows and columns hold
 
     @property
     def takes_mask(self) -> bool:
@@ -67,6 +70,18 @@ class LatentSpace(NamedTuple):
     def image_size(self, shape: Sequence[int]) -> tuple[int, int]:
         """Return (height, width) in pixels of the image that (C, h, w) decodes to."""
         return tuple((shape if self.vae is None else self.vae.image_shape(shape))[-2:])
+
+    def original(self, image: Any, mask: Any) -> Original | None:
+        """Return the given images, see `as_original`. Raises InvalidArgument."""
+        return as_original(image, mask, self.image_channels, needs_mask=self.takes_mask)
+
+    def check_output(self, output_type: str) -> None:
+        """Refuse an output type that these images do not have. Raises InvalidArgument."""
+        check_output(output_type, self.image_channels)
+
+    def output(self, images: Tensor, output_type: str) -> Any:
+        """Return images (N, C, H, W) of an output type, see `as_output`."""
+        return as_output(images, output_type)
 
     def encode(self, pixels: Tensor, generator: Generators = None) -> Tensor:
         """Map images (B, C, H, W) in [−1, 1] to samples (B, C, h, w).

@@ -154,6 +154,8 @@ def write_samples(
 ) -> np.ndarray:
     """Write a grid of samples, one column per class (ten without classes); return the images.
 
+    Of points it writes a scatter plot.
+
     Args:
         pipe: the pipeline.
         path: PNG file to write.
@@ -162,8 +164,7 @@ def write_samples(
         prompts: one prompt per image, for a pipeline with prompts.
     """
     columns = len(pipe.class_names) or 10
-    images = pipe(
-        prompts, num_images=rows * columns, seed=seed, output_type="np", progress=False
-    ).images
-    plot.save(plot.grid(images, columns), path)
+    count = pipe.space.sheet or rows * columns
+    images, labels = pipe(prompts, num_images=count, seed=seed, output_type="np", progress=False)
+    plot.save(plot.picture(images, columns, 2, labels), path)
     return images

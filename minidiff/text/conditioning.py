@@ -20,8 +20,11 @@ class ConditionConfig(Protocol):
     Attributes:
         label_dropout: fraction of images whose label or caption is hidden.
         text_width, text_layers: channels of a token and layers of a fresh text encoder.
+        channels, layers: sizes of a fresh network, see `TrainConfig`.
     """
 
+    channels: tuple[int, ...]
+    layers: int
     label_dropout: float
     text_width: int
     text_layers: int

@@ -142,12 +142,13 @@ class Batches:
         self.noise.manual_seed(stream_seed(self.config.seed, NOISE, step))
         own, position = self.part(size), self.stream.position
         images, labels = self.data.batch(self.stream.take(size)[own], position + own.start)
-        z = self.encode(images).to(memory_format=torch.channels_last)
+        z = self.encode(images)
+        memory = torch.channels_last if z.ndim == 4 else torch.contiguous_format
+        z = z.to(memory_format=memory)
         hidden = torch.rand(size, generator=self.host) < self.config.label_dropout
         levels = self.objective.levels(quantiles(size, self.host)[own])
-        eps = torch.empty(
-            (size, *z.shape[1:]), device=z.device, memory_format=torch.channels_last
-        ).normal_(generator=self.noise)[own]
+        eps = torch.empty((size, *z.shape[1:]), device=z.device, memory_format=memory)
+        eps = eps.normal_(generator=self.noise)[own]
         labels = self.learner.hide(labels, hidden[own])
         return Batch(size, z, labels, eps, levels, hidden[own], self._reference(step))
 

@@ -1,18 +1,18 @@
 """The pipeline that a training begins with, and checks of what cannot be trained."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.data.augment import augmented
 from minidiff.data.protocol import Data, check_data
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument
-from minidiff.nn import SpaceToDepth, UNet
+from minidiff.nn import MLP, SpaceToDepth, UNet, mlp
 from minidiff.nn.blocks.attention import Attention
 from minidiff.nn.blocks.layers import ResnetBlock
 from minidiff.nn.blocks.transformer import Transformer
@@ -21,7 +21,7 @@ from minidiff.runtime.checks import check_all, instance, optional
 from minidiff.schedulers import Scheduler
 from minidiff.schedulers.core.names import sampler
 from minidiff.text.conditioning import Condition
-from minidiff.training.config import TrainConfig
+from minidiff.training.config import TrainConfig, options_of
 from minidiff.training.start import adopted, check_fit, continued, scheduler_from
 
 ARGUMENTS = {"config": instance(TrainConfig), "start": optional(instance(Pipeline))}
@@ -116,13 +116,18 @@ def check(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Non
 
 
 def _begun(config: TrainConfig, data: Data, start: Pipeline | None) -> TrainConfig:
-    """Return the config with the options that the start decides.
+    """Return the config with the options that the data fix and the start decides.
 
     Raises:
-        InvalidArgument: an argument is of another type, or config and start disagree.
+        InvalidArgument: an argument is of another type, or config and data or start disagree.
     """
     check_data(data)
     check_all({"config": config, "start": start}, ARGUMENTS)
+    given = options_of(config)
+    for name, value in data.fixed_options.items():
+        if given.get(name, value) != value:
+            raise InvalidArgument(f"{name} must be {value} for {data.name}, got {given[name]}")
+    config = replace(config, **data.fixed_options)
     return config if start is None else adopted(config, start)
 
 
@@ -134,19 +139,28 @@ def _check_fresh(config: TrainConfig, data: Data) -> None:
         _network(config, data)
 
 
+def encoder(config: TrainConfig) -> Callable[[Tensor], Tensor]:
+    """Return the function from the items of a batch to the network's space."""
+    return (lambda x: x) if config.block == 1 else SpaceToDepth(config.block).to_latents
+
+
 def seen(config: TrainConfig, data: Data) -> Data:
     """Return the data with augmentation. Raises InvalidArgument, see `augmented`."""
     if data.decoder is not None:
         for name, none in (("block", 1), ("shift", 0), ("flip", False)):
             if (given := getattr(config, name)) != none:
                 raise InvalidArgument(f"{name} must be {none} for latents of a vae, got {given}")
+    if not (config.shift or config.flip):
+        return data
     return augmented(data, shift=config.shift, flip=config.flip, seed=config.seed)
 
 
-def _network(config: TrainConfig, data: Data) -> UNet:
+def _network(config: TrainConfig, data: Data) -> UNet | MLP:
     """Return a fresh network. Raises InvalidArgument where config and data do not fit."""
     if not len(data):
         raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
+    if (network := data.network(config)) is not None:
+        return network
     if len(data.shape) != 3:
         raise InvalidArgument(f"data must be images, {data.name} has items of shape {data.shape}")
     channels, height, width = data.shape
@@ -177,24 +191,26 @@ def _network(config: TrainConfig, data: Data) -> UNet:
     )
 
 
-def silenced(unet: UNet) -> UNet:
+def silenced(network: UNet | MLP) -> UNet | MLP:
     """Set the last layer of every residual branch and of the network to zero; return the network.
 
     Every block then begins as the identity, as in the code of Ho et al. 2020 and Dhariwal & Nichol
     2021 (`zero_module`).
     """
-    last = [unet.conv_out]
-    for module in unet.modules():
+    last = [network.linear_out if isinstance(network, MLP) else network.conv_out]
+    for module in network.modules():
         if isinstance(module, ResnetBlock):
             last.append(module.conv2)
         elif isinstance(module, Attention):
             last.append(module.to_out[0])
         elif isinstance(module, Transformer):
             last.append(module.proj_out)
+        elif isinstance(module, mlp.Block):
+            last.append(module.linear_2)
     for layer in last:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return unet
+    return network
 
 
 def _attention(config: TrainConfig, condition: Condition) -> dict[str, Any]:

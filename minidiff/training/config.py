@@ -271,8 +271,9 @@ class TrainConfig(LoopConfig):
         "network", 2, COUNT, "side of the pixel blocks that become channels; 1 for none"
     )
     channels: tuple[int, ...] = _option(
-        "network", (48, 96), WIDTHS, "channels of each level; every level halves the size"
-    )
+        "network", (48, 96), WIDTHS, "channels of each level; every level halves the size; the "
+        "last is the width of a network of points",
+    )  # fmt: skip
     layers: int = _option("network", 1, COUNT, "residual blocks per level")
     dropout: float = _option("network", 0.0, FRACTION, "dropout in the residual blocks")
     text_width: int = _option("network", 64, COUNT, "channels of a token, for data with captions")

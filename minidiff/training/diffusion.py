@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from minidiff.data import Data, Stream
 from minidiff.data.protocol import check_data
 from minidiff.errors import InvalidArgument
-from minidiff.nn import SpaceToDepth
 from minidiff.noise import stream_seed
 from minidiff.objective import Network, Objective
 from minidiff.pipeline import Pipeline
@@ -27,7 +26,7 @@ from minidiff.runtime.device import DTYPES, float32_by_default, pick_device
 from minidiff.runtime.distributed import World
 from minidiff.training.autoguidance import GuidanceNetwork
 from minidiff.training.batches import DROPOUT, Batch, Batches, LossInputs
-from minidiff.training.build import build, check, resolve, seen
+from minidiff.training.build import build, check, encoder, resolve, seen
 from minidiff.training.config import TrainConfig
 from minidiff.training.learner import Learner
 from minidiff.training.loop import CALLBACKS, TrainingState, steps
@@ -102,7 +101,7 @@ class DiffusionTraining(TrainingState):
         make = make_optimizer or partial(_optimizer, config, learner)
         extras = (GuidanceNetwork(config, lambda: self.result),)
         super().__init__(config, learner, average, make(learner.trained()), device, world, extras)
-        encode = SpaceToDepth(config.block).to_latents  # the identity for a block of 1
+        encode = encoder(config)
         data = seen(config, data).to(device)
         if config.cuda_graph:
             data = data.captured()

@@ -8,7 +8,7 @@ A file given with --config overrides the preset, flags override both.
 
 from dataclasses import dataclass, replace
 
-from minidiff.names import AUGMENTATIONS, CLASSIFIERS, MAX_SEED
+from minidiff.names import AUGMENTATIONS, CLASSIFIERS, MAX_SEED, TOYS
 from minidiff.runtime.checks import check_fields, choice, option, real, whole
 from minidiff.training.config import MAX_BATCH, TrainConfig
 
@@ -74,6 +74,15 @@ PRESETS = {
             guidance_scale=3.0, num_inference_steps=20,
         ),
     ),
+    "points": Preset(
+        "20 seconds of one core, for learning and for trying out ideas: AdamW at a high learning "
+        "rate, whose steps take half the time of Muon's for so small a network",
+        "ring",
+        TrainConfig(
+            minutes=0.3, batch_size=512, learning_rate=1e-2, channels=(128,), layers=3, block=1,
+            guidance_scale=1.0, num_inference_steps=20,
+        ),
+    ),
     "research": Preset(
         "the textbook as a baseline: noise prediction on the linear schedule (Ho et al. 2020), "
         "a constant batch size and no tricks; flags set the options under study",
@@ -94,6 +103,8 @@ def fitting(data: str, gpu: bool) -> str:
         data: name of the data.
         gpu: whether the training runs on a GPU, which the preset cifar10 is for.
     """
+    if data in TOYS:
+        return "points"
     if data in PRESETS and (gpu or data != "cifar10"):
         return data
     return "cifar10" if gpu else "mnist"
@@ -104,11 +115,12 @@ def preset_for(data: str, shape: tuple[int, ...], gpu: bool) -> TrainConfig:
 
     Args:
         data: name of the data; only the CIFAR-10 of the preset is mirrored.
-        shape: (C, H, W) of the images; the network then works on at most 64 × 64 blocks, if a
-            block of up to 8 × 8 pixels divides the images.
+        shape: (C, H, W) of the images, or (D,) of points. The network of images works on at most
+            64 × 64 blocks, if a block of up to 8 × 8 pixels divides the images.
         gpu: whether the training runs on a GPU.
     """
-    config, sides = PRESETS[fitting(data, gpu)].train, shape[1:]
+    name = "points" if len(shape) == 1 else fitting(data, gpu)
+    config, sides = PRESETS[name].train, shape[1:]
     fits = (b for b in (1, 2, 4, 8) if all(s <= MAX_SIDE * b and s % b == 0 for s in sides))
     return replace(config, block=next(fits, 1), flip=config.flip and data == "cifar10")
 

@@ -13,7 +13,7 @@ import torch
 
 from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument
-from minidiff.nn import AutoencoderKL, SpaceToDepth
+from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
 from minidiff.schedulers import FlowMatchEulerDiscreteScheduler, Scheduler
 from minidiff.schedulers.core.names import sampler
@@ -57,11 +57,8 @@ def adopted(config: TrainConfig, start: Pipeline) -> TrainConfig:
 
 def fixed_options(start: Pipeline) -> dict[str, Any]:
     """Return the options of a `TrainConfig` that a pipeline has decided."""
-    unet, scheduler = start.unet.config, start.scheduler.config
-    found = {
-        "channels": tuple(unet.block_out_channels),
-        "layers": unet.layers_per_block,
-        "dropout": unet.dropout,
+    scheduler = start.scheduler.config
+    found = _sizes(start.unet) | {
         "block": _block(start),
         "num_train_timesteps": scheduler.num_train_timesteps,
         "learn_variance": str(scheduler.get("variance_type")).startswith("learned"),
@@ -75,6 +72,15 @@ def fixed_options(start: Pipeline) -> dict[str, Any]:
     elif kind != "flow":
         found["beta_schedule"] = scheduler.beta_schedule
     return found
+
+
+def _sizes(network: UNet | MLP) -> dict[str, Any]:
+    """Return the options of a `TrainConfig` that make a network of this size."""
+    config = network.config
+    if isinstance(network, MLP):
+        return {"channels": (config.hidden_channels,), "layers": config.num_layers}
+    sizes = {"channels": tuple(config.block_out_channels), "layers": config.layers_per_block}
+    return {**sizes, "dropout": config.dropout}
 
 
 def _block(start: Pipeline) -> int:
@@ -96,12 +102,9 @@ def check_fit(start: Pipeline, config: TrainConfig, data: Data) -> None:
     if not len(data):
         raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
     _check_space(start, data)
-    channels, *sides = data.shape
-    unet, block = start.unet.config, config.block
-    size = unet.sample_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    wanted = (unet.in_channels // block**2, height * block, width * block)
-    if (channels, *sides) != wanted:
+    block, (_, *sides) = config.block, start.space.shape()
+    wanted = (start.unet.config.in_channels // block**2, *(block * side for side in sides))
+    if data.shape != wanted:
         raise InvalidArgument(
             f"data must be of shape {wanted}, as the start has it; {data.name} are {data.shape}"
         )

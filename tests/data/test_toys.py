@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minidiff import data, target, trajectory
+from minidiff import data, names, target, trajectory
 from minidiff.data import ImageData, PointData, protocol, toys
 from minidiff.errors import InvalidArgument
 from minidiff.guidance import classifier_free
@@ -96,7 +96,7 @@ def test_mixtures_have_the_exact_distribution(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "spiral"}, "toy must be one of moons, swissroll"),
+        ({"name": "helix"}, "toy must be one of moons, swissroll"),
         ({"name": "moons", "split": "valid"}, "split must be one of"),
         ({"name": "moons", "count": 0}, "count must be in 1"),
         ({"name": "moons", "seed": -1}, "seed must be in 0"),
@@ -262,3 +262,41 @@ def test_a_network_of_points_is_saved_and_read_like_others(tmp_path):
 def test_bad_input_of_a_network_of_points_is_refused(call, message):
     with pytest.raises(InvalidArgument, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (torch.zeros(3), r"points must be float32 \(N, D\), finite; got torch.float32 \(3,\)"),
+        (
+            torch.zeros(3, 2, 1),
+            r"points must be float32 \(N, D\), finite; got torch.float32 \(3, 2, 1\)",
+        ),
+        (torch.zeros(3, 0), r"points must be float32 \(N, D\), finite; got torch.float32 \(3, 0\)"),
+        (
+            torch.zeros(3, 2).double(),
+            r"points must be float32 \(N, D\), finite; got torch.float64 \(3, 2\)",
+        ),
+        (torch.tensor([[0, 1], [0, torch.nan]]), "with 1 values of NaN or infinity"),
+        (torch.tensor([[torch.inf, 0], [-torch.inf, 1]]), "with 2 values of NaN or infinity"),
+    ],
+)
+def test_points_with_other_axes_or_nan_are_refused(points, message):
+    with pytest.raises(InvalidArgument, match=message):
+        PointData("mine", points, None, ())
+
+
+def test_every_toy_is_named_where_the_command_line_reads_its_names():
+    assert toys.NAMES == names.TOYS
+    assert not set(toys.NAMES) & set(data.NAMES)
+
+
+def test_the_arms_of_the_spiral_are_each_other_turned_by_half_a_turn():
+    held = toys.load("spiral", count=40_000)
+    radius = held.points.norm(dim=1).double()
+    for arm in (0, 1):
+        mine = held.points[held.labels == arm].double()
+        turn = radius[held.labels == arm] * toys._TOYS["spiral"].square ** 0.5 + math.pi * arm
+        curve = torch.stack([turn.cos(), turn.sin()], dim=1)
+        aligned = (mine * curve).sum(1) / mine.norm(dim=1)
+        assert aligned.mean() > 0.9  # the cosine between a point and the curve at its radius

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from minidiff import shipped
 from minidiff.cli.arguments import add_command, add_model, add_sampling, listed_names
 from minidiff.errors import InvalidArgument, whole_number
-from minidiff.names import DATA_VARIABLE, PARTS, SPLITS
+from minidiff.names import DATA_VARIABLE, PARTS, SPLITS, TOYS
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,8 @@ def add_to(commands: Any) -> None:
         "distance (‰ of the real spread, on minidiff's features; not FID), kernel distance, "
         "density, coverage, accuracy of a classifier trained on samples, distance to the nearest "
         "training images, and bits per dimension. Each has its spread over seeds, and the values "
-        "of real images beside it.",
+        "of real images beside it. Of points: how many are near a mode, modes covered, and energy "
+        "distance, beside those of fresh points.",
     )
     add_model(command)
     add = command.adder("data")
@@ -37,7 +38,7 @@ def add_to(commands: Any) -> None:
     add = command.adder("measurement")
     add("--quick", action="store_true", help="10,000 samples a seed, and fewer of all else")
     add("--num", type=int, help="samples a seed (default: as many as training images, at most "
-        "50,000; 1,000 for captions)")  # fmt: skip
+        "50,000; 1,000 for captions, 10,000 points)")  # fmt: skip
     add("--seeds", type=int, help="number of seeds, from --seed upwards (default: 3; captions: 1)")
     add("--parts", type=listed_names, help=f"some of {','.join(PARTS)} (default: all)")
     add(
@@ -67,6 +68,8 @@ def evaluate(options: argparse.Namespace) -> None:
     name = options.data or shipped.MODELS.get(options.model) or data_of(options.run)
     if name == "captions":
         return _evaluate_captions(pipe, options)
+    if name in TOYS:
+        return _evaluate_points(pipe, name, options)
     train_images, test_images = _splits(name, options, pipe)
     plan = protocol.plan_for(
         train_images, options.num, quick=options.quick, seed=options.seed,
@@ -103,11 +106,7 @@ def _evaluate_captions(pipe: "Pipeline", options: argparse.Namespace) -> None:
     from minidiff.metrics import SceneEvaluator
     from minidiff.runtime.device import pick_device
 
-    for name in ("quick", "parts", "classifier", "json", "seeds"):
-        if getattr(options, name) not in (None, False):
-            raise InvalidArgument(
-                f"--{name} must be left out for a model of captions; it is for other models"
-            )
+    _refuse(options, "captions", "quick", "parts", "classifier", "json", "seeds")
     evaluator = SceneEvaluator(pick_device(options.device))
     n = 1000 if options.num is None else whole_number("num", options.num, 1)
     batches = []
@@ -125,12 +124,47 @@ def _evaluate_captions(pipe: "Pipeline", options: argparse.Namespace) -> None:
         plot.save(plot.grid(batches[0][:100], 10), options.png)
 
 
+def _evaluate_points(pipe: "Pipeline", name: str, options: argparse.Namespace) -> None:
+    """Run minidiff evaluate for a model of points."""
+    import torch
+
+    from minidiff.cli.model_options import draw, setting
+    from minidiff.images import plot
+    from minidiff.lab import points
+    from minidiff.runtime import files
+
+    _refuse(options, "points", "quick", "parts", "classifier", "data_dir", "seeds")
+    if pipe.image_shape != (2,):
+        raise InvalidArgument(f"data {name} are points; the model draws {pipe.image_shape}")
+    n = 10_000 if options.num is None else whole_number("num", options.num, 2)
+    samples, labels = draw(pipe, options, n)
+    found = points.compared(torch.from_numpy(samples), name)
+    if options.png:
+        plot.save(plot.picture(samples, 10, 2, labels), options.png)
+    if options.json:
+        figures = {column: scores._asdict() for column, scores in found.items()}
+        setup = {"data": name, "samples": n, "seed": options.seed}
+        files.write_json(options.json, {**setup, "figures": figures})
+    print(f"{n} samples, seed {options.seed}, {setting(pipe, options)}")
+    print(points.table(found))
+
+
+def _refuse(options: argparse.Namespace, kind: str, *names: str) -> None:
+    """Refuse flags that a kind of model does not have. Raises InvalidArgument."""
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise InvalidArgument(f"--{name.replace('_', '-')} must be left out for a model of "
+                                  f"{kind}; it is for other models")  # fmt: skip
+
+
 def _splits(
     name: str, options: argparse.Namespace, pipe: "Pipeline"
 ) -> "tuple[ImageData, ImageData]":
     """Return training and held-out images of the data, in the size of the model's images."""
-    from minidiff.data import NAMES, TOYS, load
+    from minidiff.data import NAMES, load
 
+    if len(pipe.image_shape) != 3:
+        raise InvalidArgument(f"data must be one of {', '.join(TOYS)} for this model, got {name}")
     if options.data is None and name not in (*NAMES, *TOYS) and not Path(name).is_dir():
         raise InvalidArgument(f"the model was trained on {name}: give its folder, --data FOLDER")
     _, height, width = pipe.image_shape

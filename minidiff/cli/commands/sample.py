@@ -26,7 +26,8 @@ def add_to(commands: Any) -> None:
     add_model(command)
     command.add_argument("text", nargs="?", help="prompt, for a model that was trained on captions")
     add = command.adder("sampling")
-    add("--num", type=int, help="number of images (default: 16 of one class or text, else 100)")
+    add("--num", type=int, help="number of images (default: 16 of one class or text, else 100; "
+        "2000 points)")  # fmt: skip
     add("--class", dest="label", metavar="CLASS", help="name or number of the class to draw "
         "(default: all, equally often)")  # fmt: skip
     add("--negative", metavar="TEXT", help="negative prompt")
@@ -46,10 +47,11 @@ def add_to(commands: Any) -> None:
     add("--reconstruction-guidance", type=float, default=0.0, metavar="W", help="with --mask: "
         "weight of the guidance by the kept pixels; 5 closes seams")  # fmt: skip
     add = command.adder("output")
-    add("--png", help="file for a grid of the images (default: samples.png, with --npz none)")
+    add("--png", help="file for a grid of the images, or a scatter plot of points (default: "
+        "samples.png, with --npz none)")  # fmt: skip
     add("--scale", type=int, metavar="N", help="side of a pixel in --png (default: 2, for one "
         "image 1)")  # fmt: skip
-    add("--npz", help="file for images (uint8, N×H×W×C) and labels")
+    add("--npz", help="file for images (uint8, N×H×W×C), or points (float32, N×D), and labels")
     add("--gif", help="file for an animation from noise to the images (of the first batch)")
     add("--strip", help="PNG file of the steps: samples above, predicted clean images below")
 
@@ -78,10 +80,13 @@ def sample(options: argparse.Namespace) -> None:
         options.run, options.text = None, options.run  # with --model, the only word is the text
     pipe = open_model(options, "float32" if options.dtype == "auto" else options.dtype)
     if options.num is None:
-        options.num = 100 if options.text is None and options.label is None else 16
+        many = options.text is None and options.label is None
+        options.num = pipe.space.sheet or (100 if many else 16)
     label = class_of(pipe, options.label)
     mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
     text = "" if options.text is None and pipe.prompts is not None else options.text
+    if (options.gif or options.strip) and len(pipe.image_shape) != 3:
+        raise InvalidArgument("--gif and --strip are for images, but this model draws points")
     film = Film(pipe.decode) if options.gif or options.strip else None
     images, labels = draw(
         pipe, options, options.num,
@@ -102,7 +107,8 @@ def sample(options: argparse.Namespace) -> None:
     columns = side if square else len(pipe.class_names) or 10
     scale = options.scale or (1 if len(images) == 1 else 2)
     if options.png:
-        plot.save(plot.grid(images, min(columns, len(images)), scale), options.png)
+        picture = plot.picture(images, min(columns, len(images)), scale, labels)
+        plot.save(picture, options.png)
         print(f"wrote {options.png}")
     if film is not None:
         film.write(options.gif, options.strip, columns, scale)

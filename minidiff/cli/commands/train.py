@@ -15,6 +15,7 @@ from minidiff.cli.arguments import (
     add_options,
     add_run_folder,
 )
+from minidiff.names import TOYS
 from minidiff.training.config import OPTIONS, TrainConfig, options_of
 from minidiff.training.presets import PRESETS, Preset, fitting, preset_for
 
@@ -24,7 +25,7 @@ def add_to(commands: Any) -> None:
     command = add_command(
         commands,
         train,
-        "train a model on digits, MNIST, CIFAR-10, captions or a folder of images",
+        "train a model on digits, MNIST, CIFAR-10, captions, a folder of images or points",
         "Trains a model within a budget of minutes or steps, which decides the whole "
         "learning-rate schedule, and writes a run folder that sample and evaluate read. The file "
         "of --config overrides the preset, and flags override both.",
@@ -35,8 +36,8 @@ def add_to(commands: Any) -> None:
     command.description = textwrap.fill(command.description, 92)
     command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
     add = command.adder("data")
-    add("--data", help="digits, mnist, cifar10, captions, or a folder of images with a sub-folder "
-        "for each class (default: the preset's)")  # fmt: skip
+    add("--data", help="digits, mnist, cifar10, captions, a folder of images with a sub-folder "
+        f"for each class, or points: {', '.join(TOYS)} (default: the preset's)")  # fmt: skip
     add_data_files(command)
     add("--vae", metavar="RUN", help="autoencoder whose latents the model learns: a run of "
         "train-vae or a vae folder; --block is then 1")  # fmt: skip
