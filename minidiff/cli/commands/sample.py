@@ -56,12 +56,8 @@ def add_to(commands: Any) -> None:
     add("--strip", help="PNG file of the steps: samples above, predicted clean images below")
 
 
-def sample(options: argparse.Namespace) -> None:
-    """Run minidiff sample."""
-    from minidiff.cli.model_options import class_of, draw, open_model, starting_image
-    from minidiff.images import plot
-    from minidiff.images.pixels import MODES, read_mask
-    from minidiff.lab.film import Film
+def _check_files(options: argparse.Namespace) -> None:
+    """Refuse output files before work starts; without any, choose samples.png."""
     from minidiff.runtime import files
 
     paths = [(flag, path) for flag in SUFFIXES if (path := getattr(options, flag)) is not None]
@@ -74,6 +70,17 @@ def sample(options: argparse.Namespace) -> None:
         if Path(path).suffix.lower() != SUFFIXES[flag]:
             raise InvalidArgument(f"--{flag} must be a {SUFFIXES[flag]} file, got {path}")
         files.ensure_writable(path)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Run minidiff sample."""
+    from minidiff.cli.model_options import class_of, draw, open_model, starting_image
+    from minidiff.images import plot
+    from minidiff.images.pixels import MODES, read_mask
+    from minidiff.lab.film import Film
+    from minidiff.runtime import files
+
+    _check_files(options)
     if options.scale is not None:
         whole_number("scale", options.scale, 1, 64)
     if options.model is not None and options.text is None:
