@@ -109,12 +109,11 @@ class Pipeline:
             guidance_scale = 1.0 if prompts is None else prompts.guidance_scale
         self.guidance_scale = check_guidance_scale(guidance_scale, self.is_guidable)
         self.num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
-        self.guidance_interval = interval_of(guidance_interval)
         one_of("guide", guide, GUIDES)
-        self.guide = guide
+        self.guide, self.guidance_interval = guide, interval_of(guidance_interval)
         self.wraps: list[Callable[[Denoiser], Denoiser]] = []
         self.finishers: list[Callable[[Tensor], Tensor]] = []
-        self.engines: dict[Any, Callable[[Any], Any]] = {}
+        self.engines: dict[Any, Callable] = {}
         self.dtype = torch.float32
 
     @torch.no_grad()
