@@ -27,6 +27,12 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= MAX_README_LINES
 
 
+def test_the_cpu_build_that_it_installs_first_satisfies_the_constraints() -> None:
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    (pinned,) = re.findall(r"^(torch==\S+)$", constraints, re.M)
+    assert README.index(f"pip install {pinned} --index-url") < README.index("-c constraints.txt")
+
+
 def test_its_examples_run_in_order_in_one_interpreter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
