@@ -168,7 +168,7 @@ def bad_mnist(folder, damage):
         ("train --data digits --out OUT --minutes nan", 2, "minutes must be"),
         ("train --data digits --out OUT --minutes -1", 2, "minutes must be"),
         ("train --data digits --out OUT --minutes 0", 2, "minutes must be above 0"),
-        ("train --data digits --out OUT --steps 0", 2, "steps must be at least 1, got 0"),
+        ("train --data digits --out OUT --steps 0", 2, "steps must be in 1..1000000000000, got 0"),
         ("train --data digits --out OUT --steps 1.5", 2, "--steps"),
         ("train --data nosuch --out OUT --steps 1", 2, "digits, mnist"),
         ("train --data digits --out OUT --steps 1 --channels x", 2, "--channels"),

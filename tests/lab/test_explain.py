@@ -53,7 +53,9 @@ def test_a_row_is_the_step(name: str, schedule: str, options: dict, steps: int) 
         samples = sum(w * xs[i - k] for k, w in enumerate(row.x) if k <= i)
         mine = samples + sum(w * clean[i - k] for k, w in enumerate(row.x0) if k <= i) + row.z * z
         size = max(1.0, new.abs().max().item(), xs[i].abs().max().item())
-        assert (mine - new).abs().max() <= 1e-12 * size, i
+        # the polynomial's integrals in DEIS lose a digit where σ/α spans 20,000 in one step
+        tolerance = 1e-11 if name == "deis" else 1e-12
+        assert (mine - new).abs().max() <= tolerance * size, i
         xs.append(new)
 
 

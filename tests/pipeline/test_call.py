@@ -257,7 +257,7 @@ INVALID = {
     "callback_on_step_end": st.sampled_from([3, "print"]),
     "callback": st.sampled_from([3, "print"]),
     "progress": st.sampled_from([1, "yes"]),
-    "guide": st.sampled_from([3, "apg"]),
+    "guide": st.sampled_from([3, "projected"]),
     "generator": st.sampled_from([5, "random", [torch.Generator()] * 3, [1]]),
 }  # fmt: skip
 

@@ -546,7 +546,7 @@ BYTES = np.zeros((SIDE, SIDE, 3), np.uint8)
         ({"guidance_interval": (2, 1)}, "guidance_interval must rise, got 2 and 1"),
         ({"guidance_interval": 3}, "guidance_interval must be a list or a tuple"),
         ({"guidance_interval": (float("nan"), 1)}, "guidance_interval"),
-        ({"guide": 3}, "guide must be a function"),
+        ({"guide": 3}, "guide must be one of cfg, rescale, apg"),
         ({"guide": lambda pair, w: None, "guidance_rescale": 0.5}, "either guide or guidance_resc"),
         ({"num_images": 2, "num_images_per_prompt": 2}, "either num_images or num_images_per"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be in 1"),

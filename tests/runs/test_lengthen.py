@@ -112,8 +112,8 @@ def test_minutes_are_added_to_minutes():
         ({"steps": "+-4"}, r"got '\+-4'"),
         ({"steps": "12"}, "got '12'"),
         ({"steps": "+x"}, r"got '\+x'"),
-        ({"steps": 12.5}, "steps must be a whole number at least 1, got 12.5"),
-        ({"steps": [12]}, r"steps must be a whole number at least 1, got \[12\]"),
+        ({"steps": 12.5}, "steps must be a whole number in 1..1000000000000, got 12.5"),
+        ({"steps": [12]}, r"steps must be a whole number in 1..1000000000000, got \[12\]"),
         ({"minutes": 5}, "minutes must be left out: the budget of the run is 8 steps; got 5"),
         ({"minutes": 5, "steps": 12}, "minutes must be left out"),
     ],
@@ -148,7 +148,7 @@ def test_the_command_line_lengthens_a_run(run, capsys):
 def test_a_new_run_has_no_budget_to_add_to(tmp_path, capsys):
     call = ["train", "--data", "digits", "--steps", "+4", "--out", str(tmp_path / "run")]
     assert main(call) == 2
-    assert "steps must be a whole number at least 1, got '+4'" in capsys.readouterr().err
+    assert "steps must be a whole number in 1..1000000000000, got '+4'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import rows
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minidiff.cli import main
 from minidiff.data import load
@@ -21,6 +20,9 @@ from minidiff.runs.autosave import Autosave, Saving
 from minidiff.runs.folder import LOG, read_settings
 from minidiff.runs.tensorboard import FOLDER
 from minidiff.training.config import TrainConfig, VAEConfig
+
+pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 TINY = TrainConfig(steps=8, channels=(4, 4), batch_size=4, pictures=4)
 VAE = VAEConfig(steps=4, channels=(4,), discriminator_channels=(4,), batch_size=4)

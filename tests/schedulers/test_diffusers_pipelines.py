@@ -37,12 +37,16 @@ SHARED = [
     "UniPCMultistepScheduler",
     "PNDMScheduler",
     "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "DEISMultistepScheduler",
 ]
 LEFT_OUT = {
     "DDIMInverseScheduler": "walks from the picture to the noise; these pipelines walk back",
     "FlowMatchEulerDiscreteScheduler": "its network predicts a flow; Stable Diffusion's predicts ε",
     "EDMEulerScheduler": "its network has EDM's preconditioning; Stable Diffusion's has none",
     "EDMDPMSolverMultistepScheduler": "as EDMEulerScheduler",
+    "KDPM2DiscreteScheduler": "inpainting of diffusers noises the kept part to the end of a step "
+    "already at its midpoint; trajectories are compared in test_adams_bashforth.py",
 }
 NAMES = [name for name in SHARED if name in SCHEDULERS]
 
