@@ -22,7 +22,7 @@ from minidiff.runs.tensorboard import FOLDER
 from minidiff.training.config import TrainConfig, VAEConfig
 
 pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = TrainConfig(steps=8, channels=(4, 4), batch_size=4, pictures=4)
 VAE = VAEConfig(steps=4, channels=(4,), discriminator_channels=(4,), batch_size=4)
