@@ -14,6 +14,10 @@ from minidiff import __version__  # noqa: E402
 NOTEBOOKS = HERE / "notebooks"
 shutil.rmtree(NOTEBOOKS, ignore_errors=True)
 shutil.copytree(HERE.parent / "notebooks", NOTEBOOKS, ignore=shutil.ignore_patterns(".*"))
+for path in NOTEBOOKS.glob("*.ipynb"):  # links that hold in the repository, for the site
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("(../docs/", "(../").replace("../minidiff/schedulers/QUIRKS", "../quirks")
+    path.write_text(text, encoding="utf-8")
 
 project = "minidiff"
 author = "the minidiff contributors"
