@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,7 +110,7 @@ def conform(sampler: type[Scheduler], name: str | None = None) -> None:
     with _named(f"plugin {name}: building {sampler.__name__}()"):
         options = {"compat": "exact", "clip_sample": False}
         options = {option: v for option, v in options.items() if sampler.has_option(option)}
-        make = lambda **more: sampler(**options, **more)  # noqa: E731
+        make = partial(sampler, **options)
         make()
     for title, test in CONFORMANCE.items():
         with _named(f"plugin {name}: conformance test {title!r}"):

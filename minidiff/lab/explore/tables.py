@@ -146,7 +146,10 @@ def check_linear(scheduler: Scheduler, name: str, n: int = 6) -> None:
     scheduler.set_timesteps(n)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(n + len(rows.timesteps), 3, generator=generator, dtype=torch.float64)
-    network = lambda x, t: torch.tanh(1.3 * x - 0.2) * (0.5 + t / 2000)  # noqa: E731
+
+    def network(x: Tensor, t: float) -> Tensor:
+        return torch.tanh(1.3 * x - 0.2) * (0.5 + t / 2000)
+
     x = start = noise[-1] * scheduler.init_noise_sigma
     ends: list[Tensor] = []
     for i, t in enumerate(scheduler.grid):
