@@ -12,11 +12,13 @@ from minidiff import __version__
 from minidiff.cli.arguments import Parser, flag_of
 from minidiff.errors import InvalidArgument, MinidiffError, Stopped, suggestion
 
-COMMANDS = (
-    "demo", "train", "train-vae", "train-classifier", "sample", "evaluate", "explore", "check",
-    "explain", "compare", "diff", "list", "export",
-    "cache",
-)  # fmt: skip
+# One folder for each row of README's table, one file for each command.
+FOLDERS = {
+    "make": ("demo", "train", "train-vae", "train-classifier", "sample", "export"),
+    "judge": ("evaluate", "check", "list", "cache"),
+    "understand": ("explore", "explain", "compare", "diff"),
+}
+COMMANDS = tuple(name for names in FOLDERS.values() for name in names)
 PATHS = {
     "out", "resume", "run", "data", "data_dir", "image", "mask", "png", "npz", "gif", "strip",
     "json", "vae",
@@ -102,6 +104,8 @@ def parser() -> Parser:
     )
     root.add_argument("--version", action="version", version=f"minidiff {__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        import_module(f"minidiff.cli.commands.{name.replace('-', '_')}").add_to(commands)
+    for folder, names in FOLDERS.items():
+        for name in names:
+            module = f"minidiff.cli.commands.{folder}.{name.replace('-', '_')}"
+            import_module(module).add_to(commands)
     return root

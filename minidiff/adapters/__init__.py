@@ -1,0 +1,1 @@
+"""What changes or steers a trained model: adapters, new words, ControlNets, distillation."""

@@ -1,0 +1,1 @@
+"""Commands that score, check and list what is there."""

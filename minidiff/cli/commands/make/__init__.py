@@ -1,0 +1,1 @@
+"""Commands that train, sample and write models."""

@@ -1,0 +1,1 @@
+"""Diffusion beyond one picture: cascades, video, audio and volumes."""
