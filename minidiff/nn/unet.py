@@ -18,7 +18,7 @@ https://arxiv.org/abs/2112.10752. The arguments and what they mean are those of 
 `UNet2DModel` and `UNet2DConditionModel`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -98,7 +98,8 @@ class UNet(Model):
         self.join = Concatenate() if c.embedding_channels > c.time_channels else Add()
         self.add_embedding = _addition(c)
         self.encoder_hid_proj = _text(c)
-        self.time_act = nn.Sequential(_time_act(c), ACTIVATIONS[c.act_fn]())
+        acts = filter(None, (c.time_embedding_act_fn, c.act_fn))  # the latter is that of the blocks
+        self.time_act = nn.Sequential(*(ACTIVATIONS[name]() for name in acts))
 
         # In and down
         width = c.block_out_channels[0]
@@ -133,6 +134,7 @@ class UNet(Model):
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         encoder_attention_mask: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """Map a noisy sample and its time to the prediction.
 
@@ -153,29 +155,46 @@ class UNet(Model):
             added_cond_kwargs: for addition_embed_type "text_time" `text_embeds` (B, D) and
                 `time_ids` (B, n).
             encoder_attention_mask: (B, L), 1 or True for tokens to attend to; None for all.
+            residuals: what a ControlNet adds to every result of the down path and to that of the
+                middle, see `contract`; empty for nothing.
         Returns:
             (B, out_channels, *space), in the memory format of `sample`.
         Raises:
             InvalidArgument: a wrong shape or type, conditioning that is missing or unused, or on
                 the CPU a timestep that is not finite. Of such a sample it warns there.
         """
-        t, batch = self._checked_times(sample, timestep), sample.shape[0]
-        self._check_dtypes(
-            sample=sample, encoder_hidden_states=encoder_hidden_states, timestep_cond=timestep_cond
-        )
-        text = self.encoder_hid_proj(encoder_hidden_states, encoder_attention_mask, batch)
-        emb = self.time_embedding(self.time_proj(t), timestep_cond)
-        emb = self.join(emb, self.class_embedding(class_labels, batch))
-        emb = self.time_act(emb + self.add_embedding(added_cond_kwargs, batch))
-
-        x = self.conv_in(self.center(sample))
-        skips = [x]
-        for block in self.down_blocks:
-            x = block(x, emb, text, skips)
-        x = self.mid_block(x, emb, text)
+        t, emb, text = self.embed(
+            sample, timestep, encoder_hidden_states, class_labels, timestep_cond,
+            added_cond_kwargs, encoder_attention_mask,
+        )  # fmt: skip
+        steps = self.contract(self.conv_in(self.center(sample)), emb, text)
+        *skips, x = map(torch.add, steps, residuals) if residuals else steps
         for block in self.up_blocks:
             x = block(x, emb, text, skips)
         return self.time_proj.rescale_output(self.conv_out(self.conv_norm_out(x)), t)
+
+    def embed(
+        self, sample: Tensor, timestep: int | float | Tensor, tokens: Tensor | None,
+        labels: Tensor | None, guidance: Tensor | None, added: Mapping[str, Tensor] | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Context | None]:  # fmt: skip
+        """Check the inputs; return times (B,), embedding (B, embedding_channels), and context.
+
+        The arguments and errors are those of `forward`, in its order.
+        """
+        t, batch = self._checked_times(sample, timestep), sample.shape[0]
+        self._check_dtypes(sample=sample, encoder_hidden_states=tokens, timestep_cond=guidance)
+        text = self.encoder_hid_proj(tokens, mask, batch)
+        emb = self.time_embedding(self.time_proj(t), guidance)
+        emb = self.join(emb, self.class_embedding(labels, batch))
+        return t, self.time_act(emb + self.add_embedding(added, batch)), text
+
+    def contract(self, x: Tensor, emb: Tensor, text: Context | None) -> list[Tensor]:
+        """Return x, (B, C, *space), every result of the down path, and that of the middle."""
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, emb, text, skips)
+        return [*skips, self.mid_block(x, emb, text)]
 
     @classmethod
     def from_config(cls, config: Mapping) -> "UNet":
@@ -349,11 +368,6 @@ def _time(c: UNetConfig) -> tuple[nn.Module, TimestepEmbedding]:
     return times, TimestepEmbedding(
         features, width, c.time_act, c.timestep_post_act, c.time_cond_proj_dim
     )
-
-
-def _time_act(c: UNetConfig) -> nn.Module:
-    """Return the activation that the embedding passes before that of the blocks."""
-    return ACTIVATIONS[c.time_embedding_act_fn]() if c.time_embedding_act_fn else nn.Identity()
 
 
 def _classes(c: UNetConfig, times: nn.Module, features: int) -> nn.Module:

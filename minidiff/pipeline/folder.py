@@ -8,9 +8,9 @@ folder, and passes over minidiff's own options, which stand under "_minidiff". A
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from minidiff.schedulers.core.config import CONFIG_NAME
 from minidiff.text.clip import load_tokenizer
 from minidiff.text.prompts import Prompts, PromptsXL, WordPrompts
 from minidiff.text.words import WordTokenizer
+
+if TYPE_CHECKING:
+    from minidiff.pipeline.pipeline import Pipeline
 
 INDEX = "model_index.json"
 OWN = ("MinidiffPipeline", "Pipeline")  # the second in folders of earlier versions
@@ -211,28 +214,22 @@ def _scheduler(folder: Path, cls: type[Scheduler]) -> Scheduler:
         raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
 
 
-def write(
-    folder: str | Path,
-    parts: Mapping[str, Any],
-    prompts: Prompts | PromptsXL | None,
-    options: Mapping[str, Any],
-    write_card: Callable[[Path], None],
-) -> None:
+def write(folder: str | Path, pipe: "Pipeline", facts: card.Facts) -> None:
     """Write a pipeline; an existing one is replaced as a whole.
 
     Args:
         folder: folder of the pipeline, new, empty or with an earlier pipeline.
-        parts: unet, scheduler, vae and extra networks; None for an absent one.
-        prompts: tokenizers and text encoders, or None.
-        options: minidiff's own options.
-        write_card: writes the model card into a folder.
+        pipe: the pipeline.
+        facts: content of the model card.
     Raises:
         CheckpointError: the folder cannot be written, or holds something else.
         InvalidArgument: there is an extra network, which diffusers' pipelines do not have.
     """
-    folder = files.user_path(folder)
+    folder, prompts = files.user_path(folder), pipe.prompts
     check_replaceable(folder)
+    parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", "vae", *EXTRA_NETWORKS)}
     parts = {name: part for name, part in parts.items() if part is not None}
+    options = {name: getattr(pipe, name) for name in (*OPTIONS, *LATER_OPTIONS)}
     index = _index(parts, prompts, options)
     second = SECOND if isinstance(prompts, PromptsXL) else ()
     parts |= {name: getattr(prompts, name) for name in (*TEXT, *second) if prompts is not None}
@@ -241,7 +238,7 @@ def write(
             part.save_pretrained(temporary / name)
             index[name] = [_library(name, part), _class(part)]
         files.write_json(temporary / INDEX, index)
-        write_card(temporary)
+        card.write(temporary, folder, pipe, facts)
 
 
 def check_replaceable(folder: Path) -> None:

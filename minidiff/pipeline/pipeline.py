@@ -28,13 +28,11 @@ from minidiff.pipeline.parts import (
     check_guidance_scale,
     check_parts,
 )
-from minidiff.pipeline.points import PointSpace, space_of
 from minidiff.pipeline.request import Request
-from minidiff.pipeline.space import LatentSpace
+from minidiff.pipeline.space import LatentSpace, PointSpace, space_of
 from minidiff.pipeline.start import InitialState, initial_state
 from minidiff.pipeline.walk import WalkedStep, walked
 from minidiff.runtime.device import pick_device
-from minidiff.runtime.files import user_path
 from minidiff.runtime.progress import progress_bar
 from minidiff.runtime.tensors import DTYPES
 from minidiff.sample import Step
@@ -475,25 +473,7 @@ class Pipeline:
             CheckpointError: the folder cannot be written, or holds files that would be lost.
             InvalidArgument: there is a guidance network, which diffusers' pipelines do not have.
         """
-        pipeline_folder.write(
-            folder,
-            {
-                "unet": self.unet,
-                "scheduler": self.scheduler,
-                "vae": self.vae,
-                "weaker": self.guidance_network,
-            },
-            self.prompts,
-            {
-                "class_names": list(self.class_names),
-                "guidance_scale": self.guidance_scale,
-                "num_inference_steps": self.num_inference_steps,
-                "guidance_interval": self.guidance_interval,
-                "autoguidance_scale": self.autoguidance_scale,
-                "guide": self.guide,
-            },
-            lambda temporary: card.write(temporary, user_path(folder), self, facts),
-        )
+        pipeline_folder.write(folder, self, facts)
 
     @classmethod
     def from_pretrained(
