@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minidiff.data.captioned.captions import CaptionedDigits
 from minidiff.data.captioned.scenes import COLOURS, DIGITS, NONE, QUESTIONS
+from minidiff.guidance import METHODS
 from minidiff.images import plot
 from minidiff.images.pixels import to_float
 from minidiff.metrics import SceneEvaluator, coverage
@@ -34,8 +35,7 @@ from minidiff.runs.folder import open_pipeline
 
 GUIDANCE = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 STRENGTHS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-WAYS = (("cfg", 1.0), ("cfg", 2.0), ("cfg", 3.0), ("rescale", 3.0), ("apg", 2.0), ("apg", 3.0),
-        ("apg", 4.0))  # fmt: skip
+WAYS = [("cfg", 1.0), *((way, scale) for way in METHODS for scale in (2.0, 3.0, 4.0))]
 UNWANTED = "blue"
 PARTS = ("captions", "guidance", "guides", "negative", "strength")  # methods of Bench
 

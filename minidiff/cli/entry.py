@@ -14,7 +14,7 @@ from minidiff.errors import InvalidArgument, MinidiffError, Stopped, suggestion
 
 # One folder for each row of README's table, one file for each command.
 FOLDERS = {
-    "make": ("demo", "train", "train-vae", "train-classifier", "sample", "export"),
+    "make": ("demo", "train", "distill", "train-vae", "train-classifier", "sample", "export"),
     "judge": ("evaluate", "check", "list", "cache"),
     "understand": ("explore", "explain", "compare", "diff"),
 }

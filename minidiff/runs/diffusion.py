@@ -5,10 +5,10 @@ RUN/samples.png     pictures at the end
 RUN/model/          the pipeline with the averaged weights, replaced as a whole
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import device as Device
@@ -16,6 +16,7 @@ from torch import device as Device
 from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.images import plot
+from minidiff.objective import Objective
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs.autosave import PrintLine, Saving
@@ -26,12 +27,35 @@ from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched, own_device, processes, world
 from minidiff.training.build import check, resolve
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import MakeLearner, check_machine, train
+from minidiff.training.diffusion import (
+    DiffusionTraining,
+    MakeLearner,
+    check_machine,
+    train,
+)
 from minidiff.training.learner import Learner
 
 __all__ = ["CONFIG", "LOG", "MODEL", "resume", "train_into", "write_samples"]
 
 COMMAND = "train"
+
+
+class Extension(NamedTuple):
+    """What makes a run of another command: its objective, and what belongs to that.
+
+    Attributes:
+        command: command that begins and resumes such runs, a key of `minidiff.runs.folder.KINDS`.
+        objective: the argument of `train`.
+        begin: called with the training and its start before a snapshot is restored; may plan
+            further networks.
+    """
+
+    command: str
+    objective: type[Objective] | None
+    begin: Callable[[DiffusionTraining, Pipeline | None], None]
+
+
+TRAIN = Extension(COMMAND, None, lambda training, start: None)
 
 
 def train_into(
@@ -45,6 +69,7 @@ def train_into(
     shard: bool = False,
     start: Pipeline | None = None,
     learner: MakeLearner = Learner.of,
+    extension: Extension = TRAIN,
 ) -> Pipeline:
     """Train with a progress bar and keep everything in the folder `out`.
 
@@ -59,6 +84,7 @@ def train_into(
         shard: the processes that torchrun started shard the weights (FSDP2).
         start: pipeline to continue from; None for a fresh network.
         learner: function from the pipeline to what of it is trained and saved.
+        extension: loss of another command, which owns further networks.
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
         CheckpointError: the folder is not empty or cannot be written.
@@ -72,10 +98,10 @@ def train_into(
     check(config, data, start)
     check_machine(config, device, processes(), shard)
     run = Run.begin(
-        out, COMMAND, resolve(config, data, start), data, device,
+        out, extension.command, resolve(config, data, start), data, device,
         saving=saving, load=load, shard=shard, start=start,
     )  # fmt: skip
-    return _train(run, data, device, start, learner)
+    return _train(run, data, device, start, learner, extension)
 
 
 def resume(
@@ -86,6 +112,7 @@ def resume(
     print_line: PrintLine = print,
     start: Pipeline | None = None,
     learner: MakeLearner = Learner.of,
+    extension: Extension = TRAIN,
     load: Mapping[str, Any] | None = None,
     minutes: Amount | None = None,
     steps: Amount | None = None,
@@ -96,7 +123,7 @@ def resume(
 
     Args:
         out: folder of the run.
-        data, start, learner: the arguments of `train_into`.
+        data, start, learner, extension: the arguments of `train_into`.
         device: device of the training; by default that of the run.
         print_line: called with the snapshots that are skipped and where the run continues.
         load: arguments of `minidiff.data.load`, where the data lie elsewhere now.
@@ -107,8 +134,9 @@ def resume(
         InvalidArgument: a budget in the other unit, or one that is spent.
     """
     run = Run.reopen(
-        out, COMMAND, data, print_line, start=start, load=load, minutes=minutes, steps=steps
-    )
+        out, extension.command, data, print_line,
+        start=start, load=load, minutes=minutes, steps=steps,
+    )  # fmt: skip
     check_replaceable(run.out / MODEL)  # which the end of the run replaces
     device = own_device(pick_device(run.settings.device if device is None else device))
     if run.changed is None and (step := run.finished_at()) and (run.out / MODEL).is_dir():
@@ -119,11 +147,16 @@ def resume(
         print_line("going on without --cuda-graph, which is for one process on a GPU")
         config = replace(run.settings.config, cuda_graph=False)
         run.settings = run.settings._replace(config=config)
-    return _train(run, data, device, start, learner)
+    return _train(run, data, device, start, learner, extension)
 
 
 def _train(
-    run: Run, data: Data, device: Device, start: Pipeline | None, learner: MakeLearner
+    run: Run,
+    data: Data,
+    device: Device,
+    start: Pipeline | None,
+    learner: MakeLearner,
+    extension: Extension,
 ) -> Pipeline:
     """Train on this process, and the others that torchrun started; that of rank 0 writes."""
     config, prompts = run.settings.config, data.example_prompts(100)
@@ -134,12 +167,16 @@ def _train(
             write_samples(pipe, path, prompts=prompts)
             autosave.log.add_picture(path, step)
 
+    def begun(training: DiffusionTraining) -> None:
+        extension.begin(training, start)
+        autosave.resume(training)
+
     with world(device, run.settings.shard) as all_of_us:
         with run.kept() as autosave:
             pipe = train(
                 config, data, device, autosave.on_log_row, picture,
-                resume=autosave.resume, after_step=autosave.after_step, world=all_of_us,
-                start=start, learner=learner, progress=False,
+                resume=begun, after_step=autosave.after_step, world=all_of_us,
+                objective=extension.objective, start=start, learner=learner, progress=False,
             )  # fmt: skip
         if run.leads:
             drawn = run.out / f"{SAMPLES}.png" if config.pictures else None

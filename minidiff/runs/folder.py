@@ -23,7 +23,14 @@ from minidiff.pipeline.folder import INDEX
 from minidiff.runs.autosave import Saving
 from minidiff.runtime import files
 from minidiff.runtime.checks import check_all, choice, flag, instance, optional, text, whole
-from minidiff.training.config import LoopConfig, TrainConfig, VAEConfig, merged, options_of
+from minidiff.training.config import (
+    DistillConfig,
+    LoopConfig,
+    TrainConfig,
+    VAEConfig,
+    merged,
+    options_of,
+)
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
@@ -38,6 +45,7 @@ KINDS = {
     "train": TrainConfig,
     "train-vae": VAEConfig,
     "demo": TrainConfig,
+    "distill": DistillConfig,
 }  # the config of each command
 LATER = ("class_names", "digests")  # entries of `about` that older runs lack
 _TYPES = {"train": dict, "load": dict, "data": dict, "device": str, "saving": dict}
@@ -103,13 +111,23 @@ def card_facts(settings: Settings, picture: Path | None = None, scores: str = ""
 def _command(settings: Settings) -> str:
     """Return the command line of a run; "" where it was not one that a single line repeats."""
     load = settings.data
-    if settings.command != "train" or not load or settings.lengthened or load.get("split"):
+    if (
+        settings.command not in ("train", "distill")
+        or not load
+        or settings.lengthened
+        or load.get("split")
+    ):
         return ""
-    words = ["torchrun --nproc_per_node K -m"] * settings.shard + ["minidiff train"]
-    for name in ("name", "data_dir", "image_size", "vae", "init"):
+    words = ["torchrun --nproc_per_node K -m"] * settings.shard + [f"minidiff {settings.command}"]
+    names = ["name", "data_dir", "image_size", "vae"]
+    names.insert(0 if settings.command == "distill" else 4, "init")
+    for name in names:
         if (value := load.get(name)) is not None:
             flag = "--" + ("data" if name == "name" else name.replace("_", "-"))
-            words.append(f"{flag} {flag[2:].upper() if Path(str(value)).is_absolute() else value}")
+            value = flag[2:].upper() if Path(str(value)).is_absolute() else value
+            words.append(
+                value if (settings.command, name) == ("distill", "init") else f"{flag} {value}"
+            )
     words += ["--shard"] * settings.shard
     return " ".join([*words, f"--config {OPTIONS_FILE} --out RUN"])
 
@@ -212,7 +230,8 @@ def loading(arguments: Mapping[str, Any], command: str) -> dict[str, Any]:
     A file never orders a download: whoever began the run has the files.
     """
     instance(Mapping)("load", arguments)
-    known = [name for name in LOADING if command == "train" or name not in ("vae", "init")]
+    begins = command in ("train", "distill")
+    known = [name for name in LOADING if begins or name not in ("vae", "init")]
     for name in arguments:
         one_of("load", name, known)
     check_all(arguments, LOADING)

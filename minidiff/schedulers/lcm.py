@@ -12,9 +12,8 @@ Sources: Song et al. 2023, "Consistency Models", arXiv:2303.01469; Luo et al. 20
 Consistency Models", arXiv:2310.04378.
 """
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,12 @@ from minidiff.schedulers.ddim import DDIMScheduler
 from minidiff.schedulers.ddpm import DDPMScheduler
 
 SIGMA_DATA = 0.5  # of the data, as in EDM; diffusers has it fixed
+
+
+def boundary(scaled: Any) -> tuple[Any, Any]:
+    """Return c_skip and c_out of f at s·t, a number or a tensor (Luo et al. 2023, appendix A)."""
+    norm = (scaled**2 + SIGMA_DATA**2) ** 0.5
+    return (SIGMA_DATA / norm) ** 2, scaled / norm
 
 
 class LCMSchedulerOutput(NamedTuple):
@@ -142,9 +147,7 @@ class LCMScheduler(IndexedScheduler):
 
     def _evaluate(self, out, x, now, noise) -> Evaluation:
         _, _, x0, eps = super()._evaluate(out, x, now, noise)
-        scaled = self.grid[self._step_index] * self.config.timestep_scaling
-        norm = math.hypot(scaled, SIGMA_DATA)
-        c_skip, c_out = (SIGMA_DATA / norm) ** 2, scaled / norm
+        c_skip, c_out = boundary(self.grid[self._step_index] * self.config.timestep_scaling)
         jump = combine(c_skip, x, c_out, x0)  # Consistency Models eq. 5
         return Evaluation(now, x, jump, eps)
 

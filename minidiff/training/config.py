@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from minidiff.objective import Objective
     from minidiff.schedulers import Scheduler
 
+# Options that a distillation has no use for, because its loss or its scheduler is another.
+UNUSED = (
+    "cuda_graph", "noise_levels", "loss_weight", "stable_target", "learn_variance", "sampler",
+    "guide", "guidance_interval", "autoguidance_scale",
+)  # fmt: skip
 MAX_STEPS = 10**12  # more would take longer than any machine lasts
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
 OPTIMIZERS = ("adamw", "muon")
@@ -359,6 +364,61 @@ class TrainConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """A run of distill. Checked when built; raises InvalidArgument naming the field."""
+
+    batch_size: int = _option("optimisation", 32, whole(1, MAX_BATCH), "images per step")
+    learning_rate: float = _option(
+        "optimisation", 2e-4, real(0), "peak learning rate of the optimizer"
+    )
+    label_dropout: float = 0.0
+    guidance_scale: float = 1.0
+    num_inference_steps: int = _option(
+        "sampling", 2, COUNT, "number of sampling steps stored with the model",
+        flag="sampling-steps",
+    )  # fmt: skip
+
+    # The consistency loss, see `minidiff.adapters.distill`
+    method: str = _option(
+        "objective", "distillation", choice(*names.CONSISTENCY), "how a point's neighbour on its "
+        f"trajectory is found: {', '.join(names.CONSISTENCY)}; a teacher's step, or none but the "
+        "image itself",
+    )  # fmt: skip
+    teacher_guidance: float | None = _option(
+        "objective", None, optional(real()), "guidance scale of the teacher, which the result "
+        "has without guidance (default: the teacher's)", float,
+    )  # fmt: skip
+    intervals: tuple[int, ...] = _option(
+        "objective", (4, 8, 16, 32), WIDTHS, "intervals that the steps are divided into, each "
+        "number for an equal part of the budget",
+    )  # fmt: skip
+    target_average: float = _option(
+        "objective", 0.9, FRACTION, "part of the target network that a step keeps; 0 for the "
+        "network itself as target",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in UNUSED:
+            if (given := getattr(self, name)) != (usual := OPTIONS[name].default):
+                raise InvalidArgument(f"{name} must be {usual!r} for a distillation, got {given!r}")
+        for n in self.intervals:
+            whole_number("intervals", n, 1, self.num_train_timesteps)
+        if list(self.intervals) != sorted(self.intervals):
+            raise InvalidArgument(f"intervals must be in rising order, got {self.intervals}")
+        whole_number("num_inference_steps", self.num_inference_steps, 1, self.points)
+
+    @property
+    def points(self) -> int:
+        """Number of evenly spaced training steps that the result can be sampled at.
+
+        It divides the number of training steps, so that the first one is the last training step.
+        """
+        steps = self.num_train_timesteps
+        return next(n for n in range(self.intervals[-1], steps + 1) if steps % n == 0)
+
+
+@dataclass(frozen=True)
 class VAEConfig(LoopConfig):
     """A run of train-vae. Checked when built; raises InvalidArgument naming the field."""
 
@@ -405,6 +465,7 @@ def _options(kind: type[LoopConfig]) -> dict[str, Field]:
 
 
 OPTIONS, VAE_OPTIONS = _options(TrainConfig), _options(VAEConfig)
+DISTILL_OPTIONS = _options(DistillConfig)
 
 
 def merged(*layers: Mapping[str, Any], kind: type[Kind] = TrainConfig) -> Kind:
@@ -426,16 +487,16 @@ def merged(*layers: Mapping[str, Any], kind: type[Kind] = TrainConfig) -> Kind:
         result |= layer
     for name in result:
         one_of("option", name, _options(kind))
-    for name in ("channels", "guidance_interval", "discriminator_channels"):
+    for name in ("channels", "guidance_interval", "discriminator_channels", "intervals"):
         if isinstance(result.get(name), list):
             result[name] = tuple(result[name])  # JSON and TOML have lists
     return kind(**result)
 
 
 def options_of(config: TrainConfig) -> dict[str, Any]:
-    """Return the options of a config that differ from the defaults."""
+    """Return the options of a config that differ from the defaults of a training."""
     return {
         name: getattr(config, name)
-        for name, option in OPTIONS.items()
-        if getattr(config, name) != option.default
+        for name, option in _options(type(config)).items()
+        if getattr(config, name) != OPTIONS.get(name, option).default
     }

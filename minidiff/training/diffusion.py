@@ -159,12 +159,15 @@ class DiffusionTraining(TrainingState):
         return self.objective.loss(self._network(labels), x0, eps, levels).sum() / size
 
     def _network(self, labels: Tensor | None) -> Network:
-        """Return the conditioned network, with matrix products in the config's dtype."""
+        """Return the conditioned network, with matrix products in the config's dtype.
+
+        An objective with further networks, (x, t, labels) → output, passes one as third argument.
+        """
         dtype = DTYPES[self.config.dtype]
 
-        def network(x: Tensor, t: Tensor) -> Tensor:
+        def network(x: Tensor, t: Tensor, model: nn.Module = self.synced) -> Tensor:
             with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                return self.synced(x, t, labels)
+                return model(x, t, labels)
 
         return network
 
