@@ -367,7 +367,6 @@ class TrainConfig(LoopConfig):
 class DistillConfig(TrainConfig):
     """A run of distill. Checked when built; raises InvalidArgument naming the field."""
 
-    batch_size: int = _option("optimisation", 32, whole(1, MAX_BATCH), "images per step")
     learning_rate: float = _option(
         "optimisation", 2e-4, real(0), "peak learning rate of the optimizer"
     )
