@@ -485,7 +485,7 @@ def concat_channels(network: Network, extra: Tensor) -> Network:
     """
 
     def concatenated(x: Tensor, t: float, **condition: Any) -> Tensor:
-        copies = extra.repeat(len(x) // len(extra), *(1,) * (extra.ndim - 1))
+        copies = extra.to(x.device).repeat(len(x) // len(extra), *(1,) * (extra.ndim - 1))
         return network(torch.cat([x, copies], dim=1), t, **condition)
 
     return concatenated

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minidiff.engines import cache as graph_cache
 from minidiff.engines.backends import FORMAT_OF, FORMATS, check_format, is_installed
 from minidiff.engines.graph import EngineError, Flat, Input, Role, evaluating, flatten
+from minidiff.engines.memory import in_parts, is_offloaded
 from minidiff.engines.network import (
     GUIDANCE,
     UNET,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline import Pipeline
 
 Print = Callable[[str], None]
+MEMORY = ("normal", "low")
 
 
 class Choice(NamedTuple):
@@ -100,16 +102,23 @@ def optimize(
     engine: str = "auto",
     dtype: str = "auto",
     cache: bool = True,
+    memory: str = "normal",
     print_line: Print = print,
 ) -> "Pipeline":
     """Evaluate the networks of a pipeline by an engine; see `Pipeline.optimize`."""
     true_or_false("cache", cache)
+    one_of("memory", memory, MEMORY)
+    for reason, applies in (("memory='low'", memory == "low"), ("offload()", is_offloaded(pipe))):
+        if applies and engine not in ("auto", "torch"):
+            raise InvalidArgument(f"engine must be 'torch' with {reason}, got {engine!r}")
+        engine = "torch" if applies else engine
     choice = choose(engine, dtype, pipe.device)
     check_weights(pipe)
     pipe.engines.clear()
     name = str(choice.dtype).removeprefix("torch.")
-    print_line(f"engine {choice.engine}, {name}: {choice.reason}")
-    if choice.engine == "torch":
+    low = ", low memory" if memory == "low" else ""
+    print_line(f"engine {choice.engine}, {name}{low}: {choice.reason}")
+    if choice.engine == "torch" and not low:
         pipe.dtype = choice.dtype
         return pipe
     make = partial(_make, choice=choice, cache=cache, print_line=print_line)
@@ -243,18 +252,18 @@ def _make(
 def _in_process(
     network: nn.Module, role: Role, arguments: dict[str, Any], choice: Choice
 ) -> Callable[[list[Tensor]], list[Tensor]]:
-    """Return a network under torch.compile, or as a CUDA graph."""
-    flat: nn.Module = Flat(network, role, arguments)
-    device = next(network.parameters()).device.type
+    """Return a network under torch.compile, as a CUDA graph, or in parts of less memory."""
+    parts = in_parts(network) if choice.engine == "torch" else network
+    flat: nn.Module = Flat(parts, role, arguments)
     if choice.engine == "compile":
         flat = torch.compile(flat)
 
     def function(*tensors: Tensor) -> list[Tensor]:
-        narrow = choice.dtype != torch.float32
-        with evaluating(network), torch.autocast(device, choice.dtype, enabled=narrow):
+        narrow, device = choice.dtype != torch.float32, tensors[0].device.type
+        with evaluating(parts), torch.autocast(device, choice.dtype, enabled=narrow):
             return [y.float() if y.is_floating_point() else y for y in flat(*tensors)]
 
-    if choice.engine == "compile":
+    if choice.engine != "cuda-graph":
         return lambda tensors: function(*tensors)
     captured = CudaGraph(function)
     return lambda tensors: [y.clone() for y in captured(*tensors)]  # the next call overwrites y

@@ -397,7 +397,9 @@ class Pipeline:
         self.dtype = dtype or self.dtype
         return self
 
-    def optimize(self, engine: str = "auto", dtype: str = "auto", cache: bool = True) -> "Pipeline":
+    def optimize(
+        self, engine: str = "auto", dtype: str = "auto", cache: bool = True, memory: str = "normal"
+    ) -> "Pipeline":
         """Evaluate the networks by an inference engine, and print its name; return the pipeline.
 
         Images agree with torch's within a grey level in float32. Where derivatives are wanted, or a
@@ -408,15 +410,34 @@ class Pipeline:
             dtype: number type of matrix products: "float32", "bfloat16", or "auto", which is
                 bfloat16 where the hardware is faster with it.
             cache: keep exported graphs in the user's cache folder, see `minidiff cache`.
+            memory: "low" evaluates layers one image at a time, and feed-forward layers in parts:
+                less memory, mostly less speed. It needs torch, which "auto" then is.
         Raises:
-            InvalidArgument: an unknown engine or dtype, or an engine that is not installed or not
-                for this device.
+            InvalidArgument: an unknown engine, dtype or memory, or an engine that is not installed,
+                not for this device, or not for low memory.
             MinidiffError: the cache cannot be written; or a network cannot be exported, unless
                 engine is "auto".
         """
         from minidiff.engines.optimize import optimize
 
-        return optimize(self, engine, dtype, cache)
+        return optimize(self, engine, dtype, cache, memory)
+
+    def offload(self, device: str | torch.device = "cuda") -> "Pipeline":
+        """Keep all weights on the CPU, and move them to a device to use them; return the pipeline.
+
+        Text encoders are on the device as a whole while they are evaluated, the parts of the VAE in
+        turn, and the U-Net one group of layers at a time. Sampling runs where x is, on the CPU.
+        Only one call at a time may use the pipeline then. For less memory, call
+        `optimize(memory="low")` afterwards.
+
+        Args:
+            device: "cuda", "cuda:1", …
+        Raises:
+            InvalidArgument: a device that this machine does not have, or `optimize` was called.
+        """
+        from minidiff.engines.memory import offload
+
+        return offload(self, device)
 
     def export(self, folder: str | Path, format: str = "onnx") -> dict[str, Any]:
         """Write the pipeline with its networks as graphs, which other programs can run.
