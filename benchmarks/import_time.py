@@ -8,6 +8,8 @@ of them alike. Printed are medians of the CPU time of the interpreter, and their
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -32,6 +34,17 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def conditions(threads: int, *libraries: str) -> str:
+    """Return what a measurement depends on: machine, versions, threads, and how busy it is."""
+    named = [f"Python {platform.python_version()}"]
+    for name in ("torch", *libraries):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            named.append(f"{name} {importlib.metadata.version(name)}")
+    load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
+    plural = "" if threads == 1 else "s"
+    return f"{cpu_name()}; {', '.join(named)}; {threads} thread{plural}, {load}"
 
 
 def cpu_seconds(statement: str) -> float:

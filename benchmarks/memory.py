@@ -9,8 +9,6 @@ form of its table. The U-Net has a quarter of the channels of Stable Diffusion 1
 """
 
 import argparse
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from import_time import cpu_name
+from import_time import conditions
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minidiff.engines.backends import is_installed, versions
+from minidiff.engines.backends import is_installed
 from minidiff.nn import AutoencoderKL, UNet
 from minidiff.pipeline import Pipeline
 from minidiff.schedulers import DDIMScheduler
@@ -141,9 +139,8 @@ def main() -> None:
     if options.form:
         measure(*options.form, options)
         return
-    libraries = versions("torch", "diffusers", "openvino", "onnxruntime")
-    print(f"{cpu_name()}, Python {platform.python_version()}, {libraries}, {options.threads} threads"
-          f", load {os.getloadavg()[0]:.1f}; {options.images} images")  # fmt: skip
+    libraries = ("diffusers", "openvino", "onnxruntime")
+    print(f"{conditions(options.threads, *libraries)}; {options.images} images")
     for table, kinds in TABLES.items():
         print(f"{table:16}{'MiB':>8}{'CPU ms':>9}{'error':>9}")
         exact = None

@@ -3,20 +3,19 @@
     python benchmarks/scheduler_step.py [--steps N] [--rounds N]
 
 Each round takes N steps with the class of minidiff and with that of diffusers in turn, so that a
-busy machine slows both. Printed are the median time of a step in microseconds, the ratio of the
-two, and quartiles of the ratios of each round.
+busy machine slows both. Printed are the median CPU time of a step in microseconds, the ratio of
+the two, and quartiles of the ratios of each round.
 """
 
 import argparse
 import inspect
-import platform
 import statistics
 import time
 from typing import Any
 
 import diffusers
 import torch
-from import_time import cpu_name
+from import_time import conditions
 
 from minidiff.schedulers import SCHEDULERS
 
@@ -43,7 +42,7 @@ CASES = {
 
 
 def step_time(scheduler: Any, n: int) -> float:
-    """Return the microseconds of a step over n steps, called as by a pipeline."""
+    """Return the CPU microseconds of a step over n steps, called as by a pipeline."""
     scheduler.set_timesteps(n)
     options = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
@@ -51,10 +50,10 @@ def step_time(scheduler: Any, n: int) -> float:
     x, out = torch.randn(SHAPE), torch.randn(SHAPE)
     if hasattr(scheduler, "scale_model_input"):
         scheduler.scale_model_input(x, scheduler.timesteps[0])  # diffusers' Euler warns otherwise
-    start = time.perf_counter()
+    start = time.process_time()
     for t in scheduler.timesteps:
         x = scheduler.step(out, t, x, **options).prev_sample
-    return 1e6 * (time.perf_counter() - start) / len(scheduler.timesteps)
+    return 1e6 * (time.process_time() - start) / len(scheduler.timesteps)
 
 
 @torch.no_grad()
@@ -64,8 +63,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21, help="rounds, at least 2")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")
-    print(f"diffusers {diffusers.__version__}, 1 thread, {SHAPE}, microseconds a step")
+    print(f"{conditions(1, 'diffusers')}; {SHAPE}, CPU microseconds a step")
     print(f"{'':20}{'ours':>8}{'theirs':>8}{'ratio':>8}  quartiles")
     for name, (cls, arguments) in CASES.items():
         pair = SCHEDULERS[cls](**arguments), getattr(diffusers, cls)(**arguments)
