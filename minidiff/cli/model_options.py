@@ -1,6 +1,7 @@
 """Opening and sampling a model, for the commands that do so."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from minidiff import engines, shipped
 from minidiff.errors import InvalidArgument, suggestion
 from minidiff.images.pixels import read_image
+from minidiff.images.watermark import Watermark, message_of
 from minidiff.pipeline import Pipeline
 from minidiff.runs.folder import open_pipeline
 from minidiff.runtime.device import pick_device, pick_dtype
@@ -119,3 +121,10 @@ def starting_image(pipe: Pipeline, path: str, mode: str) -> Image.Image:
             f"{image.width}×{image.height}: resize it"
         )
     return image
+
+
+def marking(message: str, shape: Sequence[int]) -> Watermark:
+    """Return the finisher for --watermark. Raises InvalidArgument if no image can carry it."""
+    mark = Watermark(message_of(message))
+    mark(torch.zeros(1, *shape))
+    return mark

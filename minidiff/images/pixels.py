@@ -209,13 +209,17 @@ def _shape(given: Any) -> tuple[int, ...]:
     return tuple(given.shape) if hasattr(given, "shape") else (given.height, given.width)
 
 
-def read_image(path: str | Path, mode: str) -> Any:
-    """Read an image file as an upright PIL image of this mode; transparency is put on black.
+def read_image(path: str | Path, mode: str | None = None) -> Any:
+    """Read an image file as an upright PIL image; transparency is put on black.
 
+    Args:
+        path: the file.
+        mode: PIL's mode of the image; None for L where the file is grey, else RGB.
     Raises:
         DataError: the file is missing, damaged, not an image, or has more than 8 bits per channel.
     """
     image = _decoded(path)
+    mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
     return on_black(image).convert(mode) if mode != "RGBA" else image.convert(mode)
 
 

@@ -34,6 +34,8 @@ CAP, TRIAL = 600.0, 60.0  # seconds of a budget in steps, and before its speed i
 STEPS = {"ddpm": 50, "ddim": 20, "dpm++": 10}  # near the best of each
 
 MIN_SAMPLES, MAX_SAMPLES = 192, 10_000  # the Fréchet distance needs two per feature
+USUAL_SAMPLES, FEWER_SAMPLES = 500, 200
+SLOW = 180.0  # seconds of training, from which on fewer samples are scored
 MEANING = (
     "accuracy: samples that a classifier reads as the digit that was requested; higher is better",
     "FD ‰:     distance of samples to real images, in thousandths of their spread; lower is better",
@@ -51,7 +53,7 @@ class Row(NamedTuple):
 
 
 def demo(
-    out: str | Path, config: TrainConfig, device: torch.device, samples: int = 500
+    out: str | Path, config: TrainConfig, device: torch.device, samples: int | None = None
 ) -> list[Row]:
     """Train, sample and measure; print a table; write pictures and the model into `out`.
 
@@ -61,14 +63,16 @@ def demo(
         config: budget, seed and guidance of the run; a budget in steps is cut short where it
             would take longer than ten minutes.
         device: device to train on.
-        samples: number of samples of each sampler for the table, from 192 to 10,000.
+        samples: number of samples of each sampler for the table, from 192 to 10,000; None for
+            500, or 200 where the training took over three minutes.
     Returns:
         A row per sampler.
     Raises:
         CheckpointError: `out` cannot be written, or holds something other than an earlier demo.
     """
     out = files.user_path(out)
-    whole_number("samples", samples, MIN_SAMPLES, MAX_SAMPLES)
+    if samples is not None:
+        whole_number("samples", samples, MIN_SAMPLES, MAX_SAMPLES)
     _refuse_foreign(out)
     data = load("digits")
     settings = Settings("demo", config, {"name": "digits"}, about(data), device.type)
@@ -81,20 +85,33 @@ def demo(
         """Let the training know of Ctrl-C."""
         training.stop_requested = lambda: signals.caught or 0
 
+    started = time.monotonic()
     with signals.watch():
         pipe = train(config, data, device, resume=listen, after_step=cut_short, progress=True)
     pipe.save_pretrained(out / diffusion.MODEL)
 
-    own = pipe.scheduler
+    own, seconds = pipe.scheduler, time.monotonic() - started
+    draw(pipe, data, out)
+    samples = fitting_samples(seconds) if samples is None else samples
     rows = [measure(pipe, name, steps, evaluator, samples) for name, steps in STEPS.items()]
     scores = table(rows, evaluator, samples)
     print(scores)
-    draw(pipe, data, out)
     pipe.scheduler = own
     facts = card_facts(settings, out / "samples.png", scores)
     pipe.save_pretrained(out / diffusion.MODEL, facts=facts)
     explore.page(pipe, "demo").write(out / "explore.html")
     return rows
+
+
+def fitting_samples(seconds: float) -> int:
+    """Return how many samples to score after a training of this many seconds."""
+    if seconds < SLOW:
+        return USUAL_SAMPLES
+    print(
+        f"{FEWER_SAMPLES} samples of each sampler are scored instead of {USUAL_SAMPLES}, because "
+        f"this machine is slow or busy: the figures vary more. All: --samples {USUAL_SAMPLES}"
+    )
+    return FEWER_SAMPLES
 
 
 def show_shipped(out: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from minidiff.cli import main
 from minidiff.data import load
 from minidiff.errors import CheckpointError, Stopped
-from minidiff.lab.demo import CAP, MEANING, STEPS, TRAINING_STEPS, cut_short, demo
+from minidiff.lab.demo import CAP, MEANING, STEPS, TRAINING_STEPS, cut_short, demo, fitting_samples
 from minidiff.runs.folder import Settings, open_pipeline
 from minidiff.runtime.device import pick_dtype
 from minidiff.training.config import TrainConfig
@@ -45,6 +45,13 @@ def test_the_demo_trains_samples_measures_and_draws(tmp_path, capsys):
     found = capsys.readouterr().out
     assert "ok   data: " in found
     assert " samples: " in found
+
+
+def test_a_slow_machine_scores_fewer_samples_and_says_so(capsys):
+    assert fitting_samples(75) == 500
+    assert not capsys.readouterr().out
+    assert fitting_samples(400) == 200
+    assert "200 samples of each sampler are scored instead of 500" in capsys.readouterr().out
 
 
 def test_the_demo_refuses_a_number_of_samples_that_it_cannot_score(tmp_path, capsys):

@@ -19,7 +19,8 @@ def add_to(commands: Any) -> None:
     )
     add = command.adder("run")
     add("--out", default="minidiff-demo", help="folder for the pictures and the model")
-    add("--samples", type=int, default=500, help="samples of each sampler that are scored")
+    add("--samples", type=int, help="samples of each sampler that are scored (default: 500, or 200 "
+        "on a slow machine)")  # fmt: skip
     add("--minutes", type=float, help="training time in minutes, instead of a number of steps")
 
 

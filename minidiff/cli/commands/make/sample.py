@@ -51,6 +51,8 @@ def add_to(commands: Any) -> None:
         "samples.png, with --npz none)")  # fmt: skip
     add("--scale", type=int, metavar="N", help="side of a pixel in --png (default: 2, for one "
         "image 1)")  # fmt: skip
+    add("--watermark", metavar="HEX", help="message of 32 bits that every image carries unseen; "
+        "see minidiff watermark")  # fmt: skip
     add("--npz", help="file for images (uint8, N×H×W×C), or points (float32, N×D), and labels")
     add("--gif", help="file for an animation from noise to the images (of the first batch)")
     add("--strip", help="PNG file of the steps: samples above, predicted clean images below")
@@ -74,7 +76,7 @@ def _check_files(options: argparse.Namespace) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Run minidiff sample."""
-    from minidiff.cli.model_options import class_of, draw, open_model, starting_image
+    from minidiff.cli.model_options import class_of, draw, marking, open_model, starting_image
     from minidiff.images import plot
     from minidiff.images.pixels import MODES, read_mask
     from minidiff.lab.film import Film
@@ -86,6 +88,8 @@ def sample(options: argparse.Namespace) -> None:
     if options.model is not None and options.text is None:
         options.run, options.text = None, options.run  # with --model, the only word is the text
     pipe = open_model(options, "float32" if options.dtype == "auto" else options.dtype)
+    if options.watermark is not None:
+        pipe.finishers.append(marking(options.watermark, pipe.image_shape))
     if options.num is None:
         many = options.text is None and options.label is None
         options.num = pipe.space.sheet or (100 if many else 16)
