@@ -70,40 +70,40 @@ class Probe(NamedTuple):
 PROBES: dict[str, Probe | str] = {
     "dtype": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True),
     "laplace": Probe("DDIMScheduler", _DDIM | _SPACED | {"beta_schedule": "laplace"}, 100),
-    "timesteps": "refused, or a single step from step 0",
+    "timesteps": "the grid is refused, or its only step starts at step 0",
     "solver_timesteps": Probe(
         _MULTI,
         {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -3.0,
          "timestep_spacing": "trailing"},
     ),
-    "real_timesteps": "for one step, and where “trailing” is refused",
+    "real_timesteps": "differs only for one step, and where “trailing” is refused",
     "spaced_sigmas": Probe(_EULER, {"interpolation_type": "log_linear"}),
     "table": Probe("DDPMScheduler", _DDIM | _SPACED, 1000, weak=True),
     "solver_schedule": Probe(_MULTI, _ZERO_SNR),
     "formula_timesteps": Probe(_MULTI, {"use_exponential_sigmas": True}),
     "lu_sigmas": Probe(_MULTI, {"use_lu_lambdas": True}),
-    "steps_in_reach": "the range of a formula is the caller's choice; λ is not clipped",
-    "flow_end": "ends at another level, correctly",
+    "steps_in_reach": "the caller chooses the range of a formula; λ is then not clipped",
+    "flow_end": "sampling ends at another level, and is correct there",
     "preserving_levels": Probe(_MULTI, {"solver_order": 3}, 500),
     "exploding_levels": Probe("HeunDiscreteScheduler", {}, 500),
-    "exploding_start": "the start has 1/(1 + σ²) too little variance: 4e-5 for the linear schedule",
+    "exploding_start": "the initial variance lacks 1/(1 + σ²) of itself: 4e-5 for “linear”",
     "euler_end": Probe(
         _EULER, {"use_karras_sigmas": True, "sigma_min": 0.001, "final_sigmas_type": "sigma_min"}
     ),
     "churned_sample": Probe(_EULER, {}, weak=True, step={"s_churn": 5.0}),
     "ancestral_sigmas": Probe("EulerAncestralDiscreteScheduler", {}, 5, weak=True),
-    "check_ancestral": "refused by name",
+    "check_ancestral": "an error names the option",
     "rounded_karras": Probe("KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
     "geometric_mean": Probe("KDPM2DiscreteScheduler", {}, 500),
-    "lms_sigmas": "terms left out where image-to-image begins; the rest is rounding",
+    "lms_sigmas": "terms are missing where image-to-image begins; the rest is rounding",
     "deis_weights": Probe("DEISMultistepScheduler", {"solver_order": 3}, 500),
-    "edm_start": "the start has a variance (1 − σ_data²)/σ_max² off: 1e-4 by default",
+    "edm_start": "the initial variance is wrong by (1 − σ_data²)/σ_max²: 1e-4 by default",
     "edm_sigmas": Probe("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential"}),
-    "edm_end": "a single step that does nothing",
-    "check_edm_sigmas": "refused by name",
-    "check_edm_solver": "refused by name",
-    "edm_sample": "precision of the arithmetic alone",
-    "velocity_level": "a target for training, not a sampler: v of another timestep",
+    "edm_end": "a single step does nothing",
+    "check_edm_sigmas": "an error names the option",
+    "check_edm_solver": "an error names the option",
+    "edm_sample": "only the precision of the arithmetic differs",
+    "velocity_level": "affects a target of training, not sampling: v of another timestep",
     "flow_levels": Probe(_FLOWS, {}, 500),
     "clean": "the same level, in the type of a float32 table",
     "ddim_levels": Probe("DDIMScheduler", _DDIM | _SPACED, 300),
@@ -125,8 +125,8 @@ PROBES: dict[str, Probe | str] = {
     ),
     "stage_noise": Probe(_SINGLE, _SDE | {"solver_order": 2}, weak=True),
     "unipc_moments": Probe("UniPCMultistepScheduler", {"solver_order": 3}, 500),
-    "check_unipc": "refused by name",
-    "dynamic_shift": "rounding alone",
+    "check_unipc": "an error names the option",
+    "dynamic_shift": "only rounding differs",
     "inversion_grid": Probe("DDIMInverseScheduler", _DDIM),
     "inversion_levels": Probe("DDIMInverseScheduler", _DDIM | {"timestep_spacing": "trailing"}, 30),
     "consistency_end": "noise of the last level stays in the result",
@@ -136,10 +136,10 @@ PROBES: dict[str, Probe | str] = {
                                              "prediction_type": "v_prediction"}),
     "transfer": Probe("PNDMScheduler", {"skip_prk_steps": True}, 500),
     "flow_line": Probe(_FLOWS, {"shift": 3.0}),
-    "flow_sigmas_of": "for custom timesteps: the network is given a lower noise level than x has",
-    "flow_path": "scale_noise and stochastic_sampling with invert_sigmas: noise for data",
+    "flow_sigmas_of": "with custom timesteps, the network is given a lower noise level than x has",
+    "flow_path": "scale_noise and stochastic_sampling with invert_sigmas confuse noise and data",
     "flow_row": "cancels `flow_path` in a deterministic step",
-    "token_output": "a sign that callers undo",
+    "token_output": "callers reverse the sign",
 }  # fmt: skip
 
 # Departures that are rounding alone, in float32: how far they move a result depends on the
@@ -161,7 +161,7 @@ def text_of(reading: type[Exact], name: str) -> str:
 def table() -> str:
     """Return the ledger in Markdown, with its costs measured now."""
     rows = [
-        "| departure | the paper | diffusers 0.42.1 | visible in | exact | with it | moves |",
+        "| departure | the paper | diffusers 0.42.1 | measured in | without | with | difference |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in departures():
@@ -178,9 +178,9 @@ def table() -> str:
 HEAD = """\
 # Where diffusers departs from the papers
 
-Written by `python benchmarks/quirks_ledger.py` from `schedulers/core/quirks.py`, which has both
-readings of each departure: do not edit. `compat="exact"` has none of the departures,
-`compat="diffusers"` all of them together; one alone is switched on by
+This file is written by `python benchmarks/quirks_ledger.py`, so do not edit it. Its text comes from
+`schedulers/core/quirks.py`, which has both versions of each departure. `compat="exact"` has none of
+the departures, `compat="diffusers"` has all of them. To switch on a single one:
 
 ```python
 from minidiff.schedulers import DDIMScheduler
@@ -190,11 +190,17 @@ scheduler = DDIMScheduler(compat="exact", timestep_spacing="linspace")
 one_departure = scheduler.reread(departing("ddim_levels"))
 ```
 
-The last columns are errors at the end of sampling with the optimal network, without and with the
-departure, and how far it moves the result. *Path* errors are against the exact probability flow of
-a mixture of two Gaussians, *variance* errors against the variance of one Gaussian, ¼. The error
-without the departure is the solver's own; a departure may happen to reduce it. Where the departure
-is rounding to float32, only the magnitude of the last column is the same on another processor.
+The notation is that of the code. T is the number of training steps, n that of sampling steps. A
+noisy sample is x = α·x0 + σ·ε, with ᾱ = α² for variance-preserving schedules, and λ = ln(α/σ).
+The *grid* is the list of timesteps or noise levels that sampling visits.
+
+The last three columns were measured at the end of sampling with a perfect network. They are the
+error without the departure, the error with it, and the difference between the two results. A
+*path* error is the distance from the exact path (the probability flow) of data from a mixture of
+two Gaussians. A *variance* error is the difference from the right variance, ¼, for data from one
+Gaussian. The error without the departure is due to the finite number of steps; a departure may
+happen to reduce it. Where the departure is rounding to float32, the difference has another value
+on another processor, but about the same magnitude.
 """
 
 
