@@ -15,6 +15,8 @@ MAX_SEED = 2**32 - 1
 # Data sets, see `minidiff.data`
 PUBLISHED = {"mnist": "IDX files", "cifar10": "binary files"}
 DATA_NAMES = ("digits", *PUBLISHED, "captions")
+# Small captioned sets to adapt a model to, see `minidiff.adapters.examples`
+EXAMPLES = ("hearts", "stars", "diamonds", "crosses", "striped", "brown")
 # Points, see `minidiff.data.toys`
 TOYS = ("moons", "swissroll", "spiral", "pinwheel", "checkerboard", "ring", "grid")
 SPLITS = ("train", "test")

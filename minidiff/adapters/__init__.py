@@ -1,1 +1,5 @@
-"""What changes or steers a trained model: adapters, new words, ControlNets, distillation."""
+"""What changes or steers a trained model; see `minidiff.adapters.learners`."""
+
+from minidiff.adapters.personal import CustomDiffusion, DreamBooth, LoRA, TextualInversion
+
+__all__ = ["CustomDiffusion", "DreamBooth", "LoRA", "TextualInversion"]

@@ -14,8 +14,8 @@ from minidiff.names import DEVICES, DTYPE_NAMES, ENGINES, LOGS, MAX_SEED, SAMPLE
 from minidiff.shipped import MODELS
 
 GROUPS = (
-    "model", "data", "run", "budget", "optimisation", "objective", "network", "measurement",
-    "image", "sampling", "output",
+    "model", "adapter", "data", "run", "budget", "optimisation", "objective", "network",
+    "measurement", "image", "sampling", "output",
 )  # fmt: skip
 
 
@@ -109,6 +109,8 @@ def add_data_files(command: Parser) -> None:
         "into --data-dir, checked by size and SHA-256")  # fmt: skip
     add("--image-size", type=int, help="side that the images of a folder are cropped and resized "
         "to, in pixels")  # fmt: skip
+    add("--caption", metavar="TEXT", help="caption of all images of a folder without a "
+        "metadata.jsonl")  # fmt: skip
 
 
 def add_run_folder(command: Parser) -> None:
@@ -142,7 +144,8 @@ def _add_option(command: Parser, name: str, option: Field) -> None:
         help += f" (default: {value})"
     if name in ("minutes", "steps"):
         kind = _budget(kind)
-    read = listed_numbers if kind is tuple else kind
+    numbers = isinstance(default, tuple) and isinstance(default[0], int)
+    read = (listed_numbers if numbers else listed_names) if kind is tuple else kind
     options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": read}
     if values := option.metadata["values"]:
         options |= {"nargs": len(values), "metavar": values}

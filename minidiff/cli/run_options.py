@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from minidiff import shipped
+from minidiff.adapters import examples, learners
 from minidiff.cli.arguments import flag_of
 from minidiff.data import load
 from minidiff.data.latents import LatentData
 from minidiff.data.protocol import Data
 from minidiff.errors import CheckpointError, InvalidArgument
-from minidiff.names import DATA_NAMES, DATA_VARIABLE, PUBLISHED
+from minidiff.names import DATA_NAMES, DATA_VARIABLE, EXAMPLES, PUBLISHED
 from minidiff.nn import AutoencoderKL
 from minidiff.pipeline import Pipeline
 from minidiff.runs.autoencoder import open_vae
@@ -27,6 +28,7 @@ from minidiff.runtime.device import DTYPES, available_cores, describe, pick_devi
 from minidiff.runtime.distributed import own_device
 from minidiff.runtime.files import read_options
 from minidiff.training.config import Kind, LoopConfig, merged
+from minidiff.training.learner import Learner
 from minidiff.training.start import fixed_options
 
 BUDGET = ("minutes", "steps")
@@ -97,7 +99,9 @@ def data_source(name: str, options: argparse.Namespace) -> dict[str, Any]:
     elif Path(name).is_dir():
         name = str(Path(name).absolute())
     place = folder and str(Path(folder).absolute())
-    return {"name": name, "data_dir": place, "image_size": options.image_size}
+    found = {"name": name, "data_dir": place, "image_size": options.image_size}
+    caption = getattr(options, "caption", None)
+    return found if caption is None else found | {"caption": caption}
 
 
 def load_source(
@@ -105,8 +109,9 @@ def load_source(
 ) -> Data:
     """Return the data of a source, encoded on the device where the source names an autoencoder."""
     others = {"download": download, **source}
-    vae, _ = others.pop("vae", None), others.pop("init", None)
-    data = load(**others)
+    vae = others.pop("vae", None)
+    others.pop("init", None), others.pop("learn", None)
+    data = examples.load(others["name"]) if others["name"] in EXAMPLES else load(**others)
     if vae is None:
         return data
     device = own_device(device)
@@ -176,6 +181,23 @@ def start_of(
     if isinstance(start.vae, AutoencoderKL):
         places.setdefault("vae", places["init"])
     return places, start, fixed_options(start)
+
+
+def learner_of(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Return what --learn and its options say, for `learners.make`, and the learner.
+
+    Raises:
+        InvalidArgument: an option of no or another learner, or a learner without --init.
+    """
+    given = {name: getattr(options, name) for name in learners.flags() if hasattr(options, name)}
+    if options.learn is None:
+        for name in given:
+            raise InvalidArgument(f"{flag_of(name)} is an option of --learn, which is missing")
+        return {}, Learner.of
+    if options.init is None:
+        raise InvalidArgument(f"--learn {options.learn} needs a model to change: --init MODEL")
+    known = {"what": options.learn, **given}
+    return {"learn": known}, learners.make(**known)
 
 
 def open_start(place: str | None) -> Pipeline | None:

@@ -8,6 +8,8 @@ class, nor are folders of thumbnails (`@eaDir`, `__MACOSX`). Sub-folders that ar
 val or test are refused. Names that begin with a dot, and files without the suffix of an image, are
 ignored. The order is that of the sorted relative paths.
 
+A `metadata.jsonl` in the folder has captions instead of classes, see `minidiff.data.texts`.
+
 Every tenth image of that order (the 10th, 20th, …) belongs to the test split and never to the train
 split. It is needed to distinguish memorizing from generalizing.
 
@@ -28,7 +30,8 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.data.images import ImageData
-from minidiff.errors import DataError, one_of, whole_number
+from minidiff.data.texts import METADATA, CaptionedImages, match, read_captions
+from minidiff.errors import DataError, InvalidArgument, one_of, whole_number
 from minidiff.images.pixels import GREY_MODES, on_black, opened, orientation, too_deep, upright
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
@@ -47,7 +50,12 @@ class _Header(NamedTuple):
     height: int
 
 
-def load(folder: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
+def load(
+    folder: str | Path,
+    split: str = "train",
+    image_size: int | None = None,
+    caption: str | None = None,
+) -> ImageData | CaptionedImages:
     """Read a folder of images, with the layout of this module's docstring.
 
     Args:
@@ -55,12 +63,14 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
         split: "train", or "test" for the images held out.
         image_size: side to which the central square of each image is resized, with an antialiasing
             filter; None if all images have one size.
+        caption: caption of all images, for a folder without `metadata.jsonl`.
 
     Returns:
-        Images uint8 (N, C, H, W), labelled if there are sub-folders.
+        Images uint8 (N, C, H, W): captioned if there is a caption or a `metadata.jsonl`, else
+        labelled if there are sub-folders.
 
     Raises:
-        InvalidArgument: another split, or an image_size below 1.
+        InvalidArgument: another split, an image_size below 1, or a caption beside the file's.
         DataError: no images, an unreadable one, or sizes that differ; names the file.
     """
     one_of("split", split, ("train", "test"))
@@ -68,12 +78,15 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
         image_size = whole_number("image_size", image_size, 1, 65536)
     root = Path(folder)
     files, labels, class_names = _list(root)
+    captions = _captions(root, files, caption)
     # Size and colour depend on all files, so that both splits have the same shape.
     headers = [_header(path) for path in files]
     if image_size is None:
         _require_one_size(files, headers)
     mode = "L" if all(header.grey for header in headers) else "RGB"
     chosen = [i for i in range(len(files)) if (i % HOLD_OUT == HOLD_OUT - 1) == (split == "test")]
+    if captions:
+        chosen = list(range(len(files)))
     if not chosen:
         raise DataError(
             f"{root}: {len(files)} images are too few to hold one out; "
@@ -93,7 +106,18 @@ def load(folder: str | Path, split: str = "train", image_size: int | None = None
     chosen_labels = torch.tensor([labels[i] for i in chosen]) if class_names else None
     # "folder" distinguishes a folder called "mnist" from the data set of that name.
     name = f"folder {root.resolve().name}"
+    if captions:
+        return CaptionedImages(name, images, captions)
     return ImageData(name, images, chosen_labels, class_names)
+
+
+def _captions(root: Path, files: list[Path], caption: str | None) -> list[str] | None:
+    """Return the caption of every image, or None. Raises DataError, InvalidArgument."""
+    if not (root / METADATA).is_file():
+        return None if caption is None else [caption] * len(files)
+    if caption is not None:
+        raise InvalidArgument(f"caption must be left out, {root} has a {METADATA}; got {caption!r}")
+    return match([path.relative_to(root).as_posix() for path in files], read_captions(root), root)
 
 
 def _list(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:

@@ -19,6 +19,7 @@ from minidiff.errors import InvalidArgument
 from minidiff.nn import AutoencoderKL
 from minidiff.runtime.checks import instance
 from minidiff.text.conditioning import ClassLabels, Condition, ConditionConfig
+from minidiff.text.prompts import Prompts
 
 
 class Data(Protocol):
@@ -71,6 +72,10 @@ class Data(Protocol):
         Its weights, if it has any, are drawn from torch's global random state.
         """
         return ClassLabels(self.num_classes, hides=config.label_dropout > 0)
+
+    def tokenized(self, prompts: Prompts) -> "Data":
+        """Return the data with captions in the token numbers of other prompts, if it can be."""
+        return self
 
     def network(self, config: ConditionConfig) -> nn.Module | None:
         """Return a fresh network for these data; None for the U-Net of images and latents."""

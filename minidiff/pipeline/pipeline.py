@@ -19,8 +19,8 @@ from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
 from minidiff.noise import Generators
 from minidiff.pipeline import card
 from minidiff.pipeline import folder as pipeline_folder
-from minidiff.pipeline.callbacks import StepEnd, StepFunction
 from minidiff.pipeline.denoiser import Guidance, Method, build_denoiser, evaluated_by
+from minidiff.pipeline.late import LateMethods
 from minidiff.pipeline.parts import (
     check_autoguidance_scale,
     check_class_names,
@@ -31,7 +31,7 @@ from minidiff.pipeline.parts import (
 from minidiff.pipeline.request import Request
 from minidiff.pipeline.space import LatentSpace, PointSpace, space_of
 from minidiff.pipeline.start import InitialState, initial_state
-from minidiff.pipeline.walk import WalkedStep, walked
+from minidiff.pipeline.walk import StepEnd, StepFunction, WalkedStep, walked
 from minidiff.runtime.device import pick_device
 from minidiff.runtime.progress import progress_bar
 from minidiff.runtime.tensors import DTYPES
@@ -54,7 +54,7 @@ class PipelineOutput(NamedTuple):
     labels: Tensor | None
 
 
-class Pipeline:
+class Pipeline(LateMethods):
     """A network and a scheduler that generate images together.
 
     Args:
@@ -204,7 +204,7 @@ class Pipeline:
                 Setting `pipe._interrupt = True` ends sampling after this step.
             callback_on_step_end_tensor_inputs: names of these tensors: "latents" is x and
                 "denoised" x̂0. A network conditioned on text also has "prompt_embeds", the negative
-                ones first where it is guided; see `callbacks.NETWORK_INPUTS`.
+                ones first where it is guided; see `walk.NETWORK_INPUTS`.
             progress: True for a progress bar, False for none; None for one where someone watches,
                 see `minidiff.runtime.progress`.
         Raises:
@@ -390,73 +390,10 @@ class Pipeline:
         if dtype is not None and dtype not in allowed:
             raise InvalidArgument(f"dtype must be one of {allowed}, got {dtype}")
         place = None if device is None else pick_device(device)
-        encoders = () if self.prompts is None else self.prompts.encoders
-        for network in (*self.unets, self.vae, *encoders):
-            if network is not None:
-                network.to(place)
+        for network in self.networks:
+            network.to(place)
         self.dtype = dtype or self.dtype
         return self
-
-    def optimize(
-        self, engine: str = "auto", dtype: str = "auto", cache: bool = True, memory: str = "normal"
-    ) -> "Pipeline":
-        """Evaluate the networks by an inference engine, and print its name; return the pipeline.
-
-        Images agree with torch's within a grey level in float32. Where derivatives are wanted, or a
-        network cannot be exported, torch evaluates it. Weights that change afterwards are refused.
-
-        Args:
-            engine: "auto", "torch", "openvino", "onnxruntime", "compile" or "cuda-graph".
-            dtype: number type of matrix products: "float32", "bfloat16", or "auto", which is
-                bfloat16 where the hardware is faster with it.
-            cache: keep exported graphs in the user's cache folder, see `minidiff cache`.
-            memory: "low" evaluates layers one image at a time, and feed-forward layers in parts:
-                less memory, mostly less speed. It needs torch, which "auto" then is.
-        Raises:
-            InvalidArgument: an unknown engine, dtype or memory, or an engine that is not installed,
-                not for this device, or not for low memory.
-            MinidiffError: the cache cannot be written; or a network cannot be exported, unless
-                engine is "auto".
-        """
-        from minidiff.engines.optimize import optimize
-
-        return optimize(self, engine, dtype, cache, memory)
-
-    def offload(self, device: str | torch.device = "cuda") -> "Pipeline":
-        """Keep all weights on the CPU, and move them to a device to use them; return the pipeline.
-
-        Text encoders are on the device as a whole while they are evaluated, the parts of the VAE in
-        turn, and the U-Net one group of layers at a time. Sampling runs where x is, on the CPU.
-        Only one call at a time may use the pipeline then. For less memory, call
-        `optimize(memory="low")` afterwards.
-
-        Args:
-            device: "cuda", "cuda:1", …
-        Raises:
-            InvalidArgument: a device that this machine does not have, or `optimize` was called.
-        """
-        from minidiff.engines.memory import offload
-
-        return offload(self, device)
-
-    def export(self, folder: str | Path, format: str = "onnx") -> dict[str, Any]:
-        """Write the pipeline with its networks as graphs, which other programs can run.
-
-        The folder holds a graph for each network, and `export.json`, which describes their inputs.
-        Every graph is compared with torch; the relative error is printed and must be below 1e-4.
-
-        Args:
-            folder: new or empty folder.
-            format: "onnx", "openvino" or "pt2".
-        Returns:
-            The content of export.json.
-        Raises:
-            InvalidArgument: an unknown format, or one whose extra is not installed.
-            MinidiffError: a network cannot be exported, or the folder cannot be written.
-        """
-        from minidiff.engines.exported import export
-
-        return export(self, folder, format)
 
     @property
     def has_null_class(self) -> bool:

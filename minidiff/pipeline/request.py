@@ -20,11 +20,11 @@ from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
 from minidiff.guidance import METHODS, extrapolated, interval_of, rescaled
 from minidiff.images.pixels import Original
 from minidiff.noise import MAX_SEED, Generators
-from minidiff.pipeline.callbacks import StepEnd, step_ends
 from minidiff.pipeline.denoiser import Guidance, Method
 from minidiff.pipeline.inpaint import Stretch, stretches
 from minidiff.pipeline.parts import check_autoguidance_scale, check_guidance_scale
 from minidiff.pipeline.start import initial_noise, noise_sources
+from minidiff.pipeline.walk import StepEnd, step_ends
 from minidiff.runtime.checks import callback, flag, optional
 from minidiff.sample import Step, meaning_of
 from minidiff.schedulers import DDIMScheduler, Scheduler

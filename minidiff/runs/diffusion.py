@@ -3,6 +3,7 @@
 RUN/samples-N.png   pictures along the way, N the step
 RUN/samples.png     pictures at the end
 RUN/model/          the pipeline with the averaged weights, replaced as a whole
+RUN/adapter/        instead of it what a learner of `minidiff.adapters` changes
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,15 @@ from minidiff.objective import Objective
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
 from minidiff.runs.autosave import PrintLine, Saving
-from minidiff.runs.folder import CONFIG, LOG, MODEL, SAMPLES, card_facts, open_pipeline
+from minidiff.runs.folder import (
+    ADAPTER,
+    CONFIG,
+    LOG,
+    MODEL,
+    SAMPLES,
+    card_facts,
+    open_pipeline,
+)
 from minidiff.runs.run import Amount, Run
 from minidiff.runtime.checks import callback
 from minidiff.runtime.device import pick_device
@@ -34,6 +43,7 @@ from minidiff.training.diffusion import (
     train,
 )
 from minidiff.training.learner import Learner
+from minidiff.training.start import prepared
 
 __all__ = ["CONFIG", "LOG", "MODEL", "resume", "train_into", "write_samples"]
 
@@ -83,7 +93,8 @@ def train_into(
             --resume` finds them.
         shard: the processes that torchrun started shard the weights (FSDP2).
         start: pipeline to continue from; None for a fresh network.
-        learner: function from the pipeline to what of it is trained and saved.
+        learner: function from the pipeline to what of it is trained and saved, such as
+            `minidiff.adapters.LoRA()`.
         extension: loss of another command, which owns further networks.
     Raises:
         InvalidArgument: config and data do not fit together; nothing is written then.
@@ -95,10 +106,13 @@ def train_into(
     device = own_device(pick_device(device))
     if true_or_false("shard", shard) and not launched():
         raise InvalidArgument("shard is for several processes: torchrun --nproc_per_node K …")
-    check(config, data, start)
+    if shard and hasattr(learner, "save"):
+        raise InvalidArgument("shard must be False where only an adapter is trained")
+    _, seen = prepared(learner, data, start)
+    check(config, seen, start)
     check_machine(config, device, processes(), shard)
     run = Run.begin(
-        out, extension.command, resolve(config, data, start), data, device,
+        out, extension.command, resolve(config, seen, start), data, device,
         saving=saving, load=load, shard=shard, start=start,
     )  # fmt: skip
     return _train(run, data, device, start, learner, extension)
@@ -137,12 +151,15 @@ def resume(
         out, extension.command, data, print_line,
         start=start, load=load, minutes=minutes, steps=steps,
     )  # fmt: skip
-    check_replaceable(run.out / MODEL)  # which the end of the run replaces
+    adapter = hasattr(learner, "save")
+    result = run.out / (ADAPTER if adapter else MODEL)
+    if not adapter:
+        check_replaceable(result)  # which the end of the run replaces
     device = own_device(pick_device(run.settings.device if device is None else device))
-    if run.changed is None and (step := run.finished_at()) and (run.out / MODEL).is_dir():
+    if run.changed is None and (step := run.finished_at()) and result.is_dir():
         more = "--minutes +10 or the like" if run.settings.config.minutes else f"--steps +{step}"
         run.print_line(f"already finished at step {step}; {more} lengthens it")
-        return open_pipeline(run.out, device)
+        return learner.load(start, result) if adapter else open_pipeline(run.out, device)
     if run.settings.config.cuda_graph and (device.type != "cuda" or launched()):
         print_line("going on without --cuda-graph, which is for one process on a GPU")
         config = replace(run.settings.config, cuda_graph=False)
@@ -160,6 +177,9 @@ def _train(
 ) -> Pipeline:
     """Train on this process, and the others that torchrun started; that of rank 0 writes."""
     config, prompts = run.settings.config, data.example_prompts(100)
+    adapter = hasattr(learner, "save")
+    if adapter:
+        learner = learner.within(run.out)
 
     def picture(pipe: Pipeline, step: int) -> None:
         if autosave.log is not None:
@@ -182,7 +202,10 @@ def _train(
             drawn = run.out / f"{SAMPLES}.png" if config.pictures else None
             if drawn is not None:
                 write_samples(pipe, drawn, prompts=prompts)
-            pipe.save_pretrained(run.out / MODEL, facts=card_facts(run.settings, drawn))
+            if adapter:
+                learner.save(pipe, run.out / ADAPTER)
+            else:
+                pipe.save_pretrained(run.out / MODEL, facts=card_facts(run.settings, drawn))
     return pipe
 
 

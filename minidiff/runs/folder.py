@@ -35,11 +35,12 @@ from minidiff.training.config import (
 CONFIG = "config.json"
 LOG = "log.jsonl"
 MODEL, SAMPLES = "model", "samples"  # further results of train
+ADAPTER = "adapter"  # instead of a model, where only a part is trained
 VAE, RECONSTRUCTIONS = "vae", "reconstructions"  # of train-vae
 LOADING = {
     "name": text, "split": choice(*SPLITS), "data_dir": optional(text),
     "image_size": optional(whole(1)), "download": flag, "vae": optional(text),
-    "init": optional(text),
+    "init": optional(text), "caption": optional(text), "learn": optional(instance(Mapping)),
 }  # fmt: skip
 KINDS = {
     "train": TrainConfig,
@@ -57,8 +58,8 @@ class Settings(NamedTuple):
     Attributes:
         command: a key of `KINDS`; the folder of a demo cannot be resumed.
         config: options of the training.
-        data: arguments of `minidiff.data.load`, the path of a vae and the model that the run began
-            with; empty where not known.
+        data: arguments of `minidiff.data.load`, the path of a vae, the model that the run began
+            with and what of it is learned; empty where not known.
         about: name, number, shape, classes and digests of the images, see `about`.
         device: type of the device.
         saving: how often the run is saved.
@@ -231,7 +232,7 @@ def loading(arguments: Mapping[str, Any], command: str) -> dict[str, Any]:
     """
     instance(Mapping)("load", arguments)
     begins = command in ("train", "distill")
-    known = [name for name in LOADING if begins or name not in ("vae", "init")]
+    known = [name for name in LOADING if begins or name not in ("vae", "init", "caption", "learn")]
     for name in arguments:
         one_of("load", name, known)
     check_all(arguments, LOADING)
@@ -264,6 +265,8 @@ def open_pipeline(path: str | Path, device: Device | str = "cpu") -> Pipeline:
     for folder in (path / MODEL, path):
         if (folder / INDEX).is_file():
             return Pipeline.from_pretrained(folder).to(device)
+    if (path / ADAPTER).is_dir():
+        raise CheckpointError(f"{path}: holds an adapter; sample its model with --adapter {path}")
     if (path / LOG).is_file():  # the model is written at the end
         raise CheckpointError(
             f"{path}: the run has no {MODEL}/{INDEX}; if it was interrupted, continue it: --resume"

@@ -5,8 +5,9 @@ CLIP's vocabulary and merges are files of the checkpoint. The code that applies 
 downloaded, and no code in the folder is run.
 """
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,8 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> Tensor:
     """
     check_texts(prompts)
     prompts, length = list(prompts), tokenizer.model_max_length
+    for word, tokens in getattr(tokenizer, "new_words", {}).items():
+        prompts = [prompt.replace(word, " ".join(tokens)) for prompt in prompts]
     whole = tokenizer(prompts, verbose=False).input_ids
     # A text that is cut keeps its first length - 1 tokens and the token that ends a text.
     if cut := [tokenizer.decode(ids[length - 1 : -1]) for ids in whole if len(ids) > length]:
@@ -80,6 +83,25 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: Sequence[str]) -> Tensor:
     return tokenizer(
         prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
+
+
+def extended(tokenizer: "CLIPTokenizer", counts: Mapping[str, int]) -> "CLIPTokenizer":
+    """Return a copy of a tokenizer that knows further words.
+
+    As in diffusers a word of several tokens stands for "word word_1 word_2 …".
+
+    Args:
+        tokenizer: CLIP's.
+        counts: number of tokens of every word.
+    """
+    other = copy.deepcopy(tokenizer)
+    tokens = {
+        word: [word, *(f"{word}_{i}" for i in range(1, count))] for word, count in counts.items()
+    }
+    other.add_tokens([token for group in tokens.values() for token in group])
+    several = {word: group for word, group in tokens.items() if len(group) > 1}
+    other.new_words = {**getattr(tokenizer, "new_words", {}), **several}
+    return other
 
 
 def check_texts(prompts: Sequence[str]) -> None:

@@ -11,13 +11,13 @@ A word outside the vocabulary is left out, with a warning that names it.
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minidiff.errors import CheckpointError, InvalidArgument, whole_number
+from minidiff.errors import CheckpointError, InvalidArgument, one_of, whole_number
 from minidiff.runtime.files import existing_folder, read_json, write_json
 from minidiff.text.clip import check_texts
 
@@ -35,14 +35,22 @@ class WordTokenizer:
     Args:
         words: vocabulary, in the order of the numbers after those of the marks.
         model_max_length: tokens per text, both marks included.
+        several: words that stand for several tokens, with their number: the word and those behind
+            it in `words`.
     Attributes:
-        words, model_max_length: the arguments.
+        words, model_max_length, several: the arguments.
         numbers: word → number.
     Raises:
-        InvalidArgument: no words, one twice or not in lower case, or a length without room for one.
+        InvalidArgument: no words, one twice or not in lower case, a length without room for one, or
+            a number of tokens that `words` does not have.
     """
 
-    def __init__(self, words: Sequence[str], model_max_length: int) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        model_max_length: int,
+        several: Mapping[str, int] | None = None,
+    ) -> None:
         if isinstance(words, str) or not isinstance(words, Sequence) or not words:
             raise InvalidArgument(f"words must be a list of at least one word, got {words!r}")
         for word in words:
@@ -57,6 +65,10 @@ class WordTokenizer:
             "model_max_length", model_max_length, len(MARKS), _MAX_LENGTH
         )
         self.numbers = {word: number for number, word in enumerate(words, len(MARKS))}
+        self.several = dict(several or {})
+        for word, count in self.several.items():
+            one_of("several", word, self.numbers)
+            whole_number(f"tokens of {word!r}", count, 2, len(self) - self.numbers[word])
 
     def __len__(self) -> int:
         """Return the number of tokens, marks included."""
@@ -77,7 +89,7 @@ class WordTokenizer:
         cut: list[str] = []
         for row, text in zip(ids, texts, strict=True):
             found = words_of(text)
-            known = [word for word in found if word in self.numbers]
+            known = [token for word in found for token in self._tokens(word)]
             unknown |= dict.fromkeys(word for word in found if word not in self.numbers)
             room = self.model_max_length - 2
             if len(known) > room:
@@ -95,6 +107,36 @@ class WordTokenizer:
                 stacklevel=2,
             )
         return ids
+
+    def _tokens(self, word: str) -> Sequence[str]:
+        """Return the tokens that a word stands for; none for an unknown word."""
+        if word not in self.numbers:
+            return ()
+        first = self.numbers[word] - len(MARKS)
+        return self.words[first : first + self.several.get(word, 1)]
+
+    def check_new(self, word: str) -> str:
+        """Return a word that may be added. Raises InvalidArgument."""
+        if not isinstance(word, str) or words_of(word) != [word]:
+            raise InvalidArgument(
+                f"word must be one word of lower-case letters and digits, got {word!r}"
+            )
+        if word in self.numbers:
+            raise InvalidArgument(f"word must be new to the model, which knows {word!r}")
+        return word
+
+    def extended(self, counts: Mapping[str, int]) -> "WordTokenizer":
+        """Return a tokenizer with further words, of one token or several. Raises InvalidArgument.
+
+        Args:
+            counts: number of tokens of every word.
+        """
+        words = list(self.words)
+        for word, count in counts.items():
+            names = (f"{word}x{i}" for i in range(2, count + 1))
+            words += [self.check_new(word), *(self.check_new(name) for name in names)]
+        several = {word: count for word, count in counts.items() if count > 1}
+        return WordTokenizer(words, self.model_max_length, self.several | several)
 
     def decode(self, ids: Tensor) -> list[str]:
         """Return one text per row of token numbers (B, L), without the marks.
@@ -116,6 +158,7 @@ class WordTokenizer:
             "tokenizer_class": CLASS,
             "words": list(self.words),
             "model_max_length": self.model_max_length,
+            **({"several": self.several} if self.several else {}),
         }
         write_json(Path(folder) / FILE, content)
 
@@ -129,13 +172,13 @@ class WordTokenizer:
         path = existing_folder(folder) / FILE
         content = read_json(path)
         keys = {"tokenizer_class", "words", "model_max_length"}
-        if content.keys() != keys or content["tokenizer_class"] != CLASS:
+        if content.keys() - {"several"} != keys or content["tokenizer_class"] != CLASS:
             raise CheckpointError(
                 f"{path}: must hold {', '.join(sorted(keys))} of a {CLASS}, "
                 f"got {', '.join(sorted(content)) or 'nothing'}"
             )
         try:
-            return cls(content["words"], content["model_max_length"])
+            return cls(content["words"], content["model_max_length"], content.get("several"))
         except InvalidArgument as error:
             raise CheckpointError(f"{path}: {error}") from error
 

@@ -33,6 +33,7 @@ from minidiff.training.loop import CALLBACKS, TrainingState, steps
 from minidiff.training.optim import EMA, Muon, orthogonalized, split_groups
 from minidiff.training.presets import preset_for
 from minidiff.training.progress import Progress, batch_size, learning_rate, training_bar
+from minidiff.training.start import prepared
 
 __all__ = [
     "EMA",
@@ -185,6 +186,7 @@ class DiffusionTraining(TrainingState):
         """Pipeline of the averaged weights; where they are sharded, all processes must read it."""
         if self.world.splits:
             self._whole.load_state_dict(self.world.whole(self.average.model.state_dict()))
+        self._whole.refresh(self._result)
         return self._result
 
     def pictures(self) -> int:
@@ -229,7 +231,8 @@ def train(
             `minidiff.training.objectives.class_of`.
         start: pipeline to continue from, which is not changed; None for a fresh network. Its
             network and noise schedule are kept, see `minidiff.training.start`.
-        learner: function from the pipeline to the part of it that is trained and saved.
+        learner: function from the pipeline to the part of it that is trained and saved, such as
+            `minidiff.adapters.LoRA()`.
         progress: True for a progress bar, False for none; None for one where someone watches, see
             `minidiff.runtime.progress`.
     Raises:
@@ -242,6 +245,7 @@ def train(
     if config is None:
         check_data(data)
         config = preset_for(data.name, data.shape, device.type != "cpu")
+    learner, data = prepared(learner, data, start)
     config = resolve(config, data, start)
     training = DiffusionTraining(config, data, device, optimizer, world, objective, start, learner)
     resume(training)
@@ -299,7 +303,7 @@ def _optimizer(
     config: TrainConfig, learner: Learner, trained: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """Return the config's optimizer, with a separate learning rate for a text encoder."""
-    text = set(learner.condition.parameters())
+    text = learner.text_parameters()
     groups = [
         {"params": parameters, "lr": config.learning_rate * factor}
         for encodes, factor in ((False, 1.0), (True, config.text_learning_rate))

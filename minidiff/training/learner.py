@@ -37,6 +37,10 @@ class Learner(nn.Module):
         """Return the parameters that training changes."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def text_parameters(self) -> set[nn.Parameter]:
+        """Return the parameters that `TrainConfig.text_learning_rate` is for."""
+        return set(self.condition.parameters())
+
     @classmethod
     def of(cls, pipe: Pipeline) -> "Learner":
         """Return the learner of a pipeline's network and text encoder."""
@@ -49,6 +53,9 @@ class Learner(nn.Module):
         other = copy.copy(like)
         other.unet, other.prompts = self.unet, self.condition.prompts
         return other
+
+    def refresh(self, pipe: Pipeline) -> None:
+        """Bring a result of `pipeline` up to date, where it does not share the weights."""
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return the network's output for noisy images (B, C, *space), times (B,) and labels."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minidiff.data.protocol import Data
+from minidiff.data.protocol import Data, check_data
 from minidiff.errors import InvalidArgument
 from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
@@ -121,12 +121,33 @@ def check_fit(start: Pipeline, config: TrainConfig, data: Data) -> None:
     with torch.device("meta"):
         prompts = data.condition(config).prompts
     wanted, given = (_vocabulary(texts) for texts in (prompts, start.prompts))
-    if wanted != given:
+    if wanted != given and not (wanted and given and _extends(*wanted, *given)):
         raise InvalidArgument(
             f"start must have the tokenizer of {data.name}"
             if prompts is not None
             else f"data must have captions, as the start is trained on; {data.name} have none"
         )
+
+
+def prepared(learner: Any, data: Data, start: Pipeline | None) -> tuple[Any, Data]:
+    """Return the learner with what the data decide, and the data as it is trained on them.
+
+    Args:
+        learner: argument of `train`; its `prepare`, if it has one, decides (`minidiff.adapters`).
+        data: images or latents; captions become tokens of the start.
+        start: pipeline that the training starts from; None for fresh weights.
+    Raises:
+        InvalidArgument: no data set; a learner that needs a start, without one; or as `prepare`.
+    """
+    check_data(data)
+    prepare = getattr(learner, "prepare", None)
+    if start is None:
+        if prepare:
+            raise InvalidArgument(f"start must be given for learner {type(learner).__name__}")
+        return learner, data
+    if prepare:
+        return prepare(start, data)
+    return learner, data if start.prompts is None else data.tokenized(start.prompts)
 
 
 def _check_space(start: Pipeline, data: Data) -> None:
@@ -152,6 +173,11 @@ def _vocabulary(prompts: Any) -> tuple | None:
         return None
     tokenizer = prompts.tokenizer
     return getattr(tokenizer, "words", type(tokenizer)), tokenizer.model_max_length
+
+
+def _extends(words: Any, length: int, known: Any, known_length: int) -> bool:
+    """Return whether a vocabulary is a known one with further words, which a learner may add."""
+    return isinstance(words, tuple) and length == known_length and words[: len(known)] == known
 
 
 def continued(start: Pipeline, config: TrainConfig, data: Data) -> Pipeline:

@@ -44,7 +44,7 @@ NONE = -100  # label of a property that a scene lacks; torch's cross-entropy ign
 HELD_OUT = tuple((digit, (3 * digit + 2) % len(COLOURS)) for digit in range(DIGITS))
 
 _TWO_DIGITS = 0.25  # fraction of the scenes with two digits
-_CONTRAST = 150  # minimum distance of a digit's colour from its background, of at most 441
+CONTRAST = 150  # minimum distance of a digit's colour from its background, of at most 441
 _MARGIN = 1.0  # pixels around the ink; twice as many between two digits
 _GAIN = 1.5  # factor on the ink, without which thin strokes fade in a small image
 _DRIFT = 3.0  # maximum offset of two digits from the middle line, in pixels
@@ -118,7 +118,7 @@ def rules(seen: bool, held_out: bool) -> Rules:
         pairs[pair] = held_out
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     heights = torch.tensor([[10.0, 11.0], [15.5, 19.5], [12.5, 14.0]], dtype=torch.float32)
-    return Rules(pairs, torch.cdist(palette, palette) >= _CONTRAST, palette, heights)
+    return Rules(pairs, torch.cdist(palette, palette) >= CONTRAST, palette, heights)
 
 
 def draw(u: Tensor, rules: Rules) -> Scenes:

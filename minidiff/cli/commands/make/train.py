@@ -3,11 +3,13 @@
 import argparse
 import math
 import textwrap
+from collections.abc import Mapping
 from dataclasses import replace
 from shlex import quote
 from typing import Any
 
 from minidiff import shipped
+from minidiff.adapters import learners
 from minidiff.cli.arguments import (
     Verbatim,
     add_command,
@@ -15,7 +17,7 @@ from minidiff.cli.arguments import (
     add_options,
     add_run_folder,
 )
-from minidiff.names import TOYS
+from minidiff.names import EXAMPLES, TOYS
 from minidiff.training.config import OPTIONS, TrainConfig, options_of
 from minidiff.training.presets import PRESETS, Preset, fitting, preset_for
 
@@ -37,7 +39,8 @@ def add_to(commands: Any) -> None:
     command.epilog = "presets:\n" + "\n".join(map(_described, PRESETS.items()))
     add = command.adder("data")
     add("--data", help="digits, mnist, cifar10, captions, a folder of images with a sub-folder "
-        f"for each class, or points: {', '.join(TOYS)} (default: the preset's)")  # fmt: skip
+        "for each class or a metadata.jsonl of captions, examples for --learn: "
+        f"{', '.join(EXAMPLES)}, or points: {', '.join(TOYS)} (default: the preset's)")  # fmt: skip
     add_data_files(command)
     add("--vae", metavar="RUN", help="autoencoder whose latents the model learns: a run of "
         "train-vae or a vae folder; --block is then 1")  # fmt: skip
@@ -47,6 +50,11 @@ def add_to(commands: Any) -> None:
         help="model to continue from, whose network and objective stay: a run, a model's folder, "
         f"or a shipped model: {', '.join(shipped.MODELS)}",
     )
+    add = command.adder("adapter")
+    kinds = "; ".join(f"{name}: {kind.title}" for name, kind in learners.kinds().items())
+    add("--learn", choices=list(learners.kinds()), metavar="WHAT", help="what of --init is learned "
+        f"for sample --adapter RUN (default: everything, as a new model). {kinds}")  # fmt: skip
+    add_options(command, learners.flags())
     add_run_folder(command)
     add = command.adder("run")
     add("--preset", choices=list(PRESETS), help="set of options, listed below")
@@ -83,6 +91,8 @@ def train(options: argparse.Namespace) -> None:
     if getattr(options, "batch_size", 0) > recipe.get("final_batch_size", math.inf):
         del recipe["final_batch_size"]
     places, start, fixed = run_options.start_of(options)
+    learn, learner = run_options.learner_of(options)
+    recipe = {**recipe, **getattr(learner, "defaults", {})}
     config = run_options.config_of(
         TrainConfig,
         options,
@@ -92,7 +102,7 @@ def train(options: argparse.Namespace) -> None:
         fixed,
     )
     saving = run_options.saving_of(options)
-    source = run_options.data_source(name, options) | places
+    source = run_options.data_source(name, options) | places | learn
     data = run_options.load_source(source, device, config.seed, options.download)
     if fits:
         fit = preset_for(name, data.shape, gpu)
@@ -101,9 +111,9 @@ def train(options: argparse.Namespace) -> None:
     _print_once(run_options.start_line(device, config, data))
     diffusion.train_into(
         options.out, config, data, device,
-        saving=saving, load=source, shard=options.shard, start=start,
+        saving=saving, load=source, shard=options.shard, start=start, learner=learner,
     )  # fmt: skip
-    _print_once(f"wrote {options.out}. Next: {_next(options.out)}")
+    _print_once(f"wrote {options.out}. Next: {_next(options.out, source)}")
 
 
 def _fitting(options: argparse.Namespace, data: str, gpu: bool) -> str | None:
@@ -126,11 +136,15 @@ def _resume(options: argparse.Namespace) -> None:
     )
     data = run_options.load_source(settings.data, device, settings.config.seed)
     start = run_options.open_start(settings.data.get("init"))
-    diffusion.resume(options.resume, data, device, start=start, **changes)
-    _print_once(f"{options.resume} is complete. Next: {_next(options.resume)}")
+    learn = settings.data.get("learn")
+    learner = {"learner": learners.make(**learn)} if learn else {}
+    diffusion.resume(options.resume, data, device, start=start, **learner, **changes)
+    _print_once(f"{options.resume} is complete. Next: {_next(options.resume, settings.data)}")
 
 
-def _next(run: str) -> str:
+def _next(run: str, source: Mapping[str, Any]) -> str:
+    if source.get("learn"):
+        return f"minidiff sample {quote(source['init'])} --adapter {quote(run)} …"
     return f"minidiff sample {quote(run)} --png samples.png"
 
 
