@@ -77,7 +77,7 @@ def test_every_option_is_a_flag_and_every_learner_has_a_title():
 
 
 @pytest.mark.parametrize(
-    "options, text",
+    ("options", "text"),
     [
         ({"what": "magic"}, "learn must be one of lora, "),
         ({"what": "word", "rank": 8}, "rank is an option of --learn lora, not of word"),
@@ -92,7 +92,7 @@ def test_a_bad_option_is_refused(options, text):
 
 
 @pytest.mark.parametrize(
-    "learner, text",
+    ("learner", "text"),
     [
         (LoRA(rank=81), "rank for unet.down_blocks.2.+attn1.to_q.weight must be in 1..80, got 81"),
         (LoRA(targets=("to_nothing",)), "no layer is 'to_nothing'"),
