@@ -94,8 +94,8 @@ def add_command(
     add("--threads", type=int, metavar="N", help="threads of the CPU (default: the faster of one "
         "and all)")  # fmt: skip
     add("--dtype", default=dtype, help="number type of the network: auto, "
-        f"{', '.join(DTYPE_NAMES)}; auto is bfloat16 where the hardware has it, "
-        "for sample float32 (default: auto)",
+        f"{', '.join(DTYPE_NAMES)}; auto is bfloat16 if the hardware has it, but "
+        "float32 for sample (default: auto)",
     )  # fmt: skip
     add("--debug", action="store_true", help="print the traceback of an error")
     return command
@@ -119,13 +119,13 @@ def add_run_folder(command: Parser) -> None:
     add("--out", help="folder of the run, new or empty")
     add("--resume", metavar="RUN", help="run to continue from its newest intact snapshot; its "
         "config.json has the options. --minutes or --steps lengthen it (+10 is added to its "
-        "budget); --data, --data-dir and the like say where its files lie now")  # fmt: skip
+        "budget). If files have moved, --data, --data-dir and others give their place")  # fmt: skip
     add("--save-every", type=int, metavar="N", help="steps between snapshots (default: every five "
         "minutes); the end, and a stop by a signal, are always saved")  # fmt: skip
-    add("--log", choices=LOGS, help="log to write beside log.jsonl, into RUN/tensorboard/: loss, "
-        "learning rate and images per second, and pictures along the way")  # fmt: skip
-    add("--keep-last", type=int, metavar="N", help="number of latest snapshots to keep, besides "
-        "the one with the lowest running loss (default: 2)")  # fmt: skip
+    add("--log", choices=LOGS, help="further log, in RUN/tensorboard/: loss, learning rate, "
+        "images per second, and grids of samples")  # fmt: skip
+    add("--keep-last", type=int, metavar="N", help="number of latest snapshots to keep; the one "
+        "with the lowest running loss is kept too (default: 2)")  # fmt: skip
 
 
 def add_options(command: Parser, options: Mapping[str, Field]) -> None:

@@ -228,12 +228,12 @@ class TrainConfig(LoopConfig):
         "else uniform)", str,
     )  # fmt: skip
     level_mean: float | None = _option(
-        "objective", None, CHECKS["level_mean"], "mean of ln(σ/α) where it is normal (default: "
-        "the paper's)", float,
+        "objective", None, CHECKS["level_mean"], "mean of ln(σ/α) for normal noise levels "
+        "(default: the paper's)", float,
     )  # fmt: skip
     level_std: float | None = _option(
-        "objective", None, CHECKS["level_std"], "standard deviation of ln(σ/α) where it is normal "
-        "(default: the paper's)", float,
+        "objective", None, CHECKS["level_std"], "standard deviation of ln(σ/α) for normal noise "
+        "levels (default: the paper's)", float,
     )  # fmt: skip
     loss_weight: str = _option(
         "objective", "none", CHECKS["loss_weight"],
@@ -247,8 +247,8 @@ class TrainConfig(LoopConfig):
         "(default: measured)", float,
     )  # fmt: skip
     stable_target: int = _option(
-        "objective", 0, whole(0, MAX_BATCH), "training images per step whose mean, weighted by how "
-        "well each explains a noisy image, replaces its own clean image as target; 0 for none",
+        "objective", 0, whole(0, MAX_BATCH), "number of training images per step whose mean, "
+        "weighted by how well each explains a noisy image, is the target for it; 0 for none",
     )  # fmt: skip
     learn_variance: bool = _option(
         "objective", False, CHECKS["learn_variance"], "learn the variance of DDPM's steps"
@@ -276,8 +276,8 @@ class TrainConfig(LoopConfig):
         "network", 2, COUNT, "side of the pixel blocks that become channels; 1 for none"
     )
     channels: tuple[int, ...] = _option(
-        "network", (48, 96), WIDTHS, "channels of each level; every level halves the size; the "
-        "last is the width of a network of points",
+        "network", (48, 96), WIDTHS, "channels of each level; every level halves the size; for "
+        "points, the last is the width of the network",
     )  # fmt: skip
     layers: int = _option("network", 1, COUNT, "residual blocks per level")
     dropout: float = _option("network", 0.0, FRACTION, "dropout in the residual blocks")
@@ -295,7 +295,7 @@ class TrainConfig(LoopConfig):
         "sampling", 1.5, real(), "guidance scale stored with the model", flag="guidance"
     )
     guide: str = _option(
-        "sampling", "cfg", choice(*names.GUIDES), "way of guidance stored with the model"
+        "sampling", "cfg", choice(*names.GUIDES), "guidance rule stored with the model"
     )
     guidance_interval: tuple[float, float] | None = _option(
         "sampling", None, lambda _, value: interval_of(value), "range of σ/α with guidance, stored "
@@ -319,7 +319,7 @@ class TrainConfig(LoopConfig):
         flag="sampling-steps",
     )  # fmt: skip
     pictures: int = _option(
-        "run", 4, NUMBER, "number of grids of samples saved along the way, the last one included"
+        "run", 4, NUMBER, "number of grids of samples saved in the course of the run, with the last"
     )
 
     def __post_init__(self) -> None:

@@ -32,9 +32,9 @@ class Preset:
 
 PRESETS = {
     "digits": Preset(
-        "a minute on a laptop: the smallest network that looks good, at full resolution, where "
-        "strokes are learnt sooner than on blocks of pixels; many small steps, which teach more "
-        "than the same images in few large ones; Muon, and a target with less noise",
+        "a minute on a laptop. The smallest network with good samples, at full resolution, where "
+        "it learns strokes sooner than on blocks of pixels. Small batches, since many small steps "
+        "teach more than few large ones; Muon; stable targets, which have less noise",
         "digits",
         TrainConfig(
             minutes=1.25, optimizer="muon", learning_rate=3e-3, stable_target=1024, batch_size=16,
@@ -42,9 +42,9 @@ PRESETS = {
         ),
     ),
     "mnist": Preset(
-        "ten minutes on two cores: v-prediction at full resolution, with few channels there, small "
-        "batches, Muon, a target with less noise; a stochastic sampler, whose fresh noise corrects "
-        "earlier errors, and guidance at the middle noise levels only",
+        "ten minutes on two cores. v-prediction at full resolution, with few channels there; small "
+        "batches; Muon; stable targets, which have less noise. A stochastic sampler, whose new "
+        "noise corrects earlier errors, and guidance only at middle noise levels",
         "mnist",
         TrainConfig(
             minutes=10, optimizer="muon", batch_size=32, final_batch_size=64, block=1,
@@ -53,9 +53,9 @@ PRESETS = {
         ),
     ),
     "cifar10": Preset(
-        "25 minutes of one GPU: full resolution, three levels of 64 to 192 channels, a network of "
-        "16 MB in 16 bits, so that many images are seen; Muon, a target with less noise, mirrored "
-        "images",
+        "25 minutes on one GPU. Full resolution and three levels of 64 to 192 channels: a small "
+        "network of 16 MB in 16 bits, so that it trains on many images. Muon; stable targets, "
+        "which have less noise; mirrored images",
         "cifar10",
         TrainConfig(
             minutes=25, prediction_type="edm", optimizer="muon", batch_size=128,
@@ -64,9 +64,9 @@ PRESETS = {
         ),
     ),
     "captions": Preset(
-        "eight minutes of one GPU (with --cuda-graph): text to image at full resolution, with a "
-        "text encoder that is trained with the network, and more of the noisy levels, which decide "
-        "the content of an image",
+        "eight minutes on one GPU (with --cuda-graph). Text to image at full resolution. The text "
+        "encoder is trained with the network. High noise levels, which decide the content of an "
+        "image, are drawn more often",
         "captions",
         TrainConfig(
             minutes=8, optimizer="muon", noise_levels="log_normal", level_mean=0.6, level_std=1.6,
@@ -75,8 +75,8 @@ PRESETS = {
         ),
     ),
     "points": Preset(
-        "20 seconds of one core, for learning and for trying out ideas: AdamW at a high learning "
-        "rate, whose steps take half the time of Muon's for so small a network",
+        "20 seconds on one core, for learning and for trying out ideas. AdamW at a high learning "
+        "rate; for so small a network, its steps take half the time of Muon's",
         "ring",
         TrainConfig(
             minutes=0.3, batch_size=512, learning_rate=1e-2, channels=(128,), layers=3, block=1,
@@ -84,8 +84,8 @@ PRESETS = {
         ),
     ),
     "research": Preset(
-        "the textbook as a baseline: noise prediction on the linear schedule (Ho et al. 2020), "
-        "a constant batch size and no tricks; flags set the options under study",
+        "a textbook baseline: noise prediction on the linear schedule (Ho et al. 2020), a constant "
+        "batch size and nothing else; use flags for the options under study",
         "mnist",
         TrainConfig(
             steps=100_000, prediction_type="epsilon", beta_schedule="linear", batch_size=128,

@@ -159,7 +159,7 @@ def test_evaluate_prints_the_table_and_writes_all_figures_as_json(run_folder, tm
     call += ["--parts", "samples,copying", "--sampler", "ddim", "--json", str(out)]
     assert main([*call, "--png", str(png)]) == 0
     text = capsys.readouterr().out
-    assert "200 samples a seed, seeds 0, ddim, 1 steps, guidance 1.5" in text
+    assert "200 samples per seed, seeds 0, ddim, 1 steps, guidance 1.5" in text
     assert "Fréchet distance, ‰" in text
     found = json.loads(out.read_text())
     assert found["protocol"] == protocol.PROTOCOL

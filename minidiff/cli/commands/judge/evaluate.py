@@ -27,18 +27,18 @@ def add_to(commands: Any) -> None:
         "Prints the evaluation table by the protocol of minidiff/EVALUATION.md: accuracy, Fréchet "
         "distance (‰ of the real spread, on minidiff's features; not FID), kernel distance, "
         "density, coverage, accuracy of a classifier trained on samples, distance to the nearest "
-        "training images, and bits per dimension. Each has its spread over seeds, and the values "
-        "of real images beside it. Of points: how many are near a mode, modes covered, and energy "
-        "distance, beside those of fresh points.",
+        "training images, and bits per dimension. Each has its spread over seeds; real images are "
+        "measured too, for comparison. For points, prints the fraction near a mode, the modes "
+        "covered and an energy distance, each also for new points of the true density.",
     )
     add_model(command)
     add = command.adder("data")
     add("--data", help="name or folder of the data (default: those of the training)")
     add("--data-dir", help=f"folder with the published files of the data (or set {DATA_VARIABLE})")
     add = command.adder("measurement")
-    add("--quick", action="store_true", help="10,000 samples a seed, and fewer of all else")
-    add("--num", type=int, help="samples a seed (default: as many as training images, at most "
-        "50,000; 1,000 for captions, 10,000 points)")  # fmt: skip
+    add("--quick", action="store_true", help="10,000 samples per seed, less of all else")
+    add("--num", type=int, help="samples per seed (default: the number of training images, at "
+        "most 50,000; captions 1,000; points 10,000)")  # fmt: skip
     add("--seeds", type=int, help="number of seeds, from --seed upwards (default: 3; captions: 1)")
     add("--parts", type=listed_names, help=f"some of {','.join(PARTS)} (default: all)")
     add(
@@ -93,7 +93,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.json:
         files.write_json(options.json, table.as_json())
     seeds = ", ".join(map(str, plan.seeds))
-    print(f"{plan.samples} samples a seed, seeds {seeds}, {setting(pipe, options)}")
+    print(f"{plan.samples} samples per seed, seeds {seeds}, {setting(pipe, options)}")
     print(table)
 
 

@@ -13,9 +13,10 @@ def add_to(commands: Any) -> None:
         commands,
         watermark,
         "write or read an invisible watermark of 32 bits",
-        "write: marks a picture with a message that is not seen and survives JPEG. read: prints "
+        "write: hides a message in a picture; it cannot be seen, and survives JPEG. read: prints "
         "the message of each picture, or with --message whether it is there; the exit code is 1 "
-        "where it is missing. A picture must be read at the size at which it was marked. Transparency is put on black.",
+        "if it is missing. A picture must have the same size when it is read as when it was "
+        "marked. Transparent parts are read on black.",
     )
     command.add_argument("what", choices=("write", "read"), help="write or read")
     command.add_argument("pictures", nargs="+", metavar="PICTURE", help="write: the picture, and "

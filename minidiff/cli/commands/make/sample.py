@@ -20,8 +20,8 @@ def add_to(commands: Any) -> None:
         sample,
         "generate images with a trained model",
         "Generates images with the model of a run or folder, or edits an image with --image and "
-        "--mask. Sampler, steps and guidance are by default those stored with the model. Image i "
-        "of a seed is the same for every batch size.",
+        "--mask. By default, sampler, steps and guidance are those stored with the model. For a "
+        "given seed, image i is the same for every batch size.",
     )
     add_model(command)
     command.add_argument("text", nargs="?", help="prompt, for a model that was trained on captions")
@@ -29,10 +29,10 @@ def add_to(commands: Any) -> None:
     add("--num", type=int, help="number of images (default: 16 of one class or text, else 100; "
         "2000 points)")  # fmt: skip
     add("--class", dest="label", metavar="CLASS", help="name or number of the class to draw "
-        "(default: all, equally often)")  # fmt: skip
+        "(default: all of them, equally often)")  # fmt: skip
     add("--negative", metavar="TEXT", help="negative prompt")
     add_sampling(command)
-    add("--guide", choices=GUIDES, help="way of guidance: plain extrapolation, rescaled, or "
+    add("--guide", choices=GUIDES, help="guidance rule: plain extrapolation, rescaled, or "
         "adaptive projected (default: that of the model)")  # fmt: skip
     add("--guidance-rescale", type=float, default=0.0, help="weight of rescaling guided outputs to "
         "the standard deviation of unguided ones, 0 to 1")  # fmt: skip
@@ -45,14 +45,14 @@ def add_to(commands: Any) -> None:
         "--mask 1)")  # fmt: skip
     add("--mask", help="image that is white where --image is replaced, grey where it is blended")
     add("--reconstruction-guidance", type=float, default=0.0, metavar="W", help="with --mask: "
-        "weight of the guidance by the kept pixels; 5 closes seams")  # fmt: skip
+        "weight of guidance by the kept pixels; with 5, seams disappear")  # fmt: skip
     add = command.adder("output")
     add("--png", help="file for a grid of the images, or a scatter plot of points (default: "
         "samples.png, with --npz none)")  # fmt: skip
-    add("--scale", type=int, metavar="N", help="side of a pixel in --png (default: 2, for one "
-        "image 1)")  # fmt: skip
-    add("--watermark", metavar="HEX", help="message of 32 bits that every image carries unseen; "
-        "see minidiff watermark")  # fmt: skip
+    add("--scale", type=int, metavar="N", help="enlarge each pixel of --png to N×N (default: 2; 1 "
+        "for one image)")  # fmt: skip
+    add("--watermark", metavar="HEX", help="32-bit message to hide in every image; see minidiff "
+        "watermark")  # fmt: skip
     add("--npz", help="file for images (uint8, N×H×W×C), or points (float32, N×D), and labels")
     add("--gif", help="file for an animation from noise to the images (of the first batch)")
     add("--strip", help="PNG file of the steps: samples above, predicted clean images below")

@@ -13,19 +13,19 @@ def add_to(commands: Any) -> None:
     command = add_command(
         commands,
         compare,
-        "compare samplers, a custom one too, on one model",
-        "Samples a model from the same noise. Prints every sampler's measured order, and the "
-        "distance to the converged solution, which needs no data; writes a picture.",
+        "compare samplers, also your own, on one model",
+        "Samples a model from the same noise with every sampler. Prints each one's measured order, "
+        "and its distance from the result of many more steps, without data. Writes a picture.",
     )
     command.set_defaults(model=None, sampler=None)  # of `open_model`
     command.add_argument("run", metavar="MODEL", help=f"{', '.join(shipped.MODELS)}, or the folder "
         "of a run or of a model")  # fmt: skip
     add = command.adder("sampling")
     add("--samplers", type=listed_names, default=("ddim", "dpm++", "unipc"), metavar="NAMES",
-        help=f"with commas, of {', '.join(SAMPLERS)} (default: ddim,dpm++,unipc)")  # fmt: skip
-    add("--plugin", metavar="FILE:CLASS", help="sampler of a Python file, tested for conformance")
+        help=f"comma-separated, of {', '.join(SAMPLERS)} (default: ddim,dpm++,unipc)")  # fmt: skip
+    add("--plugin", metavar="FILE:CLASS", help="your own sampler, a class in a Python file")
     add("--steps", type=listed_numbers, default=(4, 10, 20), help="with commas (default: 4,10,20)")
-    add("--num", type=int, help="images a sampler (default: 30, with --data 500)")
+    add("--num", type=int, help="images per sampler (default: 30, with --data 500)")
     add("--guidance", type=float, help="guidance scale, 1 for none (default: the model's)")
     add = command.adder("data")
     add("--data", help="name of the data to score samples against, such as digits or mnist")

@@ -11,12 +11,12 @@ def add_to(commands: Any) -> None:
     command = add_command(
         commands,
         diff,
-        "find where and why a scheduler's samples are not those of diffusers",
-        "Samples the same noise with a scheduler of diffusers and with both readings of "
-        "minidiff's, and names the first step at which compat='exact' diverges, and the "
-        "departures that explain it (schedulers/QUIRKS.md). The exit code is 1 if it diverges.",
+        "find where and why a scheduler's samples differ from diffusers'",
+        "Samples the same noise with a scheduler of diffusers, and with minidiff's by "
+        "compat='diffusers' and compat='exact'. Prints the first step at which 'exact' diverges "
+        "and the departures that explain it (schedulers/QUIRKS.md). The exit code is then 1.",
     )
-    command.add_argument("scheduler", help="class of diffusers, such as DDIM")
+    command.add_argument("scheduler", help="scheduler class of diffusers, such as DDIM")
     add = command.adder("sampling")
     add("--steps", type=int, default=20, help="steps of the scheduler")
     add_scheduler_options(command)

@@ -13,8 +13,9 @@ def add_to(commands: Any) -> None:
         commands,
         explain,
         "print a sampler's equation, and its numbers in every step",
-        "Prints the paper's equation, its place in the code, and its numbers. A step that misses "
-        "its level is marked ≠. With a model: also how far the predicted clean image moves.",
+        "Prints the paper's equation, its place in the code, and its numbers. A step that ends at "
+        "a wrong noise level is marked ≠. With a model, also prints how much the predicted clean "
+        "image changes.",
     )
     add_model(command)
     command.set_defaults(sampler=None)  # of `open_model`, which takes no plug-ins

@@ -13,9 +13,9 @@ def add_to(commands: Any) -> None:
     command = add_command(
         commands,
         explore,
-        "write a page in which every sampler runs",
-        "Writes one HTML file that needs neither a server nor a network: drag the data, switch "
-        "samplers, schedules and steps, and watch. With a model, its own network runs in the page "
+        "write a web page in which you can try every sampler",
+        "Writes one HTML file that needs neither a server nor a connection: drag the data, switch "
+        "samplers, schedules and steps, and watch. With a model, its network runs in the page "
         "if it is small enough; otherwise the page has pictures of its predictions.",
     )
     add_model(command)
