@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from minidiff.images.pixels import read_image
 from minidiff.images.watermark import Watermark, message_of
 from minidiff.pipeline import Pipeline
 from minidiff.runs.folder import open_pipeline
+from minidiff.runtime import files
 from minidiff.runtime.device import pick_device, pick_dtype
 from minidiff.schedulers.core.names import sampler
+
+
+SUFFIXES = {"strip": ".png"}  # of flags that are not named after theirs
 
 
 def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
@@ -81,6 +86,19 @@ def setting(pipe: Pipeline, options: argparse.Namespace) -> str:
     name = options.sampler or f"{type(pipe.scheduler).__name__} (the model's)"
     suffix = "" if auto == 1 else f", autoguidance {auto:g}"
     return f"{name}, {steps} steps, guidance {scale:g}{suffix}"
+
+
+def check_files(options: argparse.Namespace, *flags: str) -> None:
+    """Refuse output files before work starts. Raises InvalidArgument, or OSError."""
+    paths = [(flag, path) for flag in flags if (path := getattr(options, flag)) is not None]
+    for (one, path), (other, same) in combinations(paths, 2):
+        if path == same:
+            raise InvalidArgument(f"--{one} and --{other} must be two files, got {path} twice")
+    for flag, path in paths:
+        suffix = SUFFIXES.get(flag, f".{flag}")
+        if Path(path).suffix.lower() != suffix:
+            raise InvalidArgument(f"--{flag} must be a {suffix} file, got {path}")
+        files.ensure_writable(path)
 
 
 def class_of(pipe: Pipeline, given: str | None) -> str | int | None:

@@ -2,15 +2,13 @@
 
 import argparse
 import math
-from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.names import GUIDES
 
-SUFFIXES = {"png": ".png", "npz": ".npz", "gif": ".gif", "strip": ".png"}
+FILES = ("png", "npz", "gif", "strip")
 
 
 def add_to(commands: Any) -> None:
@@ -58,31 +56,24 @@ def add_to(commands: Any) -> None:
     add("--strip", help="PNG file of the steps: samples above, predicted clean images below")
 
 
-def _check_files(options: argparse.Namespace) -> None:
-    """Refuse output files before work starts; without any, choose samples.png."""
-    from minidiff.runtime import files
-
-    paths = [(flag, path) for flag in SUFFIXES if (path := getattr(options, flag)) is not None]
-    if not paths:
-        paths, options.png = [("png", "samples.png")], "samples.png"
-    for (one, path), (other, same) in combinations(paths, 2):
-        if path == same:
-            raise InvalidArgument(f"--{one} and --{other} must be two files, got {path} twice")
-    for flag, path in paths:
-        if Path(path).suffix.lower() != SUFFIXES[flag]:
-            raise InvalidArgument(f"--{flag} must be a {SUFFIXES[flag]} file, got {path}")
-        files.ensure_writable(path)
-
-
 def sample(options: argparse.Namespace) -> None:
     """Run minidiff sample."""
-    from minidiff.cli.model_options import class_of, draw, marking, open_model, starting_image
+    from minidiff.cli.model_options import (
+        check_files,
+        class_of,
+        draw,
+        marking,
+        open_model,
+        starting_image,
+    )
     from minidiff.images import plot
     from minidiff.images.pixels import MODES, read_mask
     from minidiff.lab.film import Film
     from minidiff.runtime import files
 
-    _check_files(options)
+    if all(getattr(options, flag) is None for flag in FILES):
+        options.png = "samples.png"
+    check_files(options, *FILES)
     if options.scale is not None:
         whole_number("scale", options.scale, 1, 64)
     if options.model is not None and options.text is None:
