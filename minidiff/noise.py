@@ -51,6 +51,24 @@ def _mix(seed: int, index: int) -> int:
     return h ^ (h >> 16)
 
 
+def check_generators(generator: Generators, batch: int) -> None:
+    """Refuse what is neither None, a generator, nor a list of one for each image of a batch.
+
+    Raises:
+        InvalidArgument: names the argument and what was given.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not isinstance(generator, Sequence) or not all(
+        isinstance(one, torch.Generator) for one in generator
+    ):
+        raise InvalidArgument(
+            f"generator must be a torch.Generator, a list of them, or None; got {generator!r}"
+        )
+    if len(generator) != batch:
+        raise InvalidArgument(f"generator must list {batch} generators, got {len(generator)}")
+
+
 def randn(
     shape: Sequence[int],
     generator: Generators = None,
@@ -69,16 +87,9 @@ def randn(
     Raises:
         InvalidArgument: not generators, or a list whose length is not B.
     """
+    check_generators(generator, shape[0])
     if generator is None or isinstance(generator, torch.Generator):
         source = generator.device if generator is not None else device
         return torch.randn(*shape, generator=generator, device=source, dtype=dtype).to(device)
-    if not isinstance(generator, Sequence) or not all(
-        isinstance(one, torch.Generator) for one in generator
-    ):
-        raise InvalidArgument(
-            f"generator must be a torch.Generator, a list of them, or None; got {generator!r}"
-        )
-    if len(generator) != shape[0]:
-        raise InvalidArgument(f"generator must list {shape[0]} generators, got {len(generator)}")
     images = [torch.randn(*shape[1:], generator=g, device=g.device, dtype=dtype) for g in generator]
     return torch.stack(images).to(device, non_blocking=True)

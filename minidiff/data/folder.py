@@ -32,7 +32,7 @@ from torch import Tensor
 from minidiff.data.images import ImageData
 from minidiff.data.texts import METADATA, CaptionedImages, match, read_captions
 from minidiff.errors import DataError, InvalidArgument, one_of, whole_number
-from minidiff.images.pixels import GREY_MODES, on_black, opened, orientation, too_deep, upright
+from minidiff.images.pixels import GREY_MODES, on_black, opened, orientation, unreadable, upright
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
                       ".pgm", ".pnm", ".jfif"})  # fmt: skip
@@ -186,13 +186,13 @@ def _open(path: Path) -> Iterator[Image.Image]:
 def _header(path: Path) -> _Header:
     try:
         with _open(path) as image:
-            (width, height), mode, problem = image.size, image.mode, too_deep(image)
+            (width, height), mode, problem = image.size, image.mode, unreadable(image)
             if orientation(image) >= 5:
                 width, height = height, width
     except Exception as error:  # decoders of arbitrary bytes raise nearly anything
         raise DataError(f"{path}: not a readable image ({error})") from error
     if problem:
-        raise DataError(f"{path}: {problem}, expected 8 bits per channel")
+        raise DataError(f"{path}: {problem}")
     return _Header(mode in GREY_MODES, width, height)
 
 

@@ -246,12 +246,12 @@ def _decoded(path: str | Path) -> Any:
         raise DataError(f"{path}: no such file")
     try:
         with opened(path) as image:
-            problem = too_deep(image)
+            problem = unreadable(image)
             decoded = upright(image)
     except Exception as error:  # Pillow's decoders raise any exception for damaged files
         raise DataError(f"{path}: not a readable image ({error})") from error
     if problem:
-        raise DataError(f"{path}: {problem}, expected 8 bits per channel")
+        raise DataError(f"{path}: {problem}")
     return decoded
 
 
@@ -268,8 +268,8 @@ def opened(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Any]:
         yield image
 
 
-def too_deep(image: Any) -> str:
-    """Return why 8 bits per channel cannot hold the pixels of an opened image, or "".
+def unreadable(image: Any) -> str:
+    """Return why grey or RGB of 8 bits cannot hold the pixels of an opened image, or "".
 
     Pillow would clip 16-bit grey and floats, and drop half of the bits of 16-bit colours.
     """
@@ -277,8 +277,11 @@ def too_deep(image: Any) -> str:
     deep = re.search(r";16[BLN]", depth) or (
         image.format == "PPM" and re.search(r"\b\d{4,}\)", depth)
     )
-    if deep or image.mode not in GREY_MODES | COLOUR_MODES:
-        return f"pixels of mode {image.mode!r}{', 16 bits' if deep else ''}"
+    if deep or image.mode[0] in "IF":
+        bits = ", 16 bits" if deep else ""
+        return f"pixels of mode {image.mode!r}{bits}, expected 8 bits per channel"
+    if image.mode not in GREY_MODES | COLOUR_MODES:
+        return f"pixels of mode {image.mode!r}, expected grey or RGB: convert it"
     return ""
 
 

@@ -31,7 +31,7 @@ from minidiff.nn.blocks.tiling import ImageMap, sliced, tiled
 from minidiff.nn.configs.autoencoder import DOWN_BLOCKS, UP_BLOCKS, AutoencoderConfig
 from minidiff.nn.model import Model, parse_options
 from minidiff.runtime.files import Config
-from minidiff.runtime.shapes import append_dims, readable, warn_unless_finite
+from minidiff.runtime.shapes import append_dims, readable
 from minidiff.runtime.tensors import Stored
 
 MAX_PIXEL = 16  # values of pixels beyond it are bytes, not in [−1, 1] and not noise
@@ -109,7 +109,7 @@ class AutoencoderKL(Model):
         Raises:
             InvalidArgument: another shape or type, or a side below `divisor`.
         """
-        _check_images("x", x, self.config.in_channels, self.divisor)
+        self._check_images("x", x, self.config.in_channels, self.divisor)
         if any(side % self.divisor for side in x.shape[2:]):
             warnings.warn(
                 f"x has sides {tuple(x.shape[2:])}, not divisible by {self.divisor}: its last rows "
@@ -127,7 +127,7 @@ class AutoencoderKL(Model):
         Raises:
             InvalidArgument: another shape or type.
         """
-        _check_images("z", z, self.config.latent_channels, 1)
+        self._check_images("z", z, self.config.latent_channels, 1)
         sides = self.tile_latent_min_size, self.tile_sample_min_size
         return self._in_parts(self._pixels, *sides)(z)
 
@@ -171,6 +171,17 @@ class AutoencoderKL(Model):
                 f"the network must have as many in_channels as the vae latent_channels "
                 f"({self.config.latent_channels}), got {channels}"
             )
+
+    def _check_images(self, name: str, x: Tensor, channels: int, smallest: int) -> None:
+        """Refuse anything but a batch of images with `channels` and sides of `smallest` or more."""
+        check_floating(name, x)
+        if x.dim() != 4 or x.shape[1] != channels or not x.shape[0]:
+            raise InvalidArgument(
+                f"{name} must have shape (B, {channels}, height, width), got {tuple(x.shape)}"
+            )
+        if min(x.shape[2:]) < smallest:
+            raise InvalidArgument(f"{name} must have sides >= {smallest}, got {tuple(x.shape[2:])}")
+        self.check_inputs(**{name: x})
 
     def _moments(self, x: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(x))
@@ -341,18 +352,6 @@ def _attention(c: AutoencoderConfig, width: int, attends: bool) -> nn.Module:
 
 
 # -------------------------------------------------------------------------------------- helpers
-
-
-def _check_images(name: str, x: Tensor, channels: int, smallest: int) -> None:
-    """Refuse anything but a batch of images with `channels` and sides of at least `smallest`."""
-    check_floating(name, x)
-    if x.dim() != 4 or x.shape[1] != channels or not x.shape[0]:
-        raise InvalidArgument(
-            f"{name} must have shape (B, {channels}, height, width), got {tuple(x.shape)}"
-        )
-    if min(x.shape[2:]) < smallest:
-        raise InvalidArgument(f"{name} must have sides >= {smallest}, got {tuple(x.shape[2:])}")
-    warn_unless_finite(name, x)
 
 
 def _per_channel(value: float | Sequence[float], z: Tensor) -> float | Tensor:

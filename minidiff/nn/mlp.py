@@ -29,7 +29,6 @@ from minidiff.nn.blocks.embeddings import (
 from minidiff.nn.model import Model, parse_options
 from minidiff.runtime.checks import check_fields, option, optional, whole
 from minidiff.runtime.files import Config
-from minidiff.runtime.shapes import warn_unless_finite
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class MLP(Model):
             raise InvalidArgument(
                 f"sample must have shape (B, {self.config.in_channels}), got {tuple(sample.shape)}"
             )
-        warn_unless_finite("sample", sample)
+        self.check_inputs(sample=sample)
         emb = self.time_embedding(self.time_proj(expand_times(sample, timestep)))
         emb = F.silu(emb + self.class_embedding(class_labels, len(sample)))
         waves = [sample * 2**k for k in range(self.config.num_waves)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
 from minidiff.runtime.files import (
@@ -24,6 +24,7 @@ from minidiff.runtime.files import (
     user_path,
     write_json,
 )
+from minidiff.runtime.shapes import warn_unless_finite
 from minidiff.runtime.tensors import (
     DTYPES,
     Stored,
@@ -141,6 +142,27 @@ class Model(nn.Module):
             state = self.state_dict()
             write_weights(temporary, self.weights_name, state, max_shard_size, variant)
             write_json(temporary / CONFIG, self.written_config())
+
+    def check_inputs(self, **inputs: object) -> None:
+        """Refuse tensors of another dtype than the weights', and warn of NaN and infinity.
+
+        Autocast converts all but float64. What is no tensor of floating point is left to others.
+
+        Args:
+            inputs: inputs of the network by name.
+        Raises:
+            InvalidArgument: names the input.
+        """
+        dtype = next(self.parameters()).dtype
+        for name, x in inputs.items():
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                continue
+            is_cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+            if x.dtype != dtype and not is_cast:
+                raise InvalidArgument(
+                    f"{name} must have the dtype of the network, {dtype}, got {x.dtype}"
+                )
+            warn_unless_finite(name, x)
 
     # --- differences between libraries and their versions ------------------------------------
 

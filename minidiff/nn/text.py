@@ -27,6 +27,7 @@ from minidiff.nn.blocks.layers import ACTIVATIONS
 from minidiff.nn.configs.text import MODEL_TYPE, PROJECTS, TextConfig, read_arguments
 from minidiff.nn.model import Model, parse_options
 from minidiff.runtime.files import Config
+from minidiff.runtime.shapes import check_mask
 from minidiff.runtime.tensors import Stored, read_tensor
 
 EMBEDDINGS = "text_model.embeddings"
@@ -125,6 +126,7 @@ class TextEncoder(Model):
                 f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, "
                 f"got {tuple(mask.shape)}"
             )
+        check_mask("attention_mask", mask)
 
     # ------------------------------------------------------------------------- folders
 

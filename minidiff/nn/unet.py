@@ -64,7 +64,6 @@ from minidiff.nn.configs.unet import VOCABULARIES, unet_config
 from minidiff.nn.configs.unet_plan import AttentionPlan, SelfAttentionPlan, Stage, UNetConfig
 from minidiff.nn.model import Model, describe_options
 from minidiff.runtime.files import Config
-from minidiff.runtime.shapes import warn_unless_finite
 from minidiff.runtime.tensors import Stored
 
 
@@ -183,7 +182,7 @@ class UNet(Model):
         The arguments and errors are those of `forward`, in its order.
         """
         t, batch = self._checked_times(sample, timestep), sample.shape[0]
-        self._check_dtypes(sample=sample, encoder_hidden_states=tokens, timestep_cond=guidance)
+        self.check_inputs(sample=sample, encoder_hidden_states=tokens, timestep_cond=guidance)
         text = self.encoder_hid_proj(tokens, mask, batch)
         emb = self.time_embedding(self.time_proj(t), guidance)
         emb = self.join(emb, self.class_embedding(labels, batch))
@@ -220,19 +219,7 @@ class UNet(Model):
             )
         if min(sides) < self.smallest_side:
             raise InvalidArgument(f"sample must have sides >= {self.smallest_side}, got {sides}")
-        warn_unless_finite("sample", sample)
         return expand_times(sample, timestep)
-
-    def _check_dtypes(self, **inputs: Tensor | None) -> None:
-        """Refuse inputs of another dtype than the weights', unless autocast converts them."""
-        dtype = self.conv_in.weight.dtype
-        for name, x in inputs.items():
-            if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == dtype:
-                continue
-            if not torch.is_autocast_enabled(x.device.type):
-                raise InvalidArgument(
-                    f"{name} must have the dtype of the network, {dtype}, got {x.dtype}"
-                )
 
 
 describe_options(UNet, *VOCABULARIES)

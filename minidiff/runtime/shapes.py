@@ -29,6 +29,12 @@ def warn_unless_finite(name: str, x: Tensor) -> None:
         warnings.warn(f"{name} must be finite, got {problem}", stacklevel=4)
 
 
+def check_mask(name: str, mask: Tensor) -> None:
+    """Refuse other entries of a mask that is `readable`. Raises InvalidArgument."""
+    if readable(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InvalidArgument(f"{name} must hold 0 and 1 only, got {mask.flatten().tolist()!s:.60}")
+
+
 def _not_finite(x: Tensor) -> str:
     """Return the kind and the fraction of entries that are not finite; "" without any."""
     # A sum is quick, but can overflow where no entry is infinite.

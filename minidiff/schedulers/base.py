@@ -24,7 +24,7 @@ from minidiff.prediction import clip, dynamic_threshold, split, target
 from minidiff.schedule import Level, add_noise
 from minidiff.schedulers.core import table
 from minidiff.schedulers.core.grid import Grid
-from minidiff.schedulers.core.inputs import check_pair, check_step, host_number
+from minidiff.schedulers.core.inputs import check_pair, check_step, host_number, model_input
 from minidiff.schedulers.core.quirks import Exact
 
 Noise = Callable[[], Tensor]
@@ -141,7 +141,7 @@ class Scheduler(Grid):
 
         Variance-preserving schedulers return the sample.
         """
-        return sample
+        return model_input(sample, timestep)
 
     def scaled_input(self, sample: Tensor, level: Level) -> Tensor:
         """Return the network's input for a sample at any level, see `scale_model_input`."""
@@ -186,7 +186,7 @@ class Scheduler(Grid):
         return_dict: bool,
         **options: Any,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        check_step(model_output, sample, variance_noise, generator)
+        check_step(model_output, sample, variance_noise, generator, return_dict)
         now, nxt = self._levels_at(self._host_timestep(timestep))
         noise = self._noise(model_output, generator, variance_noise)
         here = self._evaluate(model_output, sample, now, noise, **options)
@@ -201,8 +201,7 @@ class Scheduler(Grid):
             self._step_index += 1
             if self.history and self._step_index == len(self.grid):
                 self.past.clear()  # no later step needs the history
-        if prev.dtype != model_output.dtype:
-            prev = prev.to(model_output.dtype)
+        prev = prev.to(model_output.dtype)
         return SchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _host_timestep(self, timestep: float | Tensor) -> float:

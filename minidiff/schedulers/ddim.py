@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, real_number
+from minidiff.errors import InvalidArgument, real_number, true_or_false
 from minidiff.noise import Generators
 from minidiff.prediction import combine, split
 from minidiff.schedule import Level
@@ -71,10 +71,10 @@ class DDIMScheduler(Scheduler):
         Raises:
             InvalidArgument: eta is out of range, or as `Scheduler.step`.
         """
-        real_number("eta", eta, 0, 1)
+        clipped = true_or_false("use_clipped_model_output", use_clipped_model_output)
         return self._step(
             model_output, timestep, sample, generator, variance_noise,
-            return_dict=return_dict, eta=eta, eps_from_x0=use_clipped_model_output,
+            return_dict=return_dict, eta=real_number("eta", eta, 0, 1), eps_from_x0=clipped,
         )  # fmt: skip
 
     def update(self, x, x0, eps, now, nxt, noise, *, eta: float, eps_from_x0: bool) -> Tensor:

@@ -28,6 +28,7 @@ from minidiff.prediction import combine, edm_row
 from minidiff.runtime.checks import positive
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, sigma_range
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
+from minidiff.schedulers.core.inputs import check_pair, model_input
 from minidiff.schedulers.core.options import falling
 from minidiff.schedulers.core.sigmas import SigmaScheduler
 from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler, multistep
@@ -79,7 +80,7 @@ class EDMSigmas(SigmaScheduler):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Return the network's input c_in·x. Raises InvalidArgument for a timestep off the grid."""
-        return self.scaled_input(sample, self.present_level(timestep))
+        return self.scaled_input(model_input(sample, timestep), self.present_level(timestep))
 
     def scaled_input(self, sample: Tensor, level: Level) -> Tensor:
         return self.precondition_inputs(sample, level.sigma)
@@ -90,6 +91,7 @@ class EDMSigmas(SigmaScheduler):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the network's target, F or −F, for x0 = sample and this noise."""
+        check_pair("noise", noise, "sample", sample)
         return self.target(sample, noise, self._batch_level(timesteps, sample))
 
     @property

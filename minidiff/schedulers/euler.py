@@ -29,6 +29,7 @@ from minidiff.prediction import target
 from minidiff.runtime.checks import real
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level
 from minidiff.schedulers.base import Evaluation, Noise, SchedulerOutput
+from minidiff.schedulers.core.inputs import check_pair, model_input
 from minidiff.schedulers.core.options import falling, host_numbers, is_falling
 from minidiff.schedulers.core.rounding import hypot, sqrt
 from minidiff.schedulers.core.sigmas import FORMULAS, SigmaScheduler, TrainedSigmas
@@ -68,7 +69,7 @@ class ExplodingSigmas(TrainedSigmas):
         Raises:
             InvalidArgument: the first timestep is not on the grid.
         """
-        return self.scaled_input(sample, self.present_level(timestep))
+        return self.scaled_input(model_input(sample, timestep), self.present_level(timestep))
 
     def scaled_input(self, sample: Tensor, level: Level) -> Tensor:
         return sample / hypot(1, level.sigma)
@@ -267,6 +268,7 @@ class EulerDiscreteScheduler(ExplodingSigmas):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return v = (ε − σ·x0)/√(1 + σ²) at grid entries, the target of "v_prediction"."""
+        check_pair("noise", noise, "sample", sample)
         level = self.reading.velocity_level(self, timesteps, sample)
         return target(sample, noise, level, "v_prediction")
 

@@ -24,6 +24,7 @@ from minidiff.runtime.checks import real
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, shifted_sigmas, stretched_sigmas
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
 from minidiff.schedulers.core import options as option_rules
+from minidiff.schedulers.core.inputs import check_pair
 from minidiff.schedulers.core.options import falling
 from minidiff.schedulers.core.sigmas import FORMULAS, SigmaScheduler
 
@@ -292,10 +293,11 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
         """Return the level of every token, and the grid's next one below it."""
         if self._inverted:
             raise InvalidArgument("per_token_timesteps cannot be combined with invert_sigmas=True")
-        if sample.ndim != 3 or timesteps.shape != sample.shape[:2]:
+        shape = tuple(getattr(timesteps, "shape", ())) or timesteps
+        if not isinstance(timesteps, Tensor) or sample.ndim != 3 or shape != sample.shape[:2]:
             raise InvalidArgument(
-                "per_token_timesteps must be (B, N) for a sample (B, N, C), got "
-                f"{tuple(timesteps.shape)} and {tuple(sample.shape)}"
+                "per_token_timesteps must be a tensor (B, N) for a sample (B, N, C), got "
+                f"{shape!r} and {tuple(sample.shape)}"
             )
         now = (timesteps.to(self.reading.dtype) / self.config.num_train_timesteps)[..., None]
         grid = self.sigmas.to(now.device)
@@ -317,6 +319,8 @@ class FlowMatchEulerDiscreteScheduler(SigmaScheduler):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the network's target dx/dσ, the same everywhere on the line."""
+        check_pair("noise", noise, "sample", sample)
+        self._flat(timesteps)  # refuses what are no numbers
         p, q = self._row
         return p * sample + q * noise
 

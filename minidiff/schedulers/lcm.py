@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.errors import InvalidArgument, real_number, whole_number
+from minidiff.errors import InvalidArgument, real_number, true_or_false, whole_number
 from minidiff.noise import Generators
 from minidiff.prediction import combine
 from minidiff.schedulers.base import Evaluation, IndexedScheduler, SchedulerOutput
@@ -166,6 +166,7 @@ class LCMScheduler(IndexedScheduler):
         return_dict: bool = True,
     ) -> LCMSchedulerOutput | tuple[Tensor, Tensor]:
         """Jump to the data and back up to noise; arguments and errors as in `Scheduler.step`."""
+        true_or_false("return_dict", return_dict)
         prev, x0 = self._step(model_output, timestep, sample, generator, None, return_dict=False)
         output = LCMSchedulerOutput(prev, x0)  # type: ignore[call-arg]  # methods are no fields
         return output if return_dict else (prev, x0)

@@ -104,6 +104,56 @@ def test_an_input_of_another_dtype_is_refused_by_name_unless_autocast_converts_i
             assert unet(timestep=3, **inputs).isfinite().all()
 
 
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_conditioning_that_is_not_finite_is_warned_of_by_name(value):
+    unet, inputs = UNet(**TEXT), {"encoder_hidden_states": tokens(), "timestep_cond": x_of(2, 6)}
+    for name, x in inputs.items():
+        with pytest.warns(UserWarning, match=f"{name} must be finite"):
+            unet(x_of(2, 3, 8, 8), 3, **inputs | {name: spoilt(x, value)})
+
+
+def test_conditioning_of_another_kind_is_refused_by_name_in_one_line():
+    unet, inputs = UNet(**TEXT), {"encoder_hidden_states": tokens(), "timestep_cond": x_of(2, 6)}
+    for name, x in inputs.items():
+        for bad in (x.numpy(), x.long(), x[:1], 5, "x", [1]):
+            with pytest.raises(InvalidArgument, match=f"^{name} must.*, got") as error:
+                unet(x_of(2, 3, 8, 8), 3, **inputs | {name: bad})
+            assert "\n" not in str(error.value)
+    for bad in (5, "x", {"a": 1}):
+        with pytest.raises(InvalidArgument, match="added_cond_kwargs must be None"):
+            unet(x_of(2, 3, 8, 8), 3, **inputs, added_cond_kwargs=bad)
+
+
+def test_a_mask_of_tokens_holds_zeros_and_ones():
+    unet, mask = UNet(**TEXT), torch.ones(2, 4)
+    call = {"sample": x_of(2, 3, 8, 8), "timestep": 3, "encoder_hidden_states": tokens()}
+    for bad in (mask / 2, -mask, mask * NAN):
+        with pytest.raises(InvalidArgument, match="encoder_attention_mask must hold 0 and 1 only"):
+            unet(**call, encoder_attention_mask=bad)
+    for good in (mask, mask.bool(), mask.long()):
+        assert torch.equal(unet(**call, encoder_attention_mask=good), unet(**call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_every_network_refuses_inputs_of_another_dtype(dtype):
+    vae, mlp = AutoencoderKL(**VAE), MLP()
+    for call, x, name in (
+        (vae, x_of(1, 3, 8, 8), "x"), (vae.encode, x_of(1, 3, 8, 8), "x"),
+        (vae.decode, x_of(1, 4, 4, 4), "z"), (lambda x: mlp(x, 3), x_of(2, 2), "sample"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidArgument, match=f"{name} must have the dtype of the network"):
+            call(x.to(dtype))
+
+
+def test_a_sparse_input_is_refused():
+    for call, x in (
+        (lambda x: UNet(**TEXT)(x, 3, tokens()), x_of(2, 3, 8, 8)),
+        (AutoencoderKL(**VAE).encode, x_of(1, 3, 8, 8)),
+    ):
+        with pytest.raises(InvalidArgument, match="must be dense, got torch.sparse_coo"):
+            call(x.to_sparse())
+
+
 VAE = {
     "block_out_channels": (8, 8), "down_block_types": 2 * ("DownEncoderBlock2D",),
     "up_block_types": 2 * ("UpDecoderBlock2D",), "norm_num_groups": 4,

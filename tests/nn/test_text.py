@@ -689,6 +689,7 @@ IDS = torch.zeros(2, 5, dtype=torch.int64)
         (IDS + VOCAB_SIZE, None, rf"input_ids must be in 0\.\.{END_ID}, got {VOCAB_SIZE}"),
         (IDS, [[1] * 5] * 2, "attention_mask must be a tensor of bool or whole numbers, got list"),
         (IDS, IDS.float(), "attention_mask must be a tensor of bool .* got torch.float32"),
+        (IDS, IDS * 0 + 7, "attention_mask must hold 0 and 1 only, got"),
         (IDS, IDS[:1], r"attention_mask must have the shape of input_ids, \(2, 5\), got \(1, 5\)"),
     ],
 )

@@ -228,6 +228,21 @@ def test_a_dynamic_shift_beyond_float32_is_refused_by_name(mu: Any) -> None:
 # --- the grid -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_device_that_is_not_there_is_refused_by_name(name: str) -> None:
+    for bad in ("gpu", "cuda:99", 5.5, [1]):
+        with pytest.raises(InvalidArgument, match="device must be one that torch has here"):
+            SCHEDULERS[name]().set_timesteps(5, device=bad)
+    assert SCHEDULERS[name](num_train_timesteps=10).timesteps.is_cpu
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_config_that_is_no_dict_is_refused_by_name(name: str) -> None:
+    for bad in ("ddim", None, 5, [("beta_start", 0.1)]):
+        with pytest.raises(InvalidArgument, match="config must be a dict of options, got"):
+            SCHEDULERS[name].from_config(bad)
+
+
 @pytest.mark.parametrize("n", [0, -3, 1.5, 10.0, "ten", True, NAN, [10]])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_an_invalid_number_of_steps_is_refused(name: str, n: Any) -> None:
@@ -361,8 +376,59 @@ def test_a_timestep_off_the_grid_is_refused_in_any_step(name: str, t: Any) -> No
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_sample_or_output_other_than_a_tensor_is_refused(name: str) -> None:
     scheduler = ready(name)
-    with pytest.raises(InvalidArgument, match="must be tensors"):
-        scheduler.step(x_of(), scheduler.timesteps[0], x_of().numpy())
+    for bad in (x_of().numpy(), None, 5, "x"):
+        with pytest.raises(InvalidArgument, match="sample must be a tensor, got"):
+            scheduler.step(x_of(), scheduler.timesteps[0], bad)
+        with pytest.raises(InvalidArgument, match="model_output must be a tensor, got"):
+            scheduler.step(bad, scheduler.timesteps[0], x_of())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_sample_that_is_not_finite_is_refused(name: str) -> None:
+    scheduler = ready(name)
+    for bad in (NAN, INF):
+        with pytest.raises(InvalidArgument, match="sample must be finite, got"):
+            scheduler.step(x_of(), scheduler.timesteps[0], x_of() + bad)
+
+
+# Also by a step that draws no noise: the next scheduler may draw some.
+BAD_NOISE = {
+    "generator": [3, "x", [torch.Generator()], [torch.Generator(), 3]],
+    "variance_noise": [3, "x", x_of()[:1], x_of().numpy(), x_of() + NAN, x_of(torch.int64)],
+    "return_dict": ["no", 1, None],
+    "use_clipped_model_output": ["no", 1, None],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_another_kind_of_noise_or_of_flag_is_refused_by_name(name: str) -> None:
+    scheduler = ready(name)
+    takes = inspect.signature(scheduler.step).parameters
+    assert "return_dict" in takes
+    for argument in BAD_NOISE.keys() & takes:
+        for bad in BAD_NOISE[argument]:
+            with pytest.raises(InvalidArgument, match=f"^{argument} must"):
+                scheduler.step(x_of(), scheduler.timesteps[0], x_of(), **{argument: bad})
+
+
+def test_tokens_of_another_kind_are_refused_by_name() -> None:
+    scheduler = ready("FlowMatchEulerDiscreteScheduler")
+    x = torch.zeros(2, 5, 3)
+    for bad in (3, "x", torch.zeros(2, 4), torch.zeros(5)):
+        with pytest.raises(InvalidArgument, match="per_token_timesteps must be a tensor"):
+            scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=bad)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_input_to_scale_is_a_floating_point_tensor_at_a_number(name: str) -> None:
+    scheduler = ready(name)
+    t = scheduler.timesteps[0]
+    for bad in (None, "x", 5, x_of().numpy(), x_of(torch.int64)):
+        with pytest.raises(InvalidArgument, match="sample must be a tensor of floating point"):
+            scheduler.scale_model_input(bad, t)
+    for bad in ("x", 1j, True, [999]):
+        with pytest.raises(InvalidArgument, match="timestep must be one number"):
+            scheduler.scale_model_input(x_of(), bad)
 
 
 @pytest.mark.parametrize("t", [-1, 1000, 5000])
@@ -419,6 +485,14 @@ def test_noising_refuses_tensors_and_timesteps_that_do_not_fit(name: str) -> Non
     for bad in (torch.cat([t, t, t]), [], "first", torch.tensor([3 + 0j]), torch.tensor([True])):
         with pytest.raises(InvalidArgument, match="timestep"):
             scheduler.add_noise(x_of(), x_of(), bad)
+    for bad in (None, 5, "x", x_of().numpy()):
+        for noising in (scheduler.add_noise, scheduler.get_velocity):
+            with pytest.raises(InvalidArgument, match="noise must be a tensor, got"):
+                noising(x_of(), bad, t)
+            with pytest.raises(InvalidArgument, match="samples? must be a tensor, got"):
+                noising(bad, x_of(), t)
+    with pytest.warns(UserWarning, match="noise must be finite, got NaN"):
+        scheduler.add_noise(x_of(), x_of() + NAN, t)
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minidiff.errors import InvalidArgument, real_number
 from minidiff.nn.blocks.attention import Context
 from minidiff.nn.blocks.layers import ACTIVATIONS
-from minidiff.runtime.shapes import append_dims, check_finite
+from minidiff.runtime.shapes import append_dims, check_finite, check_mask, warn_unless_finite
 
 # ------------------------------------------------------------------------------------ time
 
@@ -150,6 +150,7 @@ class Condition(nn.Linear):
 
     def forward(self, condition: Tensor, batch: int) -> Tensor:
         check_tensor("timestep_cond", condition, (batch, self.in_features))
+        check_floating("timestep_cond", condition)
         return super().forward(condition)
 
 
@@ -166,6 +167,8 @@ def check_floating(name: str, value: object) -> None:
         raise InvalidArgument(f"{name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise InvalidArgument(f"{name} must be floating point, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise InvalidArgument(f"{name} must be dense, got {value.layout}")
 
 
 def expand_times(sample: Tensor, timestep: int | float | Tensor) -> Tensor:
@@ -292,7 +295,7 @@ class NoAddition(nn.Module):
     def forward(self, given: Mapping[str, Tensor] | None, batch: int) -> float:
         if given:
             raise InvalidArgument(
-                f"added_cond_kwargs must be None: addition_embed_type is None, got {sorted(given)}"
+                f"added_cond_kwargs must be None: addition_embed_type is None, got {given!r:.80}"
             )
         return 0.0
 
@@ -323,6 +326,8 @@ class TextTime(TimestepEmbedding):
         for name, tensor in given.items():
             if not (isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[0] == batch):
                 raise InvalidArgument(f"{name} must be a tensor ({batch}, n), got {_shape(tensor)}")
+            warn_unless_finite(name, tensor)
+        check_floating("text_embeds", text)
         total = self.linear_1.in_features
         if text.shape[1] + numbers.shape[1] * self.sinusoids.channels != total:
             raise InvalidArgument(
@@ -366,6 +371,7 @@ class TextContext(nn.Module):
         if mask is None:
             return Context(states, None)
         check_tensor("encoder_attention_mask", mask, tuple(states.shape[:2]))
+        check_mask("encoder_attention_mask", mask)
         # −10000 as in diffusers, not −∞: a text whose tokens are all masked gives no NaN.
         return Context(states, (1 - mask.to(states.dtype))[:, None, None] * -10000.0)
 
@@ -385,10 +391,11 @@ class ProjectedTextContext(nn.Linear):
 def check_tensor(name: str, value: object, shape: tuple[int, ...]) -> None:
     """Refuse anything but a tensor of this shape. Raises InvalidArgument naming it."""
     if not isinstance(value, Tensor):
-        raise InvalidArgument(f"{name} must be a tensor of shape {shape}, got {value!r}")
+        raise InvalidArgument(f"{name} must be a tensor of shape {shape}, got {_shape(value)}")
     if value.shape != shape:
         raise InvalidArgument(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
 
 def _shape(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)
+    shape = f" {tuple(value.shape)}" if hasattr(value, "shape") else f" {value!r:.60}"
+    return shape.strip() if isinstance(value, Tensor) else type(value).__name__ + shape

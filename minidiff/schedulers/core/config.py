@@ -96,6 +96,8 @@ class Configured:
         Raises:
             InvalidArgument: an unknown option, or a value that this class does not support.
         """
+        if not isinstance(config, Mapping):
+            raise InvalidArgument(f"config must be a dict of options, got {config!r}")
         implied, carried = config.get("_use_default_values", ()), config.get("_carried", {})
         if not isinstance(implied, list | tuple) or not isinstance(carried, Mapping):
             raise InvalidArgument("_use_default_values must be a list and _carried a dict")

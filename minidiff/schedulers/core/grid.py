@@ -15,6 +15,7 @@ from minidiff.errors import InvalidArgument, whole_number
 from minidiff.runtime.checks import whole
 from minidiff.schedule import Level, NoiseSchedule
 from minidiff.schedulers.core.config import Configured
+from minidiff.schedulers.core.inputs import on_device
 from minidiff.schedulers.core.options import falling, is_falling
 from minidiff.schedulers.core.quirks import Exact
 
@@ -124,7 +125,7 @@ class Grid(Configured):
         dtype: torch.dtype = torch.int64,
     ) -> None:
         """Visit these timesteps at these levels (one more, for the end), from the start."""
-        self.timesteps = torch.tensor(grid, dtype=dtype, device=device)
+        self.timesteps = on_device(grid, dtype, device)
         self.grid, self.levels = grid, levels
         self._index: dict[float, int] = {}
         seen: Counter[float] = Counter()
