@@ -191,6 +191,9 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name} must be one of {kinds}, got {value[1]!r}")
     if missing := [part for part in parts if part not in index]:
         raise CheckpointError(f"{path}: has no {missing[0]}")
+    there = [part for part in ("vae", *TEXT, *EXTRA_NETWORKS) if (path.parent / part).is_dir()]
+    if unlisted := [part for part in there if part not in index]:
+        raise CheckpointError(f"{path}: has no {unlisted[0]}, but there is a folder of this name")
     if not isinstance(index.get("class_names", []), list):
         raise CheckpointError(f"{path}: class_names must be a list")
 

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from minidiff.errors import InvalidArgument, real_number
-from minidiff.nn import AutoencoderKL, SpaceToDepth, UNet
-from minidiff.text.prompts import Prompts, PromptsXL
+from minidiff.errors import InvalidArgument, listed, real_number
+from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
+from minidiff.runtime.checks import instance, optional
+from minidiff.schedulers import Scheduler
+from minidiff.text.prompts import Prompts, PromptsXL, WordPrompts
 
 # Options in which a network and its guidance network must agree: their inputs and outputs.
 _SHARED_OPTIONS = (
@@ -13,6 +15,17 @@ _SHARED_OPTIONS = (
     "encoder_hid_dim_type", "addition_embed_type", "projection_class_embeddings_input_dim",
     "time_cond_proj_dim",
 )  # fmt: skip
+
+
+def check_kinds(
+    unet: object, scheduler: object, vae: object, prompts: object, weaker: object
+) -> None:
+    """Refuse arguments of a pipeline of another kind. Raises InvalidArgument naming one."""
+    instance(UNet, MLP)("unet", unet)
+    instance(Scheduler)("scheduler", scheduler)
+    optional(instance(SpaceToDepth, AutoencoderKL))("vae", vae)
+    optional(instance(Prompts, PromptsXL, WordPrompts))("prompts", prompts)
+    optional(instance(UNet, MLP))("weaker", weaker)
 
 
 def check_parts(
@@ -107,7 +120,7 @@ def check_class_names(names: Sequence[str], unet: UNet) -> tuple[str, ...]:
     Raises:
         InvalidArgument: they are not texts, or not as many as the network has classes.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str) for name in listed("class_names", names)):
         raise InvalidArgument(f"class_names must be a list of strings, got {names!r}")
     embeds = unet.config.num_class_embeds or 0
     if embeds not in (len(names), len(names) + 1) or bool(embeds) != bool(names):

@@ -26,6 +26,7 @@ from minidiff.pipeline.parts import (
     check_class_names,
     check_guidance_network,
     check_guidance_scale,
+    check_kinds,
     check_parts,
 )
 from minidiff.pipeline.request import Request
@@ -98,6 +99,7 @@ class Pipeline(LateMethods):
         autoguidance_scale: float = 1.0,
         guide: str = "cfg",
     ) -> None:
+        check_kinds(unet, scheduler, vae, prompts, weaker)
         self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
         self.class_names, self.weaker = check_class_names(class_names, unet), weaker
         check_parts(unet, vae, prompts, self.class_names, self.space.channels)
@@ -454,9 +456,10 @@ class Pipeline(LateMethods):
             CheckpointError: a file is missing, damaged or not understood; the error names it.
             InvalidArgument: another torch_dtype.
         """
+        folder = user_path(folder)
         try:
             return cls(**pipeline_folder.read(folder, torch_dtype, variant))
         except InvalidArgument as error:
             if torch_dtype not in DTYPES:
                 raise
-            raise CheckpointError(f"{Path(folder) / pipeline_folder.INDEX}: {error}") from error
+            raise CheckpointError(f"{folder / pipeline_folder.INDEX}: {error}") from error

@@ -241,7 +241,11 @@ def list_of_labels(
 def _label(given: Any, names: Sequence[str]) -> int:
     if isinstance(given, str):
         one_of("class_labels", given, names)
-        return list(names).index(given)
+        if len(same := [i for i, name in enumerate(names) if name == given]) > 1:
+            raise InvalidArgument(
+                f"class_labels {given!r} names several classes: give one of {same}"
+            )
+        return same[0]
     return whole_number("class_labels", given, 0, len(names) - 1)
 
 
@@ -351,7 +355,7 @@ def step_options(scheduler: Scheduler, eta: float | None) -> dict[str, float]:
     if eta is None:
         return {}
     if not isinstance(scheduler, DDIMScheduler):
-        raise InvalidArgument(f"eta is DDIM's; {type(scheduler).__name__} has none")
+        raise InvalidArgument(f"eta must be None for {type(scheduler).__name__}, got {eta!r}")
     return {"eta": real_number("eta", eta, 0, 1)}
 
 

@@ -14,6 +14,7 @@ from minidiff.images.pixels import Original
 from minidiff.noise import MAX_SEED, Generators, image_generators, randn
 from minidiff.pipeline.inpaint import keeping, reconstructing, repaint
 from minidiff.pipeline.space import LatentSpace
+from minidiff.runtime.shapes import check_finite
 from minidiff.sample import Change, Step, meaning_of, trajectory
 from minidiff.schedule import add_noise
 from minidiff.schedulers import Scheduler
@@ -124,6 +125,7 @@ def initial_noise(
         raise InvalidArgument(f"latents must be a tensor of shape {shape}, got {got}")
     if not latents.is_floating_point():
         raise InvalidArgument(f"latents must be floating point, got {latents.dtype}")
+    check_finite("latents", latents)
     return lambda batch, source: latents[batch].to(device)
 
 

@@ -220,7 +220,7 @@ def bad_mnist(folder, damage):
         ),
         ("sample RUN --png OUT/x.png --num 0", 2, "num_images"),
         ("sample RUN --png OUT/x.png --sampler euler2", 2, "ddpm, ddim, euler"),
-        ("sample RUN --png OUT/x.png --eta 0.5", 2, "eta is DDIM's"),
+        ("sample RUN --png OUT/x.png --eta 0.5", 2, "eta must be None for"),
         ("sample RUN --png OUT/x.png --sampler ddim --eta 2", 2, "eta must be in"),
         ("sample RUN cat --png OUT/x.png", 2, "class_labels must be one of 0, 1,"),
         ("sample RUN --negative cat --png OUT/x.png", 2, "negative_prompt must be None"),

@@ -150,7 +150,7 @@ def test_a_sparse_input_is_refused():
         (lambda x: UNet(**TEXT)(x, 3, tokens()), x_of(2, 3, 8, 8)),
         (AutoencoderKL(**VAE).encode, x_of(1, 3, 8, 8)),
     ):
-        with pytest.raises(InvalidArgument, match="must be dense, got torch.sparse_coo"):
+        with pytest.raises(InvalidArgument, match=r"must be dense, got torch\.sparse_coo"):
             call(x.to_sparse())
 
 

@@ -162,6 +162,7 @@ def test_diffusers_reads_the_parts_that_the_pipeline_wrote(pipe, tmp_path):
         ),
         (lambda m: _edit(m / "vae" / "config.json", block="2"), "vae/config.json: block"),
         (lambda m: _edit(m / "vae" / "config.json", block=3), "block must divide"),
+        (lambda m: _leave_out(m / "model_index.json", "vae"), "has no vae, but there is a folder"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_the_name_of_its_fault(pipe, tmp_path, damage, message):
@@ -173,6 +174,12 @@ def test_a_damaged_folder_is_refused_by_the_name_of_its_fault(pipe, tmp_path, da
 
 def _edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _leave_out(path, name):
+    content = json.loads(path.read_text())
+    del content[name]
+    path.write_text(json.dumps(content))
 
 
 def _truncate(path):
@@ -207,7 +214,7 @@ def test_a_folder_with_foreign_files_is_not_replaced(pipe, tmp_path):
         ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
         ({"guidance_scale": "2"}, "guidance_scale"),
-        ({"eta": 0.5}, "eta is DDIM's"),
+        ({"eta": 0.5}, "eta must be None for"),
         ({"seed": -1}, "seed must be in 0..4294967295, got -1"),
         ({"seed": 1, "generator": torch.Generator()}, "either seed or generator"),
         ({"num_images": 2, "generator": [torch.Generator()]}, "generator must list 2"),
@@ -225,6 +232,40 @@ def test_invalid_arguments_are_refused_before_the_network_runs(pipe, options, me
     pipe.unet.register_forward_pre_hook(fail)
     with pytest.raises(InvalidArgument, match=message):
         pipe(**options)
+
+
+def test_a_name_of_several_classes_is_refused_with_their_numbers(pipe):
+    pipe.class_names = ("crane", "heron", "crane", *"3456789")  # as in ImageNet
+    with pytest.raises(InvalidArgument, match=r"'crane' names several classes: .* \[0, 2\]"):
+        pipe(class_labels="crane")
+    assert pipe(class_labels="heron", num_inference_steps=1).labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_refused_by_name(pipe, value):
+    latents = torch.full((1, *pipe.space.shape()), value)
+    with pytest.raises(InvalidArgument, match="latents must be finite"):
+        pipe(class_labels=1, latents=latents)
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler", "vae", "prompts", "weaker"])
+def test_a_part_of_another_kind_is_refused_by_name(pipe, part):
+    parts = {"unet": pipe.unet, "scheduler": pipe.scheduler, "vae": pipe.vae}
+    for bad in (5, "x", torch.nn.Linear(2, 2), DDIMScheduler):
+        with pytest.raises(InvalidArgument, match=f"{part} must be of type .*, got"):
+            Pipeline(**parts | {part: bad}, class_names=pipe.class_names)
+
+
+@pytest.mark.parametrize("names", [5, "0123456789", list(range(10)), None])
+def test_class_names_of_another_kind_are_refused_by_name(pipe, names):
+    with pytest.raises(InvalidArgument, match="class_names must be a list"):
+        Pipeline(pipe.unet, pipe.scheduler, pipe.vae, class_names=names)
+
+
+@pytest.mark.parametrize("folder", [5, None, ["model"], b"model"])
+def test_a_folder_that_is_no_path_is_refused(folder):
+    with pytest.raises(InvalidArgument, match="path must be the path of a file or folder, got"):
+        Pipeline.from_pretrained(folder)
 
 
 def test_a_model_without_classes_refuses_labels_and_guidance():

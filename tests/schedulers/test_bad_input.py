@@ -489,7 +489,7 @@ def test_noising_refuses_tensors_and_timesteps_that_do_not_fit(name: str) -> Non
         for noising in (scheduler.add_noise, scheduler.get_velocity):
             with pytest.raises(InvalidArgument, match="noise must be a tensor, got"):
                 noising(x_of(), bad, t)
-            with pytest.raises(InvalidArgument, match="samples? must be a tensor, got"):
+            with pytest.raises(InvalidArgument, match=r"samples? must be a tensor, got"):
                 noising(bad, x_of(), t)
     with pytest.warns(UserWarning, match="noise must be finite, got NaN"):
         scheduler.add_noise(x_of(), x_of() + NAN, t)
