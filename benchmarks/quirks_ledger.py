@@ -203,10 +203,26 @@ happen to reduce it. Where the departure is rounding to float32, the difference 
 on another processor, but about the same magnitude.
 """
 
+TAIL = """
+## Refused, although diffusers accepts it
+
+Some of diffusers' own tests pass there because an argument is ignored or a value is not checked.
+Both readings refuse these by name:
+
+- `thresholding` of `DDIMInverseScheduler`: diffusers drops unknown arguments of this class, so the
+  option has no effect there.
+- `trained_betas` of another length than `num_train_timesteps`: diffusers samples timesteps that the
+  table does not have, or fails later.
+- β of 1 or more, such as `beta_end=2`: ᾱ turns negative, and its root is NaN.
+- `add_noise` of `EDMDPMSolverMultistepScheduler` at a timestep that is not on the grid: diffusers
+  takes the last entry for it.
+"""
+
 
 def main() -> None:
     print(HEAD)
     print(table())
+    print(TAIL.rstrip())
 
 
 if __name__ == "__main__":

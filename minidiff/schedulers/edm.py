@@ -28,7 +28,7 @@ from minidiff.prediction import combine, edm_row
 from minidiff.runtime.checks import positive
 from minidiff.schedule import MAX_TRAIN_TIMESTEPS, Level, sigma_range
 from minidiff.schedulers.base import Evaluation, SchedulerOutput
-from minidiff.schedulers.core.inputs import check_pair, model_input
+from minidiff.schedulers.core.inputs import check_pair, host_number, model_input
 from minidiff.schedulers.core.options import falling
 from minidiff.schedulers.core.sigmas import SigmaScheduler
 from minidiff.schedulers.dpm_solver import DPMSolverMultistepScheduler, multistep
@@ -80,7 +80,10 @@ class EDMSigmas(SigmaScheduler):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """Return the network's input c_in·x. Raises InvalidArgument for a timestep off the grid."""
-        return self.scaled_input(model_input(sample, timestep), self.present_level(timestep))
+        sample = model_input(sample, timestep)
+        if self.num_inference_steps is None:  # looked up, as in diffusers: nothing is counted yet
+            return self.scaled_input(sample, self.grid_levels(host_number(timestep))[0])
+        return self.scaled_input(sample, self.present_level(timestep))
 
     def scaled_input(self, sample: Tensor, level: Level) -> Tensor:
         return self.precondition_inputs(sample, level.sigma)

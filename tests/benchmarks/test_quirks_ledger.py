@@ -12,7 +12,7 @@ from minidiff.schedulers import DDIMScheduler
 from minidiff.schedulers.core.quirks import Diffusers, Exact, departing, departures
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from quirks_ledger import HEAD, PROBES, ROUNDING, Probe, table
+from quirks_ledger import HEAD, PROBES, ROUNDING, TAIL, Probe, table
 
 PRINTED = Path(minidiff.__file__).parent / "schedulers" / "QUIRKS.md"
 
@@ -38,6 +38,7 @@ def test_both_readings_have_docstrings(name: str) -> None:
 def test_the_printed_ledger_matches_the_code_and_its_measured_costs() -> None:
     printed = PRINTED.read_text(encoding="utf-8")
     assert printed.startswith(HEAD)
+    assert printed.endswith(TAIL)
     now, then = rows(table()), rows(printed)
     assert list(now) == list(then) == departures()
     for name, cells in now.items():

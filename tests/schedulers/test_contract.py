@@ -214,6 +214,46 @@ def test_a_solver_with_flow_sigmas_reads_the_file_of_a_flow(tmp_path: Path) -> N
     assert DPMSolverMultistepScheduler.from_pretrained(tmp_path, **flow).config.use_flow_sigmas
 
 
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_edm_scales_and_adds_noise_before_set_timesteps_as_in_diffusers(name: str) -> None:
+    x, eps = noise(2, 3, 4, 4), noise(2, 3, 4, 4).flip(0)
+    count = len(getattr(diffusers, name)(num_train_timesteps=64).timesteps)
+    for i in (0, 5, count - 1):
+        mine, theirs = pair(name, num_train_timesteps=64)
+        t = theirs.timesteps[i][None]
+        assert torch.equal(mine.timesteps, theirs.timesteps)
+        torch.testing.assert_close(mine.add_noise(x, eps, t), theirs.add_noise(x, eps, t))
+        scaled = theirs.scale_model_input(x, t)
+        torch.testing.assert_close(mine.scale_model_input(x, t), scaled)
+    with pytest.raises(InvalidArgument, match="timestep 10 is not among"):
+        pair(name)[0].scale_model_input(x, 10)
+
+
+HAVE_BETAS = [n for n, cls in SCHEDULERS.items() if cls.has_option("beta_start")]
+
+
+@pytest.mark.parametrize("name", HAVE_BETAS)
+def test_a_schedule_of_tiny_betas_samples_as_in_diffusers(name: str) -> None:
+    for start, end in ((1e-6, 1e-6), (1e-5, 2e-4)):
+        mine, theirs = pair(name, beta_start=start, beta_end=end, beta_schedule="linear")
+        for scheduler in (mine, theirs):
+            scheduler.set_timesteps(10)
+        x = noise(1, 3, 4, 4) * mine.init_noise_sigma
+        torch.testing.assert_close(walk(mine, x), walk(theirs, x), rtol=3e-5, atol=3e-5)
+
+
+def test_what_diffusers_ignores_is_refused_in_both_readings() -> None:
+    assert "thresholding" not in diffusers.DDIMInverseScheduler(thresholding=True).config
+    for compat in ("exact", "diffusers"):
+        with pytest.raises(InvalidArgument, match="unexpected keyword argument 'thresholding'"):
+            SCHEDULERS["DDIMInverseScheduler"](thresholding=True, compat=compat)
+        for name in HAVE_BETAS:
+            with pytest.raises(InvalidArgument, match="one number for each of num_train_timesteps"):
+                SCHEDULERS[name](trained_betas=[0.1, 0.3], compat=compat)
+            with pytest.raises(InvalidArgument, match="beta_end"):
+                SCHEDULERS[name](beta_start=0.1, beta_end=2, compat=compat)
+
+
 # --- attributes ---------------------------------------------------------------------------------
 
 
