@@ -34,6 +34,7 @@ from minidiff.pipeline.space import LatentSpace, PointSpace, space_of
 from minidiff.pipeline.start import InitialState, initial_state
 from minidiff.pipeline.walk import StepEnd, StepFunction, WalkedStep, walked
 from minidiff.runtime.device import pick_device
+from minidiff.runtime.files import user_path
 from minidiff.runtime.progress import progress_bar
 from minidiff.runtime.tensors import DTYPES
 from minidiff.sample import Step

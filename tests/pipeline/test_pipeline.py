@@ -263,7 +263,7 @@ def test_class_names_of_another_kind_are_refused_by_name(pipe, names):
 
 
 @pytest.mark.parametrize("folder", [5, None, ["model"], b"model"])
-def test_a_folder_that_is_no_path_is_refused(folder):
+def test_a_folder_other_than_a_path_is_refused(folder):
     with pytest.raises(InvalidArgument, match="path must be the path of a file or folder, got"):
         Pipeline.from_pretrained(folder)
 

@@ -237,7 +237,7 @@ def test_a_device_that_is_not_there_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_config_that_is_no_dict_is_refused_by_name(name: str) -> None:
+def test_a_config_other_than_a_dict_is_refused_by_name(name: str) -> None:
     for bad in ("ddim", None, 5, [("beta_start", 0.1)]):
         with pytest.raises(InvalidArgument, match="config must be a dict of options, got"):
             SCHEDULERS[name].from_config(bad)
