@@ -94,7 +94,7 @@ def as_original(
     return Original(pixels, masks.expand(len(pixels), -1, -1, -1))
 
 
-def as_pixels(image: Any, channels: int) -> Tensor:
+def as_pixels(image: Any, channels: int, name: str = "image", low: float = -1) -> Tensor:
     """Return images as float32 (N, C, H, W) in [−1, 1].
 
     Args:
@@ -102,29 +102,33 @@ def as_pixels(image: Any, channels: int) -> Tensor:
             (N, H, W, C), or (H, W) for one channel; a uint8 tensor (C, H, W) or (N, C, H, W); a
             float tensor of that shape in [−1, 1]; or a list of these, of one size.
         channels: channels C.
+        name: argument to name in errors.
+        low: value of black: −1, or 0 for images in [0, 1], which may be bool as well.
     Raises:
         InvalidArgument: anything else.
     """
     if isinstance(image, list | tuple):
-        return _joined("image", [as_pixels(one, channels) for one in image])
-    raw = _tensor("image", image, MODES.get(channels, ()))
+        return _joined(name, [as_pixels(one, channels, name, low) for one in image])
+    raw = _tensor(name, image, MODES.get(channels, ()))
     if raw.ndim == 2 and channels == 1:
         raw = raw[None]
     if raw.ndim == 3:
         raw = raw[None]
     if raw.ndim != 4 or raw.shape[1] != channels or 0 in raw.shape:
         raise InvalidArgument(
-            f"image must have {channels} channels: a tensor (N, {channels}, H, W) or an array "
+            f"{name} must have {channels} channels: a tensor (N, {channels}, H, W) or an array "
             f"(N, H, W, {channels}), N may be left out; got shape {_shape(image)}"
         )
     if raw.dtype == torch.uint8:
-        return to_float(raw)
+        return raw.float() / 255 if low == 0 else to_float(raw)
+    if low == 0 and raw.dtype == torch.bool:
+        return raw.float()
     if raw.dtype not in FLOATS or not isinstance(image, Tensor):
         raise InvalidArgument(
-            "image must be uint8, or a tensor of float32 (or 16-bit floats) in [−1, 1]; "
-            f"got {type(image).__name__} of {image.dtype}"
+            f"{name} must be uint8, or a tensor of float32 (or 16-bit floats) in "
+            f"[{'−1' if low else '0'}, 1]; got {type(image).__name__} of {image.dtype}"
         )
-    return _within("image", raw.float(), -1)
+    return _within(name, raw.float(), low)
 
 
 def as_mask(mask: Any, size: Sequence[int]) -> Tensor:

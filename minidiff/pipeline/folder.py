@@ -7,6 +7,7 @@ folder, and passes over minidiff's own options, which stand under "_minidiff". A
 "MinidiffPipeline". diffusers refuses that name, but reads the parts.
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
-from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, TextEncoder, UNet
+from minidiff.nn import MLP, AutoencoderKL, ControlNet, SpaceToDepth, TextEncoder, UNet
 from minidiff.nn.model import CONFIG as NETWORK_CONFIG
 from minidiff.pipeline import card
 from minidiff.runtime import files
@@ -35,8 +36,11 @@ TEXT, SECOND = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
 # Parts of every kind of pipeline that is read.
 KINDS = dict.fromkeys((*OWN, "DDPMPipeline", "DDIMPipeline"), ("unet", "scheduler"))
 for _suffix in ("", "Img2Img", "Inpaint"):  # the same parts, used in another way
-    KINDS[f"StableDiffusion{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT)
-    KINDS[f"StableDiffusionXL{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *TEXT, *SECOND)
+    for _kind, _parts in (("", TEXT), ("XL", (*TEXT, *SECOND))):
+        KINDS[f"StableDiffusion{_kind}{_suffix}Pipeline"] = ("unet", "scheduler", "vae", *_parts)
+        KINDS[f"StableDiffusion{_kind}ControlNet{_suffix}Pipeline"] = (
+            "unet", "scheduler", "vae", *_parts, "controlnet",
+        )  # fmt: skip
 LCM = "LatentConsistencyModelPipeline"
 KINDS[LCM] = KINDS["StableDiffusionPipeline"]
 LCM_OPTIONS = {"guidance_scale": 8.5, "num_inference_steps": 4}  # diffusers' defaults of a call
@@ -48,8 +52,9 @@ UNCONDITIONAL = {
     "DPMSolverSinglestepScheduler": "DDPMPipeline",
     "DDIMScheduler": "DDIMPipeline",
 }
-NETWORKS = ("unet", "vae", "weaker", "text_encoder")
+NETWORKS = ("unet", "vae", "weaker", "text_encoder", "controlnet")
 EXTRA_NETWORKS = ("weaker",)  # optional in minidiff's own kind: the guidance network
+SEVERAL = "MultiControlNetModel"  # ControlNets in the folders controlnet, controlnet_1, …
 CLASSES = {
     "unet": UNet.class_names,
     "scheduler": tuple(SCHEDULERS),
@@ -57,6 +62,7 @@ CLASSES = {
     **dict.fromkeys(EXTRA_NETWORKS, UNet.class_names),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder": TextEncoder.class_names,
+    "controlnet": (*ControlNet.class_names, SEVERAL),
 }
 _OWN_CLASSES = {
     "tokenizer": (WordTokenizer.__name__,),
@@ -109,6 +115,10 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
         "scheduler": _scheduler(place, SCHEDULERS[index["scheduler"][1]]),
     }
     arguments |= {part: network(part, denoiser) for part in EXTRA_NETWORKS if part in index}
+    if "controlnet" in index:
+        nets = _controlnet_folders(folder, index["controlnet"][1] == SEVERAL)
+        variants |= dict.fromkeys(nets, variants.get("controlnet"))
+        arguments["controlnets"] = [network(part, ControlNet) for part in nets]
     if "vae" in index:
         place = _place(folder, "vae", NETWORK_CONFIG)
         arguments["vae"] = _vae(place, index["vae"][1], torch_dtype, variants.get("vae"))
@@ -125,6 +135,14 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
     if index["_class_name"] == LCM:
         arguments |= LCM_OPTIONS
     return arguments | {name: index[name] for name in (*OPTIONS, *LATER_OPTIONS) if name in index}
+
+
+def _controlnet_folders(folder: Path, several: bool) -> list[str]:
+    """Return the names of the folders of the ControlNets, as diffusers numbers them."""
+    found = ["controlnet"]
+    while several and (folder / (name := f"controlnet_{len(found)}")).is_dir():
+        found.append(name)
+    return found
 
 
 def _place(folder: Path, part: str, config: str) -> Path:
@@ -169,7 +187,7 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
     allowed = {
         *parts,
         "vae",
-        *(EXTRA_NETWORKS if index["_class_name"] in OWN else ()),
+        *((*EXTRA_NETWORKS, "controlnet") if index["_class_name"] in OWN else ()),
         "safety_checker",
         *UNUSED,
         *OPTIONS,
@@ -233,13 +251,16 @@ def write(folder: str | Path, pipe: "Pipeline", facts: card.Facts) -> None:
     parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", "vae", *EXTRA_NETWORKS)}
     parts = {name: part for name, part in parts.items() if part is not None}
     options = {name: getattr(pipe, name) for name in (*OPTIONS, *LATER_OPTIONS)}
-    index = _index(parts, prompts, options)
+    index = _index(parts, prompts, options, "ControlNet" if pipe.controlnets else "")
     second = SECOND if isinstance(prompts, PromptsXL) else ()
     parts |= {name: getattr(prompts, name) for name in (*TEXT, *second) if prompts is not None}
     with files.atomic_folder(folder) as temporary:
         for name, part in parts.items():
             part.save_pretrained(temporary / name)
             index[name] = [_library(name, part), _class(part)]
+        for i, net in enumerate(pipe.controlnets):
+            net.save_pretrained(temporary / (f"controlnet_{i}" if i else "controlnet"))
+            index["controlnet"] = ["diffusers", SEVERAL if i else net.class_name]
         files.write_json(temporary / INDEX, index)
         card.write(temporary, folder, pipe, facts)
 
@@ -266,7 +287,7 @@ def check_replaceable(folder: Path) -> None:
 def _is_written(name: str) -> bool:
     """Return whether a pipeline writes a file of this name, relative to its folder."""
     part, _, file = name.rpartition("/")
-    kind = part.removesuffix("_2")
+    kind = re.sub(r"_\d+$", "", part)
     if kind == "scheduler":
         return file == CONFIG_NAME
     if kind == "tokenizer":
@@ -277,17 +298,20 @@ def _is_written(name: str) -> bool:
     return name in (INDEX, card.FILE, card.PICTURE)
 
 
-def _index(parts: Mapping[str, Any], prompts: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _index(
+    parts: Mapping[str, Any], prompts: Any, options: Mapping[str, Any], controlled: str
+) -> dict[str, Any]:
     """Return an index without its parts: of diffusers' pipeline for them, or minidiff's own."""
     unet, scheduler = parts["unet"], parts["scheduler"]
     clip = prompts is not None and not isinstance(prompts, WordPrompts)
     absent = {name: [None, None] for name in UNUSED}
     if isinstance(prompts, PromptsXL):
         chosen = {name: getattr(prompts, name) for name in XL_OPTIONS}
-        index = {"_class_name": "StableDiffusionXLPipeline", **absent, **chosen}
+        index = {"_class_name": f"StableDiffusionXL{controlled}Pipeline", **absent, **chosen}
     elif clip:
         distilled = unet.config.get("time_cond_proj_dim") and _class(scheduler) == "LCMScheduler"
-        kind = LCM if distilled else "StableDiffusionPipeline"
+        plain = f"StableDiffusion{controlled}Pipeline"
+        kind = LCM if distilled and not controlled else plain
         unfiltered = {"safety_checker": [None, None], "requires_safety_checker": False}
         index = {"_class_name": kind, **absent, **unfiltered}
     else:

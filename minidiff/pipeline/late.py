@@ -3,7 +3,10 @@
 They import when they are called, so that a pipeline needs neither.
 """
 
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from minidiff.adapters.stack import Stack
+    from minidiff.nn import ControlNet
     from minidiff.pipeline.pipeline import Pipeline
 
 
@@ -23,7 +27,8 @@ class LateMethods:
     def networks(self) -> list[nn.Module]:
         """All networks that move with the pipeline."""
         encoders = () if self.prompts is None else self.prompts.encoders
-        mine = [part for part in (*self.unets, self.vae, *encoders) if part is not None]
+        mine = (*self.unets, *self.controlnets, self.vae, *encoders)
+        mine = [part for part in mine if part is not None]
         return mine + (self.stack.networks if self.stack else [])
 
     # --- adapters --------------------------------------------------------------------------
@@ -113,6 +118,45 @@ class LateMethods:
         from minidiff.adapters.stack import unfuse
 
         return unfuse(self)
+
+    # --- control ---------------------------------------------------------------------------
+
+    controlnets: "tuple[ControlNet, ...]" = ()
+
+    def with_controls(self, nets: "Sequence[ControlNet]") -> "Pipeline":
+        """Return the same pipeline with ControlNets, whose images its calls then take.
+
+            edges = pipe.with_controls([ControlNet.from_pretrained("edges")])
+            edges("a red 7", control_image=drawing)
+
+        Args:
+            nets: ControlNets for its network; none to take them away.
+        Raises:
+            InvalidArgument: a net does not fit the network.
+        """
+        other = copy.copy(self)
+        if nets:
+            from minidiff.adapters.control import fitting
+
+            nets = fitting(nets, self.unet, self.space)
+        other.controlnets = tuple(nets)
+        return other
+
+    def watching(
+        self, call: SimpleNamespace, n: int, size: tuple[int, ...], first_step: int
+    ) -> Callable:
+        """Return what of a call is around the network, see `minidiff.adapters.control.watching`.
+
+        Args:
+            call: arguments of the call.
+            n: number of images.
+            size: their height and width in pixels.
+            first_step: entry of the scheduler's grid where sampling begins.
+        """
+        from minidiff.adapters.control import watching
+
+        given = (call.control_image, call.control_scale, call.control_interval, call.guess_mode)
+        return watching(self, *given, n=n, size=size, first_step=first_step)
 
     # --- engines ---------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, whole_number
 from minidiff.guidance import Denoiser, Network, interval_of
 from minidiff.names import GUIDES
-from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
+from minidiff.nn import MLP, AutoencoderKL, ControlNet, SpaceToDepth, UNet
 from minidiff.noise import Generators
 from minidiff.pipeline import card
 from minidiff.pipeline import folder as pipeline_folder
@@ -72,6 +72,8 @@ class Pipeline(LateMethods):
         weaker: guidance network of autoguidance: a smaller or less trained network with the same
             inputs and outputs.
         autoguidance_scale: default of a call; must be 1 without `weaker`.
+        controlnets: networks that a control image steers `unet` through, see
+            `minidiff.adapters.control`.
     Attributes:
         wraps: functions from a denoiser to a denoiser, applied in order to the guided denoiser
             of every call. Sliding windows and inference engines are such functions.
@@ -99,11 +101,13 @@ class Pipeline(LateMethods):
         weaker: UNet | None = None,
         autoguidance_scale: float = 1.0,
         guide: str = "cfg",
+        controlnets: Sequence[ControlNet] = (),
     ) -> None:
         check_kinds(unet, scheduler, vae, prompts, weaker)
         self.unet, self.scheduler, self.vae, self.prompts = unet, scheduler, vae, prompts
         self.class_names, self.weaker = check_class_names(class_names, unet), weaker
         check_parts(unet, vae, prompts, self.class_names, self.space.channels)
+        self.controlnets = self.with_controls(controlnets).controlnets
         check_guidance_network(weaker, unet)
         self.autoguidance_scale = check_autoguidance_scale(autoguidance_scale, weaker)
         if guidance_scale is None:
@@ -131,6 +135,10 @@ class Pipeline(LateMethods):
         resamples: int = 1,
         jump_length: int = 1,
         reconstruction_guidance: float = 0.0,
+        control_image: Any = None,
+        control_scale: float | Sequence[float] = 1.0,
+        control_interval: Sequence = (0.0, 1.0),
+        guess_mode: bool = False,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -176,6 +184,15 @@ class Pipeline(LateMethods):
                 taken 10 times).
             reconstruction_guidance: w of `inpaint.reconstructing`, at least 0: how strongly the
                 kept part guides the rest. 5 closes seams, in two to three times the time.
+            control_image: image that steers the ControlNet, of the size of the images: one for all
+                or one per image, in a form of `images.pixels.as_pixels`, floats in [0, 1]. With
+                several ControlNets a list with one of these for each.
+            control_scale: factor of the ControlNet's residuals, or a list for several; 0 is the
+                network alone.
+            control_interval: fractions of the steps between which the ControlNet acts, two
+                numbers in [0, 1], or a list of such pairs for several.
+            guess_mode: True to let the ControlNet guess without a prompt: weaker at the larger
+                sizes, and without effect on the unconditional half of guidance.
             num_images_per_prompt: consecutive images per prompt, label or given image.
             height, width: image size in pixels; by default the size of the given image, or the one
                 that the network was trained on.
@@ -288,7 +305,7 @@ class Pipeline(LateMethods):
             negative=None if negative is None else negative[batch],
             size=self.space.image_size(request.shape),
             extra_channels=start.extra_channels,
-            watch=step_end.watch,
+            watch=request.watching(batch, step_end),
         )
         return start.wrap(denoise)
 
@@ -446,8 +463,8 @@ class Pipeline(LateMethods):
     ) -> "Pipeline":
         """Read a folder that minidiff or diffusers wrote.
 
-        Of diffusers' pipelines it reads Stable Diffusion 1.x, 2.x and XL, latent consistency
-        models, and unconditional ones (DDPMPipeline, DDIMPipeline).
+        Of diffusers' pipelines it reads Stable Diffusion 1.x, 2.x and XL, with ControlNets or
+        without, latent consistency models, and unconditional ones (DDPMPipeline, DDIMPipeline).
 
         Args:
             folder: folder with `model_index.json`.

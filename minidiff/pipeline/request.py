@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import InvalidArgument, one_of, real_number, whole_number
-from minidiff.guidance import METHODS, extrapolated, interval_of, rescaled
+from minidiff.guidance import METHODS, Network, extrapolated, interval_of, rescaled
 from minidiff.images.pixels import Original
 from minidiff.noise import MAX_SEED, Generators
 from minidiff.pipeline.denoiser import Guidance, Method
@@ -55,6 +55,8 @@ class Request:
         step_options: further arguments of `scheduler.step`.
         output_type, callback, progress: as given to the pipeline.
         on_step_end: function that returns diffusers' callback for one batch.
+        watching: from a batch and its callback to the wrapper of the network, which adds the
+            residuals of ControlNets, see `minidiff.adapters.control`.
         evaluations: steps taken for every batch.
     """
 
@@ -73,6 +75,7 @@ class Request:
     output_type: str
     callback: Callable[[Step], None] | None
     on_step_end: Callable[[], StepEnd]
+    watching: Callable[[slice, StepEnd], Callable[[Network], Network]]
     progress: bool | None
     evaluations: int
 
@@ -129,6 +132,7 @@ class Request:
             on_step_end=step_ends(
                 pipe, call.callback_on_step_end, call.callback_on_step_end_tensor_inputs, guidance
             ),
+            watching=pipe.watching(call, n, space.image_size(shape), first),
             evaluations=sum(end - begin for begin, end in passes) or len(scheduler.grid) - first,
         )  # fmt: skip
 
