@@ -250,10 +250,10 @@ BUGS = (
         "x̂0 clipped, ε̂ kept",
         "missing",
         "Where x̂0 is clipped, image and noise no longer add up to x.",
-        "x = α·x̂0 + σ·ε̂ is violated.",
+        "x = α·x̂0 + σ·ε̂ does not hold.",
         "Compute ε̂ from the clipped x̂0 (`use_clipped_model_output=True`), or do not clip.",
         "89.9 % near a mode and 4 of 8 modes on the ring, which clipping at ±1 cuts; "
-        "5 of 10 digits on the wall damaged.",
+        "5 of 10 digits are damaged.",
     ),
     Bug(
         Exercise(
@@ -281,7 +281,7 @@ BUGS = (
         "a clamp hides a wrong η",
         "fine",
         "More noise is added than the level has, and a perfect network removes it again.",
-        "direction² + σ̃² ≠ σ'²; count how often the clamp acts.",
+        "The squared weights of ε̂ and z do not add up to σ'²; count how often the clamp acts.",
         "DDIM eq. 16; then the clamp never acts.",
         "99.2 % near a mode with a perfect network; a trained one lost 9 of 10 classes.",
     ),

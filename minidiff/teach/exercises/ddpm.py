@@ -311,7 +311,7 @@ BUGS = (
         "noise in the last step",
         "noisy",
         "The noise of the last step is never removed.",
-        "`minidiff explain`: the last level must have no noise; spread within a mode.",
+        "`minidiff explain`: the last step must leave no noise; spread within a mode.",
         "Add noise only where the next level has σ > 0.",
         "96.9 % near a mode instead of 98.9 %, spread 0.109; a faint grain on digits.",
     ),

@@ -201,7 +201,7 @@ BUGS = (
         "guidance mask inverted",
         "broken",
         "The network hardly ever sees a class, and guidance multiplies what little it learned.",
-        "w = 0 must equal the unconditional network, w = 1 the conditional one; count the nulls.",
+        "w = 0 must give the unconditional output, w = 1 the conditional one; count null labels.",
         "Hide where the mask is true.",
         "90 % of the labels hidden instead of 10 %.",
     ),

@@ -191,7 +191,7 @@ BUGS = (
         "latents not scaled",
         "washed out",
         "The noise schedule meets data of the wrong size, so its levels are the wrong ones.",
-        "The standard deviation of the latents: 1; `minidiff check`.",
+        "The standard deviation of the latents should be 1; `minidiff check`.",
         "Multiply by `scaling_factor`; take the factor of this autoencoder.",
         "Deviation 5.5 instead of 1 with Stable Diffusion's autoencoder.",
     ),
@@ -226,7 +226,7 @@ BUGS = (
         "The decoder gets latents that are too small, and draws something flat.",
         "A round trip: encode, scale, undo, decode.",
         "Divide the latents by the factor, then decode.",
-        "With a factor near 1 it has no effect, which is how it stayed unnoticed.",
+        "With a factor near 1 it has no effect, so nobody noticed it.",
     ),
 )
 EXERCISES = (SAMPLE, KL, SCALE)

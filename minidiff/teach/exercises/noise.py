@@ -232,8 +232,8 @@ BUGS = (
         "The network learns levels with too little noise, and the sampler starts with more.",
         "Moments of x_t: its variance is not α² + σ².",
         "Take the root of 1 − ᾱ.",
-        "At ᾱ = 0.5 the noise has the standard deviation 0.50 instead of 0.71. In a sampler alone, "
-        "the digits of the wall look right; with both roots missing they are white blocks.",
+        "At ᾱ = 0.5 the noise has the standard deviation 0.50 instead of 0.71. With the bug only "
+        "in the sampler, digits look right; with both roots missing they are white blocks.",
     ),
     Bug(
         Exercise(
@@ -257,7 +257,7 @@ BUGS = (
         "The network learns the range that it is given; clipping and saving assume another.",
         "`minidiff check`: the data range.",
         "x = u/127.5 − 1.",
-        "`minidiff check` fails the check of the data; the digits look fine.",
+        "The check of the data range fails; the digits look fine.",
     ),
     Bug(
         Exercise(
@@ -311,7 +311,7 @@ BUGS = (
         "saved without (x + 1)/2",
         "fine",
         "Every value below 0 becomes black, so strokes lose their grey edges.",
-        "Mean and histogram of saved images beside those of the data.",
+        "Compare mean and histogram of saved images with the data's.",
         "Add 1 and divide by 2 before saving.",
         "Ten digits look right, with thinner strokes.",
     ),

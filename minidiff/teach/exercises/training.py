@@ -314,9 +314,9 @@ BUGS = (
         "EMA slower than the run",
         "noise",
         "Sampling uses averaged weights that are still mostly those of the untrained network.",
-        "`minidiff check`: error with averaged weights beside that with raw ones.",
+        "`minidiff check`: compare the errors with averaged and with raw weights.",
         "A memory that is a fraction of the run: `ema_half_life`.",
-        "0.9999 keeps 82 % of the start after 2,000 updates; the loss is of the raw weights.",
+        "0.9999 keeps 82 % of the start after 2,000 updates; the loss is that of the raw weights.",
     ),
     Bug(
         Exercise(
@@ -346,7 +346,7 @@ BUGS = (
         "network conditioned on t − 1",
         "fine",
         "Neighbouring levels are nearly equal.",
-        "None on samples; a test that the steps drawn are 0…T − 1.",
+        "None on samples. A test that the drawn steps are 0…T − 1.",
         "Pass t. Look elsewhere for the cause of bad samples.",
         "99.5 % near a mode, as with the right t.",
     ),
