@@ -14,7 +14,16 @@ from minidiff.errors import InvalidArgument, MinidiffError, Stopped, suggestion
 
 # One folder for each row of README's table, one file for each command.
 FOLDERS = {
-    "make": ("demo", "train", "distill", "train-vae", "train-classifier", "sample", "sculpt", "export"),
+    "make": (
+        "demo",
+        "train",
+        "distill",
+        "train-vae",
+        "train-classifier",
+        "sample",
+        "sculpt",
+        "export",
+    ),
     "judge": ("evaluate", "check", "list", "cache", "watermark"),
     "understand": ("explore", "explain", "compare", "diff"),
 }

@@ -11,7 +11,7 @@ from PIL import Image
 
 from minidiff import engines, shipped
 from minidiff.errors import InvalidArgument, suggestion
-from minidiff.images.pixels import read_image
+from minidiff.images.pixels import MODES, read_image
 from minidiff.images.watermark import Watermark, message_of
 from minidiff.pipeline import Pipeline
 from minidiff.runs.folder import open_pipeline
@@ -124,14 +124,14 @@ def class_of(pipe: Pipeline, given: str | None) -> str | int | None:
     return number
 
 
-def starting_image(pipe: Pipeline, path: str, mode: str) -> Image.Image:
+def starting_image(pipe: Pipeline, path: str) -> Image.Image:
     """Read --image, of the size that the network was trained on if minidiff trained it.
 
     Raises:
         DataError: see `read_image`.
         InvalidArgument: an image of another size.
     """
-    image = read_image(path, mode)
+    image = read_image(path, MODES.get(pipe.space.image_channels, ("RGB",))[0])
     _, height, width = pipe.image_shape
     if pipe.is_guided_below_one and image.size != (width, height):
         raise InvalidArgument(

@@ -58,52 +58,55 @@ def add_to(commands: Any) -> None:
 
 def sample(options: argparse.Namespace) -> None:
     """Run minidiff sample."""
-    from minidiff.cli.model_options import (
-        check_files,
-        class_of,
-        draw,
-        marking,
-        open_model,
-        starting_image,
-    )
-    from minidiff.images import plot
-    from minidiff.images.pixels import MODES, read_mask
+    from minidiff.cli import model_options
     from minidiff.lab.film import Film
-    from minidiff.runtime import files
 
     if all(getattr(options, flag) is None for flag in FILES):
         options.png = "samples.png"
-    check_files(options, *FILES)
+    model_options.check_files(options, *FILES)
     if options.scale is not None:
         whole_number("scale", options.scale, 1, 64)
     if options.model is not None and options.text is None:
         options.run, options.text = None, options.run  # with --model, the only word is the text
-    pipe = open_model(options, "float32" if options.dtype == "auto" else options.dtype)
+    number_type = "float32" if options.dtype == "auto" else options.dtype
+    pipe = model_options.open_model(options, number_type)
     if options.watermark is not None:
-        pipe.finishers.append(marking(options.watermark, pipe.image_shape))
+        pipe.finishers.append(model_options.marking(options.watermark, pipe.image_shape))
     if options.num is None:
         many = options.text is None and options.label is None
         options.num = pipe.space.sheet or (100 if many else 16)
-    label = class_of(pipe, options.label)
-    mode = MODES.get(pipe.space.image_channels, ("RGB",))[0]
-    text = "" if options.text is None and pipe.prompts is not None else options.text
     if (options.gif or options.strip) and len(pipe.image_shape) != 3:
         raise InvalidArgument("--gif and --strip are for images, but this model draws points")
     film = Film(pipe.decode) if options.gif or options.strip else None
-    images, labels = draw(
-        pipe, options, options.num,
-        callback=film,
-        prompt=text,
-        negative_prompt=options.negative,
-        class_labels=label,
-        image=None if options.image is None else starting_image(pipe, options.image, mode),
-        mask_image=None if options.mask is None else read_mask(options.mask),
-        strength=options.strength,
-        reconstruction_guidance=options.reconstruction_guidance,
-        guide=options.guide,
-        guidance_rescale=options.guidance_rescale,
-        guidance_interval=options.guidance_interval,
-    )  # fmt: skip
+    given = asked(pipe, options)
+    images, labels = model_options.draw(pipe, options, options.num, callback=film, **given)
+    write(pipe, options, images, labels, film)
+
+
+def asked(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags ask of a call of the pipeline."""
+    from minidiff.cli.model_options import class_of, starting_image
+    from minidiff.images.pixels import read_mask
+
+    return {
+        "prompt": "" if options.text is None and pipe.prompts is not None else options.text,
+        "negative_prompt": options.negative,
+        "class_labels": class_of(pipe, options.label),
+        "image": None if options.image is None else starting_image(pipe, options.image),
+        "mask_image": None if options.mask is None else read_mask(options.mask),
+        "strength": options.strength,
+        "reconstruction_guidance": options.reconstruction_guidance,
+        "guide": options.guide,
+        "guidance_rescale": options.guidance_rescale,
+        "guidance_interval": options.guidance_interval,
+    }
+
+
+def write(pipe: Any, options: argparse.Namespace, images: Any, labels: Any, film: Any) -> None:
+    """Write the samples to the files that the flags name."""
+    from minidiff.images import plot
+    from minidiff.runtime import files
+
     square = options.label is not None or pipe.prompts is not None
     side = min(10, 1 + math.isqrt(len(images) - 1))
     columns = side if square else len(pipe.class_names) or 10
