@@ -64,7 +64,7 @@ def _views(opacity: Tensor) -> Tensor:
 
 
 class Likeness:
-    """What an image model says of views: the gradient of score distillation.
+    """The gradient of score distillation, by which an image model changes views.
 
     Args:
         pipe: the model.

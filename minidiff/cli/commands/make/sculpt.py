@@ -14,9 +14,9 @@ def add_to(commands: Any) -> None:
         commands,
         sculpt,
         "make a volume that is one digit from the front and another from the side",
-        "Score distillation: a model of images, which has never seen three dimensions, moves a "
-        "small volume until its front and its side view are what it is asked for. Writes both "
-        "views, and an animation of the volume turning. Takes seconds and trains no network.",
+        "Changes a small volume by score distillation until a model of images reads its front and "
+        "its side view as the requested classes. The model was trained on images only. Writes both "
+        "views and an animation of the turning volume. Takes seconds and trains no network.",
     )
     add_model(command)
     command.set_defaults(sampler=None)
