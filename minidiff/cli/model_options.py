@@ -19,7 +19,6 @@ from minidiff.runtime import files
 from minidiff.runtime.device import pick_device, pick_dtype
 from minidiff.schedulers.core.names import sampler
 
-
 SUFFIXES = {"strip": ".png"}  # of flags that are not named after theirs
 
 
