@@ -181,8 +181,13 @@ def add_sampling(command: Parser) -> None:
         "for none (default: the model's)")  # fmt: skip
     add("--eta", type=float, help="randomness of the sampler ddim, 0 to 1")
     add("--batch-size", type=int, default=250, help="images in memory at once")
+    add_engine(add, "torch; for an exported folder its graphs")
+
+
+def add_engine(add: Callable[..., Any], default: str = "torch") -> None:
+    """Add the flag for an inference engine."""
     add("--engine", choices=ENGINES, metavar="ENGINE", help="what evaluates the network: "
-        f"{', '.join(ENGINES)} (default: torch; for an exported folder its graphs)")  # fmt: skip
+        f"{', '.join(ENGINES)} (default: {default})")  # fmt: skip
 
 
 def _budget(kind: type) -> Callable[[str], Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minidiff import shipped
 from minidiff.data import ImageData, load
+from minidiff.engines.optimize import choose
 from minidiff.errors import CheckpointError, Stopped, whole_number
 from minidiff.images.pixels import to_float
 from minidiff.lab import explore, plot
@@ -53,7 +54,11 @@ class Row(NamedTuple):
 
 
 def demo(
-    out: str | Path, config: TrainConfig, device: torch.device, samples: int | None = None
+    out: str | Path,
+    config: TrainConfig,
+    device: torch.device,
+    samples: int | None = None,
+    engine: str | None = None,
 ) -> list[Row]:
     """Train, sample and measure; print a table; write pictures and the model into `out`.
 
@@ -65,14 +70,18 @@ def demo(
         device: device to train on.
         samples: number of samples of each sampler for the table, from 192 to 10,000; None for
             500, or 200 where the training took over three minutes.
+        engine: engine that draws the samples, see `Pipeline.optimize`; None for torch.
     Returns:
         A row per sampler.
     Raises:
+        InvalidArgument: `engine` is not installed, or not for this device.
         CheckpointError: `out` cannot be written, or holds something other than an earlier demo.
     """
     out = files.user_path(out)
     if samples is not None:
         whole_number("samples", samples, MIN_SAMPLES, MAX_SAMPLES)
+    if engine is not None:
+        choose(engine, "auto", device)  # fails now where it is not installed
     _refuse_foreign(out)
     data = load("digits")
     settings = Settings("demo", config, {"name": "digits"}, about(data), device.type)
@@ -91,12 +100,15 @@ def demo(
     pipe.save_pretrained(out / diffusion.MODEL)
 
     own, seconds = pipe.scheduler, time.monotonic() - started
+    if engine is not None:
+        pipe.optimize(engine)
     draw(pipe, data, out)
     samples = fitting_samples(seconds) if samples is None else samples
     rows = [measure(pipe, name, steps, evaluator, samples) for name, steps in STEPS.items()]
     scores = table(rows, evaluator, samples)
     print(scores)
     pipe.scheduler = own
+    pipe.engines.clear()
     facts = card_facts(settings, out / "samples.png", scores)
     pipe.save_pretrained(out / diffusion.MODEL, facts=facts)
     explore.page(pipe, "demo").write(out / "explore.html")

@@ -367,7 +367,7 @@ def evaluate_churned(
     reading, x = scheduler.reading, scheduler.reading.solver_sample(x)
     sigma = churn.raised(now.sigma, len(scheduler.levels) - 1) if churn else now.sigma
     if churn is None or sigma == now.sigma:
-        return Evaluation(now, x, *scheduler.split(out, x, now))
+        return Evaluation(now, x, *scheduler._split(out, x, now))
     std = churn.s_noise * sqrt(sigma**2 - now.sigma**2)
     raised, raised_x = Level(now.alpha, sigma), x + std * noise()  # algorithm 2, line 6
     x, now = reading.churned_sample(scheduler.output_type, x, now, raised_x, raised)

@@ -29,12 +29,13 @@ def check_pictures(out):
 
 def test_the_demo_trains_samples_measures_and_draws(tmp_path, capsys):
     config = TrainConfig(steps=200, channels=(24, 48), guidance_scale=3.0, pictures=0)
-    rows = demo(tmp_path, config, torch.device("cpu"), samples=200)
+    rows = demo(tmp_path, config, torch.device("cpu"), samples=200, engine="torch")
     assert [row.sampler for row in rows] == list(STEPS)
     # chance is 10 %, and a few seconds of training suffice for more
     assert all(row.scores.accuracy > 0.4 for row in rows)
     out = capsys.readouterr().out
     assert out.startswith("device: cpu")
+    assert "engine torch, " in out
     for name in ("DDPM", "DDIM", "DPM-Solver++", "real, held out", "real, training"):
         assert name in out
     assert all(line in out for line in MEANING)
@@ -58,6 +59,15 @@ def test_the_demo_refuses_a_number_of_samples_that_it_cannot_score(tmp_path, cap
     for number in ("5", "20000"):
         assert main(["demo", "--samples", number, "--out", str(tmp_path / "demo")]) == 2
         assert f"samples must be in 192..10000, got {number}" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_engine_that_is_not_there_is_refused_before_the_demo_trains(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("minidiff.engines.backends.is_installed", lambda *names: False)
+    assert main(["demo", "--engine", "openvino", "--out", str(tmp_path / "demo")]) == 2
+    assert 'pip install "minidiff[openvino]"' in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
 
 

@@ -10,6 +10,8 @@ from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.noise import Generators, check_generators
 from minidiff.runtime.shapes import check_finite, warn_unless_finite
 
+NUMBERS = (int, float, Real)  # the first two are found sooner than by their abstract class
+
 
 def host_number(timestep: int | float | Tensor) -> int | float:
     """Return a timestep as a Python number; this syncs for a tensor on another device.
@@ -19,7 +21,7 @@ def host_number(timestep: int | float | Tensor) -> int | float:
     """
     if isinstance(timestep, Tensor) and timestep.numel() == 1:
         timestep = timestep.item()
-    if isinstance(timestep, bool) or not isinstance(timestep, Real):
+    if isinstance(timestep, bool) or not isinstance(timestep, NUMBERS):
         raise InvalidArgument(f"timestep must be one number, got {timestep!r}")
     return timestep
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from shlex import quote
 from typing import Any
 
-from minidiff.cli.arguments import add_command
+from minidiff.cli.arguments import add_command, add_engine
 
 
 def add_to(commands: Any) -> None:
@@ -22,6 +22,7 @@ def add_to(commands: Any) -> None:
     add("--samples", type=int, help="samples of each sampler that are scored (default: 500, or 200 "
         "on a slow machine)")  # fmt: skip
     add("--minutes", type=float, help="training time in minutes, instead of a number of steps")
+    add_engine(add)
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -41,7 +42,7 @@ def demo(options: argparse.Namespace) -> None:
         dtype=dtype_name(options.dtype, device),
         pictures=0,
     )
-    run_demo(options.out, config, device, options.samples)
+    run_demo(options.out, config, device, options.samples, options.engine)
     out = quote(options.out)
     print(
         f"\nLook at {out}/samples.png, {out}/forward.png and {out}/denoise.gif. Open "
