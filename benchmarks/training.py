@@ -1,21 +1,21 @@
 """Time of a training step of a preset: plain, compiled, and captured as a CUDA graph.
 
-    python benchmarks/train_step.py PRESET [--variants plain,compile] [--data-dir DIR]
+    python benchmarks/training.py PRESET [--variants plain,compile] [--data-dir DIR]
         [--device cpu] [--dtype float32] [--batch-size N] [--threads N] [--rounds N]
 
 The variants take turns of a few steps with equal batches, so that a busy machine slows all alike.
 Printed are the seconds of the first steps, which include compilation and capture; then median and
-quartiles of a step in milliseconds, and the speed-up over the first variant.
+quartiles of a step in milliseconds, and the speed-up over the first variant: CPU time on a CPU,
+time by the clock on a GPU. `--profile` prints the operations of three steps of the first variant.
 """
 
 import argparse
-import platform
 import statistics
 import time
 from dataclasses import replace
 
 import torch
-from import_time import cpu_name
+from import_time import conditions
 
 from minidiff import data
 from minidiff.runtime.device import DTYPES, keep_freed_memory, pick_device
@@ -38,6 +38,7 @@ def main() -> None:
     add("--batch-size", type=int, help="images per step; default: the preset's")
     add("--threads", type=int, default=2, help="threads of torch")
     add("--rounds", type=int, default=9, help="turns of each variant")
+    add("--profile", action="store_true", help="print what the time is spent on, and nothing else")
     options = parser.parse_args()
     names = options.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
@@ -53,23 +54,30 @@ def main() -> None:
         dtype=options.dtype,
     )  # fmt: skip
     config = resolve(config, images)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
-    print(f"{where}, Python {platform.python_version()}, torch {torch.__version__}, ", end="")
-    print(f"{options.threads} threads; {options.preset}, batches of {size}, {options.dtype}")
+    where = torch.cuda.get_device_name() + ", " if device.type == "cuda" else ""
+    print(f"{where}{conditions(options.threads)}; ", end="")
+    print(f"{options.preset}, batches of {size}, {options.dtype}")
 
     def take(training: DiffusionTraining, steps: int) -> float:
         """Return the seconds of a number of steps."""
-        start = time.perf_counter()
+        clock = time.perf_counter if device.type == "cuda" else time.process_time
+        start = clock()
         for _ in range(steps):
             training.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     runs = {}
     for name in names:
         runs[name] = DiffusionTraining(replace(config, **VARIANTS[name]), images, device)
         print(f"{name:12} ready after {take(runs[name], WARM_UP):.0f} s", flush=True)
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            take(runs[names[0]], 3)
+        order = f"self_{device.type}_time_total"
+        print(profile.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=45))
+        return
     spent = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, training in runs.items():
