@@ -124,8 +124,9 @@ def matching(network: nn.Module, targets: Iterable[str]) -> list[str]:
     Args:
         network: U-Net or text encoder.
         targets: "attention" (its four linear maps), "cross-attention" (keys and values of the text,
-            and the map of the text's summary to the time embedding), "convolution", "linear"
-            (linear layers outside attention), or ends of module names, such as "to_q".
+            and the map of the text's summary to the time embedding), "convolution" (those inside
+            the blocks), "linear" (linear layers outside attention), or ends of module names, such
+            as "to_q".
     Raises:
         InvalidArgument: a target chooses no weight.
     """
@@ -167,7 +168,7 @@ def _reads_text(name: str, module: nn.Module) -> bool:
 _TESTS = {
     "attention": _is_attention,
     "cross-attention": _reads_text,
-    "convolution": lambda name, module: module.weight.ndim > 2,
+    "convolution": lambda name, module: module.weight.ndim > 2 and "_block" in name,
     "linear": lambda name, module: module.weight.ndim == 2 and not _is_attention(name, module),
 }
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("attention", "cross-attention", "convolution", "linear")  # layers of a network
 MAX_RANK, MAX_VECTORS, MAX_PRIOR = 4096, 16, 100_000
+PRIOR = 96  # pictures of a prior; drawing them takes about a tenth of a training of three minutes
 
 
 def flag(

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from minidiff.adapters.learners import MAX_PRIOR, MAX_RANK, MAX_VECTORS, TARGETS, Adaptation, flag
+from minidiff.adapters.learners import (
+    MAX_PRIOR,
+    MAX_RANK,
+    MAX_VECTORS,
+    PRIOR,
+    TARGETS,
+    Adaptation,
+    flag,
+)
 from minidiff.errors import InvalidArgument
 from minidiff.runtime.checks import each, optional, positive, text, whole
 
@@ -27,7 +35,6 @@ if TYPE_CHECKING:
     from minidiff.pipeline import Pipeline
     from minidiff.training.learner import Learner
 
-PRIOR = 256  # pictures; fewer repeat themselves before the end of a training
 WORDS = each(text, least=1)
 
 
@@ -39,7 +46,7 @@ class Personal(Adaptation):
         word: new words that the captions use; None for those that the model does not know.
         vectors: vectors of each new word.
         init_word: known word whose vector the new ones begin with; None for the mean of all.
-        prior: number of pictures that the model draws before training; None for 256 where it has
+        prior: number of pictures that the model draws before training; None for 96 where it has
             the captions of `minidiff.data.load("captions")` to draw, else 0.
         prior_prompts: captions of these pictures, instead of those.
     """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minidiff.adapters.learners import PRIOR
 from minidiff.adapters.words import check_word, fresh_vectors, with_words
 from minidiff.data.captioned.captions import CaptionedDigits
 from minidiff.data.protocol import Data, digest
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 FILE = "prior.safetensors"  # in the folder of a run
 MAX_NEW_WORDS = 8
-PRIOR = 256
 SEED = 20_220_825  # of the pictures; the day on which DreamBooth appeared
 
 
