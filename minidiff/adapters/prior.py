@@ -38,10 +38,6 @@ def prepared(own: "Personal", start: Pipeline, data: Data) -> tuple["Personal", 
         InvalidArgument: data without captions for a model of texts, words that are known, not one
             word, or in no caption, or a prior that the model has no captions for.
     """
-    if start.adapters:
-        raise InvalidArgument(
-            f"start must have no loaded adapters, it has {', '.join(start.adapters)}: fuse() them"
-        )
     if start.prompts is None:
         if own.word or own.prior:
             name = "word" if own.word else "prior"

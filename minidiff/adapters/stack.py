@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.adapters.change import Change, with_weights
-from minidiff.adapters.words import with_words
+from minidiff.adapters.words import check_word, with_words
 from minidiff.errors import InvalidArgument, one_of, real_number
 from minidiff.text.prompts import PromptsXL
 
@@ -152,6 +152,10 @@ def add(pipe: "Pipeline", name: str, adapter: Adapter, scale: float) -> "Pipelin
             f"name must be new, an adapter {name!r} is loaded: remove_adapter({name!r}), or give "
             "another name"
         )
+    for word in adapter.words:
+        check_word(stack_of(pipe).prompts, word)
+        if owner := next((n for n, (other, _) in loaded.items() if word in other.words), None):
+            raise InvalidArgument(f"word must be new to the model, adapter {owner!r} has {word!r}")
     set_adapters(pipe, {**loaded, name: (adapter, check_scale(scale))})
     return pipe
 

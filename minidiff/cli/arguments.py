@@ -168,7 +168,15 @@ def add_model(command: Parser) -> None:
     command.add_argument(
         "run", nargs="?", help="folder of a run or of a model; omitted with --model"
     )
-    command.adder("model")("--model", choices=list(MODELS), help="a model that ships with minidiff")
+    add = command.adder("model")
+    add("--model", choices=list(MODELS), help="a model that ships with minidiff")
+    add(
+        "--adapter",
+        action="append",
+        metavar="PATH[:SCALE]",
+        help="run of train --learn, or "
+        "LoRA or new words in diffusers' format, with a factor (default: 1); may be repeated",
+    )
 
 
 def add_sampling(command: Parser) -> None:

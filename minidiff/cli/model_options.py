@@ -1,6 +1,7 @@
 """Opening and sampling a model, for the commands that do so."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +27,8 @@ def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
     """Return the model of the run or of --model on its device, with the sampler of --sampler."""
     device = pick_device(options.device)
     pipe = open_pipeline(model_folder(options), device)
+    for text in getattr(options, "adapter", None) or ():
+        pipe.load_adapter(*adapter_of(text))
     if device.type == "cpu":
         for network in pipe.unets:
             network.to(memory_format=torch.channels_last)
@@ -34,6 +37,19 @@ def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
         pipe.scheduler = sampler(options.sampler, pipe.scheduler)
     engines.use(pipe, model_folder(options), getattr(options, "engine", None))
     return pipe
+
+
+def adapter_of(text: str) -> tuple[str, float]:
+    """Return path and scale of "PATH" or "PATH:SCALE". Raises InvalidArgument."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return os.path.expanduser(text), 1.0
+    try:
+        return os.path.expanduser(path), float(scale)
+    except ValueError:
+        raise InvalidArgument(
+            f"--adapter must be PATH or PATH:SCALE, with a number for SCALE, got {text!r}"
+        ) from None
 
 
 def model_folder(options: argparse.Namespace) -> str | Path:

@@ -35,5 +35,5 @@ def use(pipe: "Pipeline", folder: str | Path, engine: str | None) -> None:
     dtype = str(pipe.dtype).removeprefix("torch.")
     if engine is not None:
         pipe.optimize(engine, dtype)
-    elif exported.is_exported(folder):
+    elif exported.is_exported(folder) and not pipe.adapters:  # graphs of the base alone
         exported.use_graphs(pipe, folder, dtype)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from minidiff.errors import InvalidArgument
+
 if TYPE_CHECKING:
     from minidiff.adapters.stack import Stack
     from minidiff.nn import ControlNet
@@ -37,6 +39,14 @@ class LateMethods:
     def adapters(self) -> dict[str, float]:
         """Scales of the loaded adapters by name; change them with `set_adapter`."""
         return {n: scale for n, (_, scale) in self.stack.adapters.items()} if self.stack else {}
+
+    def check_fused(self, wish: str) -> None:
+        """Refuse what needs one set of weights. Raises InvalidArgument, with the wish's name."""
+        if self.adapters:
+            raise InvalidArgument(
+                f"{wish} needs one set of weights, but adapters are loaded: "
+                f"{', '.join(self.adapters)}; call fuse() or remove_adapter() first"
+            )
 
     def load_adapter(
         self, path: str | Path, scale: float = 1.0, name: str | None = None

@@ -451,6 +451,7 @@ class Pipeline(LateMethods):
             CheckpointError: the folder cannot be written, or holds files that would be lost.
             InvalidArgument: there is a guidance network, which diffusers' pipelines do not have.
         """
+        self.check_fused("save_pretrained")
         pipeline_folder.write(folder, self, facts)
 
     @classmethod

@@ -145,6 +145,7 @@ def prepared(learner: Any, data: Data, start: Pipeline | None) -> tuple[Any, Dat
         if prepare:
             raise InvalidArgument(f"start must be given for learner {type(learner).__name__}")
         return learner, data
+    start.check_fused("training")
     if prepare:
         return prepare(start, data)
     return learner, data if start.prompts is None else data.tokenized(start.prompts)
@@ -190,7 +191,9 @@ def continued(start: Pipeline, config: TrainConfig, data: Data) -> Pipeline:
     Raises:
         InvalidArgument: the sampler does not fit the start's scheduler.
     """
-    pipe = copy.deepcopy(start).to(dtype=torch.float32)
+    pipe = copy.copy(start)
+    pipe.stack = None  # what was fused into the start cannot be taken out of what is trained
+    pipe = copy.deepcopy(pipe).to(dtype=torch.float32)
     encoders = () if pipe.prompts is None else pipe.prompts.encoders
     for network in (pipe.unet, *encoders):
         network.float().requires_grad_(True)
