@@ -13,6 +13,7 @@ the kernel and B is 1×1.
 
 import copy
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -48,7 +49,11 @@ class LowRank(nn.Module):
         self.lora_A, self.lora_B = nn.Module(), nn.Module()
         self.lora_A.weight = nn.Parameter(torch.empty(rank, into, *kernel))
         self.lora_B.weight = nn.Parameter(torch.zeros(out, rank, *(1 for _ in kernel)))
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as in the paper's code
+        if not self.lora_A.weight.is_meta:
+            # As in the paper's code; by the name alone, so that a run that is resumed before its
+            # first snapshot begins at the same weights.
+            random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=random)
 
     def forward(self) -> Tensor:
         """Return the difference."""

@@ -10,15 +10,17 @@ background.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minidiff.adapters import texts
+from minidiff.adapters.texts import CaptionedImages
 from minidiff.data import digits
 from minidiff.data.captioned import scenes
 from minidiff.data.captioned.grammar import NUMERALS
-from minidiff.data.texts import CaptionedImages
-from minidiff.errors import one_of, whole_number
+from minidiff.errors import InvalidArgument, one_of, whole_number
 
 BROWN = (120, 70, 20)
 STRIPE, PERIOD = 0.45, 4  # of the ink that is left in a stripe, and rows from one to the next
@@ -94,6 +96,29 @@ def load(name: str, n: int | None = None, seed: int = 0) -> CaptionedImages:
     digit = torch.randint(scenes.DIGITS, (n,), generator=random)
     texts = _captions(name, digit, colour, background, random)
     return CaptionedImages(name, _paint(name, digit, colour, background, random), texts)
+
+
+def captioned(
+    name: str, caption: str | None = None, image_size: int | None = None
+) -> CaptionedImages | None:
+    """Return a set of examples, or a folder with captions; None for other data.
+
+    Args:
+        name: name of data, or a folder.
+        caption: caption of all images of a folder.
+        image_size: size of the images of a folder, see `texts.load`.
+    Raises:
+        InvalidArgument: a caption for data that are no folder.
+        DataError: see `texts.load`.
+    """
+    is_folder = Path(name).is_dir()
+    if caption is not None and not is_folder:
+        raise InvalidArgument(f"caption is for a folder of images, not for {name}")
+    if name in EXAMPLES:
+        return load(name)
+    if is_folder and (caption is not None or texts.is_captioned(name)):
+        return texts.load(name, caption, image_size)
+    return None
 
 
 def _colours(name: str, n: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from minidiff.adapters.learners import PRIOR
+from minidiff.adapters.texts import CaptionedImages
 from minidiff.adapters.words import check_word, fresh_vectors, with_words
 from minidiff.data.captioned.captions import CaptionedDigits
 from minidiff.data.protocol import Data, digest
-from minidiff.data.texts import CaptionedImages
 from minidiff.errors import CheckpointError, InvalidArgument
 from minidiff.images.pixels import to_uint8
 from minidiff.pipeline import Pipeline

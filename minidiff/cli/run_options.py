@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from minidiff import shipped
-from minidiff.adapters import examples, learners
+from minidiff.adapters import learners
+from minidiff.adapters.examples import captioned
 from minidiff.cli.arguments import flag_of
 from minidiff.data import load
 from minidiff.data.latents import LatentData
 from minidiff.data.protocol import Data
 from minidiff.errors import CheckpointError, InvalidArgument
-from minidiff.names import DATA_NAMES, DATA_VARIABLE, EXAMPLES, PUBLISHED
+from minidiff.names import DATA_NAMES, DATA_VARIABLE, PUBLISHED
 from minidiff.nn import AutoencoderKL
 from minidiff.pipeline import Pipeline
 from minidiff.runs.autoencoder import open_vae
@@ -111,7 +112,8 @@ def load_source(
     others = {"download": download, **source}
     vae = others.pop("vae", None)
     others.pop("init", None), others.pop("learn", None)
-    data = examples.load(others["name"]) if others["name"] in EXAMPLES else load(**others)
+    caption = others.pop("caption", None)
+    data = captioned(others["name"], caption, others.get("image_size")) or load(**others)
     if vae is None:
         return data
     device = own_device(device)

@@ -36,7 +36,6 @@ def load(
     data_dir: str | Path | None = None,
     image_size: int | None = None,
     download: bool = False,
-    caption: str | None = None,
 ) -> Data:
     """Load a data set.
 
@@ -53,7 +52,6 @@ def load(
             must all have one size. Named data sets have a fixed size.
         download: fetch missing files of mnist or cifar10 into that sub-folder, checked by size
             and SHA-256, see `minidiff.data.download`.
-        caption: caption of all images of a folder; one with `metadata.jsonl` has captions already.
 
     Raises:
         InvalidArgument: an unknown name or split, or an argument that this data set does not take.
@@ -68,9 +66,8 @@ def load(
     if str(name).startswith("~"):
         name = user_path(name)
     true_or_false("download", download)
-    for argument, given in (("image_size", image_size), ("caption", caption)):
-        if name in (*NAMES, *TOYS) and given is not None:
-            raise InvalidArgument(f"{argument} is for folders of images, {name} has its own")
+    if name in (*NAMES, *TOYS) and image_size is not None:
+        raise InvalidArgument(f"image_size is for folders of images, {name} has its own")
     if name not in PUBLISHED:
         for argument, given in (("data_dir", data_dir is not None), ("download", download)):
             if given:
@@ -98,7 +95,7 @@ def load(
         )
     from minidiff.data import folder
 
-    return folder.load(name, split, image_size, caption)
+    return folder.load(name, split, image_size)
 
 
 def _load_published(

@@ -8,8 +8,6 @@ class, nor are folders of thumbnails (`@eaDir`, `__MACOSX`). Sub-folders that ar
 val or test are refused. Names that begin with a dot, and files without the suffix of an image, are
 ignored. The order is that of the sorted relative paths.
 
-A `metadata.jsonl` in the folder has captions instead of classes, see `minidiff.data.texts`.
-
 Every tenth image of that order (the 10th, 20th, …) belongs to the test split and never to the train
 split. It is needed to distinguish memorizing from generalizing.
 
@@ -30,8 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.data.images import ImageData
-from minidiff.data.texts import METADATA, CaptionedImages, match, read_captions
-from minidiff.errors import DataError, InvalidArgument, one_of, whole_number
+from minidiff.errors import DataError, one_of, whole_number
 from minidiff.images.pixels import GREY_MODES, on_black, opened, orientation, unreadable, upright
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm",
@@ -50,12 +47,7 @@ class _Header(NamedTuple):
     height: int
 
 
-def load(
-    folder: str | Path,
-    split: str = "train",
-    image_size: int | None = None,
-    caption: str | None = None,
-) -> ImageData | CaptionedImages:
+def load(folder: str | Path, split: str = "train", image_size: int | None = None) -> ImageData:
     """Read a folder of images, with the layout of this module's docstring.
 
     Args:
@@ -63,35 +55,39 @@ def load(
         split: "train", or "test" for the images held out.
         image_size: side to which the central square of each image is resized, with an antialiasing
             filter; None if all images have one size.
-        caption: caption of all images, for a folder without `metadata.jsonl`.
 
     Returns:
-        Images uint8 (N, C, H, W): captioned if there is a caption or a `metadata.jsonl`, else
-        labelled if there are sub-folders.
+        Images uint8 (N, C, H, W), labelled if there are sub-folders.
 
     Raises:
-        InvalidArgument: another split, an image_size below 1, or a caption beside the file's.
+        InvalidArgument: another split, or an image_size below 1.
         DataError: no images, an unreadable one, or sizes that differ; names the file.
     """
     one_of("split", split, ("train", "test"))
     if image_size is not None:
         image_size = whole_number("image_size", image_size, 1, 65536)
     root = Path(folder)
-    files, labels, class_names = _list(root)
-    captions = _captions(root, files, caption)
-    # Size and colour depend on all files, so that both splits have the same shape.
-    headers = [_header(path) for path in files]
-    if image_size is None:
-        _require_one_size(files, headers)
-    mode = "L" if all(header.grey for header in headers) else "RGB"
+    files, labels, class_names = list_images(root)
     chosen = [i for i in range(len(files)) if (i % HOLD_OUT == HOLD_OUT - 1) == (split == "test")]
-    if captions:
-        chosen = list(range(len(files)))
     if not chosen:
         raise DataError(
             f"{root}: {len(files)} images are too few to hold one out; "
             f"the test split is every {HOLD_OUT}th image"
         )
+    images = read(root, files, chosen, image_size)
+    chosen_labels = torch.tensor([labels[i] for i in chosen]) if class_names else None
+    # "folder" distinguishes a folder called "mnist" from the data set of that name.
+    name = f"folder {root.resolve().name}"
+    return ImageData(name, images, chosen_labels, class_names)
+
+
+def read(root: Path, files: list[Path], chosen: list[int], image_size: int | None) -> Tensor:
+    """Return the pixels of chosen files, uint8 (N, C, H, W); see `load`. Raises DataError."""
+    # Size and colour depend on all files, so that both splits have the same shape.
+    headers = [_header(path) for path in files]
+    if image_size is None:
+        _require_one_size(files, headers)
+    mode = "L" if all(header.grey for header in headers) else "RGB"
     size = (headers[0].width, headers[0].height) if image_size is None else (image_size,) * 2
     if (needed := len(chosen) * len(mode) * size[0] * size[1]) > MAX_BYTES:
         raise DataError(
@@ -103,24 +99,10 @@ def load(
         images[row] = _pixels(files[i], mode, size, resize=image_size is not None)
     if not images.any():
         raise DataError(f"{root}: every pixel of every image is black: there is nothing to learn")
-    chosen_labels = torch.tensor([labels[i] for i in chosen]) if class_names else None
-    # "folder" distinguishes a folder called "mnist" from the data set of that name.
-    name = f"folder {root.resolve().name}"
-    if captions:
-        return CaptionedImages(name, images, captions)
-    return ImageData(name, images, chosen_labels, class_names)
+    return images
 
 
-def _captions(root: Path, files: list[Path], caption: str | None) -> list[str] | None:
-    """Return the caption of every image, or None. Raises DataError, InvalidArgument."""
-    if not (root / METADATA).is_file():
-        return None if caption is None else [caption] * len(files)
-    if caption is not None:
-        raise InvalidArgument(f"caption must be left out, {root} has a {METADATA}; got {caption!r}")
-    return match([path.relative_to(root).as_posix() for path in files], read_captions(root), root)
-
-
-def _list(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+def list_images(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     """Return all image files in order, the label of each, and the class names."""
     files, folders = _entries(root)
     if len(folders) > 1 and {folder.name.lower() for folder in folders} <= SPLIT_NAMES:

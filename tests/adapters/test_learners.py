@@ -6,8 +6,8 @@ import torch
 from minidiff import shipped
 from minidiff.adapters import CustomDiffusion, DreamBooth, LoRA, TextualInversion, examples
 from minidiff.adapters.learners import flags, kinds, make, options_of
+from minidiff.adapters.texts import CaptionedImages
 from minidiff.data import load
-from minidiff.data.texts import CaptionedImages
 from minidiff.errors import InvalidArgument
 from minidiff.pipeline import Pipeline
 from minidiff.runtime.tensors import digest

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minidiff.data import folder as image_folder
 from minidiff.data.protocol import Data, digest
-from minidiff.errors import DataError, InvalidArgument
+from minidiff.errors import DataError, InvalidArgument, whole_number
 from minidiff.images.pixels import to_float
 from minidiff.runtime.checks import instance
 from minidiff.text.conditioning import Captions, ConditionConfig
@@ -110,6 +111,41 @@ class CaptionedImages(Data):
         return {"pixels": digest(self.images), "captions": digest(texts)}
 
 
+def is_captioned(folder: str | Path) -> bool:
+    """Return whether a folder has a `metadata.jsonl`."""
+    return (Path(folder) / METADATA).is_file()
+
+
+def load(
+    folder: str | Path, caption: str | None = None, image_size: int | None = None
+) -> CaptionedImages:
+    """Read a folder of images with captions.
+
+    Args:
+        folder: folder with a `metadata.jsonl`, or of images without classes.
+        caption: caption of all images, without that file.
+        image_size: side to which the central square of each image is resized; None if all images
+            have one size.
+    Raises:
+        InvalidArgument: a caption beside those of the file, or neither of them.
+        DataError: the images or the file are damaged or do not fit each other.
+    """
+    root = Path(folder)
+    if is_captioned(root) == (caption is not None):
+        raise InvalidArgument(
+            f"caption must be left out, {root} has a {METADATA}; got {caption!r}"
+            if caption is not None
+            else f"caption must be given: {root} has no {METADATA}"
+        )
+    files, _, _ = image_folder.list_images(root)
+    names = [path.relative_to(root).as_posix() for path in files]
+    texts = [caption] * len(files) if caption else match(names, read_captions(root), root)
+    if image_size is not None:
+        whole_number("image_size", image_size, 1, 65536)
+    images = image_folder.read(root, files, list(range(len(files))), image_size)
+    return CaptionedImages(f"folder {root.resolve().name}", images, texts)
+
+
 def read_captions(root: Path) -> dict[str, str]:
     """Return caption by file name, from `metadata.jsonl`.
 
@@ -161,10 +197,10 @@ def match(names: Sequence[str], captions: Mapping[str, str], root: Path) -> list
         DataError: an image without a caption, or a caption without an image.
     """
     for kind, missing in (
-        ("image has no caption", sorted(set(names) - captions.keys())),
-        ("caption has no image", sorted(captions.keys() - set(names))),
+        ("an image has no caption", sorted(set(names) - captions.keys())),
+        ("a caption has no image", sorted(captions.keys() - set(names))),
     ):
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise DataError(f"{root / METADATA}: an {kind}: {missing[0]}{more}")
+            raise DataError(f"{root / METADATA}: {kind}: {missing[0]}{more}")
     return [captions[name] for name in names]
