@@ -72,3 +72,5 @@ SAMPLERS = {
     ),
     "unipc": Sampler("UniPC (2)", "UniPCMultistepScheduler", {}),
 }
+# Images that steer a ControlNet, see `minidiff.adapters.shown`.
+CONTROLS = ("edges", "scribble", "mask")

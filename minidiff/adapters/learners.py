@@ -95,6 +95,7 @@ class Adaptation:
 
 def kinds() -> dict[str, type[Adaptation]]:
     """Return the adaptations by the names of `--learn`."""
+    from minidiff.adapters.controlnet import ControlNetTraining
     from minidiff.adapters.personal import CustomDiffusion, DreamBooth, LoRA, TextualInversion
 
     return {
@@ -102,6 +103,7 @@ def kinds() -> dict[str, type[Adaptation]]:
         "word": TextualInversion,
         "dreambooth": DreamBooth,
         "custom": CustomDiffusion,
+        "controlnet": ControlNetTraining,
     }
 
 

@@ -1,0 +1,110 @@
+"""Images made of training images, on which a network is conditioned: edges, scribbles, masks.
+
+`Shown` puts them behind the labels of a batch, so that the training loop need not know them:
+
+    labels (B, …)  →  (B, L + C·H·W)      numbers of the label or caption, and bytes of the image
+
+Source of the edges: Sobel & Feldman 1968, a 3×3 gradient; here the largest over the channels.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidiff.data.protocol import Data
+from minidiff.text.conditioning import Condition, ConditionConfig
+
+EDGE = 0.1  # gradient of an edge, where 1 is a full step from black to white in one channel
+INK = 0.15  # distance from the background, in the channel where it is largest
+Picture = Callable[[Tensor], Tensor]
+
+
+def edges(images: Tensor) -> Tensor:
+    """Return where colours change: 1 or 0, float32 (B, 1, H, W), of images (B, C, H, W) in [−1, 1].
+
+    The gradient is Sobel's, at the border of the repeated image.
+    """
+    kernel = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
+    channels = images.shape[1]
+    padded = F.pad(images / 2 + 0.5, (1, 1, 1, 1), mode="replicate")
+    both = torch.stack([kernel, kernel.T])[:, None].repeat(channels, 1, 1, 1)
+    gradients = F.conv2d(padded, both, groups=channels).unflatten(1, (channels, 2))
+    return (gradients.norm(dim=2).amax(1, keepdim=True) > EDGE).float()
+
+
+def scribble(images: Tensor) -> Tensor:
+    """Return thick, coarse edges, as of a drawing by hand; see `edges`."""
+    coarse = F.max_pool2d(edges(images), 2, ceil_mode=True)
+    height, width = images.shape[-2:]
+    return F.interpolate(coarse, scale_factor=2)[..., :height, :width]
+
+
+def mask(images: Tensor) -> Tensor:
+    """Return where an image differs from its background, the median colour of its border."""
+    sides = (images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1])
+    background = torch.cat(sides, dim=-1).median(dim=-1).values[..., None, None]
+    far = (images - background).abs().amax(1, keepdim=True) / 2
+    return (far > INK).float()
+
+
+# Names of `--control`, and their functions from images (B, C, H, W) in [−1, 1] to (B, 1, H, W).
+PICTURES: dict[str, Picture] = {"edges": edges, "scribble": scribble, "mask": mask}
+
+
+class Shown(Data):
+    """Data with an image made of every image behind its label.
+
+    Args:
+        data: images.
+        name: name of the function, for digests.
+        picture: function from images (B, C, H, W) in [−1, 1] to images (B, C', H, W) in [0, 1],
+            of which bytes are kept.
+    """
+
+    fixed_options: ClassVar[Mapping[str, Any]] = {"shift": 0, "flip": False}  # would move x alone
+
+    def __init__(self, data: Data, name: str, picture: Picture) -> None:
+        self.data, self.shown, self.picture = data, name, picture
+        self.name, self.class_names = data.name, data.class_names
+        self.decoder = data.decoder
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image: (C, H, W)."""
+        return self.data.shape
+
+    def to(self, device: torch.device | str) -> "Shown":
+        """Return the data with its batches on `device`."""
+        return Shown(self.data.to(device), self.shown, self.picture)
+
+    def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the images at `index`, and their labels with the images made; see `Data.batch`."""
+        x, labels = self.data.batch(index, position)
+        made = (self.picture(x) * 255).round().to(torch.int64).flatten(1)
+        if labels is None:
+            return x, made
+        return x, torch.cat([labels.reshape(len(x), -1), made], dim=1)
+
+    def condition(self, config: ConditionConfig) -> Condition:
+        return self.data.condition(config)
+
+    def example_prompts(self, n: int) -> list[str] | None:
+        return self.data.example_prompts(n)
+
+    def digests(self) -> dict[str, str]:
+        """Return those of the data, and the name of what is made."""
+        return self.data.digests() | {"shown": self.shown}
+
+
+def parted(labels: Tensor, size: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:
+    """Return the labels of a batch of `Shown`, and its images, float32 (B, *size) in [0, 1]."""
+    count = size[0] * size[1] * size[2]
+    own, bytes_ = labels[:, :-count], labels[:, -count:]
+    images = bytes_.unflatten(1, size).float() / 255
+    return (None if not own.shape[1] else own), images
