@@ -72,5 +72,5 @@ SAMPLERS = {
     ),
     "unipc": Sampler("UniPC (2)", "UniPCMultistepScheduler", {}),
 }
-# Images that steer a ControlNet, see `minidiff.adapters.shown`.
+# Images that steer a ControlNet, see `minidiff.adapters.controls`.
 CONTROLS = ("edges", "scribble", "mask")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.adapters.learner import Frozen
-from minidiff.adapters.shown import parted
+from minidiff.adapters.controls import split_labels
 from minidiff.nn import ControlNet
 from minidiff.pipeline import Pipeline
 from minidiff.text.conditioning import Condition
@@ -12,15 +12,17 @@ from minidiff.training.learner import Learner
 
 
 class ControlLearner(Learner):
-    """A ControlNet, trained through a frozen model on labels of `minidiff.adapters.shown.Shown`.
+    """A ControlNet, trained through a frozen model on labels of `minidiff.adapters.controls.WithControl`.
 
     Args:
         pipe: the model.
         net: ControlNet of one channel for its network.
+        examples: control images of pictures along the way, (N, 1, H, W).
     """
 
-    def __init__(self, pipe: Pipeline, net: ControlNet) -> None:
+    def __init__(self, pipe: Pipeline, net: ControlNet, examples: Tensor | None = None) -> None:
         nn.Module.__init__(self)
+        self.examples = examples
         self.net = net.to(memory_format=torch.channels_last)
         self.frozen, self.size = Frozen(pipe, Learner.of(pipe)), (1, *pipe.image_shape[1:])
 
@@ -51,7 +53,7 @@ class ControlLearner(Learner):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Return the output of the model with the ControlNet's residuals."""
-        own, image = parted(labels, self.size)
+        own, image = split_labels(labels, self.size)
         if own is not None and self._has_classes:
             own = own[:, 0]
         with torch.no_grad():
@@ -61,4 +63,6 @@ class ControlLearner(Learner):
 
     def pipeline(self, like: Pipeline) -> Pipeline:
         """Return the model with the ControlNet."""
-        return like.with_controls([self.net])
+        other = like.with_controls([self.net])
+        other.example = {} if self.examples is None else {"control_image": self.examples}
+        return other

@@ -7,7 +7,7 @@ Captions are hidden more often than in other trainings, so that the control imag
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline import Pipeline
     from minidiff.training.learner import Learner
 
+EXAMPLES = 100  # pictures along a run, of the first captions of the data
 FIRST_WIDTH = 16  # channels of the hint's first level; they double where it halves the image
 
 
@@ -39,23 +40,30 @@ class ControlNetTraining(Adaptation):
         "noise_levels": "uniform", "level_mean": None, "level_std": None,
     }  # fmt: skip
 
+    examples: Any = field(default=None, compare=False, repr=False)  # control images of pictures
+
     control: str = flag("edges", "image that steers, computed from the training images: "
                         f"{', '.join(CONTROLS)}", choice(*CONTROLS))  # fmt: skip
 
     def prepare(self, start: "Pipeline", data: "Data") -> tuple["ControlNetTraining", "Data"]:
-        from minidiff.adapters import shown
+        import torch
+
+        from minidiff.adapters import controls
 
         if data.decoder is not None or len(data.shape) != 3:
             raise InvalidArgument(f"data must be images for a ControlNet, {data.name} are not")
         fresh(start)  # refuses what cannot be copied
         if start.prompts is not None:
             data = data.tokenized(start.prompts)
-        return self, shown.Shown(data, self.control, shown.PICTURES[self.control])
+        made = controls.WithControl(data, self.control, controls.PICTURES[self.control])
+        first = torch.arange(min(len(data), EXAMPLES if start.prompts else 1))
+        examples = made.picture(data.batch(first)[0]).cpu()
+        return replace(self, examples=examples), made
 
     def __call__(self, pipe: "Pipeline") -> "Learner":
         from minidiff.adapters.control_learner import ControlLearner
 
-        return ControlLearner(pipe, fresh(pipe))
+        return ControlLearner(pipe, fresh(pipe), self.examples)
 
     def save(self, pipe: "Pipeline", folder: Path) -> None:
         pipe.controlnets[-1].save_pretrained(folder)
@@ -72,6 +80,8 @@ def fresh(pipe: "Pipeline") -> "ControlNet":
     Raises:
         InvalidArgument: the network cannot be copied, or its latents are not 1/2ⁿ of an image.
     """
+    import torch
+
     from minidiff.nn import ControlNet, UNet
 
     if not isinstance(pipe.unet, UNet):
@@ -80,4 +90,7 @@ def fresh(pipe: "Pipeline") -> "ControlNet":
     levels = whole_number("divisor of the vae", divisor, 1).bit_length()
     if 2 ** (levels - 1) != divisor:
         raise InvalidArgument(f"a ControlNet needs a vae that divides by 2ⁿ, got {divisor}")
-    return ControlNet.from_unet(pipe.unet, 1, [FIRST_WIDTH * 2**level for level in range(levels)])
+    widths = [FIRST_WIDTH * 2**level for level in range(levels)]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the hint's first weights, in every run the same
+        return ControlNet.from_unet(pipe.unet, 1, widths)

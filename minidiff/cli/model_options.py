@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from minidiff import engines, shipped
+from minidiff.cli.control_options import control_of, with_controlnets
 from minidiff.errors import InvalidArgument, suggestion
 from minidiff.images.pixels import MODES, read_image
 from minidiff.images.watermark import Watermark, message_of
@@ -36,7 +37,7 @@ def open_model(options: argparse.Namespace, dtype: str) -> Pipeline:
     if options.sampler is not None:
         pipe.scheduler = sampler(options.sampler, pipe.scheduler)
     engines.use(pipe, model_folder(options), getattr(options, "engine", None))
-    return pipe
+    return with_controlnets(pipe, options)
 
 
 def adapter_of(text: str) -> tuple[str, float]:
@@ -79,6 +80,7 @@ def draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tu
     """
     result = pipe(
         **more,
+        **control_of(pipe, options),
         num_images=n,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,

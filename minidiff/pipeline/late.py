@@ -4,9 +4,9 @@ They import when they are called, so that a pipeline needs neither.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +132,7 @@ class LateMethods:
     # --- control ---------------------------------------------------------------------------
 
     controlnets: "tuple[ControlNet, ...]" = ()
+    example: "Mapping[str, Any]" = MappingProxyType({})  # of a call for pictures of a training
 
     def with_controls(self, nets: "Sequence[ControlNet]") -> "Pipeline":
         """Return the same pipeline with ControlNets, whose images its calls then take.

@@ -225,6 +225,7 @@ def write_samples(
     """
     columns = len(pipe.class_names) or 10
     count = pipe.space.sheet or rows * columns
-    images, labels = pipe(prompts, num_images=count, seed=seed, output_type="np", progress=False)
+    call = {"num_images": count, "seed": seed, "output_type": "np", "progress": False}
+    images, labels = pipe(prompts, **call, **pipe.example)
     plot.save(plot.picture(images, columns, 2, labels), path)
     return images

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from minidiff.cli.arguments import add_command, add_model, add_sampling
+from minidiff.cli.control_options import add_control
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.names import GUIDES
 
@@ -44,6 +45,7 @@ def add_to(commands: Any) -> None:
     add("--mask", help="image that is white where --image is replaced, grey where it is blended")
     add("--reconstruction-guidance", type=float, default=0.0, metavar="W", help="with --mask: "
         "weight of guidance by the kept pixels; with 5, seams disappear")  # fmt: skip
+    add_control(command)
     add = command.adder("output")
     add("--png", help="file for a grid of the images, or a scatter plot of points (default: "
         "samples.png, with --npz none)")  # fmt: skip

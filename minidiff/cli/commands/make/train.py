@@ -144,7 +144,12 @@ def _resume(options: argparse.Namespace) -> None:
 
 def _next(run: str, source: Mapping[str, Any]) -> str:
     if source.get("learn"):
-        return f"minidiff sample {quote(source['init'])} --adapter {quote(run)} …"
+        use = (
+            "--control FILE --controlnet"
+            if source["learn"]["what"] == "controlnet"
+            else "--adapter"
+        )
+        return f"minidiff sample {quote(source['init'])} {use} {quote(run)} …"
     return f"minidiff sample {quote(run)} --png samples.png"
 
 

@@ -1,6 +1,6 @@
 """Images made of training images, on which a network is conditioned: edges, scribbles, masks.
 
-`Shown` puts them behind the labels of a batch, so that the training loop need not know them:
+`WithControl` puts them behind the labels of a batch, so that the training loop need not know them:
 
     labels (B, …)  →  (B, L + C·H·W)      numbers of the label or caption, and bytes of the image
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from minidiff.data.protocol import Data
 from minidiff.text.conditioning import Condition, ConditionConfig
 
-EDGE = 0.1  # gradient of an edge, where 1 is a full step from black to white in one channel
+EDGE = 0.1  # gradient of an edge, where 1 is a full step from black to white in one channel,
+THIN = 0.7  # and as a fraction of the largest gradient nearby, which keeps edges thin
 INK = 0.15  # distance from the background, in the channel where it is largest
 Picture = Callable[[Tensor], Tensor]
 
@@ -32,7 +33,9 @@ def edges(images: Tensor) -> Tensor:
     padded = F.pad(images / 2 + 0.5, (1, 1, 1, 1), mode="replicate")
     both = torch.stack([kernel, kernel.T])[:, None].repeat(channels, 1, 1, 1)
     gradients = F.conv2d(padded, both, groups=channels).unflatten(1, (channels, 2))
-    return (gradients.norm(dim=2).amax(1, keepdim=True) > EDGE).float()
+    steep = gradients.norm(dim=2).amax(1, keepdim=True)
+    nearby = F.max_pool2d(steep, 5, stride=1, padding=2)
+    return ((steep > EDGE) & (steep > THIN * nearby)).float()
 
 
 def scribble(images: Tensor) -> Tensor:
@@ -54,20 +57,20 @@ def mask(images: Tensor) -> Tensor:
 PICTURES: dict[str, Picture] = {"edges": edges, "scribble": scribble, "mask": mask}
 
 
-class Shown(Data):
+class WithControl(Data):
     """Data with an image made of every image behind its label.
 
     Args:
         data: images.
         name: name of the function, for digests.
-        picture: function from images (B, C, H, W) in [−1, 1] to images (B, C', H, W) in [0, 1],
-            of which bytes are kept.
+        picture: function from images (B, C, H, W) in [−1, 1] to images (B, C', H, W) in [0, 1];
+            they are kept as bytes.
     """
 
     fixed_options: ClassVar[Mapping[str, Any]] = {"shift": 0, "flip": False}  # would move x alone
 
     def __init__(self, data: Data, name: str, picture: Picture) -> None:
-        self.data, self.shown, self.picture = data, name, picture
+        self.data, self.kind, self.picture = data, name, picture
         self.name, self.class_names = data.name, data.class_names
         self.decoder = data.decoder
 
@@ -79,9 +82,9 @@ class Shown(Data):
         """Shape of one image: (C, H, W)."""
         return self.data.shape
 
-    def to(self, device: torch.device | str) -> "Shown":
+    def to(self, device: torch.device | str) -> "WithControl":
         """Return the data with its batches on `device`."""
-        return Shown(self.data.to(device), self.shown, self.picture)
+        return WithControl(self.data.to(device), self.kind, self.picture)
 
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor]:
         """Return the images at `index`, and their labels with the images made; see `Data.batch`."""
@@ -99,11 +102,11 @@ class Shown(Data):
 
     def digests(self) -> dict[str, str]:
         """Return those of the data, and the name of what is made."""
-        return self.data.digests() | {"shown": self.shown}
+        return self.data.digests() | {"control": self.kind}
 
 
-def parted(labels: Tensor, size: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:
-    """Return the labels of a batch of `Shown`, and its images, float32 (B, *size) in [0, 1]."""
+def split_labels(labels: Tensor, size: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:
+    """Return the labels of a batch of `WithControl`, and its images, float32 (B, *size) in [0, 1]."""
     count = size[0] * size[1] * size[2]
     own, bytes_ = labels[:, :-count], labels[:, -count:]
     images = bytes_.unflatten(1, size).float() / 255
