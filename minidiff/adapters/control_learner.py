@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from minidiff.adapters.learner import Frozen
 from minidiff.adapters.controls import split_labels
+from minidiff.adapters.learner import Frozen
 from minidiff.nn import ControlNet
 from minidiff.pipeline import Pipeline
 from minidiff.text.conditioning import Condition
@@ -12,7 +12,7 @@ from minidiff.training.learner import Learner
 
 
 class ControlLearner(Learner):
-    """A ControlNet, trained through a frozen model on labels of `minidiff.adapters.controls.WithControl`.
+    """A ControlNet, trained through a frozen model, on labels of `controls.WithControl`.
 
     Args:
         pipe: the model.

@@ -106,7 +106,7 @@ class WithControl(Data):
 
 
 def split_labels(labels: Tensor, size: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:
-    """Return the labels of a batch of `WithControl`, and its images, float32 (B, *size) in [0, 1]."""
+    """Return the labels of a batch of `WithControl`, and images float32 (B, *size) in [0, 1]."""
     count = size[0] * size[1] * size[2]
     own, bytes_ = labels[:, :-count], labels[:, -count:]
     images = bytes_.unflatten(1, size).float() / 255

@@ -5,7 +5,7 @@ import torch
 
 from minidiff import Pipeline, TrainConfig, shipped, train
 from minidiff.adapters import ControlNetTraining
-from minidiff.adapters.controls import PICTURES, WithControl, edges, mask, split_labels, scribble
+from minidiff.adapters.controls import PICTURES, WithControl, edges, mask, scribble, split_labels
 from minidiff.cli import main
 from minidiff.data import load
 from minidiff.errors import InvalidArgument
