@@ -61,7 +61,7 @@ class ControlNetTraining(Adaptation):
         return replace(self, examples=examples), made
 
     def __call__(self, pipe: "Pipeline") -> "Learner":
-        from minidiff.adapters.control_learner import ControlLearner
+        from minidiff.adapters.controls import ControlLearner
 
         return ControlLearner(pipe, fresh(pipe), self.examples)
 
