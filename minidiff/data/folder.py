@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff.data.images import ImageData
+from minidiff.data.protocol import is_constant
 from minidiff.errors import DataError, one_of, whole_number
 from minidiff.images.pixels import GREY_MODES, on_black, opened, orientation, unreadable, upright
 
@@ -97,8 +98,8 @@ def read(root: Path, files: list[Path], chosen: list[int], image_size: int | Non
     images = torch.empty(len(chosen), len(mode), size[1], size[0], dtype=torch.uint8)
     for row, i in enumerate(chosen):
         images[row] = _pixels(files[i], mode, size, resize=image_size is not None)
-    if not images.any():
-        raise DataError(f"{root}: every pixel of every image is black: there is nothing to learn")
+    if not images.any() or (len(images) > 1 and is_constant(images)):
+        raise DataError(f"{root}: all pixels are of one colour: there is nothing to learn")
     return images
 
 

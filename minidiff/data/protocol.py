@@ -102,6 +102,12 @@ def digest(*tensors: Tensor) -> str:
     return hashed.hexdigest()
 
 
+def is_constant(x: Tensor) -> bool:
+    """Return whether all items are alike in each channel, everywhere, (B, C, *space) or (B, D)."""
+    channels = x.movedim(1, 0).flatten(1)
+    return bool((channels.amin(1) == channels.amax(1)).all())
+
+
 def check_data(data: object) -> None:
     """Refuse what is not a data set, such as the name of one. Raises InvalidArgument."""
     if callable(getattr(data, "batch", None)) and hasattr(data, "shape"):

@@ -24,6 +24,7 @@ MODES = {1: ("L",), 3: ("RGB",), 4: ("RGBA",)}  # PIL's modes by the number of c
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # read without running other programs
 GREY_MODES = {"1", "L", "LA", "La"}  # PIL's modes of at most 8 bits per channel
 COLOUR_MODES = {"P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr"}
+ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # where a PNG has its orientation
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # exact in float32
 
 
@@ -281,11 +282,9 @@ def unreadable(image: Any) -> str:
     deep = re.search(r";16[BLN]", depth) or (
         image.format == "PPM" and re.search(r"\b\d{4,}\)", depth)
     )
-    if deep or image.mode[0] in "IF":
-        bits = ", 16 bits" if deep else ""
-        return f"pixels of mode {image.mode!r}{bits}, expected 8 bits per channel"
-    if image.mode not in GREY_MODES | COLOUR_MODES:
-        return f"pixels of mode {image.mode!r}, expected grey or RGB: convert it"
+    if deep or image.mode not in GREY_MODES | COLOUR_MODES:
+        mode = repr(image.mode) + ", 16 bits" * bool(deep)
+        return f"pixels of mode {mode}, expected 8 bits per channel of grey or RGB"
     return ""
 
 
@@ -295,9 +294,9 @@ def orientation(image: Any) -> int:
     Metadata must not decide whether pixels are read. Pillow reports the size of a TIFF after the
     turn, and turns it when it is decoded. Reading EXIF behind the pixels of a PNG would decode it.
     """
-    if image.format == "TIFF":
+    if image.format == "TIFF" and 0x0112 in image.tag_v2:
         return 1
-    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+    if image.format == "PNG" and not ORIENTED & image.info.keys():
         return 1
     try:
         value = image.getexif().get(0x0112, 1)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from minidiff.errors import InvalidArgument, listed, real_number
 from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
@@ -17,9 +18,7 @@ _SHARED_OPTIONS = (
 )  # fmt: skip
 
 
-def check_kinds(
-    unet: object, scheduler: object, vae: object, prompts: object, weaker: object
-) -> None:
+def check_kinds(unet: Any, scheduler: Any, vae: Any, prompts: Any, weaker: Any) -> None:
     """Refuse arguments of a pipeline of another kind. Raises InvalidArgument naming one."""
     instance(UNet, MLP)("unet", unet)
     instance(Scheduler)("scheduler", scheduler)

@@ -246,9 +246,7 @@ def _label(given: Any, names: Sequence[str]) -> int:
     if isinstance(given, str):
         one_of("class_labels", given, names)
         if len(same := [i for i, name in enumerate(names) if name == given]) > 1:
-            raise InvalidArgument(
-                f"class_labels {given!r} names several classes: give one of {same}"
-            )
+            raise InvalidArgument(f"class_labels {given!r} names several classes: one of {same}")
         return same[0]
     return whole_number("class_labels", given, 0, len(names) - 1)
 

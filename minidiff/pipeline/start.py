@@ -1,6 +1,6 @@
 """What sampling starts from: noise, a given image with noise, or the surroundings of a mask."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, whole_number
 from minidiff.guidance import Denoiser
 from minidiff.images.pixels import Original
-from minidiff.noise import MAX_SEED, Generators, image_generators, randn
+from minidiff.noise import MAX_SEED, Generators, check_generators, image_generators, randn
 from minidiff.pipeline.inpaint import keeping, reconstructing, repaint
 from minidiff.pipeline.space import LatentSpace
 from minidiff.runtime.shapes import check_finite
@@ -145,14 +145,9 @@ def noise_sources(
     if seed is not None and generator is not None:
         raise InvalidArgument("give either seed or generator, not both")
     if generator is not None:
-        if isinstance(generator, torch.Generator):
-            return lambda batch: generator
-        listed = list(generator) if isinstance(generator, Sequence) else [generator]
-        if not all(isinstance(one, torch.Generator) for one in listed):
-            raise InvalidArgument(f"generator must be a torch.Generator or a list, got {generator}")
-        if len(listed) != n:
-            raise InvalidArgument(f"generator must list {n} generators, got {len(listed)}")
-        return lambda batch: listed[batch]
+        check_generators(generator, n)
+        one = isinstance(generator, torch.Generator)
+        return lambda batch: generator if one else generator[batch]
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     # Plain ints, also where NumPy's were given: those overflow in the seed's mixing.

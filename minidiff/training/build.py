@@ -1,6 +1,7 @@
 """The pipeline that a training begins with, and checks of what cannot be trained."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.data.augment import augmented
-from minidiff.data.protocol import Data, check_data
+from minidiff.data.protocol import Data, check_data, is_constant
 from minidiff.data.stream import MEASURED_IMAGES, evenly_spaced
 from minidiff.errors import InvalidArgument
 from minidiff.nn import MLP, SpaceToDepth, UNet, mlp
@@ -30,12 +31,16 @@ ARGUMENTS = {"config": instance(TrainConfig), "start": optional(instance(Pipelin
 def build(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Pipeline:
     """Return the pipeline to be trained: fresh with weights from the seed, or a copy of the start.
 
-    torch's global random state is left as it was.
+    torch's global random state is left as it was. Constant data are warned of.
 
     Raises:
         InvalidArgument: as `check`.
     """
     config = resolve(config, data, start)
+    if is_constant(data.batch(evenly_spaced(len(data), 16))[0]):
+        warnings.warn(
+            f"data {data.name} are of one colour: there is nothing to learn", stacklevel=4
+        )
     if start is not None:
         return continued(start, config, data)
     with torch.random.fork_rng(devices=[]):

@@ -15,6 +15,7 @@ from minidiff.data.protocol import Data, check_data
 from minidiff.errors import InvalidArgument
 from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
+from minidiff.runtime.checks import instance, optional
 from minidiff.schedulers import FlowMatchEulerDiscreteScheduler, Scheduler
 from minidiff.schedulers.core.names import sampler
 from minidiff.schedulers.edm import EDMSigmas
@@ -140,6 +141,7 @@ def prepared(learner: Any, data: Data, start: Pipeline | None) -> tuple[Any, Dat
         InvalidArgument: no data set; a learner that needs a start, without one; or as `prepare`.
     """
     check_data(data)
+    optional(instance(Pipeline))("start", start)
     prepare = getattr(learner, "prepare", None)
     if start is None:
         if prepare:

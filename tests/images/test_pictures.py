@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from minidiff.cli import main
 from minidiff.data import load
@@ -53,6 +53,25 @@ def test_metadata_that_cannot_be_read_do_not_stop_the_pixels(tmp_path, kind, met
     Image.fromarray(RAMP).convert("RGB").save(path, exif=metadata, **options)
     assert np.array_equal(np.asarray(read_image(path, "L")), RAMP)
     assert np.array_equal(load(tmp_path).images[0, 0].numpy(), RAMP)
+
+
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+    'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "webp"])
+def test_an_orientation_in_xmp_turns_the_image(tmp_path, kind):
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt("XML:com.adobe.xmp", XMP)
+    options = {"png": {"pnginfo": note}, "tif": {"tiffinfo": {700: XMP.encode()}},
+               "webp": {"xmp": XMP.encode(), "lossless": True}}[kind]  # fmt: skip
+    Image.fromarray(RAMP).convert("RGB").save(tmp_path / f"x.{kind}", **options)
+    turned = np.rot90(RAMP, -1)
+    assert np.array_equal(np.asarray(read_image(tmp_path / f"x.{kind}", "L")), turned)
+    assert np.array_equal(load(tmp_path).images[0, 0].numpy(), turned)
 
 
 def test_exif_behind_the_pixels_of_a_png_never_squashes_them(tmp_path):
@@ -120,8 +139,18 @@ def test_thumbnails_of_file_systems_are_not_images(tmp_path):
 
 def test_images_that_are_black_everywhere_are_refused(tmp_path):
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "icon.png")
-    with pytest.raises(DataError, match="every pixel of every image is black"):
+    with pytest.raises(DataError, match="all pixels are of one colour"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("colour", [128, (10, 20, 30)])
+def test_images_of_one_colour_are_refused(tmp_path, colour):
+    for i in range(3):
+        Image.new("L" if colour == 128 else "RGB", (4, 4), colour).save(tmp_path / f"{i}.png")
+    with pytest.raises(DataError, match="all pixels are of one colour"):
+        load(tmp_path)
+    Image.new("RGB", (4, 4), (10, 20, 31)).save(tmp_path / "another.png")
+    assert len(load(tmp_path)) == 4
 
 
 def sample(*arguments: str) -> int:

@@ -67,10 +67,11 @@ def test_a_shipped_model_is_trained_on_other_data_and_stays_as_it_is(mnist, stri
 
 
 def test_training_begins_at_the_weights_of_the_start(mnist):
-    """With a learning rate of zero the result is the start."""
+    """With a learning rate of zero the result is the start; of grey images a warning says so."""
     data = ImageData("grey", torch.full((9, 1, 28, 28), 99, dtype=torch.uint8),
                      torch.zeros(9, dtype=torch.int64), mnist.class_names)  # fmt: skip
-    pipe = train(TrainConfig(steps=2, learning_rate=0, **SMALL), data, start=mnist)
+    with pytest.warns(UserWarning, match="data grey are of one colour: there is nothing to learn"):
+        pipe = train(TrainConfig(steps=2, learning_rate=0, **SMALL), data, start=mnist)
     assert same(weights(mnist), weights(pipe))
 
 
@@ -153,6 +154,7 @@ def test_a_config_that_disagrees_with_the_start_is_refused(tiny, options, messag
 
 def images(channels=1, side=16, classes=10, name="others") -> ImageData:
     pixels = torch.zeros(4, channels, side, side, dtype=torch.uint8)
+    pixels[0] = 255
     labels = torch.zeros(4, dtype=torch.int64) if classes else None
     return ImageData(name, pixels, labels, tuple(map(str, range(classes))))
 
