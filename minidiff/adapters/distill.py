@@ -102,7 +102,7 @@ class Teacher(nn.Module):
 
     Args:
         learner: network and condition; a copy is kept, in evaluation mode.
-        pipe: way and interval of guidance.
+        config: way and interval of guidance.
         scale: guidance scale.
         meaning: from steps (B,) and a tensor like x to the meaning of the outputs.
     """
@@ -110,14 +110,14 @@ class Teacher(nn.Module):
     def __init__(
         self,
         learner: Learner,
-        pipe: Pipeline,
+        config: DistillConfig,
         scale: float,
         meaning: Callable[[Tensor, Tensor], BatchMeaning],
     ) -> None:
         super().__init__()
         self.learner = copy.deepcopy(learner).eval().requires_grad_(False)
-        self.guide, self.scale, self.meaning = METHODS[pipe.guide], scale, meaning
-        self.interval = pipe.guidance_interval or (0.0, math.inf)
+        self.guide, self.scale, self.meaning = METHODS[config.guide], scale, meaning
+        self.interval = config.guidance_interval or (0.0, math.inf)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return the guided output for noisy images (B, C, *space), steps (B,) and labels."""
@@ -150,7 +150,7 @@ class Consistency(Objective):
         if self.config.method == "distillation":
             given = self.config.teacher_guidance
             scale = pipe.guidance_scale if given is None else given
-            self.teacher = Teacher(training.learner, pipe, scale, self._meaning)
+            self.teacher = Teacher(training.learner, self.config, scale, self._meaning)
         self.followed = 0
         training.planned += (self,)
         training.keep(self, self.make())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Options that a distillation has no use for, because its loss or its scheduler is another.
 UNUSED = (
     "cuda_graph", "noise_levels", "loss_weight", "stable_target", "learn_variance", "sampler",
-    "guide", "guidance_interval", "autoguidance_scale",
+    "autoguidance_scale",
 )  # fmt: skip
 MAX_STEPS = 10**12  # more would take longer than any machine lasts
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
@@ -365,7 +365,10 @@ class TrainConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class DistillConfig(TrainConfig):
-    """A run of distill. Checked when built; raises InvalidArgument naming the field."""
+    """A run of distill. Checked when built; raises InvalidArgument naming the field.
+
+    `guide` and `guidance_interval` are those of the teacher; the result needs no guidance.
+    """
 
     learning_rate: float = _option(
         "optimisation", 2e-4, real(0), "peak learning rate of the optimizer"

@@ -38,6 +38,19 @@ def teacher() -> Pipeline:
     return train(TrainConfig(steps=3, **TINY), load("digits"))
 
 
+def test_way_and_interval_of_guidance_are_those_of_the_teacher(teacher, monkeypatch):
+    pipe = Pipeline(
+        teacher.unet, teacher.scheduler, teacher.vae, teacher.class_names, 3.0,
+        guide="apg", guidance_interval=(0.4, 6.0),
+    )  # fmt: skip
+    kept = []
+    monkeypatch.setattr(Teacher, "forward", lambda self, x, t, labels: kept.append(self) or x)
+    fast = distill(DistillConfig(steps=1, batch_size=4, pictures=0), load("digits"), pipe)
+    (inside,) = kept
+    assert (inside.scale, inside.interval, inside.guide) == (3.0, (0.4, 6.0), METHODS["apg"])
+    assert (fast.guidance_scale, fast.guidance_interval, fast.guide) == (1.0, None, "cfg")
+
+
 @pytest.fixture(scope="module")
 def teacher_folder(teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "model"
@@ -179,7 +192,7 @@ def test_the_teacher_inside_equals_the_guided_pipeline_step_by_step(teacher, way
         teacher.unet, teacher.scheduler, teacher.vae, teacher.class_names, 3.0,
         guide=way, guidance_interval=interval,
     )  # fmt: skip
-    objective = begun(pipe)
+    objective = begun(pipe, guide=way, guidance_interval=interval)
     x, labels = torch.randn(5, 4, 8, 8), torch.arange(5)
     t = torch.tensor([50.0, 249.0, 499.0, 749.0, 999.0])
     out = objective.teacher(x, t, labels)
