@@ -129,6 +129,9 @@ class Pipeline(LateMethods):
         num_images: int | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        clip_skip: int | None = None,
         image: Any = None,
         strength: float | None = None,
         mask_image: Any = None,
@@ -166,12 +169,16 @@ class Pipeline(LateMethods):
 
         Args:
             prompt: one text, or one per image, for a network that is conditioned on text; "" is
-                the unconditional text. For a network with classes, an alias of class_labels.
+                the unconditional text. `minidiff.text.phrase` has weights of words and mixtures.
+                For a network with classes, an alias of class_labels.
             class_labels: one class, or one per image, by number or by name; None for all classes
                 in turn (image i gets class i modulo their number).
             num_images: N; by default the number of prompts, labels or given images, else 1.
             negative_prompt: text that guidance moves away from, one for all or one per image; None
                 for the empty text. Without guidance it has no effect, and a warning says so.
+            prompt_2, negative_prompt_2: texts for the second encoder of SDXL; None for the same.
+            clip_skip: last layers of the text encoder that are left out for prompt, as in
+                diffusers; SDXL leaves out one in any case.
             image: image-to-image: one image to start from, or one per image, in any form that
                 `images.pixels.as_pixels` accepts.
             strength: fraction of the way to noise and back, in [0, 1]: the last

@@ -28,6 +28,7 @@ from minidiff.pipeline.walk import StepEnd, step_ends
 from minidiff.runtime.checks import callback, flag, optional
 from minidiff.sample import Step, meaning_of
 from minidiff.schedulers import DDIMScheduler, Scheduler
+from minidiff.text.phrase import Phrase
 
 if TYPE_CHECKING:
     from minidiff.pipeline.pipeline import Pipeline
@@ -113,6 +114,11 @@ class Request:
         negative = negative_prompts(
             pipe, call.negative_prompt, n, call.num_images_per_prompt, guidance.scale
         )
+        copies = call.num_images_per_prompt
+        conditioning = phrases(
+            pipe, conditioning, copies, "prompt_2", call.prompt_2, call.clip_skip
+        )
+        negative = phrases(pipe, negative, copies, "negative_prompt_2", call.negative_prompt_2)
         options = step_options(scheduler, call.eta)
         shape = space.shape(*image_size(call.height, call.width, original))
         set_grid(pipe, call.num_inference_steps, call.timesteps, call.sigmas)
@@ -209,6 +215,44 @@ def list_of_texts(name: str, given: str | Sequence[str], n: int | None) -> list[
             f"{name} must be one text, or {n or 'at least 1'} of them; got {len(texts)}"
         )
     return list(texts)
+
+
+def phrases(
+    pipe: "Pipeline", texts: Any, copies: int, name: str, second: Any, clip_skip: int | None = None
+) -> Any:
+    """Return prompts with the texts for a second encoder and a number of skipped layers.
+
+    Args:
+        pipe: pipeline of the call.
+        texts: N prompts, labels, or None.
+        copies: images per prompt.
+        name: argument that `second` is, to name in errors.
+        second, clip_skip: arguments of the call.
+    Raises:
+        InvalidArgument: an argument for a model that has no use for it, or out of range.
+    """
+    if second is None and clip_skip is None:
+        return texts
+    encoders = 0 if pipe.prompts is None else len(pipe.prompts.encoders)
+    if second is not None and encoders < 2:
+        raise InvalidArgument(f"{name} must be None: this model has no second text encoder, "
+                              f"got {second!r}")  # fmt: skip
+    if clip_skip is not None and not encoders:
+        raise InvalidArgument("clip_skip must be None: this model has no text encoder, "
+                              f"got {clip_skip!r}")  # fmt: skip
+    if not isinstance(texts, list):
+        raise InvalidArgument(f"{name} must be None without {name.removesuffix('_2')} and guidance")
+    if clip_skip is not None:
+        layers = min(encoder.config.num_hidden_layers for encoder in pipe.prompts.encoders)
+        whole_number("clip_skip", clip_skip, 0, layers - encoders)
+    others = [None] * len(texts)
+    if second is not None:
+        given = list_of_texts(name, second, len(texts) // copies)
+        others = [text for text in given for _ in range(copies)]
+    return [
+        (text if isinstance(text, Phrase) else Phrase(text)).with_options(other, clip_skip)
+        for text, other in zip(texts, others, strict=True)
+    ]
 
 
 def list_of_labels(

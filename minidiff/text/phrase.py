@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 STEP = 1.1  # factor of a pair of brackets
 MAX_WEIGHT = 10.0  # more is noise, and probably a typing error
-_TOKEN = re.compile(r"\\(.)|([()\[\]])|:\s*([^()\[\]:]*)\)|([^\\()\[\]:]+|[:\\])", re.S)
+_TOKEN = re.compile(r"\\(.)|([()\[\]])|:\s*([^()\[\]:\\]*)\)|([^\\()\[\]:]+|[:\\])", re.S)
 
 Segment = tuple[str, float]  # a piece of text and its weight
 
@@ -127,7 +127,7 @@ def mixed(prompts: Sequence[str], shares: Sequence[float]) -> Phrase:
     """
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise InvalidArgument(f"prompts must be a list of at least one text, got {prompts!r}")
-    shares = [real_number("shares", share) for share in shares]
+    shares = [real_number("shares", share, -math.inf) for share in shares]
     if len(shares) != len(prompts) or abs(sum(shares) - 1) > 1e-6:
         raise InvalidArgument(f"shares must be {len(prompts)} numbers with sum 1, got {shares}")
     phrase = Phrase(" + ".join(f"{s:g}·({p})" for p, s in zip(prompts, shares, strict=True)))

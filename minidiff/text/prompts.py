@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.guidance import Condition
 from minidiff.nn import TextEncoder
-from minidiff.text.clip import tokenize
+from minidiff.nn.text import TextEncoding
+from minidiff.text.phrase import conditioning, tokenize_with
 from minidiff.text.words import BEGIN, END, PAD, WordTokenizer
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Prompts:
         return (self.text_encoder,)
 
     @property
+    def tokenizers(self) -> tuple:
+        """The tokenizer of each encoder."""
+        return (self.tokenizer,)
+
+    @property
     def width(self) -> int:
         """Channels of a token."""
         return self.text_encoder.config.hidden_size
@@ -63,7 +69,7 @@ class Prompts:
         Raises:
             InvalidArgument: prompts that are not texts.
         """
-        return self.encode(self.tokens(prompts).to(next(self.text_encoder.parameters()).device))
+        return conditioning(self, prompts, size)
 
     def null(self, n: int, size: tuple[int, int]) -> Condition:
         """Return the unconditional conditioning for guidance, n times."""
@@ -71,7 +77,25 @@ class Prompts:
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Return the token numbers of each prompt, int64 (B, L). Raises InvalidArgument."""
-        return tokenize(self.tokenizer, prompts)
+        return tokenize_with(self.tokenizer, prompts)
+
+    def from_tokens(
+        self, ids: Sequence[Tensor], size: tuple[int, int], clip_skip: int | None = None
+    ) -> Condition:
+        """Return the conditioning on token numbers (B, L), without the encoder's last layers.
+
+        The last norm applies to whichever layer is read, as in diffusers.
+
+        Raises:
+            InvalidArgument: there are fewer layers.
+        """
+        (numbers,) = (n.to(next(self.text_encoder.parameters()).device) for n in ids)
+        found = self.encode(numbers)
+        if clip_skip is None:
+            return found
+        hidden = _layer(self.text_encoder, self.text_encoder(numbers), clip_skip, 1)
+        norm = self.text_encoder.text_model.final_layer_norm
+        return {**found, "encoder_hidden_states": norm(hidden)}
 
     def encode(self, ids: Tensor) -> Condition:
         """Return the conditioning on token numbers (B, L) on the encoder's device."""
@@ -122,9 +146,6 @@ class WordPrompts(Prompts):
             ),
         )
 
-    def tokens(self, prompts: Sequence[str]) -> Tensor:
-        return self.tokenizer.encode(prompts)
-
     def encode(self, ids: Tensor) -> Condition:
         encoded = self.text_encoder(ids)
         return {"encoder_hidden_states": encoded.last_hidden_state, "class_labels": encoded.pooled}
@@ -171,6 +192,11 @@ class PromptsXL:
         return self.text_encoder, self.text_encoder_2
 
     @property
+    def tokenizers(self) -> tuple:
+        """The tokenizer of each encoder."""
+        return self.tokenizer, self.tokenizer_2
+
+    @property
     def width(self) -> int:
         """Channels of a token."""
         return sum(encoder.config.hidden_size for encoder in self.encoders)
@@ -181,11 +207,27 @@ class PromptsXL:
         Raises:
             InvalidArgument: prompts that are not texts.
         """
-        pairs = zip((self.tokenizer, self.tokenizer_2), self.encoders, strict=True)
-        texts = [encoder(_tokens(tokenizer, prompts, encoder)) for tokenizer, encoder in pairs]
-        tokens = torch.cat([text.hidden_states[-2] for text in texts], dim=-1)
+        return conditioning(self, prompts, size)
+
+    def from_tokens(
+        self, ids: Sequence[Tensor], size: tuple[int, int], clip_skip: int | None = None
+    ) -> Condition:
+        """Return the conditioning on token numbers (B, L) of each encoder.
+
+        Args:
+            ids: numbers for the first and the second encoder.
+            size: height and width of the images.
+            clip_skip: further layers that are left out; the pooled text is read at the end.
+        Raises:
+            InvalidArgument: there are fewer layers.
+        """
+        texts, layers = [], []
+        for encoder, numbers in zip(self.encoders, ids, strict=True):
+            texts.append(encoder(numbers.to(next(encoder.parameters()).device)))
+            layers.append(_layer(encoder, texts[-1], clip_skip or 0, 2))
+        tokens = torch.cat(layers, dim=-1)
         # Original size, corner of the crop, and target size: SDXL section 2.2.
-        numbers = tokens.new_tensor([[*size, 0, 0, *size]]).expand(len(prompts), -1)
+        numbers = tokens.new_tensor([[*size, 0, 0, *size]]).expand(len(tokens), -1)
         return {
             "encoder_hidden_states": tokens,
             "added_cond_kwargs": {"text_embeds": texts[-1].text_embeds, "time_ids": numbers},
@@ -203,8 +245,15 @@ class PromptsXL:
         }
 
 
-def _tokens(tokenizer: "CLIPTokenizer", prompts: Sequence[str], encoder: TextEncoder):
-    return tokenize(tokenizer, prompts).to(next(encoder.parameters()).device)
+def _layer(encoder: TextEncoder, text: TextEncoding, skip: int, first: int) -> Tensor:
+    """Return the hidden states (B, L, width) of the layer `first + skip` from the end.
+
+    Raises:
+        InvalidArgument: there are fewer layers.
+    """
+    if skip > (most := encoder.config.num_hidden_layers - first):
+        raise InvalidArgument(f"clip_skip must be in 0..{most} for this text encoder, got {skip}")
+    return text.hidden_states[-(skip + first)]
 
 
 def _check_pair(tokenizer: "CLIPTokenizer | WordTokenizer", encoder: TextEncoder) -> None:

@@ -138,6 +138,10 @@ class WordTokenizer:
         several = {word: count for word, count in counts.items() if count > 1}
         return WordTokenizer(words, self.model_max_length, self.several | several)
 
+    def numbers_of(self, text: str) -> list[int]:
+        """Return the numbers of a text's known words, without marks and padding."""
+        return [self.numbers[token] for word in words_of(text) for token in self._tokens(word)]
+
     def decode(self, ids: Tensor) -> list[str]:
         """Return one text per row of token numbers (B, L), without the marks.
 

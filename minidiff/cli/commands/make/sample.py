@@ -30,6 +30,8 @@ def add_to(commands: Any) -> None:
     add("--class", dest="label", metavar="CLASS", help="name or number of the class to draw "
         "(default: all of them, equally often)")  # fmt: skip
     add("--negative", metavar="TEXT", help="negative prompt")
+    add("--weights", action="store_true", help="read brackets of the prompt as weights: (word), "
+        "[word] and (word:1.3)")  # fmt: skip
     add_sampling(command)
     add("--guide", choices=GUIDES, help="guidance rule: plain extrapolation, rescaled, or "
         "adaptive projected (default: that of the model)")  # fmt: skip
@@ -89,9 +91,11 @@ def asked(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags ask of a call of the pipeline."""
     from minidiff.cli.model_options import class_of, starting_image
     from minidiff.images.pixels import read_mask
+    from minidiff.text.phrase import weighted
 
+    text = "" if options.text is None and pipe.prompts is not None else options.text
     return {
-        "prompt": "" if options.text is None and pipe.prompts is not None else options.text,
+        "prompt": weighted(text) if options.weights and text is not None else text,
         "negative_prompt": options.negative,
         "class_labels": class_of(pipe, options.label),
         "image": None if options.image is None else starting_image(pipe, options.image),
