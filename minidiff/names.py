@@ -35,7 +35,6 @@ SPREADS = {  # distributions of the levels by prediction type; the first is the 
 }
 NOISE_LEVELS = ("uniform", "log_normal", "logit_normal")
 LOSS_WEIGHTS = ("none", "min_snr", "edm")
-CONSISTENCY = ("distillation", "training")  # see `minidiff.adapters.distill`
 GUIDES = ("cfg", "rescale", "apg")  # ways of guidance, see `minidiff.guidance.METHODS`
 
 # Classifiers and parts of the evaluation table, see `minidiff.metrics`

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch import device as Device
 
+from minidiff.adapters.distill_config import DistillConfig
 from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument
 from minidiff.guidance import METHODS, Meaning
@@ -46,18 +47,18 @@ from minidiff.pipeline.parts import check_guidance_scale
 from minidiff.prediction import combine
 from minidiff.runs import diffusion
 from minidiff.runs.autosave import Saving
-from minidiff.runs.folder import read_settings
+from minidiff.runs.folder import KINDS, read_settings
 from minidiff.runtime.checks import instance
 from minidiff.runtime.shapes import append_dims
 from minidiff.schedule import Level, add_noise
 from minidiff.schedulers import LCMScheduler
 from minidiff.schedulers.lcm import boundary
-from minidiff.training.config import DistillConfig
 from minidiff.training.diffusion import DiffusionTraining, train
 from minidiff.training.learner import Learner
 from minidiff.training.start import prediction_type_of
 
 COMMAND = "distill"
+KINDS[COMMAND] = DistillConfig
 HUBER = 0.00054  # c/√D, Song & Dhariwal 2023, section 3.3
 SCALING = 10.0  # of the step in c_skip, the default of `LCMScheduler`
 SCHEDULE = (

@@ -62,7 +62,7 @@ def walk(
         write(images, "walk.gif")
 
     Args:
-        pipe: pipeline of prompts; or of classes, of which all stops then have one.
+        pipe: pipeline of prompts; or of classes, where all stops are one class.
         stops: prompts, at least two; the walk goes from each to the next.
         seeds: seed of the noise at each stop; one number keeps the noise.
         frames: images from a stop to the next, this one not included.

@@ -234,24 +234,22 @@ def phrases(
     if second is None and clip_skip is None:
         return texts
     encoders = 0 if pipe.prompts is None else len(pipe.prompts.encoders)
-    if second is not None and encoders < 2:
-        raise InvalidArgument(f"{name} must be None: this model has no second text encoder, "
-                              f"got {second!r}")  # fmt: skip
-    if clip_skip is not None and not encoders:
-        raise InvalidArgument("clip_skip must be None: this model has no text encoder, "
-                              f"got {clip_skip!r}")  # fmt: skip
+    for argument, given, least, what in (
+        (name, second, 2, "second text encoder"), ("clip_skip", clip_skip, 1, "text encoder")
+    ):  # fmt: skip
+        if given is not None and encoders < least:
+            raise InvalidArgument(
+                f"{argument} must be None: this model has no {what}, got {given!r}"
+            )
     if not isinstance(texts, list):
         raise InvalidArgument(f"{name} must be None without {name.removesuffix('_2')} and guidance")
     if clip_skip is not None:
         layers = min(encoder.config.num_hidden_layers for encoder in pipe.prompts.encoders)
         whole_number("clip_skip", clip_skip, 0, layers - encoders)
-    others = [None] * len(texts)
-    if second is not None:
-        given = list_of_texts(name, second, len(texts) // copies)
-        others = [text for text in given for _ in range(copies)]
+    others = [None] if second is None else list_of_texts(name, second, len(texts) // copies)
     return [
-        (text if isinstance(text, Phrase) else Phrase(text)).with_options(other, clip_skip)
-        for text, other in zip(texts, others, strict=True)
+        Phrase.of(text).with_options(others[i // copies % len(others)], clip_skip)
+        for i, text in enumerate(texts)
     ]
 
 

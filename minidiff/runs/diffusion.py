@@ -36,12 +36,7 @@ from minidiff.runtime.device import pick_device
 from minidiff.runtime.distributed import launched, own_device, processes, world
 from minidiff.training.build import check, resolve
 from minidiff.training.config import TrainConfig
-from minidiff.training.diffusion import (
-    DiffusionTraining,
-    MakeLearner,
-    check_machine,
-    train,
-)
+from minidiff.training.diffusion import DiffusionTraining, MakeLearner, check_machine, train
 from minidiff.training.learner import Learner
 from minidiff.training.start import prepared
 

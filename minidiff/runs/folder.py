@@ -23,14 +23,7 @@ from minidiff.pipeline.folder import INDEX
 from minidiff.runs.autosave import Saving
 from minidiff.runtime import files
 from minidiff.runtime.checks import check_all, choice, flag, instance, optional, text, whole
-from minidiff.training.config import (
-    DistillConfig,
-    LoopConfig,
-    TrainConfig,
-    VAEConfig,
-    merged,
-    options_of,
-)
+from minidiff.training.config import LoopConfig, TrainConfig, VAEConfig, merged, options_of
 
 CONFIG = "config.json"
 LOG = "log.jsonl"
@@ -46,8 +39,8 @@ KINDS = {
     "train": TrainConfig,
     "train-vae": VAEConfig,
     "demo": TrainConfig,
-    "distill": DistillConfig,
-}  # the config of each command
+}  # the config of each command; `minidiff.adapters` adds to them
+BEGIN = ("train", "distill")  # commands that may begin with a model
 LATER = ("class_names", "digests")  # entries of `about` that older runs lack
 _TYPES = {"train": dict, "load": dict, "data": dict, "device": str, "saving": dict}
 
@@ -112,23 +105,15 @@ def card_facts(settings: Settings, picture: Path | None = None, scores: str = ""
 def _command(settings: Settings) -> str:
     """Return the command line of a run; "" where it was not one that a single line repeats."""
     load = settings.data
-    if (
-        settings.command not in ("train", "distill")
-        or not load
-        or settings.lengthened
-        or load.get("split")
-    ):
+    if settings.command not in BEGIN or not load or settings.lengthened or load.get("split"):
         return ""
     words = ["torchrun --nproc_per_node K -m"] * settings.shard + [f"minidiff {settings.command}"]
-    names = ["name", "data_dir", "image_size", "vae"]
-    names.insert(0 if settings.command == "distill" else 4, "init")
-    for name in names:
+    for name in ("name", "data_dir", "image_size", "vae", "init"):
         if (value := load.get(name)) is not None:
             flag = "--" + ("data" if name == "name" else name.replace("_", "-"))
             value = flag[2:].upper() if Path(str(value)).is_absolute() else value
-            words.append(
-                value if (settings.command, name) == ("distill", "init") else f"{flag} {value}"
-            )
+            bare = (settings.command, name) == ("distill", "init")
+            words.append(value if bare else f"{flag} {value}")
     words += ["--shard"] * settings.shard
     return " ".join([*words, f"--config {OPTIONS_FILE} --out RUN"])
 
@@ -231,8 +216,8 @@ def loading(arguments: Mapping[str, Any], command: str) -> dict[str, Any]:
     A file never orders a download: whoever began the run has the files.
     """
     instance(Mapping)("load", arguments)
-    begins = command in ("train", "distill")
-    known = [name for name in LOADING if begins or name not in ("vae", "init", "caption", "learn")]
+    of_start = () if command in BEGIN else ("vae", "init", "caption", "learn")
+    known = [name for name in LOADING if name not in of_start]
     for name in arguments:
         one_of("load", name, known)
     check_all(arguments, LOADING)

@@ -1,7 +1,7 @@
 """Prompts that say more than a text: weights of words, a second text, a skipped layer, a mixture.
 
-A `Phrase` is a text, so it goes wherever a prompt goes. Brackets have a meaning only where one is
-asked for by `weighted`, because a plain prompt may hold brackets of its own:
+A `Phrase` is a text, so it goes wherever a prompt goes. Brackets have a meaning only inside of
+`weighted`, because a plain prompt may hold brackets too:
 
     pipe(weighted("a big (seven:1.3) on [blue]"))
     pipe(mixed(["a red 7", "a blue 7"], [0.25, 0.75]))
@@ -54,6 +54,11 @@ class Phrase(str):
     clip_skip: int | None = None
     parts: tuple[tuple[str, float], ...] = ()
 
+    @classmethod
+    def of(cls, text: str) -> "Phrase":
+        """Return a phrase as it is, and any other text as a phrase."""
+        return text if isinstance(text, cls) else cls(text)
+
     def with_options(self, second: str | None, clip_skip: int | None) -> "Phrase":
         """Return a copy with a second text and a skip. Raises InvalidArgument for a mixture."""
         if self.parts:
@@ -67,8 +72,7 @@ def weighted(prompt: str) -> Phrase:
     """Read a prompt with weights, (word), [word] and (word:1.3), see this module.
 
     Raises:
-        InvalidArgument: not a text, a bracket without its other half, or a weight that is no number
-            in [0, 10].
+        InvalidArgument: not a text, a bracket without its other half, or a weight outside [0, 10].
     """
     if not isinstance(prompt, str):
         raise InvalidArgument(f"prompt must be a text, got {prompt!r}")
@@ -147,7 +151,7 @@ def conditioning(
 
 def _one(prompts: "Prompts | PromptsXL", text: str, size: tuple[int, int]) -> Condition:
     """Return the conditioning on one prompt, tensors (1, …)."""
-    phrase = text if isinstance(text, Phrase) else Phrase(text)
+    phrase = Phrase.of(text)
     if phrase.parts:
         shares = [share for _, share in phrase.parts]
         found = (_one(prompts, part, size) for part, _ in phrase.parts)

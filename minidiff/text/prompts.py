@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from minidiff.errors import InvalidArgument, true_or_false
 from minidiff.guidance import Condition
 from minidiff.nn import TextEncoder
-from minidiff.nn.text import TextEncoding
 from minidiff.text.phrase import conditioning, tokenize_with
 from minidiff.text.words import BEGIN, END, PAD, WordTokenizer
 
@@ -85,15 +84,12 @@ class Prompts:
         """Return the conditioning on token numbers (B, L), without the encoder's last layers.
 
         The last norm applies to whichever layer is read, as in diffusers.
-
-        Raises:
-            InvalidArgument: there are fewer layers.
         """
         (numbers,) = (n.to(next(self.text_encoder.parameters()).device) for n in ids)
         found = self.encode(numbers)
         if clip_skip is None:
             return found
-        hidden = _layer(self.text_encoder, self.text_encoder(numbers), clip_skip, 1)
+        hidden = self.text_encoder(numbers).hidden_states[-1 - clip_skip]
         norm = self.text_encoder.text_model.final_layer_norm
         return {**found, "encoder_hidden_states": norm(hidden)}
 
@@ -218,13 +214,11 @@ class PromptsXL:
             ids: numbers for the first and the second encoder.
             size: height and width of the images.
             clip_skip: further layers that are left out; the pooled text is read at the end.
-        Raises:
-            InvalidArgument: there are fewer layers.
         """
         texts, layers = [], []
         for encoder, numbers in zip(self.encoders, ids, strict=True):
             texts.append(encoder(numbers.to(next(encoder.parameters()).device)))
-            layers.append(_layer(encoder, texts[-1], clip_skip or 0, 2))
+            layers.append(texts[-1].hidden_states[-2 - (clip_skip or 0)])
         tokens = torch.cat(layers, dim=-1)
         # Original size, corner of the crop, and target size: SDXL section 2.2.
         numbers = tokens.new_tensor([[*size, 0, 0, *size]]).expand(len(tokens), -1)
@@ -243,17 +237,6 @@ class PromptsXL:
             "encoder_hidden_states": torch.zeros_like(empty["encoder_hidden_states"]),
             "added_cond_kwargs": added | {"text_embeds": torch.zeros_like(added["text_embeds"])},
         }
-
-
-def _layer(encoder: TextEncoder, text: TextEncoding, skip: int, first: int) -> Tensor:
-    """Return the hidden states (B, L, width) of the layer `first + skip` from the end.
-
-    Raises:
-        InvalidArgument: there are fewer layers.
-    """
-    if skip > (most := encoder.config.num_hidden_layers - first):
-        raise InvalidArgument(f"clip_skip must be in 0..{most} for this text encoder, got {skip}")
-    return text.hidden_states[-(skip + first)]
 
 
 def _check_pair(tokenizer: "CLIPTokenizer | WordTokenizer", encoder: TextEncoder) -> None:

@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from minidiff.objective import Objective
     from minidiff.schedulers import Scheduler
 
-# Options that a distillation has no use for, because its loss or its scheduler is another.
-UNUSED = (
-    "cuda_graph", "noise_levels", "loss_weight", "stable_target", "learn_variance", "sampler",
-    "autoguidance_scale",
-)  # fmt: skip
 MAX_STEPS = 10**12  # more would take longer than any machine lasts
 MAX_BATCH = 65536  # a batch is held in memory; more than this is a typing error
 OPTIMIZERS = ("adamw", "muon")
@@ -110,7 +105,7 @@ def check_objective(
         )
 
 
-def _option(
+def declared(
     group: str,
     default: Any,
     check: Check,
@@ -139,45 +134,45 @@ class LoopConfig:
     """Budget, batches, optimizer. Checked when built; raises InvalidArgument naming the field."""
 
     # Exactly one of the two, which decides the whole learning-rate schedule.
-    minutes: float | None = _option(
+    minutes: float | None = declared(
         "budget", None, optional(positive), "minutes of wall-clock time", float
     )
-    steps: int | None = _option(
+    steps: int | None = declared(
         "budget", None, optional(whole(1, MAX_STEPS)), "optimizer steps, instead of minutes", int
     )
-    seed: int = _option(
+    seed: int = declared(
         "run", 0, whole(0, names.MAX_SEED), "seed of weights, order of the data, levels and noise",
         flag="",
     )  # fmt: skip
 
-    batch_size: int = _option("optimisation", 32, whole(1, MAX_BATCH), "images per step")
-    final_batch_size: int | None = _option(
+    batch_size: int = declared("optimisation", 32, whole(1, MAX_BATCH), "images per step")
+    final_batch_size: int | None = declared(
         "optimisation", None, optional(whole(1, MAX_BATCH)), "images per step at the end; the "
         "batch doubles on the way, each size for an equal part of the budget (default: batch_size)",
         int,
     )  # fmt: skip
-    learning_rate: float = _option(
+    learning_rate: float = declared(
         "optimisation", 2e-3, real(0), "peak learning rate of the optimizer"
     )
-    warmup: float = _option(
+    warmup: float = declared(
         "optimisation", 0.02, FRACTION, "fraction of the budget in which the learning rate rises "
         "from zero",
     )  # fmt: skip
-    weight_decay: float = _option(
+    weight_decay: float = declared(
         "optimisation", 0.01, real(0), "decoupled weight decay of the optimizer"
     )
-    clip: float = _option(
+    clip: float = declared(
         "optimisation", 1.0, real(0), "norm above which the gradient is clipped; 0 for no clipping"
     )
-    ema_half_life: float = _option(
+    ema_half_life: float = declared(
         "optimisation", 0.05, FRACTION, "fraction of the run, counted back from its end, that has "
         "half the weight in the averaged weights; 0 for the raw weights",
     )  # fmt: skip
-    dtype: str = _option(
+    dtype: str = declared(
         "run", "float32", choice(*names.DTYPE_NAMES), "number type of the network's matrix work",
         flag="",
     )  # fmt: skip
-    skip_nonfinite: int = _option(
+    skip_nonfinite: int = declared(
         "optimisation", 0, NUMBER, "steps of the run that may be skipped and logged because loss "
         "or gradient is not finite; one more stops the run",
     )  # fmt: skip
@@ -201,124 +196,124 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     """A run. Checked when built; raises InvalidArgument naming the field."""
 
-    optimizer: str = _option(
+    optimizer: str = declared(
         "optimisation", "adamw", choice(*OPTIMIZERS), "optimizer: adamw, or muon, which learns "
         "more in a step that takes longer; muon does not work with --shard",
     )  # fmt: skip
-    accumulate: int = _option(
+    accumulate: int = declared(
         "optimisation", 1, COUNT, "number of parts that a batch is processed in, to save memory"
     )
-    compile: bool = _option(
+    compile: bool = declared(
         "optimisation", False, flag, "compile the network, which takes minutes and needs a "
         "C++ compiler, on a GPU also Triton",
     )  # fmt: skip
-    cuda_graph: bool = _option(
+    cuda_graph: bool = declared(
         "optimisation", False, flag, "one CUDA graph per step, so that a GPU need not wait for "
         "Python between kernels; for one process, not with --compile",
     )  # fmt: skip
 
     # The objective, see `minidiff.objective`
-    prediction_type: str = _option(
+    prediction_type: str = declared(
         "objective", "v_prediction", CHECKS["prediction_type"],
         f"prediction type of the network: {', '.join(names.PREDICTION_TYPES)}",
     )  # fmt: skip
-    noise_levels: str | None = _option(
+    noise_levels: str | None = declared(
         "objective", None, CHECKS["noise_levels"], f"distribution of the noise levels: "
         f"{', '.join(names.NOISE_LEVELS)} (default: log_normal for edm, logit_normal for flow, "
         "else uniform)", str,
     )  # fmt: skip
-    level_mean: float | None = _option(
+    level_mean: float | None = declared(
         "objective", None, CHECKS["level_mean"], "mean of ln(σ/α) for normal noise levels "
         "(default: the paper's)", float,
     )  # fmt: skip
-    level_std: float | None = _option(
+    level_std: float | None = declared(
         "objective", None, CHECKS["level_std"], "standard deviation of ln(σ/α) for normal noise "
         "levels (default: the paper's)", float,
     )  # fmt: skip
-    loss_weight: str = _option(
+    loss_weight: str = declared(
         "objective", "none", CHECKS["loss_weight"],
         f"weight of the loss by noise level: {', '.join(names.LOSS_WEIGHTS)}",
     )  # fmt: skip
-    min_snr_gamma: float | None = _option(
+    min_snr_gamma: float | None = declared(
         "objective", None, CHECKS["min_snr_gamma"], "γ of loss_weight min_snr (default: 5)", float
     )
-    sigma_data: float | None = _option(
+    sigma_data: float | None = declared(
         "objective", None, CHECKS["sigma_data"], "standard deviation of the data, for edm "
         "(default: measured)", float,
     )  # fmt: skip
-    stable_target: int = _option(
+    stable_target: int = declared(
         "objective", 0, whole(0, MAX_BATCH), "number of training images per step whose mean, "
         "weighted by how well each explains a noisy image, is the target for it; 0 for none",
     )  # fmt: skip
-    learn_variance: bool = _option(
+    learn_variance: bool = declared(
         "objective", False, CHECKS["learn_variance"], "learn the variance of DDPM's steps"
     )
-    beta_schedule: str | None = _option(
+    beta_schedule: str | None = declared(
         "objective", None, CHECKS["beta_schedule"], "noise schedule of epsilon, sample and "
         f"v_prediction: {', '.join(names.BETA_SCHEDULES)} (default: squaredcos_cap_v2)", str,
     )  # fmt: skip
-    num_train_timesteps: int = _option(
+    num_train_timesteps: int = declared(
         "objective", 1000, whole(1, names.MAX_TRAIN_TIMESTEPS), "steps of the noise schedule"
     )
-    shift: int = _option(
+    shift: int = declared(
         "data", 0, NUMBER, "largest random shift of every image along each axis, in pixels"
     )
-    flip: bool = _option(
+    flip: bool = declared(
         "data", False, flag, "flip images left to right at random; for photographs, not for digits"
     )
-    label_dropout: float = _option(
+    label_dropout: float = declared(
         "objective", 0.1, FRACTION, "fraction of images whose class or caption is hidden, which "
         "guidance needs; with 0 the network has no label for 'no class' and no guidance is stored",
     )  # fmt: skip
 
     # The network
-    block: int = _option(
+    block: int = declared(
         "network", 2, COUNT, "side of the pixel blocks that become channels; 1 for none"
     )
-    channels: tuple[int, ...] = _option(
+    channels: tuple[int, ...] = declared(
         "network", (48, 96), WIDTHS, "channels of each level; every level halves the size; for "
         "points, the last is the width of the network",
     )  # fmt: skip
-    layers: int = _option("network", 1, COUNT, "residual blocks per level")
-    dropout: float = _option("network", 0.0, FRACTION, "dropout in the residual blocks")
-    text_width: int = _option("network", 64, COUNT, "channels of a token, for data with captions")
-    text_layers: int = _option(
+    layers: int = declared("network", 1, COUNT, "residual blocks per level")
+    dropout: float = declared("network", 0.0, FRACTION, "dropout in the residual blocks")
+    text_width: int = declared("network", 64, COUNT, "channels of a token, for data with captions")
+    text_layers: int = declared(
         "network", 2, COUNT, "layers of the text encoder, for data with captions"
     )
-    text_learning_rate: float = _option(
+    text_learning_rate: float = declared(
         "optimisation", 0.1, real(0, 1), "learning rate of the text encoder as a fraction of "
         "learning_rate; at 1 the encoder changes faster than the network learns rare words",
     )  # fmt: skip
 
     # Settings of sampling that are stored with the model, and pictures along the way
-    guidance_scale: float = _option(
+    guidance_scale: float = declared(
         "sampling", 1.5, real(), "guidance scale stored with the model", flag="guidance"
     )
-    guide: str = _option(
+    guide: str = declared(
         "sampling", "cfg", choice(*names.GUIDES), "guidance rule stored with the model"
     )
-    guidance_interval: tuple[float, float] | None = _option(
+    guidance_interval: tuple[float, float] | None = declared(
         "sampling", None, lambda _, value: interval_of(value), "range of σ/α with guidance, stored "
         "with the model (default: everywhere)", float, values=("LOW", "HIGH"),
     )  # fmt: skip
-    autoguidance_scale: float = _option(
+    autoguidance_scale: float = declared(
         "sampling", 1.0, real(), "scale of autoguidance stored with the model, and with it a "
         "guidance network, the averaged weights of an earlier time; 1 for none",
         flag="autoguidance",
     )  # fmt: skip
-    weaker_at: float = _option(
+    weaker_at: float = declared(
         "sampling", 0.0625, FRACTION, "fraction of the run after which the guidance network of "
         "autoguidance is kept",
     )  # fmt: skip
-    sampler: str | None = _option(
+    sampler: str | None = declared(
         "sampling", None, optional(choice(*names.SAMPLERS)), "sampler stored with the model: "
         f"{', '.join(names.SAMPLERS)} (default: dpm++, for learn_variance ddpm)", str,
     )  # fmt: skip
-    num_inference_steps: int = _option(
+    num_inference_steps: int = declared(
         "sampling", 10, COUNT, "number of sampling steps stored with the model",
         flag="sampling-steps",
     )  # fmt: skip
-    pictures: int = _option(
+    pictures: int = declared(
         "run", 4, NUMBER, "number of grids of samples saved in the course of the run, with the last"
     )
 
@@ -364,96 +359,39 @@ class TrainConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
-class DistillConfig(TrainConfig):
-    """A run of distill. Checked when built; raises InvalidArgument naming the field.
-
-    `guide` and `guidance_interval` are those of the teacher; the result needs no guidance.
-    """
-
-    learning_rate: float = _option(
-        "optimisation", 2e-4, real(0), "peak learning rate of the optimizer"
-    )
-    label_dropout: float = 0.0
-    guidance_scale: float = 1.0
-    num_inference_steps: int = _option(
-        "sampling", 2, COUNT, "number of sampling steps stored with the model",
-        flag="sampling-steps",
-    )  # fmt: skip
-
-    # The consistency loss, see `minidiff.adapters.distill`
-    method: str = _option(
-        "objective", "distillation", choice(*names.CONSISTENCY), "how a point's neighbour on its "
-        f"trajectory is found: {', '.join(names.CONSISTENCY)}; a teacher's step, or none but the "
-        "image itself",
-    )  # fmt: skip
-    teacher_guidance: float | None = _option(
-        "objective", None, optional(real()), "guidance scale of the teacher, which the result "
-        "has without guidance (default: the teacher's)", float,
-    )  # fmt: skip
-    intervals: tuple[int, ...] = _option(
-        "objective", (4, 8, 16, 32), WIDTHS, "intervals that the steps are divided into, each "
-        "number for an equal part of the budget",
-    )  # fmt: skip
-    target_average: float = _option(
-        "objective", 0.9, FRACTION, "part of the target network that a step keeps; 0 for the "
-        "network itself as target",
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in UNUSED:
-            if (given := getattr(self, name)) != (usual := OPTIONS[name].default):
-                raise InvalidArgument(f"{name} must be {usual!r} for a distillation, got {given!r}")
-        for n in self.intervals:
-            whole_number("intervals", n, 1, self.num_train_timesteps)
-        if list(self.intervals) != sorted(self.intervals):
-            raise InvalidArgument(f"intervals must be in rising order, got {self.intervals}")
-        whole_number("num_inference_steps", self.num_inference_steps, 1, self.points)
-
-    @property
-    def points(self) -> int:
-        """Number of evenly spaced training steps that the result can be sampled at.
-
-        It divides the number of training steps, so that the first one is the last training step.
-        """
-        steps = self.num_train_timesteps
-        return next(n for n in range(self.intervals[-1], steps + 1) if steps % n == 0)
-
-
-@dataclass(frozen=True)
 class VAEConfig(LoopConfig):
     """A run of train-vae. Checked when built; raises InvalidArgument naming the field."""
 
     # The loss, see `minidiff.training.autoencoder`
-    reconstruction: str = _option(
+    reconstruction: str = declared(
         "objective", "l1", choice(*RECONSTRUCTIONS),
         f"reconstruction error: {', '.join(RECONSTRUCTIONS)}",
     )  # fmt: skip
-    kl_weight: float = _option(
+    kl_weight: float = declared(
         "objective", 1e-2, real(0), "weight of the latents' divergence from the standard normal "
         "distribution, in nats, relative to the error summed over the pixels",
     )  # fmt: skip
-    adversarial_weight: float = _option(
+    adversarial_weight: float = declared(
         "objective", 0.1, real(0), "weight of the discriminator relative to the error; at 1 both "
         "have the same gradient at the decoder's last layer; 0 for no discriminator",
     )  # fmt: skip
-    adversarial_start: float = _option(
+    adversarial_start: float = declared(
         "objective", 0.5, real(0, 1), "fraction of the budget after which the discriminator is used"
     )
-    discriminator_channels: tuple[int, ...] = _option(
+    discriminator_channels: tuple[int, ...] = declared(
         "network", (32, 64), WIDTHS, "channels of each level of the discriminator; every level "
         "halves the size",
     )  # fmt: skip
 
     # The network
-    latent_channels: int = _option("network", 4, COUNT, "channels of the latents")
-    channels: tuple[int, ...] = _option(
+    latent_channels: int = declared("network", 4, COUNT, "channels of the latents")
+    channels: tuple[int, ...] = declared(
         "network", (16, 32, 64), WIDTHS, "channels of each level; all but the last halve the size"
     )
-    layers: int = _option(
+    layers: int = declared(
         "network", 1, COUNT, "residual blocks per level; the decoder has one more"
     )
-    attention: bool = _option(
+    attention: bool = declared(
         "network", False, flag, "attention in the middle, at the smallest size"
     )
 
@@ -461,13 +399,12 @@ class VAEConfig(LoopConfig):
 Kind = TypeVar("Kind", bound=LoopConfig)
 
 
-def _options(kind: type[LoopConfig]) -> dict[str, Field]:
+def fields_of(kind: type[LoopConfig]) -> dict[str, Field]:
     """Return the fields of a config's class by name, in the order of `--help`."""
     return {option.name: option for option in fields(kind)}
 
 
-OPTIONS, VAE_OPTIONS = _options(TrainConfig), _options(VAEConfig)
-DISTILL_OPTIONS = _options(DistillConfig)
+OPTIONS, VAE_OPTIONS = fields_of(TrainConfig), fields_of(VAEConfig)
 
 
 def merged(*layers: Mapping[str, Any], kind: type[Kind] = TrainConfig) -> Kind:
@@ -488,7 +425,7 @@ def merged(*layers: Mapping[str, Any], kind: type[Kind] = TrainConfig) -> Kind:
             result.pop("steps", None)
         result |= layer
     for name in result:
-        one_of("option", name, _options(kind))
+        one_of("option", name, fields_of(kind))
     for name in ("channels", "guidance_interval", "discriminator_channels", "intervals"):
         if isinstance(result.get(name), list):
             result[name] = tuple(result[name])  # JSON and TOML have lists
@@ -499,6 +436,6 @@ def options_of(config: TrainConfig) -> dict[str, Any]:
     """Return the options of a config that differ from the defaults of a training."""
     return {
         name: getattr(config, name)
-        for name, option in _options(type(config)).items()
+        for name, option in fields_of(type(config)).items()
         if getattr(config, name) != OPTIONS.get(name, option).default
     }

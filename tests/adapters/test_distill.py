@@ -13,6 +13,7 @@ from programs import assert_same_training, finished, killed_and_resumed
 
 from minidiff import Pipeline, train
 from minidiff.adapters.distill import Consistency, Teacher, check_teacher, distill, resume
+from minidiff.adapters.distill_config import DistillConfig
 from minidiff.cli import main
 from minidiff.data import load
 from minidiff.errors import CheckpointError, InvalidArgument
@@ -26,7 +27,7 @@ from minidiff.sample import meaning_of
 from minidiff.schedulers import LCMScheduler
 from minidiff.schedulers.core.names import sampler
 from minidiff.schedulers.lcm import boundary
-from minidiff.training.config import DistillConfig, TrainConfig
+from minidiff.training.config import TrainConfig
 from minidiff.training.learner import Learner
 
 TINY = {"channels": (16, 16), "batch_size": 8, "pictures": 0}
@@ -347,7 +348,7 @@ def test_diffusers_reads_the_parts_and_draws_the_same(whole):
 
 def test_the_card_of_a_run_repeats_its_command(whole):
     card = (whole / "model" / "README.md").read_text()
-    assert "minidiff distill INIT --data digits --config train.json --out RUN" in card
+    assert "minidiff distill --data digits INIT --config train.json --out RUN" in card
     assert '"intervals": [\n    2,\n    4\n  ]' in card
 
 

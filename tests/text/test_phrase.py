@@ -1,4 +1,4 @@
-"""Weights of words, a second text, skipped layers and mixtures: prompts that say more than a text."""
+"""Prompts that say more than a text: weights, a second text, skipped layers, mixtures."""
 
 import numpy as np
 import pytest
@@ -261,7 +261,7 @@ def test_a_mixture_has_no_second_text():
     assert isinstance(weighted("a (b)").with_options(None, 1), Phrase)
 
 
-def test_sample_reads_weights_where_it_is_told_to(tmp_path, monkeypatch, capsys):
+def test_sample_reads_weights_only_with_its_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = ["sample", "digits-text", "a big (red:1.0) 7", "--num", "1", "--steps", "2"]
     assert main([*line, "--png", "a.png"]) == 0

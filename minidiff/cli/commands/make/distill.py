@@ -5,8 +5,8 @@ from shlex import quote
 from typing import Any
 
 from minidiff import shipped
+from minidiff.adapters.distill_config import DISTILL_OPTIONS, DistillConfig
 from minidiff.cli.arguments import add_command, add_data_files, add_options, add_run_folder
-from minidiff.training.config import DISTILL_OPTIONS, DistillConfig
 
 FLAGS = (
     "minutes", "steps", "batch_size", "final_batch_size", "learning_rate", "warmup", "weight_decay",
