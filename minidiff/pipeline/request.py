@@ -98,11 +98,11 @@ class Request:
         optional(flag)("progress", call.progress)
         optional(callback)("callback", call.callback)
         original = space.original(call.image, call.mask_image)
-        number = number_of_images(call.num_images, call.num_images_per_prompt, original)
+        copies = call.num_images_per_prompt
+        number = number_of_images(call.num_images, copies, original)
         conditioning, n = resolve_conditioning(
-            pipe, call.prompt, call.class_labels, number, call.num_images_per_prompt,
-            call.first_index,
-        )  # fmt: skip
+            pipe, call.prompt, call.class_labels, number, copies, call.first_index
+        )
         guidance = resolve_guidance(
             pipe,
             call.guidance_scale,
@@ -111,10 +111,7 @@ class Request:
             call.autoguidance_scale,
             call.guide,
         )
-        negative = negative_prompts(
-            pipe, call.negative_prompt, n, call.num_images_per_prompt, guidance.scale
-        )
-        copies = call.num_images_per_prompt
+        negative = negative_prompts(pipe, call.negative_prompt, n, copies, guidance.scale)
         conditioning = phrases(
             pipe, conditioning, copies, "prompt_2", call.prompt_2, call.clip_skip
         )
