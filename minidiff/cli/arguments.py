@@ -56,6 +56,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse what is unknown here: the root parser would name its own help."""
         options, unknown = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():
+            # argparse leaves all of them out that do not stand beside the first.
+            missing = action.nargs == "?" and getattr(options, action.dest) is None
+            if missing and unknown and not unknown[0].startswith("-"):
+                setattr(options, action.dest, unknown.pop(0))
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"unknown: {' '.join(unknown)}{suggestion(unknown[0].split('=')[0], known)}")
