@@ -12,8 +12,14 @@ import torch
 from programs import assert_same_training, finished, killed_and_resumed
 
 from minidiff import Pipeline, train
-from minidiff.adapters.distill import Consistency, Teacher, check_teacher, distill, resume
-from minidiff.adapters.distill_config import DistillConfig
+from minidiff.adapters.consistency.config import DistillConfig
+from minidiff.adapters.consistency.distill import (
+    Consistency,
+    Teacher,
+    check_teacher,
+    distill,
+    resume,
+)
 from minidiff.cli import main
 from minidiff.data import load
 from minidiff.errors import CheckpointError, InvalidArgument

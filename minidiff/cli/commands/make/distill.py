@@ -5,7 +5,7 @@ from shlex import quote
 from typing import Any
 
 from minidiff import shipped
-from minidiff.adapters.distill_config import DISTILL_OPTIONS, DistillConfig
+from minidiff.adapters.consistency.config import DISTILL_OPTIONS, DistillConfig
 from minidiff.cli.arguments import add_command, add_data_files, add_options, add_run_folder
 
 FLAGS = (
@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
 
 def distill(options: argparse.Namespace) -> None:
     """Run minidiff distill."""
-    from minidiff.adapters import distill as distilling
+    from minidiff.adapters.consistency import distill as distilling
     from minidiff.cli import run_options
     from minidiff.errors import InvalidArgument
     from minidiff.runs.folder import data_of
@@ -77,11 +77,11 @@ def distill(options: argparse.Namespace) -> None:
 
 def _resume(options: argparse.Namespace) -> None:
     """Run minidiff distill --resume."""
-    from minidiff.adapters import distill as distilling
+    from minidiff.adapters.consistency import distill as distilling
     from minidiff.cli import run_options
 
     settings, device, changes = run_options.resumed_settings(
-        options, distilling.COMMAND, DISTILL_OPTIONS, "minidiff.adapters.distill.resume"
+        options, distilling.COMMAND, DISTILL_OPTIONS, "minidiff.adapters.consistency.distill.resume"
     )
     data = run_options.load_source(settings.data, device, settings.config.seed)
     teacher = run_options.open_start(settings.data.get("init"))

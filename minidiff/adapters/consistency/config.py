@@ -14,7 +14,7 @@ from minidiff.training.config import (
     fields_of,
 )
 
-METHODS = ("distillation", "training")  # see `minidiff.adapters.distill`
+METHODS = ("distillation", "training")  # see `minidiff.adapters.consistency.distill`
 # Options that a distillation has no use for, because its loss or its scheduler is another.
 UNUSED = (
     "cuda_graph", "noise_levels", "loss_weight", "stable_target", "learn_variance", "sampler",
@@ -39,7 +39,7 @@ class DistillConfig(TrainConfig):
         flag="sampling-steps",
     )  # fmt: skip
 
-    # The consistency loss, see `minidiff.adapters.distill`
+    # The consistency loss, see `minidiff.adapters.consistency.distill`
     method: str = declared(
         "objective", "distillation", choice(*METHODS), "how a point's neighbour on its "
         f"trajectory is found: {', '.join(METHODS)}; a teacher's step, or none but the "

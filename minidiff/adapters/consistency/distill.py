@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch import device as Device
 
-from minidiff.adapters.distill_config import DistillConfig
+from minidiff.adapters.consistency.config import DistillConfig
 from minidiff.data.protocol import Data
 from minidiff.errors import InvalidArgument
 from minidiff.guidance import METHODS, Meaning

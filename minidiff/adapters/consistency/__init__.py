@@ -1,0 +1,1 @@
+"""Consistency models: few steps, distilled from a trained model."""
