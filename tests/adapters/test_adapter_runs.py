@@ -6,17 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_text_model import small_text_model
 
 from minidiff.adapters import CustomDiffusion, DreamBooth, LoRA, TextualInversion, examples
 from minidiff.adapters.files import DENSE, LORA, WORDS
 from minidiff.adapters.prior import FILE
 from minidiff.cli import main
-from minidiff.data.captioned.captions import CaptionedDigits
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import Pipeline
 from minidiff.runs import diffusion
 from minidiff.runs.autosave import Saving
-from minidiff.training.build import build
 from minidiff.training.config import TrainConfig
 
 CONFIG = TrainConfig(steps=4, batch_size=4, pictures=0, learning_rate=1e-2)
@@ -26,15 +25,7 @@ EVERY = [LoRA(rank=2, text_rank=2, prior=2), TextualInversion(vectors=2), DreamB
 
 @pytest.fixture(scope="module")
 def base() -> Pipeline:
-    """A small fresh model of the captions."""
-    sizes = {"channels": (8, 8), "block": 4, "text_width": 8, "text_layers": 1}
-    pipe = build(TrainConfig(steps=1, **sizes), CaptionedDigits())
-    pipe.num_inference_steps = 2
-    for network in (pipe.unet, pipe.prompts.text_encoder):
-        network.eval().requires_grad_(False)
-        for parameter in network.parameters():  # fresh branches end in zeros: nothing would learn
-            parameter.data += 0.05
-    return pipe
+    return small_text_model()
 
 
 @pytest.fixture(scope="module")
