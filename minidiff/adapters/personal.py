@@ -1,11 +1,9 @@
 """Four ways to teach a model something of yours from a few pictures.
 
-| class | what changes | source |
-|---|---|---|
-| `LoRA` | low-rank differences of chosen layers | Hu et al. 2021, arXiv:2106.09685 |
-| `TextualInversion` | the vectors of a new word, nothing else | Gal et al. 2022, arXiv:2208.01618 |
-| `DreamBooth` | all weights | Ruiz et al. 2022, arXiv:2208.12242 |
-| `CustomDiffusion` | what reads the text | Kumari et al. 2022, arXiv:2212.04488 |
+    LoRA                low-rank differences of layers       Hu et al. 2021, arXiv:2106.09685
+    TextualInversion    the vectors of a new word alone      Gal et al. 2022, arXiv:2208.01618
+    DreamBooth          all weights                          Ruiz et al. 2022, arXiv:2208.12242
+    CustomDiffusion     what reads the text                  Kumari et al. 2022, arXiv:2212.04488
 
 All of them learn the words of the captions that the model does not know. All but the second also
 train on a *prior*: pictures that the model itself draws before training, of captions that it knows,
