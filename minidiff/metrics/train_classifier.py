@@ -30,6 +30,7 @@ from minidiff.data.captioned.captions import Questions
 from minidiff.data.captioned.scenes import NONE, QUESTIONS
 from minidiff.errors import InvalidArgument
 from minidiff.nn.classifier import Classifier, build_classifier
+from minidiff.runtime.checks import instance
 from minidiff.runtime.device import float32_by_default
 from minidiff.runtime.distributed import World
 from minidiff.runtime.files import atomic_file, ensure_writable
@@ -108,7 +109,7 @@ def labelled(name: str, split: str, data_dir: str | None = None) -> ImageData | 
         InvalidArgument, DataError: see `minidiff.data.load`.
     """
     if name != Questions.name:
-        return data.load(name, split, data_dir)
+        return instance(ImageData)("data", data.load(name, split, data_dir))
     return Questions(split, length=_SCENES_PER_EPOCH[split])
 
 

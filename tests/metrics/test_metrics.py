@@ -447,7 +447,7 @@ def test_training_learns_and_writes_weights_that_load(tmp_path):
 
 @pytest.mark.parametrize("option", [("--epochs", "0"), ("--dtype", "float16"), ("--seed", "-1")])
 def test_a_recipe_out_of_range_is_refused_in_one_line(tmp_path, option, capsys):
-    out = tmp_path / "x"
+    out = tmp_path / "x.safetensors"
     assert main(["train-classifier", "--data", "digits", "--out", str(out), *option]) == 2
     assert capsys.readouterr().err.startswith(f"minidiff: {option[0][2:]} must be")
     assert not out.exists()

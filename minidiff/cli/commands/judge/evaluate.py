@@ -54,16 +54,13 @@ def add_to(commands: Any) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Run minidiff evaluate."""
-    from minidiff.cli.model_options import open_model, setting
+    from minidiff.cli.model_options import check_files, open_model, setting
     from minidiff.images import plot
     from minidiff.metrics import protocol
     from minidiff.runs.folder import data_of
     from minidiff.runtime import files
 
-    if options.png is not None and options.png == options.json:
-        raise InvalidArgument(f"--png and --json must be two files, got {options.png} twice")
-    for path in filter(None, (options.png, options.json)):
-        files.ensure_writable(path)
+    check_files(options, "png", "json")
     pipe = open_model(options, options.dtype)
     name = options.data or shipped.MODELS.get(options.model) or data_of(options.run)
     if name == "captions":

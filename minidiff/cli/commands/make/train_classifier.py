@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.cli.arguments import add_command
-from minidiff.errors import one_of
+from minidiff.errors import InvalidArgument, one_of
 from minidiff.names import DATA_NAMES
 from minidiff.training.presets import RECIPES, Recipe
 
@@ -42,6 +42,8 @@ def train_classifier(options: argparse.Namespace) -> None:
     from minidiff.metrics.train_classifier import train_into
     from minidiff.runtime.device import pick_device
 
+    if options.out.suffix != ".safetensors":
+        raise InvalidArgument(f"--out must be a .safetensors file, got {options.out}")
     chosen = {name: getattr(options, name) for name in ("seed", *(field.name for field in FLAGS))}
     if options.dtype != "auto":  # the recipe's own
         one_of("dtype", options.dtype, PRECISIONS)

@@ -37,14 +37,13 @@ def add_to(commands: Any) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Run minidiff compare."""
-    from minidiff.cli.model_options import open_model
+    from minidiff.cli.model_options import check_files, open_model
     from minidiff.images import plot
     from minidiff.lab.compare import compare as compare_samplers
     from minidiff.metrics import Evaluator
     from minidiff.runtime import files
 
-    for path in filter(None, (options.png, options.json)):
-        files.ensure_writable(path)
+    check_files(options, "png", "json")
     pipe = open_model(options, "float32" if options.dtype == "auto" else options.dtype)
     scores = options.data and Evaluator(options.data, options.data_dir, pipe.device)
     found = compare_samplers(
