@@ -95,10 +95,7 @@ class WithControl(Data):
     def batch(self, index: Tensor, position: int = 0) -> tuple[Tensor, Tensor]:
         """Return the images at `index`, and their labels with the images made; see `Data.batch`."""
         x, labels = self.data.batch(index, position)
-        made = (self.picture(x) * 255).round().to(torch.int64).flatten(1)
-        if labels is None:
-            return x, made
-        return x, torch.cat([labels.reshape(len(x), -1), made], dim=1)
+        return x, joined(labels, self.picture(x))
 
     def condition(self, config: ConditionConfig) -> Condition:
         return self.data.condition(config)
@@ -109,6 +106,12 @@ class WithControl(Data):
     def digests(self) -> dict[str, str]:
         """Return those of the data, and the name of what is made."""
         return self.data.digests() | {"control": self.kind}
+
+
+def joined(labels: Tensor | None, images: Tensor) -> Tensor:
+    """Return labels (B, …) or None with images (B, C, H, W) in [0, 1] behind them, int64 (B, n)."""
+    made = (images * 255).round().to(torch.int64).flatten(1)
+    return made if labels is None else torch.cat([labels.reshape(len(made), -1), made], dim=1)
 
 
 def split_labels(labels: Tensor, size: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:

@@ -41,8 +41,8 @@ class LatentSpace(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Channels of the samples."""
-        return self.config.out_channels if self.takes_mask else self.config.in_channels
+        """Channels of the samples: some inputs have more beside them, some outputs a variance."""
+        return min(self.config.in_channels, self.config.out_channels)
 
     @property
     def image_channels(self) -> int:

@@ -45,7 +45,7 @@ def build(config: TrainConfig, data: Data, start: Pipeline | None = None) -> Pip
         return continued(start, config, data)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # weights are drawn on the CPU
-        unet, condition = silenced(_network(config, data)), data.condition(config)
+        unet, condition = silenced(network_of(config, data)), data.condition(config)
     guidable = config.label_dropout and condition.unet_options
     pixels = SpaceToDepth(config.block) if config.block > 1 else None
     return Pipeline(
@@ -141,7 +141,7 @@ def _check_fresh(config: TrainConfig, data: Data) -> None:
     # Whether a sampler fits does not depend on σ_data, which is only measured when a run begins.
     scheduler_of(replace(config, sigma_data=1.0) if config.measures_data else config)
     with torch.device("meta"):
-        _network(config, data)
+        network_of(config, data)
 
 
 def encoder(config: TrainConfig) -> Callable[[Tensor], Tensor]:
@@ -160,7 +160,7 @@ def seen(config: TrainConfig, data: Data) -> Data:
     return augmented(data, shift=config.shift, flip=config.flip, seed=config.seed)
 
 
-def _network(config: TrainConfig, data: Data) -> UNet | MLP:
+def network_of(config: TrainConfig, data: Data) -> UNet | MLP:
     """Return a fresh network. Raises InvalidArgument where config and data do not fit."""
     if not len(data):
         raise InvalidArgument(f"data {data.name} must hold at least one image, got none")
