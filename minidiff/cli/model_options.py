@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from minidiff.cli.control_options import control_of, with_controlnets
 from minidiff.errors import InvalidArgument, suggestion
 from minidiff.images.pixels import MODES, read_image
 from minidiff.images.watermark import Watermark, message_of
+from minidiff.modalities.extra_channels import is_upscaler, upscale
 from minidiff.pipeline import Pipeline
 from minidiff.runs.folder import open_pipeline
 from minidiff.runtime import files
@@ -78,7 +80,12 @@ def draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tu
         n: number of images.
         more: further arguments of the pipeline.
     """
-    result = pipe(
+    call = pipe
+    if is_upscaler(pipe):
+        if (small := more.get("image")) is None:
+            raise InvalidArgument("--image must be given: this model enlarges an image")
+        call, more = partial(upscale, pipe, small), {k: v for k, v in more.items() if k != "image"}
+    result = call(
         **more,
         **control_of(pipe, options),
         num_images=n,
@@ -150,7 +157,7 @@ def starting_image(pipe: Pipeline, path: str) -> Image.Image:
     """
     image = read_image(path, MODES.get(pipe.space.image_channels, ("RGB",))[0])
     _, height, width = pipe.image_shape
-    if pipe.is_guided_below_one and image.size != (width, height):
+    if pipe.is_guided_below_one and image.size != (width, height) and not is_upscaler(pipe):
         raise InvalidArgument(
             f"--image must have {width}×{height} pixels, as the model was trained on, got "
             f"{image.width}×{image.height}: resize it"

@@ -18,6 +18,7 @@ from minidiff.data import load
 from minidiff.data.latents import LatentData
 from minidiff.data.protocol import Data
 from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.modalities.extra_channels import TaskTraining, with_task
 from minidiff.names import DATA_NAMES, DATA_VARIABLE, PUBLISHED
 from minidiff.nn import AutoencoderKL
 from minidiff.pipeline import Pipeline
@@ -112,8 +113,11 @@ def load_source(
     others = {"download": download, **source}
     vae = others.pop("vae", None)
     others.pop("init", None), others.pop("learn", None)
+    task = others.pop("task", None)
     caption = others.pop("caption", None)
     data = captioned(others["name"], caption, others.get("image_size")) or load(**others)
+    if task is not None:
+        return with_task(data, task)
     if vae is None:
         return data
     device = own_device(device)
@@ -186,12 +190,18 @@ def start_of(
 
 
 def learner_of(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """Return what --learn and its options say, for `learners.make`, and the learner.
+    """Return what --task, or --learn and its options, say for `load_source`, and the learner.
 
     Raises:
-        InvalidArgument: an option of no or another learner, or a learner without --init.
+        InvalidArgument: an option of no or another learner, a learner without --init, or --task
+            with options of networks that it does not train.
     """
     given = {name: getattr(options, name) for name in learners.flags() if hasattr(options, name)}
+    if options.task is not None:
+        for name in ("learn", "init", "vae"):
+            if getattr(options, name) is not None:
+                raise InvalidArgument(f"leave out --{name} beside --task, whose network is fresh")
+        return {"task": options.task}, TaskTraining(options.task)
     if options.learn is None:
         for name in given:
             raise InvalidArgument(f"{flag_of(name)} is an option of --learn, which is missing")

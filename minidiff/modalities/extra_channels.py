@@ -28,7 +28,7 @@ from torch import Tensor
 from minidiff.adapters.controls import WithControl, joined, split_labels
 from minidiff.data.protocol import Data, Purpose, random_words
 from minidiff.errors import InvalidArgument, real_number
-from minidiff.images.pixels import as_pixels
+from minidiff.images.pixels import Original, as_pixels
 from minidiff.nn import UNet
 from minidiff.noise import image_generators, randn
 from minidiff.pipeline import Pipeline, PipelineOutput
@@ -180,7 +180,9 @@ class TaskData(WithControl):
         task: the task.
     """
 
-    fixed_options: ClassVar[Mapping[str, Any]] = {**WithControl.fixed_options, "stable_target": 0}
+    fixed_options: ClassVar[Mapping[str, Any]] = {
+        **WithControl.fixed_options, "stable_target": 0, "pictures": 0,
+    }  # fmt: skip
 
     def __init__(self, data: Data, task: Task) -> None:
         plain = data if isinstance(data, Unlabelled) else Unlabelled(data)
@@ -253,7 +255,7 @@ class TaskTraining:
         InvalidArgument: another name.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {**TaskData.fixed_options, "pictures": 0}
+    defaults: ClassVar[Mapping[str, Any]] = TaskData.fixed_options
 
     def __init__(self, name: str) -> None:
         self.task = task_of(name)
@@ -261,6 +263,11 @@ class TaskTraining:
     def __call__(self, pipe: Pipeline) -> TaskLearner:
         """Return the learner of a fresh pipeline."""
         return TaskLearner(pipe, self.task)
+
+
+def is_upscaler(pipe: Pipeline) -> bool:
+    """Return whether a pipeline's network takes a small image beside x."""
+    return pipe.unet.config.in_channels == 2 * pipe.unet.config.out_channels
 
 
 @torch.no_grad()
@@ -276,11 +283,11 @@ def upscale(pipe: Pipeline, images: Any, *, noise: float = 0.0, **arguments: Any
         InvalidArgument: the network is for another task, the images have another size, or an
             argument is not allowed.
     """
-    config, space = pipe.unet.config, pipe.space
-    if config.in_channels != 2 * config.out_channels:
+    space = pipe.space
+    if not is_upscaler(pipe):
         raise InvalidArgument(
-            f"pipe must be of a network of the task upscale, with {2 * config.out_channels} input "
-            f"channels, got {config.in_channels}"
+            "pipe must be of a network of the task upscale, with twice as many input as output "
+            f"channels, got {pipe.unet.config.in_channels} and {pipe.unet.config.out_channels}"
         )
     small, noise = as_pixels(images, space.image_channels), real_number("noise", noise, 0, 1)
     sides = pipe.image_shape[1:]
@@ -290,7 +297,8 @@ def upscale(pipe: Pipeline, images: Any, *, noise: float = 0.0, **arguments: Any
             f"images must be a whole number of times smaller than {tuple(sides)}, "
             f"got {tuple(small.shape[2:])}"
         )
-    request, made = Request.of(pipe, num_images=len(small), **arguments), []
+    request, made = Request.of(pipe, **{"num_images": len(small), **arguments}), []
+    small = Original(small).repeat(request.batches[-1].stop).pixels
     for batch in request.batches:
         source = request.source_of(batch)
         x = request.noise_of(batch, source) * pipe.scheduler.init_noise_sigma

@@ -34,6 +34,7 @@ LOADING = {
     "name": text, "split": choice(*SPLITS), "data_dir": optional(text),
     "image_size": optional(whole(1)), "download": flag, "vae": optional(text),
     "init": optional(text), "caption": optional(text), "learn": optional(instance(Mapping)),
+    "task": optional(text),
 }  # fmt: skip
 KINDS = {
     "train": TrainConfig,
@@ -216,7 +217,7 @@ def loading(arguments: Mapping[str, Any], command: str) -> dict[str, Any]:
     A file never orders a download: whoever began the run has the files.
     """
     instance(Mapping)("load", arguments)
-    of_start = () if command in BEGIN else ("vae", "init", "caption", "learn")
+    of_start = () if command in BEGIN else ("vae", "init", "caption", "learn", "task")
     known = [name for name in LOADING if name not in of_start]
     for name in arguments:
         one_of("load", name, known)

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from minidiff import TrainConfig, train
+from minidiff.cli import main
 from minidiff.data import load
 from minidiff.errors import InvalidArgument
 from minidiff.images.pixels import to_float
@@ -97,3 +99,30 @@ def test_sides_and_data_that_do_not_fit_are_refused() -> None:
     plain = train(CONFIG, load("digits"), progress=False)
     with pytest.raises(InvalidArgument, match="pipe must be of a network of the task upscale"):
         upscale(plain, torch.zeros(1, 1, 4, 4))
+
+
+def test_the_command_line_trains_and_uses_both_tasks(tmp_path, capsys) -> None:
+    size = ["--steps", "1", "--batch-size", "2", "--channels", "8,8", "--sampling-steps", "1"]
+    picture = ["--num", "1", "--png", str(tmp_path / "out.png")]
+    for name, side, more in (
+        ("upscale:4", 4, []),
+        ("inpaint", 16, ["--mask", str(tmp_path / "16.png")]),
+    ):
+        run, file = str(tmp_path / name.partition(":")[0]), str(tmp_path / f"{side}.png")
+        Image.new("L", (side, side), 255).save(file)
+        assert main(["train", "--data", "digits", "--task", name, "--out", run, *size]) == 0
+        assert f"minidiff sample {run} --image" in capsys.readouterr().out
+        assert main(["sample", run, "--image", file, *more, *picture]) == 0
+        assert Image.open(tmp_path / "out.png").size == (16, 16)
+        assert main(["sample", run, *picture]) == 2
+        assert "must be given" in capsys.readouterr().err
+        assert main(["train", "--resume", run, "--steps", "+1"]) == 0
+    for flags, message in (
+        (["--task", "upscale"], "task must be inpaint, or upscale:N"),
+        (["--task", "upscale:3"], "task must divide the images' sides (16, 16)"),
+        (["--task", "inpaint", "--init", "mnist"], "leave out --init beside --task"),
+        (["--task", "inpaint", "--pictures", "2"], "pictures must be 0 for digits"),
+    ):
+        out = str(tmp_path / "no")
+        assert main(["train", "--data", "digits", "--out", out, *size, *flags]) == 2
+        assert message in capsys.readouterr().err

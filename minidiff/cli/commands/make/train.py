@@ -55,6 +55,8 @@ def add_to(commands: Any) -> None:
     add("--learn", choices=list(learners.kinds()), metavar="WHAT", help="what of --init is learned "
         f"for sample --adapter RUN (default: everything, as a new model). {kinds}")  # fmt: skip
     add_options(command, learners.flags())
+    command.adder("model")("--task", help="fresh network with an image beside x: inpaint, or "
+                           "upscale:N to enlarge images N times")  # fmt: skip
     add_run_folder(command)
     add = command.adder("run")
     add("--preset", choices=list(PRESETS), help="set of options, listed below")
@@ -138,6 +140,8 @@ def _resume(options: argparse.Namespace) -> None:
     start = run_options.open_start(settings.data.get("init"))
     learn = settings.data.get("learn")
     learner = {"learner": learners.make(**learn)} if learn else {}
+    if task := settings.data.get("task"):
+        learner = {"learner": run_options.TaskTraining(task)}
     diffusion.resume(options.resume, data, device, start=start, **learner, **changes)
     _print_once(f"{options.resume} is complete. Next: {_next(options.resume, settings.data)}")
 
@@ -150,7 +154,9 @@ def _next(run: str, source: Mapping[str, Any]) -> str:
             else "--adapter"
         )
         return f"minidiff sample {quote(source['init'])} {use} {quote(run)} …"
-    return f"minidiff sample {quote(run)} --png samples.png"
+    images = {"inpaint": " --image FILE --mask FILE"}.get(source.get("task"), "")
+    images = " --image SMALL" if source.get("task") and not images else images
+    return f"minidiff sample {quote(run)}{images} --png samples.png"
 
 
 def _print_once(text: str) -> None:
