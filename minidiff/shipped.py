@@ -1,6 +1,7 @@
 """Models that ship with the package: folders of `Pipeline`, weights rounded to float16.
 
     minidiff sample --model mnist --class 7
+    minidiff sample --model mnist-fast --steps 2
     minidiff sample --model digits-text "a green 5 on a white background"
     pipe = shipped.load("mnist")
 
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from minidiff.pipeline import Pipeline
 
 FOLDER = Path(__file__).with_name("models")
-MODELS = {"mnist": "mnist", "digits-text": "captions"}  # name → its training data
+MODELS = {
+    "mnist": "mnist",
+    "mnist-fast": "mnist",
+    "digits-text": "captions",
+}  # name → its training data
 
 
 def folder(name: str) -> Path:

@@ -32,6 +32,17 @@ def test_the_model_of_mnist_draws_the_digits_requested():
     assert (predicted == result.labels).float().mean() >= 0.96
 
 
+def test_the_distilled_model_of_mnist_draws_the_digits_requested_in_two_steps():
+    pipe = shipped.load("mnist-fast")
+    evaluations = []
+    pipe.wraps.append(lambda denoise: lambda x, t: evaluations.append(t) or denoise(x, t))
+    result = pipe(num_images=50, seed=0, output_type="np")
+    images = torch.from_numpy(result.images).permute(0, 3, 1, 2)
+    predicted, _ = features(load_classifier("mnist"), images)
+    assert evaluations == [999, 499]
+    assert (predicted == result.labels).float().mean() >= 0.9
+
+
 def test_the_model_of_captions_draws_pairs_held_out_of_training():
     pipe = Pipeline.from_pretrained(shipped.folder("digits-text"))
     scenes = task(40, "held out")
@@ -66,5 +77,7 @@ def test_a_run_and_a_model_exclude_each_other(line, message, capsys, tmp_path, m
 
 
 def test_an_unknown_model_is_refused_by_name():
-    with pytest.raises(InvalidArgument, match="model must be one of mnist, digits-text"):
+    with pytest.raises(
+        InvalidArgument, match="model must be one of mnist, mnist-fast, digits-text"
+    ):
         shipped.folder("cifar")
