@@ -3,9 +3,9 @@
     python benchmarks/few_steps.py RUN --data-dir DIR [--teacher mnist] [--num 1000] [--seed 0]
         [--png FILE]
 
-Both draw the same classes from the same noise. The scores are those of `minidiff evaluate`: accuracy
-of the classifier of real images, Fréchet distance on its features in ‰ of their spread, and
-coverage. An evaluation is one image through the network once; guidance takes two. The last row
+Both draw the same classes from the same noise. The scores are those of `minidiff evaluate`:
+accuracy of the classifier of real images, Fréchet distance on its features in ‰ of their spread,
+and coverage. An evaluation is one image through the network once; guidance takes two. The last row
 scores as many real images, drawn from the training set.
 """
 
