@@ -47,8 +47,8 @@ def edge_f1(found: Tensor, wanted: Tensor) -> float:
 
 def trained(pipe: Pipeline, steps: int, seed: int) -> Pipeline:
     """Return the pipeline with a ControlNet, and print what its training cost."""
-    rates = {"learning_rate": 1e-3, "label_dropout": 0.3}
-    config = TrainConfig(steps=steps, batch_size=BATCH, seed=seed, pictures=0, **rates)
+    defaults = ControlNetTraining.defaults
+    config = TrainConfig(steps=steps, batch_size=BATCH, seed=seed, pictures=0, **defaults)
     began = time.process_time()
     result = train(config, load("captions"), start=pipe, learner=ControlNetTraining())
     cost = time.process_time() - began

@@ -36,8 +36,9 @@ class ControlNetTraining(Adaptation):
 
     title: ClassVar[str] = "a ControlNet, for sample --controlnet RUN"
     defaults: ClassVar[Mapping[str, Any]] = {
-        "learning_rate": 1e-3, "label_dropout": 0.3, "optimizer": "adamw",
-        "noise_levels": "uniform", "level_mean": None, "level_std": None,
+        "learning_rate": 3e-3, "label_dropout": 0.3, "optimizer": "muon",
+        # High noise decides the place: 60 steps do what 300 of AdamW do on uniform levels.
+        "noise_levels": "log_normal", "level_mean": 0.6, "level_std": 1.6,
     }  # fmt: skip
 
     examples: Any = field(default=None, compare=False, repr=False)  # control images of pictures
