@@ -148,6 +148,23 @@ def class_of(pipe: Pipeline, given: str | None) -> str | int | None:
     return number
 
 
+def text_of(pipe: Pipeline, given: str | None) -> str | None:
+    """Return the prompt, "" without one for a model with captions.
+
+    Raises:
+        InvalidArgument: a text for a model without captions.
+    """
+    if pipe.prompts is not None:
+        return given or ""
+    if given is not None:
+        instead = f"--class {pipe.class_names[0]}" if pipe.class_names else "no text"
+        raise InvalidArgument(
+            f"a text is for models with captions, such as --model digits-text; this one takes "
+            f"{instead}; got {given!r}"
+        )
+    return None
+
+
 def starting_image(pipe: Pipeline, path: str) -> Image.Image:
     """Read --image, of the size that the network was trained on if minidiff trained it.
 

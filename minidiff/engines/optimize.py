@@ -28,6 +28,7 @@ from minidiff.errors import InvalidArgument, one_of, true_or_false
 from minidiff.names import ENGINES
 from minidiff.nn import AutoencoderKL
 from minidiff.pipeline.denoiser import guidance_embedding, network_inputs
+from minidiff.pipeline.space import require_images
 from minidiff.runtime.cuda_graph import CudaGraph
 from minidiff.runtime.device import pick_dtype
 from minidiff.text.clip import tokenize
@@ -177,7 +178,12 @@ def _with_encoders(prompts: Any, encoders: dict) -> Any:
 
 @torch.no_grad()
 def parts(pipe: "Pipeline") -> list[tuple[nn.Module, Role, dict[str, Any] | None]]:
-    """Return the networks of a pipeline with example arguments; None where a size is unknown."""
+    """Return the networks of a pipeline with example arguments; None where a size is unknown.
+
+    Raises:
+        InvalidArgument: a pipeline of points, which has no U-Net.
+    """
+    require_images(pipe, "engines and export are")
     arguments = _unet_example(pipe) if pipe.unet.config.sample_size else None
     found = [(pipe.unet, UNET, arguments)]
     if pipe.guidance_network is not None:

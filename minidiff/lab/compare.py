@@ -25,6 +25,7 @@ from minidiff.lab.choose import Chosen, choose
 from minidiff.lab.order import FINE, METHODS, flow_error, order, variance_error
 from minidiff.metrics import Evaluator, Scores
 from minidiff.pipeline import Pipeline
+from minidiff.pipeline.space import require_images
 from minidiff.schedulers import SCHEDULERS, Scheduler
 
 REFERENCE, CONVERGED = "dpm++", 60  # sampler and steps of the solution; half as many check it
@@ -188,9 +189,10 @@ def compare(
         evaluator: scores against data; needs at least `evaluator.min_images` images.
         call: further arguments of the pipeline, such as guidance_scale.
     Raises:
-        InvalidArgument: an unknown sampler, a number outside its range, or a plug-in that fails a
+        InvalidArgument: a model of points, an unknown sampler, a number outside its range, or a plug-in that fails a
             conformance test; before anything is sampled.
     """
+    require_images(pipe, "compare is")
     like = pipe.scheduler
     steps = [whole_number("steps", n, 1) for n in listed("steps", steps)]
     num_images = (500 if evaluator else 30) if num_images is None else num_images

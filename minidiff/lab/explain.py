@@ -297,7 +297,8 @@ def moves_of(
         InvalidArgument: as a call of the pipeline.
     """
     pipe.scheduler = chosen.scheduler
-    request = Request.of(pipe, **call, num_images=1, num_inference_steps=steps, seed=seed)
+    call |= {"num_images": 1, "num_inference_steps": steps, "seed": seed, "output_type": "pt"}
+    request = Request.of(pipe, **call)
     (batch,) = request.batches
     denoise = pipe.denoiser(request.conditioning, request.guidance)
     source = request.source_of(batch)

@@ -16,6 +16,7 @@ from minidiff.noise import randn
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.edit import ddim_of
 from minidiff.pipeline.request import list_of_labels
+from minidiff.pipeline.space import require_images
 from minidiff.prediction import split
 from minidiff.runtime.progress import progress_bar
 
@@ -128,7 +129,8 @@ def sculpt(
         InvalidArgument: a model of other images or without classes, a class that it does not
             have, or an argument out of range.
     """
-    channels, n, width = pipe.image_shape if len(pipe.image_shape) == 3 else (0, 0, 0)
+    require_images(pipe, "sculpt is")
+    channels, n, width = pipe.image_shape
     if channels != 1 or n != width or not pipe.class_names:
         raise InvalidArgument(
             "pipe must be a model of square grey images with classes, got one of shape "

@@ -190,6 +190,19 @@ def _refuse(**given: Any) -> None:
             raise InvalidArgument(f"{name} must be None: this model draws points, got {value!r}")
 
 
+def require_images(pipe: Any, what: str) -> None:
+    """Refuse a pipeline of points for something that works on images only.
+
+    Args:
+        pipe: the pipeline.
+        what: subject and verb of the message, such as "export is".
+    Raises:
+        InvalidArgument: its samples are points.
+    """
+    if isinstance(pipe.space, PointSpace):
+        raise InvalidArgument(f"{what} for images, but this model draws points")
+
+
 def space_of(network: UNet | MLP, vae: Vae | None) -> LatentSpace | PointSpace:
     """Return the space of a network. Raises InvalidArgument for points with a vae."""
     if not isinstance(network, MLP):

@@ -16,6 +16,7 @@ from minidiff.errors import InvalidArgument
 from minidiff.lab.explore.model import Model, model_data
 from minidiff.lab.explore.tables import COMPARED, STEPS, Plugins, Table, schedules, tables
 from minidiff.pipeline import Pipeline
+from minidiff.pipeline.space import require_images
 from minidiff.runtime import files
 from minidiff.schedulers.core.names import SAMPLERS
 
@@ -54,9 +55,11 @@ def page(
         plugins: further samplers by name, see `minidiff.lab.plugin.load_plugin`.
         prompts: prompts of a model that was trained on captions.
     Raises:
-        InvalidArgument: a plug-in that has none of the page's noise levels or no table, or a
+        InvalidArgument: a model of points, a plug-in that has none of the page's noise levels or no table, or a
             prompt that the model cannot take.
     """
+    if pipe is not None:
+        require_images(pipe, "the page is")
     plugins = dict(plugins or {})
     all_tables = {kind: tables(like, plugins) for kind, like in schedules().items()}
     model = None if pipe is None else model_data(pipe, name, all_tables, plugins, prompts)

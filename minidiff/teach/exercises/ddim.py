@@ -58,6 +58,18 @@ STEP = Exercise(
             lambda x, x0, now, nxt: nxt.alpha * x0 + nxt.sigma * (x - now.alpha * x0),
             "x − α·x̂0 is σ·ε̂: divide by σ.",
         ),
+        Wrong(
+            lambda x, x0, now, nxt: nxt.alpha * x0 + nxt.sigma * torch.randn_like(x),
+            "DDIM keeps the noise that x and x̂0 imply; with fresh noise no path is followed.",
+        ),
+        Wrong(
+            lambda x, x0, now, nxt: x0 + nxt.sigma * _eps(x, x0, now),
+            "At the next level the image is scaled too: α'·x̂0.",
+        ),
+        Wrong(
+            lambda x, x0, now, nxt: now.alpha * x0 + nxt.sigma * _eps(x, x0, now),
+            "The image is scaled by α' of the next level, not by α of the present one.",
+        ),
     ),
 )
 
@@ -133,6 +145,27 @@ def _with_one_prediction(denoise, levels, x):
     return levels[-1].alpha * x0 + levels[-1].sigma * _eps(x, x0, levels[0])
 
 
+def _after_the_first_step(denoise, levels, x):
+    return invert(denoise, levels[:2], x)
+
+
+def _without_the_last(denoise, levels, x):
+    return invert(denoise, levels[:-1], x)
+
+
+def _at_the_same_level(denoise, levels, x):
+    for now in levels:
+        x0 = denoise(x, now)
+        x = now.alpha * x0 + now.sigma * _eps(x, x0, now)
+    return x
+
+
+def _with_added_noise(denoise, levels, x):
+    for now, nxt in pairwise(levels):
+        x = nxt.alpha * denoise(x, now) + nxt.sigma * torch.randn_like(x)
+    return x
+
+
 INVERT = Exercise(
     "invert",
     6,
@@ -161,6 +194,24 @@ INVERT = Exercise(
                 levels[-1].alpha * x + levels[-1].sigma * noise(*x.shape, seed=3)
             ),
             "Fresh noise hides the image: inversion computes the noise from it.",
+        ),
+        Wrong(
+            _after_the_first_step,
+            "The result is that of the first step: `return` stands inside the loop. Move it one "
+            "level to the left.",
+        ),
+        Wrong(
+            _without_the_last,
+            "The last level is missing: n levels have n − 1 steps, as pairwise(levels) gives them.",
+        ),
+        Wrong(
+            _at_the_same_level,
+            "The same level stands on both sides, so x stays where it is: the result needs the "
+            "next level.",
+        ),
+        Wrong(
+            _with_added_noise,
+            "Every step adds fresh noise: what inversion looks for is the noise ε̂ that x has.",
         ),
     ),
 )
@@ -222,6 +273,45 @@ class AllFresh(Scheduler):
         return nxt.alpha * x0 + nxt.sigma * noise()
 
 
+class _ClipsNoiseToo(Scheduler):
+    def update(self, x, x0, eps, now, nxt, noise):
+        x0 = x0.clamp(-1, 1)
+        eps = (x - now.alpha * x0) / now.sigma
+        return nxt.alpha * x0 + nxt.sigma * eps.clamp(-1, 1)
+
+
+class _NoiseAtTheNextLevel(Scheduler):
+    def update(self, x, x0, eps, now, nxt, noise):
+        x0 = x0.clamp(-1, 1)
+        return nxt.alpha * x0 + nxt.sigma * (x - nxt.alpha * x0) / nxt.sigma
+
+
+class _NoiseWithoutAlpha(Scheduler):
+    def update(self, x, x0, eps, now, nxt, noise):
+        x0 = x0.clamp(-1, 1)
+        return nxt.alpha * x0 + nxt.sigma * (x - x0) / now.sigma
+
+
+class _ClipsTheResult(Scheduler):
+    def update(self, x, x0, eps, now, nxt, noise):
+        return (nxt.alpha * x0 + nxt.sigma * eps).clamp(-1, 1)
+
+
+def _with_std(std_of, direction_of=lambda nxt, std: math.sqrt(max(0.0, nxt.sigma**2 - std**2))):
+    """Return a class of DDIM with another standard deviation, or another weight of ε̂."""
+
+    class Mine(Scheduler):
+        def update(self, x, x0, eps, now, nxt, noise):
+            std = std_of(now, nxt)
+            return nxt.alpha * x0 + direction_of(nxt, std) * eps + std * noise()
+
+    return Mine
+
+
+def _eq16(now, nxt):
+    return nxt.sigma / now.sigma * math.sqrt(now.variance_since(nxt))
+
+
 BUGS = (
     Bug(
         Exercise(
@@ -243,6 +333,22 @@ BUGS = (
                 Wrong(
                     NoClip,
                     "Consistent again, but without clipping, which the task keeps.",
+                ),
+                Wrong(
+                    _ClipsNoiseToo,
+                    "ε̂ is clipped as well, but noise has no range: x = α·x̂0 + σ·ε̂ fails again.",
+                ),
+                Wrong(
+                    _NoiseAtTheNextLevel,
+                    "x is at the present level: compute ε̂ with α and σ of `now`, not of `nxt`.",
+                ),
+                Wrong(
+                    _NoiseWithoutAlpha,
+                    "x̂0 is scaled by α before it is subtracted: ε̂ = (x − α·x̂0)/σ.",
+                ),
+                Wrong(
+                    _ClipsTheResult,
+                    "It is x̂0 that has the range of pixels; x' is noisy and has no such range.",
                 ),
             ),
             measure=stepped,
@@ -275,6 +381,27 @@ BUGS = (
                     "Now direction is 0: all noise is fresh, which is more than η = 1 means.",
                 ),
                 Wrong(NoClip, "That is η = 0. The task keeps η = 1."),
+                Wrong(
+                    _with_std(lambda now, nxt: _eq16(now, nxt) ** 2),
+                    "That std is the variance: eq. 16 has a root over each factor.",
+                ),
+                Wrong(
+                    _with_std(_eq16, lambda nxt, std: nxt.sigma),
+                    "direction is σ' itself, and z comes on top: the two variances add up to more "
+                    "than σ'².",
+                ),
+                Wrong(
+                    _with_std(_eq16, lambda nxt, std: nxt.sigma - std),
+                    "Variances add, not standard deviations: direction = √(σ'² − std²).",
+                ),
+                Wrong(
+                    _with_std(
+                        lambda now, nxt: (
+                            nxt.sigma / now.sigma * math.sqrt(1 - now.alpha / nxt.alpha)
+                        )
+                    ),
+                    "α/α' is not squared: eq. 16 has ᾱ = α² under its root.",
+                ),
             ),
             measure=stepped,
         ),

@@ -68,6 +68,12 @@ POSTERIOR_MEAN = Exercise(
             "A noisy point scatters around α·x0, not around x0: scale the data first.",
         ),
         Wrong(
+            lambda x, level, data: _weighted(
+                x, data, _squares(x, level, data) / (2 * level.sigma**2)
+            ),
+            "The exponent is negative: as it is, the farthest point weighs most.",
+        ),
+        Wrong(
             lambda x, level, data: data.mean(dim=0).expand_as(x),
             "That ignores x: it is right only for pure noise.",
         ),
@@ -120,6 +126,14 @@ SCORE = Exercise(
         Wrong(
             lambda x, x0, level: (x0 - x) / level.sigma**2,
             "x scatters around α·x0, not around x0.",
+        ),
+        Wrong(
+            lambda x, x0, level: level.alpha * (x0 - x) / level.sigma**2,
+            "α belongs to x0 alone: (α·x0 − x)/σ².",
+        ),
+        Wrong(
+            lambda x, x0, level: level.alpha * x0 - x,
+            "That is −σ·ε̂. The score is −ε̂/σ: the division by σ² is missing.",
         ),
     ),
     close=1e-9,

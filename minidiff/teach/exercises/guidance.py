@@ -49,6 +49,14 @@ GUIDE = Exercise(
             lambda c, u, w: w * (c - u),
             "Only the direction: it starts at u.",
         ),
+        Wrong(
+            lambda c, u, w: u + w * c,
+            "w multiplies the whole of c, instead of the way from u to c: w = 1 gives u + c.",
+        ),
+        Wrong(
+            lambda c, u, w: u + (w - 1) * (c - u),
+            "That starts at u and takes one too few: w = 1 gives u, not c.",
+        ),
     ),
 )
 
@@ -184,7 +192,7 @@ BUGS = (
             _hide,
             _labels,
             hide,
-            "Count the hidden labels for p = 0.1.",
+            "torch.where(condition, a, b) takes a where the condition holds: which labels are a here?",
             (
                 Wrong(
                     drop_labels,
@@ -195,6 +203,22 @@ BUGS = (
                     lambda labels, u, p, null: labels,
                     "Now nothing is hidden: the network does not learn the output without a class.",
                     "DALLE2-pytorch#235",
+                ),
+                Wrong(
+                    lambda labels, u, p, null: torch.where(u < 1 - p, labels, null),
+                    "As many are hidden as should be, but they are others: those with u below p.",
+                ),
+                Wrong(
+                    lambda labels, u, p, null: torch.where(u < p, 0, labels),
+                    "0 is the class of zeros: hide with null.",
+                ),
+                Wrong(
+                    lambda labels, u, p, null: torch.where(u < p, -1, labels),
+                    "−1 is no class that the network has: hide with null.",
+                ),
+                Wrong(
+                    lambda labels, u, p, null: torch.where(u < 0.5, null, labels),
+                    "That hides one half, whatever p says: compare u with p.",
                 ),
             ),
         ),

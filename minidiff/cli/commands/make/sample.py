@@ -6,10 +6,11 @@ from typing import Any
 
 from minidiff.cli.arguments import add_command, add_model, add_sampling
 from minidiff.cli.control_options import add_control
-from minidiff.errors import InvalidArgument, whole_number
+from minidiff.errors import whole_number
 from minidiff.names import GUIDES
 
 FILES = ("png", "npz", "gif", "strip")
+IMAGE_FLAGS = ("image", "mask", "strength", "watermark", "gif", "strip", "scale")
 
 
 def add_to(commands: Any) -> None:
@@ -64,6 +65,7 @@ def sample(options: argparse.Namespace) -> None:
     """Run minidiff sample."""
     from minidiff.cli import model_options
     from minidiff.lab.film import Film
+    from minidiff.pipeline.space import require_images
 
     if all(getattr(options, flag) is None for flag in FILES):
         options.png = "samples.png"
@@ -74,13 +76,13 @@ def sample(options: argparse.Namespace) -> None:
         options.run, options.text = None, options.run  # with --model, the only word is the text
     number_type = "float32" if options.dtype == "auto" else options.dtype
     pipe = model_options.open_model(options, number_type)
+    if given := [f"--{flag}" for flag in IMAGE_FLAGS if getattr(options, flag) is not None]:
+        require_images(pipe, f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'}")
     if options.watermark is not None:
         pipe.finishers.append(model_options.marking(options.watermark, pipe.image_shape))
     if options.num is None:
         many = options.text is None and options.label is None
         options.num = pipe.space.sheet or (100 if many else 16)
-    if (options.gif or options.strip) and len(pipe.image_shape) != 3:
-        raise InvalidArgument("--gif and --strip are for images, but this model draws points")
     film = Film(pipe.decode) if options.gif or options.strip else None
     given = asked(pipe, options)
     images, labels = model_options.draw(pipe, options, options.num, callback=film, **given)
@@ -89,11 +91,11 @@ def sample(options: argparse.Namespace) -> None:
 
 def asked(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags ask of a call of the pipeline."""
-    from minidiff.cli.model_options import class_of, starting_image
+    from minidiff.cli.model_options import class_of, starting_image, text_of
     from minidiff.images.pixels import read_mask
     from minidiff.text.phrase import weighted
 
-    text = "" if options.text is None and pipe.prompts is not None else options.text
+    text = text_of(pipe, options.text)
     return {
         "prompt": weighted(text) if options.weights and text is not None else text,
         "negative_prompt": options.negative,
