@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def text_of(pipe: Pipeline, given: str | None) -> str | None:
     if pipe.prompts is not None:
         return given or ""
     if given is not None:
-        instead = f"--class {pipe.class_names[0]}" if pipe.class_names else "no text"
+        instead = f"--class {quote(pipe.class_names[0])}" if pipe.class_names else "no text"
         raise InvalidArgument(
             f"a text is for models with captions, such as --model digits-text; this one takes "
             f"{instead}; got {given!r}"

@@ -189,8 +189,8 @@ def compare(
         evaluator: scores against data; needs at least `evaluator.min_images` images.
         call: further arguments of the pipeline, such as guidance_scale.
     Raises:
-        InvalidArgument: a model of points, an unknown sampler, a number outside its range, or a plug-in that fails a
-            conformance test; before anything is sampled.
+        InvalidArgument: a model of points, an unknown sampler, a number outside its range, or a
+            plug-in that fails a conformance test; before anything is sampled.
     """
     require_images(pipe, "compare is")
     like = pipe.scheduler

@@ -98,10 +98,10 @@ def test_a_run_of_points_is_resumed(ring, tmp_path, capsys):
         ("train --data digits --init RING --steps 1 --out OUT", "data must be of shape (2,)"),
         ("train --data rign --steps 1 --out OUT", "did you mean"),
         ("train --data ring --image-size 8 --steps 1 --out OUT", "image_size is for folders"),
-        ("sample RING --image x.png", "x.png"),
+        ("sample RING --image x.png", "--image is for images"),
         ("sample RING --class north", "--class must be one of Gaussian 0"),
         ("sample RING a text", "unknown: text"),
-        ("sample RING --gif OUT.gif", "--gif and --strip are for images"),
+        ("sample RING --gif OUT.gif", "--gif is for images"),
         ("evaluate RING --parts copying", "--parts must be left out for a model of points"),
         ("evaluate RING --classifier x", "--classifier must be left out for a model of points"),
         ("evaluate RING --num 1", "num must be"),
@@ -119,3 +119,49 @@ def test_what_points_cannot_have_is_refused_in_one_line(call, message, ring, tmp
     lines = capsys.readouterr().err.strip().splitlines()
     assert message.replace("RING", str(ring)) in lines[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (["compare", "RUN", "--steps", "4"], "compare is for images"),
+        (["sample", "RUN", "--image", "no.png"], "--image is for images"),
+        (["sample", "RUN", "--mask", "no.png"], "--mask is for images"),
+        (["sample", "RUN", "--image", "a.png", "--mask", "b.png"], "--image and --mask are for"),
+        (["sample", "RUN", "--watermark", "6d696e69"], "--watermark is for images"),
+        (["sample", "RUN", "--strength", "0.5"], "--strength is for images"),
+        (["sample", "RUN", "--scale", "2"], "--scale is for images"),
+        (["sample", "RUN", "--engine", "openvino"], "engines and export are for images"),
+        (["export", "RUN", "--format", "pt2", "-o", "exported"], "engines and export are for"),
+        (["explore", "RUN"], "the page is for images"),
+        (["sculpt", "RUN", "--front", "Gaussian 1", "--side", "Gaussian 2"], "sculpt is for"),
+        (["train", "--init", "RUN", "--learn", "word", "--data", "ring", "--steps", "1",
+          "--out", "adapter"], "--learn is for images"),
+    ],
+)  # fmt: skip
+def test_what_needs_images_refuses_a_model_of_points_in_a_line(
+    ring, tmp_path, monkeypatch, capsys, call, text
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(ring) if word == "RUN" else word for word in call]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text in error
+    assert "but this model draws points" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sampler_is_explained_on_a_model_of_points(ring, capsys):
+    call = ["explain", str(ring), "--sampler", "ddim", "--steps", "3", "--class", "Gaussian 2"]
+    assert main(call) == 0
+    assert "x̂₀ moves" in capsys.readouterr().out
+
+
+def test_a_text_for_a_model_of_points_names_its_classes(ring, capsys):
+    assert main(["sample", str(ring), "a text"]) == 2
+    assert "--class 'Gaussian 0'" in capsys.readouterr().err
+
+
+def test_a_classifier_of_points_is_refused(tmp_path, capsys):
+    call = ["train-classifier", "--data", "ring", "--out", str(tmp_path / "c.safetensors")]
+    assert main(call) == 2
+    assert "data must be images, but ring are points" in capsys.readouterr().err

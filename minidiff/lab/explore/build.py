@@ -55,8 +55,8 @@ def page(
         plugins: further samplers by name, see `minidiff.lab.plugin.load_plugin`.
         prompts: prompts of a model that was trained on captions.
     Raises:
-        InvalidArgument: a model of points, a plug-in that has none of the page's noise levels or no table, or a
-            prompt that the model cannot take.
+        InvalidArgument: a model of points, a plug-in that has none of the page's noise levels or
+            no table, or a prompt that the model cannot take.
     """
     if pipe is not None:
         require_images(pipe, "the page is")

@@ -192,7 +192,7 @@ BUGS = (
             _hide,
             _labels,
             hide,
-            "torch.where(condition, a, b) takes a where the condition holds: which labels are a here?",
+            "torch.where(condition, a, b) takes a where the condition holds: which labels are a?",
             (
                 Wrong(
                     drop_labels,

@@ -78,6 +78,7 @@ def _described(preset: tuple[str, Preset]) -> str:
 def train(options: argparse.Namespace) -> None:
     """Run minidiff train."""
     from minidiff.cli import run_options
+    from minidiff.pipeline.space import require_images
     from minidiff.runs import diffusion
     from minidiff.runtime.device import pick_device
 
@@ -94,6 +95,8 @@ def train(options: argparse.Namespace) -> None:
         del recipe["final_batch_size"]
     places, start, fixed = run_options.start_of(options)
     learn, learner = run_options.learner_of(options)
+    if learn:
+        require_images(start, "--learn is")
     recipe = {**recipe, **getattr(learner, "defaults", {})}
     config = run_options.config_of(
         TrainConfig,
