@@ -222,7 +222,7 @@ def bad_mnist(folder, damage):
         ("sample RUN --png OUT/x.png --sampler euler2", 2, "ddpm, ddim, euler"),
         ("sample RUN --png OUT/x.png --eta 0.5", 2, "eta must be None for"),
         ("sample RUN --png OUT/x.png --sampler ddim --eta 2", 2, "eta must be in"),
-        ("sample RUN cat --png OUT/x.png", 2, "class_labels must be one of 0, 1,"),
+        ("sample RUN cat --png OUT/x.png", 2, "a text is for models with captions"),
         ("sample RUN --negative cat --png OUT/x.png", 2, "negative_prompt must be None"),
         ("sample RUN --strength 0.5 --png OUT/x.png", 2, "strength needs an image"),
         ("sample RUN --image NONE --png OUT/x.png", 1, "no such file"),
