@@ -99,6 +99,9 @@ def draw(pipe: Pipeline, options: argparse.Namespace, n: int, **more: Any) -> tu
         output_type="np",
         progress=True,
     )
+    if black := [names for names in result.flagged or () if names]:
+        found = ", ".join(sorted({name for names in black for name in names}))
+        print(f"{len(black)} of {n} images are black, as the model's filter found: {found}")
     labels = result.labels if result.labels is not None else torch.full((n,), -1)
     return result.images, labels.numpy()
 

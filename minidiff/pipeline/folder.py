@@ -19,6 +19,7 @@ from minidiff.errors import CheckpointError, InvalidArgument, one_of
 from minidiff.nn import MLP, AutoencoderKL, ControlNet, SpaceToDepth, TextEncoder, UNet
 from minidiff.nn.model import CONFIG as NETWORK_CONFIG
 from minidiff.pipeline import card
+from minidiff.pipeline.late import FILTER
 from minidiff.runtime import files
 from minidiff.runtime.tensors import own_files
 from minidiff.schedulers import SCHEDULERS, Scheduler
@@ -262,6 +263,9 @@ def write(folder: str | Path, pipe: "Pipeline", facts: card.Facts) -> None:
             net.save_pretrained(temporary / (f"controlnet_{i}" if i else "controlnet"))
             index["controlnet"] = ["diffusers", SEVERAL if i else net.class_name]
         files.write_json(temporary / INDEX, index)
+        for finish in pipe.finishers:
+            if hasattr(finish, "margins"):  # a concept filter, of a higher floor
+                finish.save(temporary / FILTER)
         card.write(temporary, folder, pipe, facts)
 
 
@@ -295,7 +299,7 @@ def _is_written(name: str) -> bool:
     if kind in NETWORKS:
         stem = (TextEncoder if kind == "text_encoder" else UNet).weights_name
         return file == NETWORK_CONFIG or own_files(stem).fullmatch(file) is not None
-    return name in (INDEX, card.FILE, card.PICTURE)
+    return name in (INDEX, card.FILE, card.PICTURE, FILTER)
 
 
 def _index(

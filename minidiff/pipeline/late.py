@@ -7,10 +7,10 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minidiff.errors import InvalidArgument
 
@@ -18,6 +18,21 @@ if TYPE_CHECKING:
     from minidiff.adapters.stack import Stack
     from minidiff.nn import ControlNet
     from minidiff.pipeline.pipeline import Pipeline
+
+
+FILTER = "concept_filter.safetensors"  # in the folder of a model that declares one
+
+
+class Flagged(NamedTuple):
+    """What a finisher that looks for concepts returns.
+
+    Attributes:
+        images: images (B, C, H, W) in [−1, 1], those that were found changed.
+        flagged: names of what was found in each image.
+    """
+
+    images: Tensor
+    flagged: list[tuple[str, ...]]
 
 
 class LateMethods:
@@ -128,6 +143,30 @@ class LateMethods:
         from minidiff.adapters.stack import unfuse
 
         return unfuse(self)
+
+    # --- filters ---------------------------------------------------------------------------
+
+    def filtered_as(self, folder: Path) -> "Pipeline":
+        """Append the concept filter that a model's folder declares; return the pipeline.
+
+        Clear `finishers` to switch it off. Raises CheckpointError if the file is damaged.
+        """
+        if (folder / FILTER).is_file():
+            from minidiff.adapters.concept_filter import ConceptFilter
+
+            self.finishers.append(ConceptFilter.load(folder / FILTER))
+        return self
+
+    def finished(self, images: Tensor) -> Flagged | tuple[Tensor, None]:
+        """Return images (B, C, H, W) after all finishers, and what filters flagged, or None."""
+        flagged = None
+        for finish in self.finishers:
+            images = finish(images)
+            if isinstance(images, Flagged):
+                before = flagged or [()] * len(images.flagged)
+                flagged = [old + new for old, new in zip(before, images.flagged, strict=True)]
+                images = images.images
+        return images, flagged
 
     # --- control ---------------------------------------------------------------------------
 

@@ -50,10 +50,13 @@ class PipelineOutput(NamedTuple):
             float tensor (N, C, H, W), nominally in [−1, 1] ("pt"); samples of the network
             (N, C, h, w) for "latent". Points are (N, D): a float32 array ("np") or a tensor.
         labels: (N,) int64 class labels on the CPU, or None.
+        flagged: names of the concepts that a filter found in each image, () for none; None without
+            a filter, see `minidiff.adapters.concept_filter`.
     """
 
     images: Any
     labels: Tensor | None
+    flagged: list[tuple[str, ...]] | None = None
 
 
 class Pipeline(LateMethods):
@@ -78,7 +81,7 @@ class Pipeline(LateMethods):
         wraps: functions from a denoiser to a denoiser, applied in order to the guided denoiser
             of every call. Sliding windows and inference engines are such functions.
         finishers: functions from images (B, C, H, W) in [−1, 1] to images, applied in order after
-            decoding. Watermarks and safety filters are such functions.
+            decoding. Watermarks are such functions, and concept filters, which return `Flagged`.
         engines: from a network, or the prompts, to a function that returns its function evaluated
             in another way; filled by `optimize`.
         guidance_network: the argument `weaker`.
@@ -329,9 +332,8 @@ class Pipeline(LateMethods):
         labels = None if labels is None else labels[: len(images)]
         if request.output_type == "latent":
             return PipelineOutput(images, labels)
-        for finish in self.finishers:
-            images = finish(images)
-        return PipelineOutput(self.space.output(images, request.output_type), labels)
+        images, flagged = self.finished(images)
+        return PipelineOutput(self.space.output(images, request.output_type), labels, flagged)
 
     def denoiser(
         self,
@@ -484,7 +486,7 @@ class Pipeline(LateMethods):
         """
         folder = user_path(folder)
         try:
-            return cls(**pipeline_folder.read(folder, torch_dtype, variant))
+            return cls(**pipeline_folder.read(folder, torch_dtype, variant)).filtered_as(folder)
         except InvalidArgument as error:
             if torch_dtype not in DTYPES:
                 raise

@@ -221,6 +221,6 @@ def write_samples(
     columns = len(pipe.class_names) or 10
     count = pipe.space.sheet or rows * columns
     call = {"num_images": count, "seed": seed, "output_type": "np", "progress": False}
-    images, labels = pipe(prompts, **call, **pipe.example)
-    plot.save(plot.picture(images, columns, 2, labels), path)
-    return images
+    made = pipe(prompts, **call, **pipe.example)
+    plot.save(plot.picture(made.images, columns, 2, made.labels), path)
+    return made.images

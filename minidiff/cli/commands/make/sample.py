@@ -56,6 +56,8 @@ def add_to(commands: Any) -> None:
         "for one image)")  # fmt: skip
     add("--watermark", metavar="HEX", help="32-bit message to hide in every image; see minidiff "
         "watermark")  # fmt: skip
+    add("--no-filter", action="store_true", help="switch off the model's concept filter, if it has "
+        "one")  # fmt: skip
     add("--npz", help="file for images (uint8, N×H×W×C), or points (float32, N×D), and labels")
     add("--gif", help="file for an animation from noise to the images (of the first batch)")
     add("--strip", help="PNG file of the steps: samples above, predicted clean images below")
@@ -78,6 +80,8 @@ def sample(options: argparse.Namespace) -> None:
     pipe = model_options.open_model(options, number_type)
     if given := [f"--{flag}" for flag in IMAGE_FLAGS if getattr(options, flag) is not None]:
         require_images(pipe, f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'}")
+    if options.no_filter:
+        pipe.finishers.clear()
     if options.watermark is not None:
         pipe.finishers.append(model_options.marking(options.watermark, pipe.image_shape))
     if options.num is None:
