@@ -171,7 +171,7 @@ def test_the_core_has_at_most_the_lines_that_the_readme_promises() -> None:
 
 
 FILES = sorted((ROOT / "minidiff").rglob("*.py"))
-MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_FOLDER = 18_500, 400, 50, 14
+MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_FOLDER = 19_000, 400, 50, 14
 # Folders that nothing of the framework imports: each can be read, or left out, by itself.
 BESIDE = {"lab", "teach", "adapters", "modalities", "engines"}
 MAX_LINES_WITH_THEM = 29_500

@@ -95,6 +95,55 @@ def stable_diffusion_xl(tmp_path, **options):
     )
 
 
+T5_WORDS = ("<pad>", "</s>", "<unk>", "▁", "▁cat", "▁dog", "▁a", "a", "o", "n", "g")
+SD3_TRANSFORMER = {
+    "sample_size": 16,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 40,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 20,
+    "pos_embed_max_size": 12,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": (0,),
+}
+
+
+def t5_tokenizer(folder, length: int = 40):
+    """Return a tokenizer of T5 for eleven pieces of words."""
+    pieces = [(word, 0.0 if word[0] == "<" else -3.0) for word in T5_WORDS]
+    made = transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+    made.save_pretrained(folder)
+    return transformers.T5Tokenizer.from_pretrained(folder)
+
+
+def t5_encoder(**changes: object) -> torch.nn.Module:
+    options = {
+        "vocab_size": 16, "d_model": 40, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 3,
+        "feed_forward_proj": "gated-gelu",
+    }  # fmt: skip
+    return transformers.T5EncoderModel(transformers.T5Config(**options | changes)).eval()
+
+
+def stable_diffusion_3(tmp_path, with_t5: bool = True):
+    """Return diffusers' pipeline for Stable Diffusion 3, with random weights."""
+    torch.manual_seed(2)
+    vae = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+    unquantised = {"use_quant_conv": False, "use_post_quant_conv": False}
+    return diffusers.StableDiffusion3Pipeline(
+        vae=diffusers.AutoencoderKL(**VAE | vae | unquantised),
+        text_encoder=encoder("CLIPTextModelWithProjection"),
+        text_encoder_2=encoder("CLIPTextModelWithProjection", hidden_size=12, hidden_act="gelu"),
+        text_encoder_3=t5_encoder() if with_t5 else None,
+        tokenizer=tokenizer(tmp_path / "tokenizer"),
+        tokenizer_2=tokenizer(tmp_path / "tokenizer_2", pad_token="!"),
+        tokenizer_3=t5_tokenizer(tmp_path / "tokenizer_3") if with_t5 else None,
+        transformer=diffusers.SD3Transformer2DModel(**SD3_TRANSFORMER),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 def digits() -> Pipeline:
     """Return a pipeline of minidiff with random weights: ten classes, blocks of pixels."""
     torch.manual_seed(0)

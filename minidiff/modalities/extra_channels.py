@@ -267,7 +267,8 @@ class TaskTraining:
 
 def is_upscaler(pipe: Pipeline) -> bool:
     """Return whether a pipeline's network takes a small image beside x."""
-    return pipe.unet.config.in_channels == 2 * pipe.unet.config.out_channels
+    config = pipe.unet.config  # a network of points has no out_channels
+    return config.in_channels == 2 * config.get("out_channels", 0)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from minidiff.nn.blocks.embeddings import (
     check_floating,
     expand_times,
 )
-from minidiff.nn.model import Model, parse_options
+from minidiff.nn.model import DenoisingNetwork, parse_options
 from minidiff.runtime.checks import check_fields, option, optional, whole
 from minidiff.runtime.files import Config
 
@@ -55,7 +55,7 @@ class MLPConfig:
         check_fields(self)
 
 
-class MLP(Model):
+class MLP(DenoisingNetwork):
     """A residual multilayer perceptron for points (B, D).
 
     Args:

@@ -187,6 +187,26 @@ class Model(nn.Module):
         return 0
 
 
+class DenoisingNetwork(Model):
+    """Base of the networks that a pipeline samples, with what the pipeline needs to know.
+
+    A network is called as network(x, t, **condition) and returns a prediction like x. Its config
+    has in_channels, out_channels and sample_size.
+
+    Attributes:
+        part: name of the network's folder in a pipeline of diffusers.
+        text_channels: channels of a token of the text that it takes; None for no text.
+    """
+
+    part: ClassVar[str] = "unet"
+    text_channels: int | None
+
+    @property
+    def num_labels(self) -> int:
+        """Number of class labels, "no class" included; 0 for a network without classes."""
+        return self.config.get("num_class_embeds") or 0
+
+
 def describe_options(network: type, *configs: type) -> None:
     """Give the constructor of a network the signature of its options, as Jupyter shows it.
 

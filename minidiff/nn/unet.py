@@ -62,12 +62,12 @@ from minidiff.nn.blocks.layers import (
 from minidiff.nn.blocks.transformer import Transformer
 from minidiff.nn.configs.unet import VOCABULARIES, unet_config
 from minidiff.nn.configs.unet_plan import AttentionPlan, SelfAttentionPlan, Stage, UNetConfig
-from minidiff.nn.model import Model, describe_options
+from minidiff.nn.model import DenoisingNetwork, describe_options
 from minidiff.runtime.files import Config
 from minidiff.runtime.tensors import Stored
 
 
-class UNet(Model):
+class UNet(DenoisingNetwork):
     """A U-Net in one, two or three dimensions, with or without cross-attention to a text.
 
     Args:

@@ -164,4 +164,4 @@ def test_a_text_for_a_model_of_points_names_its_classes(ring, capsys):
 def test_a_classifier_of_points_is_refused(tmp_path, capsys):
     call = ["train-classifier", "--data", "ring", "--out", str(tmp_path / "c.safetensors")]
     assert main(call) == 2
-    assert "data must be images, but ring are points" in capsys.readouterr().err
+    assert "data must be of type ImageData, got PointData" in capsys.readouterr().err

@@ -46,7 +46,7 @@ _UNREAD_BECAUSE = {
         "begin_suppress_tokens decoder_start_token_id"
     ),
 }
-_UNREAD = frozenset(name for names in _UNREAD_BECAUSE.values() for name in names.split())
+UNREAD = frozenset(name for names in _UNREAD_BECAUSE.values() for name in names.split())
 
 # Names that select another network: accepted at the one value that this network has.
 _ONLY = {
@@ -76,7 +76,7 @@ def read_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in content.items()
-        if not (name.startswith("_") or name in _UNREAD or name in _ONLY)
+        if not (name.startswith("_") or name in UNREAD or name in _ONLY)
     }
 
 
