@@ -55,6 +55,8 @@ def test_sample_draws_with_a_shipped_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["sample", "--model", "mnist", "--class", "7", "--steps", "2"]) == 0
     assert capsys.readouterr().out == "wrote samples.png\n"
+    assert main(["sample", "--model", "mnist", "--class", "7", "--steps", "2"]) == 0
+    assert capsys.readouterr().out == "replaced samples.png\n"
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
     sixteen = plot.grid(np.zeros((16, 28, 28, 1), np.uint8), 4)
     plot.save(sixteen, tmp_path / "sixteen.png")

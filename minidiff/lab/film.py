@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from minidiff.lab import plot
+from minidiff.runtime.files import announced
 from minidiff.sample import Step
 
 MAX_FRAMES, MAX_IMAGES = 12, 4  # columns of a strip, and images of a strip
@@ -40,11 +41,11 @@ class Film:
     def write(self, gif: str | None, strip: str | None, columns: int, scale: int) -> None:
         """Write a GIF, a filmstrip or both, and print their names. Raises CheckpointError."""
         if gif:
-            self.write_gif(gif, columns, scale)
+            with announced(gif):
+                self.write_gif(gif, columns, scale)
         if strip:
-            self.write_strip(strip, scale)
-        for path in filter(None, (gif, strip)):
-            print(f"wrote {path}")
+            with announced(strip):
+                self.write_strip(strip, scale)
 
     def write_gif(self, path: str | Path, columns: int, scale: int = 2) -> None:
         """Write the samples on their way from noise as a GIF. Raises CheckpointError."""

@@ -188,6 +188,8 @@ def read_settings(out: str | Path, *commands: str) -> Settings:
         CheckpointError: the folder is no run, or one of another command.
     """
     path = files.user_path(out) / CONFIG
+    if not path.parent.exists():
+        raise CheckpointError(files.no_folder(path.parent))
     content = files.read_json(path)
     command = content.get("command", commands[0])
     if command not in commands:

@@ -24,7 +24,7 @@ except ImportError:  # Windows
 import numpy as np
 from safetensors import SafetensorError
 
-from minidiff.errors import CheckpointError, InvalidArgument
+from minidiff.errors import CheckpointError, InvalidArgument, suggestion
 
 MAX_JSON_BYTES = 1 << 20  # a config is a page of text; anything larger is not a config
 TEMPORARY = ".minidiff-tmp"  # suffix of temporary names; no other hidden file is ever deleted
@@ -269,6 +269,19 @@ def ensure_writable(path: str | Path) -> None:
             pass
 
 
+@contextlib.contextmanager
+def announced(path: str | Path, note: str = "") -> Iterator[None]:
+    """Print that a file was written in the block, or that one was replaced.
+
+    Args:
+        path: file that the block writes.
+        note: text after the name.
+    """
+    word = "replaced" if user_path(path).exists() else "wrote"
+    yield
+    print(f"{word} {path}{note}")
+
+
 def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
     """Write named arrays as a compressed .npz without pickle. Raises CheckpointError."""
     with atomic_file(path) as temporary, temporary.open("wb") as file:
@@ -340,12 +353,25 @@ def wrong_content(path: Path) -> str:
 def existing_folder(path: str | Path) -> Path:
     """Return the path of a folder to read, "~" expanded. Raises CheckpointError."""
     folder = user_path(path)
-    if folder.exists() or not re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path), re.ASCII):
+    if folder.exists():
+        return folder
+    missing = no_folder(folder)
+    if "did you mean" in missing or (folder.parent.is_dir() and folder.parent.name):
+        raise CheckpointError(missing)
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path), re.ASCII):
         return folder
     raise CheckpointError(
         f"{folder}: no such folder; names on the Hub are not looked up, download the files first: "
         f"hf download {folder} --local-dir FOLDER"
     )
+
+
+def no_folder(folder: Path) -> str:
+    """Return the message for a folder that is missing, with one beside it of a similar name."""
+    beside: list[str] = []
+    with contextlib.suppress(OSError):
+        beside = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    return f"{folder}: no such folder{suggestion(folder.name, beside)}"
 
 
 def parse_json(text: str) -> Any:

@@ -140,6 +140,8 @@ def bad_mnist(folder, damage):
         ("train --preset mnits --out OUT", 2, "got 'mnits'; did you mean mnist? (see minidiff tr"),
         ("sample --model minst --png OUT/x.png", 2, "got 'minst'; did you mean mnist?"),
         ("sample RUN --sampler dpmm++ --png OUT/x.png", 2, "; did you mean dpm++"),
+        ("sample RUN --sampler dpmpp --png OUT/x.png", 2, "; did you mean dpm++?"),
+        ("sample RUN --sampler sde-dpmpp --png OUT/x.png", 2, "; did you mean sde-dpm++?"),
         ("train --data digit --out OUT --steps 1", 2, "got 'digit'; did you mean digits?"),
         ("paint", 2, "'paint' is not a command; begin with one of demo, train, "),
         ("--nonsense", 2, "'--nonsense' is not a command; begin with one of demo, train, "),
@@ -205,7 +207,15 @@ def bad_mnist(folder, damage):
         ("train --data mnist --data-dir missing --out OUT --steps 1", 1, "train-images-idx3"),
         ("train --data mnist --data-dir truncated --out OUT --steps 1", 1, "train-images-idx3"),
         ("train --data mnist --data-dir wrong --out OUT --steps 1", 1, "train-images-idx3"),
-        ("sample NONE --png x.png", 1, "neither a run"),
+        ("sample NONE --png x.png", 1, "none: no such folder"),
+        ("sample OUTSIDE --png x.png", 1, "outside: no such folder; did you mean outsides?"),
+        ("check OUTSIDE", 1, "outside: no such folder; did you mean outsides?"),
+        (
+            "check mnist",
+            2,
+            "mnist is a model that ships with minidiff: see minidiff evaluate mnist",
+        ),
+        ("check RUN/model", 1, "no such file"),
         ("sample RUN --png OUT/x --npz OUT/x", 2, "two files"),
         ("sample RUN --pn OUT/x", 2, "--pn"),
         ("sample RUN --png FILE/x.png", 1, "cannot be written"),
@@ -258,6 +268,7 @@ def test_bad_input_ends_in_one_line(run_folder, tmp_path, capsys, monkeypatch, c
     monkeypatch.delenv("MINIDIFF_DATA", raising=False)
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
+    (tmp_path / "outsides").mkdir()
     (tmp_path / "full" / "something").write_text("")
     for damage in ("missing", "truncated", "wrong"):
         (tmp_path / damage).mkdir()
@@ -266,7 +277,7 @@ def test_bad_input_ends_in_one_line(run_folder, tmp_path, capsys, monkeypatch, c
         "RUN": run_folder, "OUT": tmp_path / "out", "NONE": tmp_path / "none",
         "FILE": tmp_path / "file", "FULL": tmp_path / "full",
         "missing": tmp_path / "missing", "truncated": tmp_path / "truncated",
-        "wrong": tmp_path / "wrong", "EMPTY": "",
+        "wrong": tmp_path / "wrong", "EMPTY": "", "OUTSIDE": tmp_path / "outside",
         "PICTURE": tmp_path / "picture.png", "WIDE": tmp_path / "wide.png",
     }  # fmt: skip
     Image.new("RGB", (16, 16)).save(places["PICTURE"])
@@ -326,11 +337,11 @@ def test_unknown_words_of_a_prompt_are_one_line_of_the_program(tmp_path, capsys)
     assert lines == ["minidiff: warning: words outside the vocabulary are left out: zebra"]
 
 
-def test_list_names_everything_that_flags_take(capsys):
+def test_list_names_everything_that_flags_take(capsys, monkeypatch):
     assert main(["list", "--json"]) == 0
     tables = json.loads(capsys.readouterr().out)
     assert set(tables["models"]) == set(shipped.MODELS)
-    assert set(tables["data"]) == {*names.DATA_NAMES, "FOLDER"}
+    assert set(tables["data"]) == {*names.DATA_NAMES, *names.TOYS, "FOLDER"}
     assert set(tables["presets"]) == set(PRESETS)
     assert set(tables["samplers"]) == set(names.SAMPLERS)
     assert set(tables["objectives"]) == set(names.PREDICTION_TYPES)
@@ -338,7 +349,11 @@ def test_list_names_everything_that_flags_take(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(tables) + sum(map(len, tables.values()))
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) > 100
+    assert not any("…" in line for line in lines)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(["list"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 100
     assert main(["list", "samplers"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["ddpm", "DDPM", "(DDPMScheduler)"]
 

@@ -195,7 +195,7 @@ def diffusion_run(tmp_path_factory) -> Path:
         ("check VAE", 1, "is a run of minidiff train-vae, not of minidiff train"),
         ("train-vae --resume DIFFUSION", 1, "is a run of minidiff train, not of minidiff train-v"),
         ("train-vae --resume VAE", 1, "use minidiff.runs.autoencoder.resume"),
-        ("train-vae --resume NONE", 1, "config.json: no such file"),
+        ("train-vae --resume NONE", 1, ": no such folder"),
         ("train-vae --resume VAE --out x", 2, "leave out --out"),
         ("train-vae --resume VAE --image-size 8", 2, "leave out --image-size"),
         ("train-vae --resume VAE --skip-nonfinite 0", 2, "leave out --skip-nonfinite"),

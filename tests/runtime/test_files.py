@@ -12,9 +12,11 @@ from torch import nn
 from minidiff.errors import CheckpointError
 from minidiff.runtime.files import (
     MAX_JSON_BYTES,
+    announced,
     atomic_file,
     atomic_folder,
     ensure_writable,
+    existing_folder,
     read_json,
     write_json,
     write_npz,
@@ -185,3 +187,28 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not os.listdir(tmp_path)
+
+
+def test_a_file_that_is_replaced_is_announced_as_such(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    for note in ("", " (2 bytes)"):
+        with announced(path, note):
+            write_json(path, {})
+    with pytest.raises(CheckpointError), announced(tmp_path / "b"):
+        raise CheckpointError
+    assert capsys.readouterr().out == f"wrote {path}\nreplaced {path} (2 bytes)\n"
+
+
+def test_a_misspelt_folder_is_answered_by_its_neighbour_and_not_by_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "ring").mkdir(parents=True)
+    for given, message in {
+        "runs/rign": "runs/rign: no such folder; did you mean ring?",
+        "run": "run: no such folder; did you mean runs?",
+        "runs/x": "runs/x: no such folder",
+    }.items():
+        with pytest.raises(CheckpointError) as caught:
+            existing_folder(given)
+        assert str(caught.value) == message
+    with pytest.raises(CheckpointError, match="hf download org/model"):
+        existing_folder("org/model")

@@ -1,10 +1,12 @@
 """minidiff check"""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from minidiff.cli.arguments import add_command
-from minidiff.errors import TrainingError
+from minidiff.errors import InvalidArgument, TrainingError
+from minidiff.shipped import MODELS
 
 
 def add_to(commands: Any) -> None:
@@ -28,6 +30,11 @@ def check(options: argparse.Namespace) -> None:
     from minidiff.runs import diffusion
     from minidiff.runtime.device import pick_device
 
+    if options.run in MODELS and not Path(options.run).exists():
+        raise InvalidArgument(
+            f"check is for the folder of a run, with its data; {options.run} is a model that "
+            f"ships with minidiff: see minidiff evaluate {options.run}"
+        )
     settings = settings_with_data(
         options.run, "minidiff.lab.doctor.examine", diffusion.COMMAND, "demo"
     )

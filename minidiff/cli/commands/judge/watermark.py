@@ -68,8 +68,8 @@ def _write(mark: Any, source: str, target: str) -> None:
     pixels = _pixels(source)
     files.ensure_writable(target)
     (picture,) = as_output(mark(pixels), "pil")
-    plot.save(picture, target)
-    print(f"wrote {target}")
+    with files.announced(target):
+        plot.save(picture, target)
 
 
 def _pixels(path: str) -> Any:

@@ -125,10 +125,10 @@ def write(pipe: Any, options: argparse.Namespace, images: Any, labels: Any, film
     scale = options.scale or (1 if len(images) == 1 else 2)
     if options.png:
         picture = plot.picture(images, min(columns, len(images)), scale, labels)
-        plot.save(picture, options.png)
-        print(f"wrote {options.png}")
+        with files.announced(options.png):
+            plot.save(picture, options.png)
     if film is not None:
         film.write(options.gif, options.strip, columns, scale)
     if options.npz:
-        files.write_npz(options.npz, images=images, labels=labels)
-        print(f"wrote {options.npz}")
+        with files.announced(options.npz):
+            files.write_npz(options.npz, images=images, labels=labels)

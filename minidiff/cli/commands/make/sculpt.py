@@ -38,6 +38,7 @@ def sculpt(options: argparse.Namespace) -> None:
     from minidiff.images import plot
     from minidiff.lab.plot import save_gif
     from minidiff.modalities import sculpture
+    from minidiff.runtime.files import announced
 
     check_files(options, "png", "gif")
     pipe = open_model(options, "float32")
@@ -49,9 +50,9 @@ def sculpt(options: argparse.Namespace) -> None:
         guidance_scale=options.guidance,
         seed=options.seed,
     )
-    plot.save(plot.grid(plot.as_array(made.views()), 2, scale=4), options.png)
-    print(f"wrote {options.png}")
+    with announced(options.png):
+        plot.save(plot.grid(plot.as_array(made.views()), 2, scale=4), options.png)
     if options.gif:
         frames = plot.as_array(torch.cat([made.turned(degrees) for degrees in TURN]))
-        save_gif([plot.grid(frame[None], 1, scale=4) for frame in frames], options.gif)
-        print(f"wrote {options.gif}")
+        with announced(options.gif):
+            save_gif([plot.grid(frame[None], 1, scale=4) for frame in frames], options.gif)

@@ -52,7 +52,7 @@ def compare(options: argparse.Namespace) -> None:
         guidance_scale=options.guidance, prompt="" if pipe.prompts else None,
     )  # fmt: skip
     print(found)
-    plot.save(found.picture(), options.png)
-    print(f"wrote {options.png}")
+    with files.announced(options.png):
+        plot.save(found.picture(), options.png)
     if options.json is not None:
         files.write_json(options.json, found.as_json())

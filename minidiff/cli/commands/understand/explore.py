@@ -46,5 +46,6 @@ def explore(options: argparse.Namespace) -> None:
     made = page(pipe, name, plugins, options.text)
     for note in made.notes:
         print(f"note: {note}")
-    made.write(options.out)
-    print(f"wrote {options.out} ({len(made.html.encode()) / 1e6:.1f} MB); open it in a browser")
+    size = f" ({len(made.html.encode()) / 1e6:.1f} MB); open it in a browser"
+    with files.announced(options.out, size):
+        made.write(options.out)
