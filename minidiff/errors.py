@@ -58,6 +58,8 @@ def suggestion(value: object, allowed: object) -> str:
         return ""
     names = {str(choice).lower(): str(choice) for choice in allowed}
     initials = {"".join(part[:1] for part in name.strip("-").split("-")): name for name in names}
+    if any("++" in name for name in names):
+        value = value.lower().replace("pp", "++")  # dpmpp, as k-diffusion spells it
     short = value.lower().strip("-")
     near = (
         [initials[short]]

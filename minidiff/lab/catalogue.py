@@ -14,6 +14,13 @@ DATA = {
     "mnist": "28×28 grey digits, read from the published files",
     "cifar10": "32×32 colour photographs, read from the published files",
     "captions": "32×32 coloured digits with captions, drawn on the fly",
+    "moons": "points of two half circles",
+    "swissroll": "points of a spiral",
+    "spiral": "points of two spirals",
+    "pinwheel": "points of five bent arms",
+    "checkerboard": "points of the black squares of a board",
+    "ring": "points of eight Gaussians on a circle",
+    "grid": "points of 5×5 Gaussians",
     "FOLDER": "any folder of images; its sub-folders are the classes",
 }
 OBJECTIVES = {
@@ -45,10 +52,12 @@ FLAGS = {
 }  # fmt: skip
 
 
-def as_text(tables: Mapping[str, Mapping[str, str]]) -> str:
-    """Return some of the `TABLES` as lines of at most `WIDTH` characters."""
+def as_text(tables: Mapping[str, Mapping[str, str]], width: int | None = WIDTH) -> str:
+    """Return some of the `TABLES` as lines, cut at `width` characters if it is given."""
     lines = []
     for kind, rows in tables.items():
         lines.append(f"{kind} ({FLAGS[kind]})")
         lines += [f"  {name:<13} {about}" for name, about in rows.items()]
-    return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines)
+    if width is not None:
+        lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+    return "\n".join(lines)

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import sys
 from typing import Any
 
-from minidiff.lab.catalogue import TABLES, as_text
+from minidiff.lab.catalogue import TABLES, WIDTH, as_text
 
 
 def add_to(commands: Any) -> None:
@@ -20,4 +21,6 @@ def add_to(commands: Any) -> None:
 def print_tables(options: argparse.Namespace) -> None:
     """Run minidiff list."""
     tables = TABLES if options.kind is None else {options.kind: TABLES[options.kind]}
-    print(json.dumps(tables, ensure_ascii=False, indent=1) if options.json else as_text(tables))
+    width = WIDTH if sys.stdout.isatty() else None  # a file or another program gets whole lines
+    text = json.dumps(tables, ensure_ascii=False, indent=1) if options.json else None
+    print(text or as_text(tables, width))
