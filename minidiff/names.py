@@ -21,6 +21,7 @@ EXAMPLES = ("hearts", "stars", "diamonds", "crosses", "striped", "brown")
 TOYS = ("moons", "swissroll", "spiral", "pinwheel", "checkerboard", "ring", "grid")
 SPLITS = ("train", "test")
 DATA_VARIABLE = "MINIDIFF_DATA"
+DEMO_SAMPLES = (192, 10_000)  # the Fréchet distance of the demo needs two per feature
 LOGS = ("tensorboard",)  # beside log.jsonl, see `minidiff.runs.tensorboard`
 
 # Noise schedules and objectives, see `minidiff.schedule` and `minidiff.objective`

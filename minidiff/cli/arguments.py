@@ -229,6 +229,17 @@ def listed_numbers(text: str) -> tuple[int, ...]:
         ) from None
 
 
+def number_in(low: int, high: int) -> Callable[[str], int]:
+    """Return the type of a flag whose value is a whole number in low..high."""
+
+    def read(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"must be in {low}..{high}, got {text}")
+        return int(text)
+
+    return read
+
+
 def listed_names(text: str) -> tuple[str, ...]:
     """Return the names of a list with commas."""
     return tuple(text.split(","))

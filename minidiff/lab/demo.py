@@ -16,6 +16,7 @@ from minidiff.errors import CheckpointError, Stopped, whole_number
 from minidiff.images.pixels import to_float
 from minidiff.lab import explore, plot
 from minidiff.metrics import Evaluator, Scores
+from minidiff.names import DEMO_SAMPLES
 from minidiff.noise import randn
 from minidiff.pipeline import Pipeline
 from minidiff.pipeline.folder import check_replaceable
@@ -34,7 +35,6 @@ TRAINING_STEPS = 1400  # 75 seconds on two quiet cores, with the preset of digit
 CAP, TRIAL = 600.0, 60.0  # seconds of a budget in steps, and before its speed is judged
 STEPS = {"ddpm": 50, "ddim": 20, "dpm++": 10}  # near the best of each
 
-MIN_SAMPLES, MAX_SAMPLES = 192, 10_000  # the Fréchet distance needs two per feature
 USUAL_SAMPLES, FEWER_SAMPLES = 500, 200
 SLOW = 180.0  # seconds of training, from which on fewer samples are scored
 MEANING = (
@@ -79,7 +79,7 @@ def demo(
     """
     out = files.user_path(out)
     if samples is not None:
-        whole_number("samples", samples, MIN_SAMPLES, MAX_SAMPLES)
+        whole_number("samples", samples, *DEMO_SAMPLES)
     if engine is not None:
         choose(engine, "auto", device)  # fails now where it is not installed
     _refuse_foreign(out)

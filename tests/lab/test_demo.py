@@ -8,7 +8,7 @@ from PIL import Image
 
 from minidiff.cli import main
 from minidiff.data import load
-from minidiff.errors import CheckpointError, Stopped
+from minidiff.errors import CheckpointError, InvalidArgument, Stopped
 from minidiff.lab.demo import CAP, MEANING, STEPS, TRAINING_STEPS, cut_short, demo, fitting_samples
 from minidiff.runs.folder import Settings, open_pipeline
 from minidiff.runtime.device import pick_dtype
@@ -56,9 +56,13 @@ def test_a_slow_machine_scores_fewer_samples_and_says_so(capsys):
 
 
 def test_the_demo_refuses_a_number_of_samples_that_it_cannot_score(tmp_path, capsys):
+    config = TrainConfig(steps=1)
     for number in ("5", "20000"):
-        assert main(["demo", "--samples", number, "--out", str(tmp_path / "demo")]) == 2
-        assert f"samples must be in 192..10000, got {number}" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["demo", "--samples", number, "--out", str(tmp_path / "demo")])
+        assert f"--samples: must be in 192..10000, got {number}" in capsys.readouterr().err
+        with pytest.raises(InvalidArgument, match=f"samples must be in 192..10000, got {number}"):
+            demo(tmp_path / "demo", config, torch.device("cpu"), samples=int(number))
     assert not (tmp_path / "demo").exists()
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from shlex import quote
 from typing import Any
 
-from minidiff.cli.arguments import add_command, add_engine
+from minidiff.cli.arguments import add_command, add_engine, number_in
+from minidiff.names import DEMO_SAMPLES
 
 
 def add_to(commands: Any) -> None:
@@ -19,8 +20,8 @@ def add_to(commands: Any) -> None:
     )
     add = command.adder("run")
     add("--out", default="minidiff-demo", help="folder for the pictures and the model")
-    add("--samples", type=int, help="samples of each sampler that are scored (default: 500, or 200 "
-        "on a slow machine)")  # fmt: skip
+    add("--samples", type=number_in(*DEMO_SAMPLES), help="samples of each sampler that are scored, "
+        "192 to 10000 (default: 500, or 200 on a slow machine)")  # fmt: skip
     add("--minutes", type=float, help="training time in minutes, instead of a number of steps")
     add_engine(add)
 
