@@ -22,6 +22,7 @@ from torch import Tensor
 from minidiff.errors import InvalidArgument, listed, whole_number
 from minidiff.images import plot
 from minidiff.lab.choose import Chosen, choose
+from minidiff.lab.explain import explain
 from minidiff.lab.order import FINE, METHODS, flow_error, order, variance_error
 from minidiff.metrics import Evaluator, Scores
 from minidiff.pipeline import Pipeline
@@ -62,11 +63,14 @@ class Line(NamedTuple):
         name: as given; FILE.CLASS for a plug-in.
         order: measured order of convergence (weak if it adds noise); None if none can be measured.
         cells: one per number of steps.
+        wrong: steps of the first cell, counted from 1, in which a plug-in does not end at the
+            signal and noise of its level.
     """
 
     name: str
     order: float | None
     cells: list[Cell]
+    wrong: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,12 @@ class Comparison:
         if random := [line.name for line in self.lines if line.cells[0].distance is None]:
             notes.append(f"{', '.join(random)}: adds noise, and follows no path; its order is weak")
         for line in self.lines:
+            if line.wrong:
+                notes.append(
+                    f"{line.name}: {len(line.wrong)} of its {line.cells[0].evaluations} steps do "
+                    "not end at the signal and noise of their level, so its update is wrong (or "
+                    "not linear): see minidiff explain --sampler FILE:CLASS"
+                )
             if any(cell.evaluations != cell.steps for cell in line.cells):
                 counts = ", ".join(str(cell.evaluations) for cell in line.cells)
                 notes.append(f"{line.name}: {counts} evaluations of the network")
@@ -228,7 +238,8 @@ def compare(
                 scores = evaluator and evaluator.score(_bytes(images), labels)
                 far = None if is_random else distance(images, reference)
                 cells.append(Cell(n, len(sampler.scheduler.grid), far, scores, images))
-            lines.append(Line(title_of(name), order_of(name, sampler), cells))
+            wrong = wrong_steps(sampler, steps[0]) if ":" in name else ()
+            lines.append(Line(title_of(name), order_of(name, sampler), cells, wrong))
     finally:
         pipe.scheduler = like
     # Second order: half the steps have four times the error.
@@ -250,6 +261,14 @@ def title_of(name: str) -> str:
     """Return the name of a sampler in tables: mine.Mine for some/mine.py:Mine."""
     path, colon, cls = name.rpartition(":")
     return f"{path.rpartition('/')[2].removesuffix('.py')}.{cls}" if colon else name
+
+
+def wrong_steps(chosen: Chosen, steps: int) -> Sequence[int]:
+    """Return the steps that `explain` marks as wrong; none for a sampler without a table."""
+    try:
+        return explain(chosen, steps).wrong
+    except InvalidArgument:  # it clips, or begins at the data
+        return ()
 
 
 def adds_noise(scheduler: Scheduler) -> bool:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from minidiff import __version__, cli, names, shipped
 from minidiff.cli import main, parser
+from minidiff.cli.commands.make.train import caution
 from minidiff.pipeline import Pipeline
-from minidiff.training.config import OPTIONS
+from minidiff.training.config import OPTIONS, TrainConfig
 from minidiff.training.presets import PRESETS
 
 TINY = ["--steps", "2", "--channels", "8,8", "--batch-size", "4", "--pictures", "0"]
@@ -379,9 +380,32 @@ def test_the_preset_for_large_photographs_has_blocks_and_takes_large_batches(tmp
         Image.new("RGB", (128, 128), (60 * i, 0, 9)).save(tmp_path / "photos" / f"{i}.png")
     run, call = tmp_path / "run", ["train", "--data", str(tmp_path / "photos"), *TINY]
     assert main([*call, "--batch-size", "65", "--out", str(run), "--steps", "1"]) == 0
-    assert "preset: mnist" in capsys.readouterr().out
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("preset: mnist, which fits these data of 128×128 pixels (other flags")
+    assert last == (
+        "trained 1 step only, so the samples are noise; longer: minidiff train --resume "
+        f"{run} --steps +1000"
+    )
     config = json.loads((run / "config.json").read_text())["train"]
     assert (config["block"], config["batch_size"], config["flip"]) == (2, 65, False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "losses", "said"),
+    [
+        ((50, 99), (1, 0.1), "trained 99 steps only"),
+        ((50, 100), (1, 0.1), ""),
+        ((50, 100, 150, 200), (0.8, 1, 0.9, 0.8), "the loss has not fallen; see minidiff check "),
+        ((50, 100, 150, 200), (0.8, 1, 0.9, 0.7), ""),
+        ((500,), (0.9,), ""),
+    ],
+)
+def test_a_training_that_taught_nothing_says_so(steps, losses, said, tmp_path):
+    rows = [{"step": n, "loss": loss} for n, loss in zip(steps, losses, strict=True)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = caution(str(tmp_path), TrainConfig(minutes=1))
+    assert line.startswith(said)
+    assert bool(line) == bool(said)
 
 
 @pytest.mark.parametrize("more", [["--learn-variance"], ["--config", "FILE"]])

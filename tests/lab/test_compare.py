@@ -101,6 +101,7 @@ def test_with_data_the_samples_are_scored(quick: None, pipe: Pipeline) -> None:
 
         scheduler, class_names = pipe.scheduler, tuple("0123456789")
         image_shape = evaluator.image_shape
+        space = pipe.space
 
         def __call__(self, num_images: int, **call: object) -> "Drawn":
             assert call["guidance_scale"] == 2.0
@@ -140,6 +141,28 @@ def test_the_command_prints_a_table_and_writes_a_labelled_picture(
     assert set(content["samplers"]["ddim"]["cells"][0]) == {
         "steps", "evaluations", "distance", "scores",
     }  # fmt: skip
+
+
+WRONG = """
+from minidiff.schedulers import Scheduler
+class Mine(Scheduler):
+    def update(self, x, x0, eps, now, nxt, noise):
+        return nxt.alpha * x0 + nxt.sigma**2 * eps
+"""
+
+
+def test_a_plug_in_with_a_wrong_noise_level_passes_the_tests_of_form_and_is_named(
+    quick: None, readme_sampler: str, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("bad.py").write_text(WRONG)
+    words = ["compare", "mnist", "--samplers", "ddpm", "--steps", "4", "--num", "1", "--plugin"]
+    assert main([*words, "bad.py:Mine"]) == 0
+    # σ² is σ only at σ = 0, the end of the last step.
+    assert "bad.Mine: 3 of its 4 steps do not end at the signal" in capsys.readouterr().out
+    assert main([*words, readme_sampler]) == 0
+    assert "do not end" not in capsys.readouterr().out
 
 
 BAD = """

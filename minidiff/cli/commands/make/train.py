@@ -1,10 +1,12 @@
 """minidiff train"""
 
 import argparse
+import json
 import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -20,6 +22,8 @@ from minidiff.cli.arguments import (
 from minidiff.names import EXAMPLES, TOYS
 from minidiff.training.config import OPTIONS, TrainConfig, options_of
 from minidiff.training.presets import PRESETS, Preset, fitting, preset_for
+
+FEW_STEPS = 100  # after fewer, the samples of a fresh network are noise
 
 
 def add_to(commands: Any) -> None:
@@ -113,22 +117,48 @@ def train(options: argparse.Namespace) -> None:
         fit = preset_for(name, data.shape, gpu)
         free = {"block", "flip"} - vars(options).keys()
         config = replace(config, **{option: getattr(fit, option) for option in free})
+        _print_once(_preset_line(fits, data.shape, "vae" in places))
     _print_once(run_options.start_line(device, config, data))
     diffusion.train_into(
         options.out, config, data, device,
         saving=saving, load=source, shard=options.shard, start=start, learner=learner,
     )  # fmt: skip
     _print_once(f"wrote {options.out}. Next: {_next(options.out, source)}")
+    if start is None:
+        _print_once(caution(options.out, config))
+
+
+def _preset_line(preset: str, shape: tuple[int, ...], has_vae: bool) -> str:
+    """Return the line that names the preset, and the size of images."""
+    size = "" if has_vae or len(shape) != 3 else f" of {shape[2]}×{shape[1]} pixels"
+    return f"preset: {preset}, which fits these data{size} (other flags override it; see --help)"
+
+
+def caution(run: str, config: TrainConfig) -> str:
+    """Return a line if a fresh network has learnt next to nothing, else ""."""
+    from minidiff.runs.folder import LOG
+
+    if not (log := Path(run) / LOG).is_file():  # a process other than that of rank 0
+        return ""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    more = "--minutes +10" if config.minutes else "--steps +1000"
+    if (steps := rows[-1]["step"]) < FEW_STEPS:
+        return (
+            f"trained {steps} {'step' if steps == 1 else 'steps'} only, so the samples are noise; "
+            f"longer: minidiff train --resume {quote(run)} {more}"
+        )
+    later = [row["loss"] for row in rows[1:]][(len(rows) - 1) // 2 :]
+    if later and min(later) >= rows[0]["loss"]:
+        return f"the loss has not fallen; see minidiff check {quote(run)}"
+    return ""
 
 
 def _fitting(options: argparse.Namespace, data: str, gpu: bool) -> str | None:
-    """Choose and print the preset that fits the data; None where the options decide already."""
+    """Return the preset that fits the data; None where the options decide already."""
     given = vars(options)
     if options.config or options.init or options.shard or given.get("learn_variance"):
         return None
-    chosen = fitting(data, gpu)
-    _print_once(f"preset: {chosen}, which fits these data (other flags override it; see --help)")
-    return chosen
+    return fitting(data, gpu)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -166,5 +196,5 @@ def _print_once(text: str) -> None:
     """Print a text in the process of rank 0 only."""
     from minidiff.runtime.distributed import rank
 
-    if not rank():
+    if text and not rank():
         print(text)
