@@ -178,7 +178,7 @@ def density(mixture: GaussianMixture, level: Level = CLEAN, axes: Any = None, **
     axes, n = _plane(axes), 200
     values = mixture.log_prob(_mesh(EXTENT, n), level).exp().view(n, n)
     options = {"cmap": "Greys", "interpolation": "bilinear"} | more
-    axes.imshow(values, extent=(-EXTENT, EXTENT) * 2, origin="lower", **options)
+    axes.imshow(values.numpy(), extent=(-EXTENT, EXTENT) * 2, origin="lower", **options)
     return axes
 
 

@@ -163,6 +163,7 @@ def test_a_latent_consistency_model_draws_the_pictures_of_diffusers(tmp_path, op
     np.testing.assert_allclose(copy, expected, atol=1e-6)
 
 
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*`steps_offset` should be set to 1:FutureWarning")
 def test_a_distilled_network_with_another_scheduler_is_written_as_stable_diffusion(tmp_path):
     distilled(tmp_path).save_pretrained(tmp_path / "lcm")
     pipe = Pipeline.from_pretrained(tmp_path / "lcm")

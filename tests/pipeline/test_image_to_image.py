@@ -30,6 +30,11 @@ from minidiff.schedule import Level
 from minidiff.schedulers import SCHEDULERS
 from minidiff.schedulers.core.names import sampler
 
+# Both libraries are given the same tensor in [−1, 1].
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:Passing `image` as torch tensor with value range in \[-1,1\]:FutureWarning"
+)
+
 SIDE = 32
 PROMPTS = ["a cat on a dog", "dog"]
 # The schedulers that diffusers' StableDiffusionImg2ImgPipeline supports.

@@ -164,7 +164,10 @@ def test_a_run_repeats_bit_for_bit_and_leaves_the_callers_random_state(digits, t
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(digits):
-    with pytest.raises(TrainingError, match=r"is not finite at step \d+\. Likely: a learning rate"):
+    with (
+        pytest.warns(UserWarning, match="z must be finite, got NaN"),
+        pytest.raises(TrainingError, match=r"is not finite at step \d+\. Likely: a learning rate"),
+    ):
         train_vae(VAEConfig(steps=50, learning_rate=1e30, **TINY), digits)
 
 
