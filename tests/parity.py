@@ -99,6 +99,13 @@ def number_of_steps(draw: st.DrawFn, train_steps: int) -> int:
 
 
 @st.composite
+def seldom_many_steps(draw: st.DrawFn, train_steps: int) -> int:
+    """Draw as `number_of_steps` in a quarter of the examples, and at most 20 in the others."""
+    often = st.integers(1, min(20, train_steps))
+    return draw(number_of_steps(train_steps) if draw(st.integers(0, 3)) == 2 else often)
+
+
+@st.composite
 def thresholds(draw: st.DrawFn) -> dict[str, Any]:
     """Draw the options of dynamic thresholding, in half of the examples."""
     if not draw(st.booleans()):

@@ -22,8 +22,8 @@ from parity import (
     difference,
     diffusers,
     dtypes,
-    number_of_steps,
     our_scheduler,
+    seldom_many_steps,
     their_scheduler,
     thresholds,
     trajectory,
@@ -83,7 +83,7 @@ def cases(draw: st.DrawFn, name: str) -> Case:
         options["solver_type"] = draw(st.sampled_from(["midpoint", "heun"]))
         options["lower_order_final"] = draw(flag)
         options["euler_at_final"] = draw(flag)
-    grid = {"num_inference_steps": draw(number_of_steps(1000))}
+    grid = {"num_inference_steps": draw(seldom_many_steps(1000))}
     return Case(name, options, grid, step_options, draw(dtypes))
 
 
