@@ -71,7 +71,7 @@ PRESETS = {
         TrainConfig(
             minutes=8, optimizer="muon", noise_levels="log_normal", level_mean=0.6, level_std=1.6,
             batch_size=128, final_batch_size=256, block=1, channels=(32, 48, 80),
-            guidance_scale=3.0, num_inference_steps=20,
+            guidance_scale=3.0, guide="apg", num_inference_steps=20,
         ),
     ),
     "points": Preset(
