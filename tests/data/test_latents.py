@@ -205,7 +205,7 @@ def test_each_step_samples_other_latents_of_an_image(monkeypatch):
         lambda self, index, position=0: seen.append(position) or batch(self, index, position),
     )  # fmt: skip
     train(TrainConfig(steps=3, **TINY), LatentData(untrained(), pictures(20)))
-    assert seen == [0, 8, 16]
+    assert seen[1:] == [0, 8, 16]  # the first is a look at the data before training
 
 
 @pytest.fixture(scope="module")
