@@ -26,7 +26,7 @@ from minidiff.engines.network import (
 from minidiff.engines.stored import read_graph, write_graph
 from minidiff.errors import InvalidArgument, one_of, true_or_false
 from minidiff.names import ENGINES
-from minidiff.nn import AutoencoderKL
+from minidiff.nn import AutoencoderKL, UNet
 from minidiff.pipeline.denoiser import guidance_embedding, network_inputs
 from minidiff.pipeline.space import require_images
 from minidiff.runtime.cuda_graph import CudaGraph
@@ -181,9 +181,11 @@ def parts(pipe: "Pipeline") -> list[tuple[nn.Module, Role, dict[str, Any] | None
     """Return the networks of a pipeline with example arguments; None where a size is unknown.
 
     Raises:
-        InvalidArgument: a pipeline of points, which has no U-Net.
+        InvalidArgument: a pipeline of points or of a transformer, which has no U-Net.
     """
     require_images(pipe, "engines and export are")
+    if not isinstance(pipe.unet, UNet):
+        raise InvalidArgument(f"engines and export need a UNet, got {type(pipe.unet).__name__}")
     arguments = _unet_example(pipe) if pipe.unet.config.sample_size else None
     found = [(pipe.unet, UNET, arguments)]
     if pipe.guidance_network is not None:

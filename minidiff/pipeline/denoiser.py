@@ -27,7 +27,7 @@ from minidiff.guidance import (
     in_dtype,
     within,
 )
-from minidiff.nn import UNet
+from minidiff.nn import DenoisingNetwork
 from minidiff.nn.blocks.embeddings import SinusoidalTime
 from minidiff.sample import meaning_of
 
@@ -82,8 +82,8 @@ def build_denoiser(
     return within(denoise, plain, meaning_of(pipe.scheduler), *guidance.interval)
 
 
-def prepared(pipe: "Pipeline", unet: UNet, extra_channels: Tensor | None) -> Network:
-    """Return a U-Net in its number type, float32 outside, with extra channels beside x."""
+def prepared(pipe: "Pipeline", unet: DenoisingNetwork, extra_channels: Tensor | None) -> Network:
+    """Return a network in its number type, float32 outside, with extra channels beside x."""
     weights = next(unet.parameters()).dtype
     if weights != torch.float32:
         network = in_dtype(unet, weights)

@@ -1,7 +1,7 @@
 """A pipeline on disk: `model_index.json`, and one folder per part.
 
 The index names the kind of pipeline, and library and class of every part. Where a pipeline of
-diffusers draws the same pictures, minidiff writes its name: Stable Diffusion 1.x, 2.x and XL,
+diffusers draws the same pictures, minidiff writes its name: Stable Diffusion 1.x, 2.x, XL and 3.x,
 latent consistency models, and unconditional models in pixels. diffusers then reads the whole
 folder, and passes over minidiff's own options, which stand under "_minidiff". Any other model is a
 "MinidiffPipeline". diffusers refuses that name, but reads the parts.
@@ -9,14 +9,23 @@ folder, and passes over minidiff's own options, which stand under "_minidiff". A
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minidiff.errors import CheckpointError, InvalidArgument, one_of
-from minidiff.nn import MLP, AutoencoderKL, ControlNet, SpaceToDepth, TextEncoder, UNet
+from minidiff.nn import (
+    MLP,
+    AutoencoderKL,
+    ControlNet,
+    MMDiT,
+    SpaceToDepth,
+    T5Encoder,
+    TextEncoder,
+    UNet,
+)
 from minidiff.nn.model import CONFIG as NETWORK_CONFIG
 from minidiff.pipeline import card
 from minidiff.pipeline.late import FILTER
@@ -24,8 +33,9 @@ from minidiff.runtime import files
 from minidiff.runtime.tensors import own_files
 from minidiff.schedulers import SCHEDULERS, Scheduler
 from minidiff.schedulers.core.config import CONFIG_NAME
-from minidiff.text.clip import load_tokenizer
+from minidiff.text.clip import T5_CLASSES, load_t5_tokenizer, load_tokenizer
 from minidiff.text.prompts import Prompts, PromptsXL, WordPrompts
+from minidiff.text.sd3 import AnyPrompts, PromptsSD3
 from minidiff.text.words import WordTokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +44,7 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 OWN = ("MinidiffPipeline", "Pipeline")  # the second in folders of earlier versions
 TEXT, SECOND = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
+THIRD = ("tokenizer_3", "text_encoder_3")
 # Parts of every kind of pipeline that is read.
 KINDS = dict.fromkeys((*OWN, "DDPMPipeline", "DDIMPipeline"), ("unet", "scheduler"))
 for _suffix in ("", "Img2Img", "Inpaint"):  # the same parts, used in another way
@@ -42,9 +53,18 @@ for _suffix in ("", "Img2Img", "Inpaint"):  # the same parts, used in another wa
         KINDS[f"StableDiffusion{_kind}ControlNet{_suffix}Pipeline"] = (
             "unet", "scheduler", "vae", *_parts, "controlnet",
         )  # fmt: skip
-LCM = "LatentConsistencyModelPipeline"
+    KINDS[f"StableDiffusion3{_suffix}Pipeline"] = (
+        "transformer", "scheduler", "vae", *TEXT, *SECOND, *THIRD,
+    )  # fmt: skip
+LCM, SD3 = "LatentConsistencyModelPipeline", "StableDiffusion3Pipeline"
 KINDS[LCM] = KINDS["StableDiffusionPipeline"]
-LCM_OPTIONS = {"guidance_scale": 8.5, "num_inference_steps": 4}  # diffusers' defaults of a call
+# diffusers' defaults of a call, where they are not those of Stable Diffusion
+CALL_OPTIONS = {
+    LCM: {"guidance_scale": 8.5, "num_inference_steps": 4},
+    SD3: {"num_inference_steps": 28},
+}
+# Parts that may be null: [null, null] in the index.
+OPTIONAL = {kind: THIRD for kind in KINDS if "Diffusion3" in kind}
 # diffusers' pipeline of an unconditional model in pixels; the first runs every scheduler whose
 # sample needs no scaling and whose step takes a generator, the second DDIM alone.
 UNCONDITIONAL = {
@@ -53,17 +73,21 @@ UNCONDITIONAL = {
     "DPMSolverSinglestepScheduler": "DDPMPipeline",
     "DDIMScheduler": "DDIMPipeline",
 }
-NETWORKS = ("unet", "vae", "weaker", "text_encoder", "controlnet")
+DENOISERS = {name: cls for cls in (UNet, MLP, MMDiT) for name in cls.class_names}
+NETWORKS = ("unet", "transformer", "vae", "weaker", "text_encoder", "controlnet")
 EXTRA_NETWORKS = ("weaker",)  # optional in minidiff's own kind: the guidance network
 SEVERAL = "MultiControlNetModel"  # ControlNets in the folders controlnet, controlnet_1, …
 CLASSES = {
     "unet": UNet.class_names,
+    "transformer": MMDiT.class_names,
     "scheduler": tuple(SCHEDULERS),
     "vae": ("AutoencoderKL", "SpaceToDepth"),
     **dict.fromkeys(EXTRA_NETWORKS, UNet.class_names),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "text_encoder": TextEncoder.class_names,
     "controlnet": (*ControlNet.class_names, SEVERAL),
+    "tokenizer_3": T5_CLASSES,
+    "text_encoder_3": T5Encoder.class_names,
 }
 _OWN_CLASSES = {
     "tokenizer": (WordTokenizer.__name__,),
@@ -107,15 +131,17 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
 
     def network(part: str, cls: type) -> Any:
         place, which = _place(folder, part, NETWORK_CONFIG), variants.get(part)
-        return cls.from_pretrained(place, torch_dtype=torch_dtype, variant=which)
+        narrow = cls is T5Encoder and torch_dtype == torch.float16  # which its sums leave
+        dtype = torch.float32 if narrow else torch_dtype
+        return cls.from_pretrained(place, torch_dtype=dtype, variant=which)
 
-    denoiser = MLP if index["unet"][1] in MLP.class_names else UNet
+    unet = network(_denoiser(index), DENOISERS[index[_denoiser(index)][1]])
     place = _place(folder, "scheduler", CONFIG_NAME)
     arguments: dict[str, Any] = {
-        "unet": network("unet", denoiser),
+        "unet": unet,
         "scheduler": _scheduler(place, SCHEDULERS[index["scheduler"][1]]),
     }
-    arguments |= {part: network(part, denoiser) for part in EXTRA_NETWORKS if part in index}
+    arguments |= {part: network(part, type(unet)) for part in EXTRA_NETWORKS if part in index}
     if "controlnet" in index:
         nets = _controlnet_folders(folder, index["controlnet"][1] == SEVERAL)
         variants |= dict.fromkeys(nets, variants.get("controlnet"))
@@ -123,18 +149,11 @@ def read(folder: str | Path, torch_dtype: torch.dtype, variant: str | None) -> d
     if "vae" in index:
         place = _place(folder, "vae", NETWORK_CONFIG)
         arguments["vae"] = _vae(place, index["vae"][1], torch_dtype, variants.get("vae"))
-    texts = [part for part in (*TEXT, *SECOND) if part in parts]
-    if texts:
-        load = WordTokenizer.from_pretrained if own else load_tokenizer
-        loaded = {
-            part: network(part, TextEncoder) if "encoder" in part else load(folder / part)
-            for part in texts
-        }
-        chosen = {name: index[name] for name in XL_OPTIONS if name in index}
-        cls = PromptsXL if SECOND[0] in texts else WordPrompts if own else Prompts
-        arguments["prompts"] = cls(**loaded, **(chosen if cls is PromptsXL else {}))
-    if index["_class_name"] == LCM:
-        arguments |= LCM_OPTIONS
+    if TEXT[0] in parts:
+        arguments["prompts"] = _prompts(folder, index, network)
+        if isinstance(arguments["prompts"], PromptsSD3):
+            arguments |= CALL_OPTIONS[SD3]
+    arguments |= CALL_OPTIONS.get(index["_class_name"], {})
     return arguments | {name: index[name] for name in (*OPTIONS, *LATER_OPTIONS) if name in index}
 
 
@@ -144,6 +163,38 @@ def _controlnet_folders(folder: Path, several: bool) -> list[str]:
     while several and (folder / (name := f"controlnet_{len(found)}")).is_dir():
         found.append(name)
     return found
+
+
+def _prompts(folder: Path, index: Mapping[str, Any], network: Callable) -> AnyPrompts:
+    """Return the tokenizers and text encoders of a folder.
+
+    Args:
+        folder: folder of the pipeline.
+        index: content of its index.
+        network: from a part and a class to the network of the part.
+    """
+    own, parts = index["_class_name"] in OWN, _parts(index)
+    loaded: dict[str, Any] = {}
+    for part in (*TEXT, *SECOND, *THIRD):
+        if part not in parts or index[part][1] is None:
+            continue
+        if "encoder" in part:
+            loaded[part] = network(part, T5Encoder if part in THIRD else TextEncoder)
+        else:
+            load = load_t5_tokenizer if part in THIRD else load_tokenizer
+            loaded[part] = (WordTokenizer.from_pretrained if own else load)(folder / part)
+    if THIRD[0] in parts:
+        config = files.read_json(folder / _denoiser(index) / NETWORK_CONFIG)
+        return PromptsSD3(**loaded, joint_attention_dim=config.get("joint_attention_dim"))
+    if SECOND[0] in parts:
+        chosen = {name: index[name] for name in XL_OPTIONS if name in index}
+        return PromptsXL(**loaded, **chosen)
+    return (WordPrompts if own else Prompts)(**loaded)
+
+
+def _denoiser(index: Mapping[str, Any]) -> str:
+    """Return the part that is the network."""
+    return "transformer" if "transformer" in index else "unet"
 
 
 def _place(folder: Path, part: str, config: str) -> Path:
@@ -156,7 +207,7 @@ def _variants(folder: Path, index: Mapping[str, Any], variant: str | None) -> di
     """Return the variant of each network: None, with a warning, where only others have it."""
     if variant is None:
         return {}
-    networks = [part for part in index if part.removesuffix("_2") in NETWORKS]
+    networks = [part for part in index if part.rstrip("_23") in NETWORKS and index[part][1]]
     having = [part for part in networks if any((folder / part).glob(f"*.{variant}.*"))]
     if not having:
         return dict.fromkeys(networks, variant)  # whose files are then missing by name
@@ -203,10 +254,12 @@ def _check_index(path: Path, index: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{path}: {name!r} is not a part or option of this pipeline")
         if name in (*OPTIONS, *LATER_OPTIONS, *XL_OPTIONS, *NOTES):
             continue
-        absent = name not in parts and value == [None, None]
+        may_lack = name not in parts or name in OPTIONAL.get(index["_class_name"], ())
+        absent = may_lack and value == [None, None]
         if not absent and not _names_a_class(value):
             raise CheckpointError(f"{path}: {name} must be a library and a class, got {value!r}")
-        if (kinds := classes.get(name.removesuffix("_2"))) and value[1] not in kinds:
+        kinds = classes.get(name) or classes.get(name.removesuffix("_2"))
+        if kinds and not absent and value[1] not in kinds:
             raise CheckpointError(f"{path}: {name} must be one of {kinds}, got {value[1]!r}")
     if missing := [part for part in parts if part not in index]:
         raise CheckpointError(f"{path}: has no {missing[0]}")
@@ -251,10 +304,11 @@ def write(folder: str | Path, pipe: "Pipeline", facts: card.Facts) -> None:
     check_replaceable(folder)
     parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", "vae", *EXTRA_NETWORKS)}
     parts = {name: part for name, part in parts.items() if part is not None}
+    parts = {pipe.unet.part if name == "unet" else name: part for name, part in parts.items()}
     options = {name: getattr(pipe, name) for name in (*OPTIONS, *LATER_OPTIONS)}
     index = _index(parts, prompts, options, "ControlNet" if pipe.controlnets else "")
-    second = SECOND if isinstance(prompts, PromptsXL) else ()
-    parts |= {name: getattr(prompts, name) for name in (*TEXT, *second) if prompts is not None}
+    texts = {name: getattr(prompts, name, None) for name in (*TEXT, *SECOND, *THIRD)}
+    parts |= {name: part for name, part in texts.items() if part is not None}
     with files.atomic_folder(folder) as temporary:
         for name, part in parts.items():
             part.save_pretrained(temporary / name)
@@ -306,10 +360,13 @@ def _index(
     parts: Mapping[str, Any], prompts: Any, options: Mapping[str, Any], controlled: str
 ) -> dict[str, Any]:
     """Return an index without its parts: of diffusers' pipeline for them, or minidiff's own."""
-    unet, scheduler = parts["unet"], parts["scheduler"]
+    unet, scheduler = parts[_denoiser(parts)], parts["scheduler"]
     clip = prompts is not None and not isinstance(prompts, WordPrompts)
     absent = {name: [None, None] for name in UNUSED}
-    if isinstance(prompts, PromptsXL):
+    if isinstance(prompts, PromptsSD3):
+        absent |= {name: [None, None] for name in OPTIONAL[SD3]}
+        index = {"_class_name": SD3, **absent}
+    elif isinstance(prompts, PromptsXL):
         chosen = {name: getattr(prompts, name) for name in XL_OPTIONS}
         index = {"_class_name": f"StableDiffusionXL{controlled}Pipeline", **absent, **chosen}
     elif clip:
@@ -334,7 +391,7 @@ def _index(
 def _library(name: str, part: Any) -> str:
     if isinstance(part, SpaceToDepth | WordTokenizer | MLP):
         return "minidiff"
-    return "transformers" if name.removesuffix("_2") in TEXT else "diffusers"
+    return "transformers" if name.rstrip("_23") in TEXT else "diffusers"
 
 
 def _class(part: Any) -> str:

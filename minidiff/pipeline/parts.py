@@ -2,35 +2,35 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from minidiff.errors import InvalidArgument, listed, real_number
-from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
+from minidiff.nn import AutoencoderKL, DenoisingNetwork, SpaceToDepth
 from minidiff.runtime.checks import instance, optional
 from minidiff.schedulers import Scheduler
-from minidiff.text.prompts import Prompts, PromptsXL, WordPrompts
+from minidiff.text.sd3 import AnyPrompts
 
 # Options in which a network and its guidance network must agree: their inputs and outputs.
 _SHARED_OPTIONS = (
     "in_channels", "out_channels", "num_class_embeds", "class_embed_type", "cross_attention_dim",
     "encoder_hid_dim_type", "addition_embed_type", "projection_class_embeddings_input_dim",
-    "time_cond_proj_dim",
+    "time_cond_proj_dim", "num_embeds_ada_norm", "joint_attention_dim", "pooled_projection_dim",
 )  # fmt: skip
 
 
 def check_kinds(unet: Any, scheduler: Any, vae: Any, prompts: Any, weaker: Any) -> None:
     """Refuse arguments of a pipeline of another kind. Raises InvalidArgument naming one."""
-    instance(UNet, MLP)("unet", unet)
+    instance(DenoisingNetwork)("unet", unet)
     instance(Scheduler)("scheduler", scheduler)
     optional(instance(SpaceToDepth, AutoencoderKL))("vae", vae)
-    optional(instance(Prompts, PromptsXL, WordPrompts))("prompts", prompts)
-    optional(instance(UNet, MLP))("weaker", weaker)
+    optional(instance(*get_args(AnyPrompts)))("prompts", prompts)
+    optional(instance(DenoisingNetwork))("weaker", weaker)
 
 
 def check_parts(
-    unet: UNet,
+    unet: DenoisingNetwork,
     vae: SpaceToDepth | AutoencoderKL | None,
-    prompts: Prompts | PromptsXL | None,
+    prompts: AnyPrompts | None,
     class_names: Sequence[str],
     channels: int,
 ) -> None:
@@ -56,6 +56,12 @@ def check_parts(
             "class_names must be empty beside prompts: an image has a text or a class, "
             f"got {list(class_names)}"
         )
+    pooled = unet.config.get("pooled_projection_dim")
+    if prompts is not None and prompts.pooled_width != pooled:
+        raise InvalidArgument(
+            f"prompts must give a pooled text of {pooled} channels, as the network takes (None: "
+            f"it takes none), got {prompts.pooled_width}"
+        )
     numbers = unet.config.get("addition_embed_type") is not None
     if prompts is not None and prompts.adds_text_time != numbers:
         raise InvalidArgument(
@@ -70,7 +76,7 @@ def check_parts(
         )
 
 
-def check_guidance_network(network: UNet | None, unet: UNet) -> None:
+def check_guidance_network(network: DenoisingNetwork | None, unet: DenoisingNetwork) -> None:
     """Refuse a guidance network whose inputs or outputs differ from those of the network.
 
     Raises:
@@ -84,7 +90,7 @@ def check_guidance_network(network: UNet | None, unet: UNet) -> None:
             )
 
 
-def check_autoguidance_scale(scale: float, network: UNet | None) -> float:
+def check_autoguidance_scale(scale: float, network: DenoisingNetwork | None) -> float:
     """Return the scale of autoguidance.
 
     Raises:
@@ -113,7 +119,7 @@ def check_guidance_scale(given: float, is_guidable: bool) -> float:
     return scale
 
 
-def check_class_names(names: Sequence[str], unet: UNet) -> tuple[str, ...]:
+def check_class_names(names: Sequence[str], unet: DenoisingNetwork) -> tuple[str, ...]:
     """Return the names of a network's classes.
 
     Raises:
@@ -121,7 +127,7 @@ def check_class_names(names: Sequence[str], unet: UNet) -> tuple[str, ...]:
     """
     if not all(isinstance(name, str) for name in listed("class_names", names)):
         raise InvalidArgument(f"class_names must be a list of strings, got {names!r}")
-    embeds = unet.config.num_class_embeds or 0
+    embeds = unet.num_labels
     if embeds not in (len(names), len(names) + 1) or bool(embeds) != bool(names):
         raise InvalidArgument(
             f"class_names must name the network's {embeds} classes (all, or all but the last, "

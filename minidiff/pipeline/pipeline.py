@@ -15,7 +15,7 @@ from torch import Tensor
 from minidiff.errors import CheckpointError, InvalidArgument, one_of, whole_number
 from minidiff.guidance import Denoiser, Network, interval_of
 from minidiff.names import GUIDES
-from minidiff.nn import MLP, AutoencoderKL, ControlNet, SpaceToDepth, UNet
+from minidiff.nn import AutoencoderKL, ControlNet, DenoisingNetwork, SpaceToDepth
 from minidiff.noise import Generators
 from minidiff.pipeline import card
 from minidiff.pipeline import folder as pipeline_folder
@@ -39,7 +39,8 @@ from minidiff.runtime.progress import progress_bar
 from minidiff.runtime.tensors import DTYPES
 from minidiff.sample import Step
 from minidiff.schedulers import Scheduler
-from minidiff.text.prompts import Prompts, PromptsXL, WordPrompts
+from minidiff.text.prompts import WordPrompts
+from minidiff.text.sd3 import AnyPrompts
 
 
 class PipelineOutput(NamedTuple):
@@ -63,8 +64,8 @@ class Pipeline(LateMethods):
     """A network and a scheduler that generate images together.
 
     Args:
-        unet: network whose output is `scheduler.config.prediction_type`, in the space of `vae`; an
-            `MLP` for points.
+        unet: network whose output is `scheduler.config.prediction_type`, in the space of `vae`: a
+            `UNet` or `MMDiT`, or an `MLP` for points.
         scheduler: sampler; replace it at any time: `pipe.scheduler = DDIMScheduler(…)`.
         vae: maps images to the network's space and back; None for pixels.
         class_names: one name per class. A network with one more class embedding uses the last as
@@ -93,15 +94,15 @@ class Pipeline(LateMethods):
 
     def __init__(
         self,
-        unet: UNet | MLP,
+        unet: DenoisingNetwork,
         scheduler: Scheduler,
         vae: SpaceToDepth | AutoencoderKL | None = None,
         class_names: Sequence[str] = (),
         guidance_scale: float | None = None,
         num_inference_steps: int = 50,
-        prompts: Prompts | PromptsXL | None = None,
+        prompts: AnyPrompts | None = None,
         guidance_interval: Sequence[float] | None = None,
-        weaker: UNet | None = None,
+        weaker: DenoisingNetwork | None = None,
         autoguidance_scale: float = 1.0,
         guide: str = "cfg",
         controlnets: Sequence[ControlNet] = (),
@@ -134,6 +135,8 @@ class Pipeline(LateMethods):
         negative_prompt: str | Sequence[str] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
+        prompt_3: str | Sequence[str] | None = None,
+        negative_prompt_3: str | Sequence[str] | None = None,
         clip_skip: int | None = None,
         image: Any = None,
         strength: float | None = None,
@@ -179,9 +182,11 @@ class Pipeline(LateMethods):
             num_images: N; by default the number of prompts, labels or given images, else 1.
             negative_prompt: text that guidance moves away from, one for all or one per image; None
                 for the empty text. Without guidance it has no effect, and a warning says so.
-            prompt_2, negative_prompt_2: texts for the second encoder of SDXL; None for the same.
+            prompt_2, negative_prompt_2: texts for the second encoder of Stable Diffusion XL and 3;
+                None for the same.
+            prompt_3, negative_prompt_3: texts for the third encoder of Stable Diffusion 3, T5.
             clip_skip: last layers of the text encoder that are left out for prompt, as in
-                diffusers; SDXL leaves out one in any case.
+                diffusers; SDXL and Stable Diffusion 3 leave out one in any case.
             image: image-to-image: one image to start from, or one per image, in any form that
                 `images.pixels.as_pixels` accepts.
             strength: fraction of the way to noise and back, in [0, 1]: the last
@@ -366,12 +371,12 @@ class Pipeline(LateMethods):
         return denoise
 
     @property
-    def unets(self) -> tuple[UNet, ...]:
+    def unets(self) -> tuple[DenoisingNetwork, ...]:
         """The network, and the guidance network if there is one."""
         return (self.unet,) if self.weaker is None else (self.unet, self.weaker)
 
     @property
-    def guidance_network(self) -> UNet | None:
+    def guidance_network(self) -> DenoisingNetwork | None:
         """Network that autoguidance moves samples away from; None without autoguidance."""
         return self.weaker
 
@@ -427,7 +432,7 @@ class Pipeline(LateMethods):
     @property
     def has_null_class(self) -> bool:
         """Whether the network has a class embedding for "no class", which guidance needs."""
-        return bool(self.class_names) and self.unet.config.num_class_embeds > len(self.class_names)
+        return bool(self.class_names) and self.unet.num_labels > len(self.class_names)
 
     @property
     def is_guidable(self) -> bool:
@@ -474,7 +479,8 @@ class Pipeline(LateMethods):
         """Read a folder that minidiff or diffusers wrote.
 
         Of diffusers' pipelines it reads Stable Diffusion 1.x, 2.x and XL, with ControlNets or
-        without, latent consistency models, and unconditional ones (DDPMPipeline, DDIMPipeline).
+        without, Stable Diffusion 3.x, latent consistency models, and unconditional ones
+        (DDPMPipeline, DDIMPipeline).
 
         Args:
             folder: folder with `model_index.json`.

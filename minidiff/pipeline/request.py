@@ -112,14 +112,12 @@ class Request:
             call.guide,
         )
         negative = negative_prompts(pipe, call.negative_prompt, n, copies, guidance.scale)
-        conditioning = phrases(
-            pipe, conditioning, copies, "prompt_2", call.prompt_2, call.clip_skip
-        )
-        negative = phrases(pipe, negative, copies, "negative_prompt_2", call.negative_prompt_2)
+        conditioning = phrases(pipe, conditioning, copies, call, "", call.clip_skip)
+        negative = phrases(pipe, negative, copies, call, "negative_")
         options = step_options(scheduler, call.eta)
         shape = space.shape(*image_size(call.height, call.width, original))
         set_grid(pipe, call.num_inference_steps, call.timesteps, call.sigmas)
-        first = first_step(scheduler, call.strength, original)
+        first = first_step(pipe, call.strength, original)
         passes = timestep_schedule(scheduler, first, call.resamples, call.jump_length, original)
         return cls(
             conditioning=conditioning, negative=negative, guidance=guidance, shape=shape,
@@ -215,37 +213,52 @@ def list_of_texts(name: str, given: str | Sequence[str], n: int | None) -> list[
 
 
 def phrases(
-    pipe: "Pipeline", texts: Any, copies: int, name: str, second: Any, clip_skip: int | None = None
+    pipe: "Pipeline",
+    texts: Any,
+    copies: int,
+    call: SimpleNamespace,
+    prefix: str,
+    clip_skip: int | None = None,
 ) -> Any:
-    """Return prompts with the texts for a second encoder and a number of skipped layers.
+    """Return prompts with the texts for further encoders and a number of skipped layers.
 
     Args:
         pipe: pipeline of the call.
         texts: N prompts, labels, or None.
         copies: images per prompt.
-        name: argument that `second` is, to name in errors.
-        second, clip_skip: arguments of the call.
+        call: arguments of the call.
+        prefix: what stands before "prompt_2" in the names of these texts.
+        clip_skip: argument of the call.
     Raises:
         InvalidArgument: an argument for a model that has no use for it, or out of range.
     """
-    if second is None and clip_skip is None:
+    names = [f"{prefix}prompt_2", f"{prefix}prompt_3"]
+    given = {name: getattr(call, name) for name in names} | {"clip_skip": clip_skip}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
         return texts
-    encoders = 0 if pipe.prompts is None else len(pipe.prompts.encoders)
-    for argument, given, least, what in (
-        (name, second, 2, "second text encoder"), ("clip_skip", clip_skip, 1, "text encoder")
+    encoders = () if pipe.prompts is None else pipe.prompts.encoders
+    for name, least, what in (
+        (names[0], 2, "second text encoder"), (names[1], 3, "third text encoder"),
+        ("clip_skip", 1, "text encoder"),
     ):  # fmt: skip
-        if given is not None and encoders < least:
+        if name in given and len(encoders) < least:
             raise InvalidArgument(
-                f"{argument} must be None: this model has no {what}, got {given!r}"
+                f"{name} must be None: this model has no {what}, got {given[name]!r}"
             )
     if not isinstance(texts, list):
-        raise InvalidArgument(f"{name} must be None without {name.removesuffix('_2')} and guidance")
+        name = next(iter(given))
+        raise InvalidArgument(f"{name} must be None without {prefix}prompt and guidance")
     if clip_skip is not None:
-        layers = min(encoder.config.num_hidden_layers for encoder in pipe.prompts.encoders)
-        whole_number("clip_skip", clip_skip, 0, layers - encoders)
-    others = [None] if second is None else list_of_texts(name, second, len(texts) // copies)
+        clip = encoders[:2]  # the third one is T5
+        layers = min(encoder.config.num_hidden_layers for encoder in clip)
+        whole_number("clip_skip", clip_skip, 0, layers - len(clip))
+    others = [
+        list_of_texts(name, given[name], len(texts) // copies) if name in given else [None]
+        for name in names
+    ]
     return [
-        Phrase.of(text).with_options(others[i // copies % len(others)], clip_skip)
+        Phrase.of(text).with_options(*(o[i // copies % len(o)] for o in others), clip_skip)
         for i, text in enumerate(texts)
     ]
 
@@ -424,8 +437,10 @@ def set_grid(
     scheduler.set_timesteps(device=pipe.device, **given)
 
 
-def first_step(scheduler: Scheduler, strength: float | None, original: Original | None) -> int:
+def first_step(pipe: "Pipeline", strength: float | None, original: Original | None) -> int:
     """Return the entry of the grid where sampling begins: ⌊strength · steps⌋ steps are taken.
+
+    Stable Diffusion 3 takes ⌈strength · steps⌉, as in diffusers.
 
     Raises:
         InvalidArgument: strength is out of range, given without an image, or too small for a
@@ -437,8 +452,11 @@ def first_step(scheduler: Scheduler, strength: float | None, original: Original 
         return 0
     if strength is None:
         strength = STRENGTH if original.mask is None else 1.0
+    scheduler = pipe.scheduler
     strength, steps = real_number("strength", strength, 0, 1), scheduler.num_inference_steps
     taken = min(int(steps * strength), steps)
+    if pipe.prompts is not None and pipe.prompts.takes_begun_step:
+        taken = steps - int(steps - steps * strength)
     if strength and not taken:
         raise InvalidArgument(
             f"strength must be 0, or at least {1 / steps:g} for one of "

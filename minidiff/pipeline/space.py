@@ -59,6 +59,7 @@ class LatentSpace(NamedTuple):
         """
         usual = self.config.sample_size
         divisor = 1 if self.vae is None else self.vae.divisor
+        multiple = divisor * self.config.get("patch_size", 1)  # of a transformer
         if usual is None and None in (height, width):
             raise InvalidArgument(
                 "height and width must be given: the network's config names no sample_size"
@@ -66,10 +67,14 @@ class LatentSpace(NamedTuple):
         sides = list(usual) if isinstance(usual, list | tuple) else [usual, usual]
         for i, (name, pixels) in enumerate((("height", height), ("width", width))):
             if pixels is not None:
-                if whole_number(name, pixels, 1, MAX_SIDE) % divisor:
-                    raise InvalidArgument(f"{name} must be a multiple of {divisor}, got {pixels}")
+                if whole_number(name, pixels, 1, self._largest_side(multiple)) % multiple:
+                    raise InvalidArgument(f"{name} must be a multiple of {multiple}, got {pixels}")
                 sides[i] = pixels // divisor
         return (self.channels, *sides)
+
+    def _largest_side(self, multiple: int) -> int:
+        """Return the largest side of an image in pixels."""
+        return multiple * self.config.get("pos_embed_max_size", MAX_SIDE // multiple)
 
     def image_size(self, shape: Sequence[int]) -> tuple[int, int]:
         """Return (height, width) in pixels of the image that (C, h, w) decodes to."""

@@ -33,6 +33,7 @@ StepFunction = Callable[[Any, int, Any, dict[str, Tensor]], Mapping[str, Tensor]
 # diffusers' name of a tensor → the network's argument
 NETWORK_INPUTS = {
     "prompt_embeds": ("encoder_hidden_states",),
+    "pooled_prompt_embeds": ("pooled_projections",),
     "add_text_embeds": ("added_cond_kwargs", "text_embeds"),
     "add_time_ids": ("added_cond_kwargs", "time_ids"),
     "w_embedding": ("timestep_cond",),
@@ -140,7 +141,9 @@ def step_ends(
     each(text)("callback_on_step_end_tensor_inputs", names)
     inputs = ["w_embedding"] if pipe.takes_guidance_scale else []
     if pipe.prompts is not None:
-        inputs += list(NETWORK_INPUTS)[: 3 if pipe.prompts.adds_text_time else 1]
+        inputs.append("prompt_embeds")
+        inputs += ["add_text_embeds", "add_time_ids"] if pipe.prompts.adds_text_time else []
+        inputs += ["pooled_prompt_embeds"] if pipe.prompts.pooled_width else []
     for name in names:
         one_of("callback_on_step_end_tensor_inputs", name, ("latents", "denoised", *inputs))
         varies = guidance.interval is not None or guidance.autoguidance != 1 or pipe.wraps

@@ -30,7 +30,7 @@ from minidiff.text.clip import tokenize
 from minidiff.text.words import WordTokenizer
 
 if TYPE_CHECKING:
-    from minidiff.text.prompts import Prompts, PromptsXL
+    from minidiff.text.sd3 import AnyPrompts
 
 STEP = 1.1  # factor of a pair of brackets
 MAX_WEIGHT = 10.0  # more is noise, and probably a typing error
@@ -44,13 +44,15 @@ class Phrase(str):
 
     Attributes:
         segments: pieces of the text with their weights; empty where all have weight 1.
-        second: text for the second encoder of SDXL; None for the same.
+        second, third: texts for the second and third encoder of Stable Diffusion XL and 3; None
+            for the same.
         clip_skip: number of last layers of the text encoder that are left out, as in diffusers.
         parts: prompts with their shares, whose conditioning is mixed; empty for none.
     """
 
     segments: tuple[Segment, ...] = ()
     second: str | None = None
+    third: str | None = None
     clip_skip: int | None = None
     parts: tuple[tuple[str, float], ...] = ()
 
@@ -59,12 +61,17 @@ class Phrase(str):
         """Return a phrase as it is, and any other text as a phrase."""
         return text if isinstance(text, cls) else cls(text)
 
-    def with_options(self, second: str | None, clip_skip: int | None) -> "Phrase":
-        """Return a copy with a second text and a skip. Raises InvalidArgument for a mixture."""
+    def with_options(
+        self, second: str | None, third: str | None, clip_skip: int | None
+    ) -> "Phrase":
+        """Return a copy with further texts and a skip. Raises InvalidArgument for a mixture."""
         if self.parts:
-            raise InvalidArgument("prompt_2 and clip_skip must be None for a mixture of prompts")
+            raise InvalidArgument(
+                "prompt_2, prompt_3 and clip_skip must be None for a mixture of prompts"
+            )
         other = Phrase(self)
-        other.segments, other.second, other.clip_skip = self.segments, second, clip_skip
+        other.segments, other.clip_skip = self.segments, clip_skip
+        other.second, other.third = second, third
         return other
 
 
@@ -139,9 +146,7 @@ def mixed(prompts: Sequence[str], shares: Sequence[float]) -> Phrase:
     return phrase
 
 
-def conditioning(
-    prompts: "Prompts | PromptsXL", texts: Sequence[str], size: tuple[int, int]
-) -> Condition:
+def conditioning(prompts: "AnyPrompts", texts: Sequence[str], size: tuple[int, int]) -> Condition:
     """Return the conditioning on each prompt, some of them phrases; see `Prompts.condition`."""
     if not any(isinstance(text, Phrase) for text in texts):
         ids = [tokenize_with(t, texts) for t in prompts.tokenizers]
@@ -149,29 +154,30 @@ def conditioning(
     return _combined(torch.cat, *(_one(prompts, text, size) for text in texts))
 
 
-def _one(prompts: "Prompts | PromptsXL", text: str, size: tuple[int, int]) -> Condition:
+def _one(prompts: "AnyPrompts", text: str, size: tuple[int, int]) -> Condition:
     """Return the conditioning on one prompt, tensors (1, …)."""
     phrase = Phrase.of(text)
     if phrase.parts:
         shares = [share for _, share in phrase.parts]
         found = (_one(prompts, part, size) for part, _ in phrase.parts)
         return _combined(lambda x: sum(s * t for s, t in zip(shares, x, strict=True)), *found)
-    texts = (str(phrase), str(phrase) if phrase.second is None else phrase.second)
-    pairs = list(zip(prompts.tokenizers, texts, strict=False))
-    ids = [tokenize_with(tokenizer, [each]) for tokenizer, each in pairs]
+    others = (None, phrase.second, phrase.third)
+    pairs = zip(prompts.tokenizers, others, strict=False)
+    ids = [tokenize_with(t, [str(phrase) if other is None else other]) for t, other in pairs]
     found = prompts.from_tokens(ids, size, phrase.clip_skip)
     if not phrase.segments:
         return found
     empty = [tokenize_with(tokenizer, [""]) for tokenizer in prompts.tokenizers]
     z = prompts.from_tokens(empty, size, phrase.clip_skip)["encoder_hidden_states"]
-    h, columns = found["encoder_hidden_states"], []
-    for number, (tokenizer, encoder) in enumerate(
-        zip(prompts.tokenizers, prompts.encoders, strict=True)
+    h, each = found["encoder_hidden_states"], []
+    for tokenizer, encoder, numbers, other in zip(
+        prompts.tokenizers, prompts.encoders, ids, others, strict=False
     ):
-        plain = number and phrase.second is not None  # the second text has no weights
-        row = torch.ones(h.shape[1]) if plain else _weights(tokenizer, phrase, h.shape[1])
-        columns.append(row[:, None].expand(-1, encoder.config.hidden_size))
-    w = torch.cat(columns, 1).to(h)
+        length = numbers.shape[1]  # a further text has no weights
+        row = torch.ones(length) if other is not None else _weights(tokenizer, phrase, length)
+        width = encoder.config.get("d_model") or encoder.config.hidden_size  # T5's or CLIP's
+        each.append(row[None, :, None].expand(-1, -1, width))
+    w = prompts.joined(each).to(h)
     return {**found, "encoder_hidden_states": torch.where(w == 1, h, z + w * (h - z))}
 
 
@@ -184,7 +190,7 @@ def _weights(tokenizer: Any, phrase: Phrase, length: int) -> Tensor:
     row, pieces = torch.ones(length), [_numbers(tokenizer, text) for text, _ in phrase.segments]
     if [number for piece in pieces for number in piece] != _numbers(tokenizer, str(phrase)):
         raise InvalidArgument(f"weights must begin and end between words, got {phrase!r}")
-    place = 1
+    place = int(getattr(tokenizer, "bos_token", "") is not None)  # T5 marks the end alone
     for piece, (_, weight) in zip(pieces, phrase.segments, strict=True):
         row[place : min(place + len(piece), length - 1)] = weight
         place += len(piece)

@@ -40,11 +40,13 @@ class Prompts:
     guidance_scale: ClassVar[float] = 7.5  # default if neither the call nor the folder has one
     adds_text_time: ClassVar[bool] = False  # SDXL's added_cond_kwargs: pooled text and sizes
     labels_are_pooled: ClassVar[bool] = False  # class_labels: the pooled text
+    pooled_width: ClassVar[int | None] = None  # channels of Stable Diffusion 3's pooled text
+    takes_begun_step: ClassVar[bool] = False  # ⌈strength · steps⌉ steps instead of ⌊…⌋
 
     def __init__(
         self, tokenizer: "CLIPTokenizer | WordTokenizer", text_encoder: TextEncoder
     ) -> None:
-        _check_pair(tokenizer, text_encoder)
+        check_pair(tokenizer, text_encoder)
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
 
     @property
@@ -77,6 +79,10 @@ class Prompts:
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Return the token numbers of each prompt, int64 (B, L). Raises InvalidArgument."""
         return tokenize_with(self.tokenizer, prompts)
+
+    def joined(self, each: Sequence[Tensor]) -> Tensor:
+        """Return the tokens of the network, of those (B, L, C) of each encoder."""
+        return torch.cat(list(each), dim=-1)
 
     def from_tokens(
         self, ids: Sequence[Tensor], size: tuple[int, int], clip_skip: int | None = None
@@ -160,6 +166,8 @@ class PromptsXL:
     guidance_scale: ClassVar[float] = 5.0
     adds_text_time: ClassVar[bool] = True
     labels_are_pooled: ClassVar[bool] = False
+    pooled_width: ClassVar[int | None] = None
+    takes_begun_step: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -169,13 +177,9 @@ class PromptsXL:
         text_encoder_2: TextEncoder,
         force_zeros_for_empty_prompt: bool = True,
     ) -> None:
-        _check_pair(tokenizer, text_encoder)
-        _check_pair(tokenizer_2, text_encoder_2)
-        if isinstance(text_encoder_2.text_projection, nn.Identity):
-            raise InvalidArgument(
-                "text_encoder_2 must be a CLIPTextModelWithProjection, got "
-                f"{text_encoder_2.class_name}"
-            )
+        check_pair(tokenizer, text_encoder)
+        check_pair(tokenizer_2, text_encoder_2)
+        check_projection("text_encoder_2", text_encoder_2)
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
         self.force_zeros_for_empty_prompt = true_or_false(
@@ -205,6 +209,10 @@ class PromptsXL:
         """
         return conditioning(self, prompts, size)
 
+    def joined(self, each: Sequence[Tensor]) -> Tensor:
+        """Return the tokens of the network, of those (B, L, C) of each encoder."""
+        return torch.cat(list(each), dim=-1)
+
     def from_tokens(
         self, ids: Sequence[Tensor], size: tuple[int, int], clip_skip: int | None = None
     ) -> Condition:
@@ -219,7 +227,7 @@ class PromptsXL:
         for encoder, numbers in zip(self.encoders, ids, strict=True):
             texts.append(encoder(numbers.to(next(encoder.parameters()).device)))
             layers.append(texts[-1].hidden_states[-2 - (clip_skip or 0)])
-        tokens = torch.cat(layers, dim=-1)
+        tokens = self.joined(layers)
         # Original size, corner of the crop, and target size: SDXL section 2.2.
         numbers = tokens.new_tensor([[*size, 0, 0, *size]]).expand(len(tokens), -1)
         return {
@@ -239,7 +247,20 @@ class PromptsXL:
         }
 
 
-def _check_pair(tokenizer: "CLIPTokenizer | WordTokenizer", encoder: TextEncoder) -> None:
+def check_projection(name: str, encoder: TextEncoder) -> None:
+    """Refuse a text encoder without a projection. Raises InvalidArgument."""
+    if isinstance(encoder.text_projection, nn.Identity):
+        raise InvalidArgument(
+            f"{name} must be a CLIPTextModelWithProjection, got {encoder.class_name}"
+        )
+
+
+def check_pair(tokenizer: "CLIPTokenizer | WordTokenizer", encoder: TextEncoder) -> None:
+    """Refuse a tokenizer with more words, or longer texts, than its encoder takes.
+
+    Raises:
+        InvalidArgument: names what does not fit.
+    """
     longest, known = encoder.config.max_position_embeddings, encoder.config.vocab_size
     if tokenizer.model_max_length > longest:
         raise InvalidArgument(

@@ -13,7 +13,7 @@ import torch
 
 from minidiff.data.protocol import Data, check_data
 from minidiff.errors import InvalidArgument
-from minidiff.nn import MLP, AutoencoderKL, SpaceToDepth, UNet
+from minidiff.nn import MLP, AutoencoderKL, DenoisingNetwork, SpaceToDepth, UNet
 from minidiff.pipeline import Pipeline
 from minidiff.runtime.checks import instance, optional
 from minidiff.schedulers import FlowMatchEulerDiscreteScheduler, Scheduler
@@ -75,8 +75,16 @@ def fixed_options(start: Pipeline) -> dict[str, Any]:
     return found
 
 
-def _sizes(network: UNet | MLP) -> dict[str, Any]:
-    """Return the options of a `TrainConfig` that make a network of this size."""
+def _sizes(network: DenoisingNetwork) -> dict[str, Any]:
+    """Return the options of a `TrainConfig` that make a network of this size.
+
+    Raises:
+        InvalidArgument: a network of a kind that is not trained.
+    """
+    if not isinstance(network, UNet | MLP):
+        raise InvalidArgument(
+            f"the start must have a UNet or an MLP to train, got {type(network).__name__}"
+        )
     config = network.config
     if isinstance(network, MLP):
         return {"channels": (config.hidden_channels,), "layers": config.num_layers}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -126,6 +127,7 @@ def test_a_scale_without_a_guidance_network_is_refused(autoguided, tmp_path):
     autoguided.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     del index["weaker"]
+    shutil.rmtree(tmp_path / "weaker")  # a folder that the index does not list is refused itself
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="autoguidance_scale must be 1 for a model without"):
         Pipeline.from_pretrained(tmp_path)

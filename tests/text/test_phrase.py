@@ -257,8 +257,8 @@ def test_a_wrong_mixture_is_refused(prompts, shares, message):
 
 def test_a_mixture_has_no_second_text():
     with pytest.raises(InvalidArgument, match="must be None for a mixture"):
-        mixed(["a", "b"], [0.5, 0.5]).with_options("x", None)
-    assert isinstance(weighted("a (b)").with_options(None, 1), Phrase)
+        mixed(["a", "b"], [0.5, 0.5]).with_options("x", None, None)
+    assert isinstance(weighted("a (b)").with_options(None, None, 1), Phrase)
 
 
 def test_sample_reads_weights_only_with_its_flag(tmp_path, monkeypatch, capsys):
