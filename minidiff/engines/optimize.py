@@ -113,6 +113,8 @@ def optimize(
         if applies and engine not in ("auto", "torch"):
             raise InvalidArgument(f"engine must be 'torch' with {reason}, got {engine!r}")
         engine = "torch" if applies else engine
+    if engine not in ("auto", "torch"):
+        require_images(pipe, "engines and export are")
     choice = choose(engine, dtype, pipe.device)
     check_weights(pipe)
     pipe.engines.clear()

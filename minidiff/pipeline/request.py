@@ -117,7 +117,7 @@ class Request:
         options = step_options(scheduler, call.eta)
         shape = space.shape(*image_size(call.height, call.width, original))
         set_grid(pipe, call.num_inference_steps, call.timesteps, call.sigmas)
-        first = first_step(pipe, call.strength, original)
+        first = first_step(scheduler, call.strength, original, pipe.prompts)
         passes = timestep_schedule(scheduler, first, call.resamples, call.jump_length, original)
         return cls(
             conditioning=conditioning, negative=negative, guidance=guidance, shape=shape,
@@ -437,10 +437,12 @@ def set_grid(
     scheduler.set_timesteps(device=pipe.device, **given)
 
 
-def first_step(pipe: "Pipeline", strength: float | None, original: Original | None) -> int:
+def first_step(
+    scheduler: Scheduler, strength: float | None, original: Original | None, prompts: Any = None
+) -> int:
     """Return the entry of the grid where sampling begins: ⌊strength · steps⌋ steps are taken.
 
-    Stable Diffusion 3 takes ⌈strength · steps⌉, as in diffusers.
+    With the prompts of Stable Diffusion 3 these are ⌈strength · steps⌉, as in diffusers.
 
     Raises:
         InvalidArgument: strength is out of range, given without an image, or too small for a
@@ -452,10 +454,9 @@ def first_step(pipe: "Pipeline", strength: float | None, original: Original | No
         return 0
     if strength is None:
         strength = STRENGTH if original.mask is None else 1.0
-    scheduler = pipe.scheduler
     strength, steps = real_number("strength", strength, 0, 1), scheduler.num_inference_steps
     taken = min(int(steps * strength), steps)
-    if pipe.prompts is not None and pipe.prompts.takes_begun_step:
+    if prompts is not None and prompts.takes_begun_step:
         taken = steps - int(steps - steps * strength)
     if strength and not taken:
         raise InvalidArgument(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument, real_number, true_or_false
 from minidiff.noise import Generators
-from minidiff.prediction import combine, split, weighted
+from minidiff.prediction import combine, split
 from minidiff.schedule import Level
 from minidiff.schedulers.base import Scheduler, SchedulerOutput
 
@@ -81,7 +81,7 @@ class DDIMScheduler(Scheduler):
         if eps_from_x0:
             _, eps = split(x0, x, now, "sample")
         if eta == 0:
-            return weighted((x0, eps), nxt)  # DDIM eq. 12 without noise: α_s·x̂0 + σ_s·ε̂
+            return combine(nxt.alpha, x0, nxt.sigma, eps)  # DDIM eq. 12 without noise
         std = eta * nxt.sigma / now.sigma * math.sqrt(now.variance_since(nxt))  # DDIM eq. 16
         direction = self.reading.ddim_direction(now, nxt, eta, std)
         mean = combine(nxt.alpha, x0, direction, eps)  # DDIM eq. 12

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from minidiff.errors import InvalidArgument
 from minidiff.noise import Generators
-from minidiff.prediction import split, weighted
+from minidiff.prediction import combine, split
 from minidiff.runtime.files import Config
 from minidiff.schedule import Level
 from minidiff.schedulers.base import Evaluation, Noise, SchedulerOutput, split_variance
@@ -120,8 +120,8 @@ class Interval:
 
     def mean(self, x: Tensor, m: Tensor, correction: Tensor | None) -> Tensor:
         """Return `advance` without the noise that the SDE injects."""
-        new = weighted((x, m), (self.decay, self.gain))
-        return new if correction is None else torch.add(new, correction, alpha=self.scale)
+        new = combine(self.decay, x, self.gain, m)
+        return new if correction is None else new + self.scale * correction
 
     def moments(self, n: int) -> list[float]:
         """Return φ₂, φ₃, … (n of them), weights of (u/h)ʲ: φ_{j+1} = 1 − j·φ_j/(k·h), by parts."""
@@ -271,11 +271,10 @@ def multistep(scheduler: SigmaScheduler, here: Evaluation, nxt: Level, noise: No
         return step.advance(x, m, None, noise)
     history = [earlier.x0 if step.k > 0 else earlier.eps for earlier in past]
     h0 = here.level.lam - past[-1].level.lam
-    change0 = m - history[-1]
+    slope0 = (m - history[-1]) * (step.h / h0)
     if order == 2:
         weight = step.phi1 / 2 if c.solver_type == "midpoint" else step.phi2
-        return step.advance(x, m, torch.mul(change0, weight * (step.h / h0)), noise)
-    slope0 = change0 * (step.h / h0)
+        return step.advance(x, m, weight * slope0, noise)
     h1 = past[-1].level.lam - past[-2].level.lam
     slope1 = (history[-1] - history[-2]) * (step.h / h1)
     change = (slope0 - slope1) / (h0 + h1)  # divided differences, times powers of h

@@ -198,7 +198,7 @@ def test_a_run_that_began_with_a_model_needs_the_same_weights(run, photos, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--init", "nix"], "neither a run"),
+        (["--init", "nix"], "nix: no such folder"),
         (["--channels", "4,8"], "channels must be (4, 4), as in the start, or be left out"),
         (["--prediction-type", "epsilon"], "prediction_type must be 'v_prediction'"),
         (["--data", "digits"], "data must be of shape (1, 8, 8), as the start has it"),

@@ -112,7 +112,7 @@ def test_missing_files_are_named(tmp_path, missing, message):
 def test_a_missing_folder_is_not_looked_up_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "none", "openai/clip-vit-base-patch32"):
-        with pytest.raises(CheckpointError, match=r"no such (file|folder; names on the Hub)"):
+        with pytest.raises(CheckpointError, match=r"no such (file|folder)"):
             load_tokenizer(folder)
 
 

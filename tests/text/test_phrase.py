@@ -217,6 +217,7 @@ def test_a_model_of_classes_takes_none_of_them():
 # --- mixtures -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:words outside the vocabulary are left out")
 def test_a_mixture_is_the_weighted_sum_of_all_that_the_network_reads(words, folders):
     for pipe in (words, folders["XL"][1]):
         texts = ["a red cat", "a blue dog 7"]

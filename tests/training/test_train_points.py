@@ -30,7 +30,7 @@ def ring() -> Pipeline:
 
 
 def test_sixty_steps_draw_each_class_near_its_gaussian(ring):
-    points, labels = ring(num_images=400, seed=0, output_type="np")
+    points, labels, _ = ring(num_images=400, seed=0, output_type="np")
     assert points.dtype == np.float32
     nearest = torch.cdist(torch.from_numpy(points).double(), toys.mixture("ring").means).min(1)
     assert (nearest.indices == labels).double().mean() > 0.9

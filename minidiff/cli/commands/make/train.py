@@ -99,7 +99,7 @@ def train(options: argparse.Namespace) -> None:
         del recipe["final_batch_size"]
     places, start, fixed = run_options.start_of(options)
     learn, learner = run_options.learner_of(options)
-    if learn:
+    if learn and start is not None:
         require_images(start, "--learn is")
     recipe = {**recipe, **getattr(learner, "defaults", {})}
     config = run_options.config_of(
@@ -123,9 +123,9 @@ def train(options: argparse.Namespace) -> None:
         options.out, config, data, device,
         saving=saving, load=source, shard=options.shard, start=start, learner=learner,
     )  # fmt: skip
-    _print_once(f"wrote {options.out}. Next: {_next(options.out, source)}")
     if start is None:
         _print_once(caution(options.out, config))
+    _print_once(f"wrote {options.out}. Next: {_next(options.out, source)}")
 
 
 def _preset_line(preset: str, shape: tuple[int, ...], has_vae: bool) -> str:
