@@ -380,9 +380,9 @@ def test_the_preset_for_large_photographs_has_blocks_and_takes_large_batches(tmp
         Image.new("RGB", (128, 128), (60 * i, 0, 9)).save(tmp_path / "photos" / f"{i}.png")
     run, call = tmp_path / "run", ["train", "--data", str(tmp_path / "photos"), *TINY]
     assert main([*call, "--batch-size", "65", "--out", str(run), "--steps", "1"]) == 0
-    first, *_, last = capsys.readouterr().out.splitlines()
+    first, *_, caution, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("preset: mnist, which fits these data of 128×128 pixels (other flags")
-    assert last == (
+    assert caution == (
         "trained 1 step only, so the samples are noise; longer: minidiff train --resume "
         f"{run} --steps +1000"
     )
